@@ -1,0 +1,106 @@
+// regfast::linear: saves input, weight and what the activation's derivative needs (nothing, the output or the
+// pre-activation); computes only the gradients that are asked for.
+#include "../checks.h"
+#include "../torch_api.h"
+
+namespace rf {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor composite(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view)>("regfast::composite_linear");
+  return op.call(x, w, b, activation);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation,
+                                   bool save_preactivation) {
+  static const auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, string_view, bool)>(
+      "regfast::linear_forward");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, w, b, activation, save_preactivation);
+}
+
+struct LinearFunction : torch::autograd::Function<LinearFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
+    const Saved kind = saved_for(parse_activation(activation));
+    auto [y, z] = rf::forward(x, w, b, activation, kind == Saved::preactivation);
+    ctx->save_for_backward({x, w, value_or_undefined(b),
+                            kind == Saved::output ? y : kind == Saved::preactivation ? z : Tensor()});
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->set_materialize_grads(false);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(4);
+    if (!grads[0].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &x = saved[0], &w = saved[1], &b = saved[2];
+    const std::string activation = ctx->saved_data["activation"].toStringRef();
+    if (backward_takes_composite()) {
+      auto g = composite_gradients({x, w, b}, {grads[0]}, [&](const std::vector<Tensor>& in) {
+        return std::vector<Tensor>{composite(in[0], in[1], in[2].defined() ? OptionalTensor(in[2]) : std::nullopt, activation)};
+      });
+      std::copy(g.begin(), g.end(), result.begin());
+      return result;
+    }
+    static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                                      string_view, std::array<bool, 3>)>("regfast::linear_backward");
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), b.defined() && ctx->needs_input_grad(2)};
+    auto [dx, dw, db] = op.call(grads[0], x, w, saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt, activation, mask);
+    if (mask[0]) result[0] = dx;
+    if (mask[1]) result[1] = dw;
+    if (mask[2]) result[2] = db;
+    return result;
+  }
+};
+
+Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation) {
+  const Tensor& b = value_or_undefined(bias);
+  parse_activation(activation);
+  // A vector as weight and a bias that broadcasts are torch's own special cases.
+  const bool unusual = w.dim() != 2 || (b.defined() && (b.dim() != 1 || (b.sym_size(0) == 1 && w.sym_size(0) != 1)));
+  if (unusual || takes_composite({&x, &w, &b})) return composite(x, w, bias, activation);
+  check_linear(x, w, b);
+  if (any_requires_grad({&x, &w, &b})) return LinearFunction::apply(x, w, bias, activation);
+  return std::get<0>(forward(x, w, bias, activation, false));
+}
+
+// As F.linear: autocast's lower precision for single precision and half types, float64 as it is.
+Tensor linear_autocast(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
+  const auto device = x.device().type();
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto to = at::autocast::get_autocast_dtype(device);
+  return linear(at::autocast::cached_cast(to, x, device), at::autocast::cached_cast(to, w, device),
+                at::autocast::cached_cast(to, b, device), activation);
+}
+
+std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w, const OptionalTensor&, string_view, bool save_preactivation) {
+  auto sizes = x.sym_sizes().vec();
+  sizes.back() = w.sym_size(0);
+  return {at::empty_symint(sizes, x.options()), save_preactivation ? at::empty_symint(sizes, x.options()) : at::empty({0}, x.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor&, const Tensor& x, const Tensor& w, const OptionalTensor&,
+                                                        string_view, std::array<bool, 3> mask) {
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  return {mask[0] ? at::empty_symint(x.sym_sizes(), x.options()) : none(),
+          mask[1] ? at::empty_symint(w.sym_sizes(), w.options()) : none(),
+          mask[2] ? at::empty_symint({w.sym_size(0)}, w.options()) : none()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear", linear); }
+TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear", linear); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("linear", composite); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear", linear_autocast); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear", linear_autocast); }
+TORCH_LIBRARY_IMPL(regfast, Meta, m) {
+  m.impl("linear_forward", linear_forward_meta);
+  m.impl("linear_backward", linear_backward_meta);
+}
+
+}  // namespace rf

@@ -1,0 +1,87 @@
+// regfast::mse_loss saves input and target; the residual is recomputed in backward.
+#include "../checks.h"
+#include "../torch_api.h"
+
+namespace rf {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor composite(const Tensor& x, const Tensor& y, int64_t reduction) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t)>("regfast::composite_mse_loss");
+  return op.call(x, y, reduction);
+}
+
+Tensor forward(const Tensor& x, const Tensor& y, int64_t reduction) {
+  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t)>("regfast::mse_loss_forward");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, y, reduction);
+}
+
+struct MseLossFunction : torch::autograd::Function<MseLossFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, int64_t reduction) {
+    ctx->save_for_backward({x, y});
+    ctx->saved_data["reduction"] = reduction;
+    return rf::forward(x, y, reduction);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const int64_t reduction = ctx->saved_data["reduction"].toInt();
+    variable_list result(3);
+    if (backward_takes_composite()) {
+      auto g = composite_gradients({saved[0], saved[1]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
+        return std::vector<Tensor>{composite(in[0], in[1], reduction)};
+      });
+      std::copy(g.begin(), g.end(), result.begin());
+      return result;
+    }
+    static const auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, std::array<bool, 2>)>(
+        "regfast::mse_loss_backward");
+    const std::array<bool, 2> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
+    auto [dx, dy] = op.call(grads[0], saved[0], saved[1], reduction, mask);
+    if (mask[0]) result[0] = dx;
+    if (mask[1]) result[1] = dy;
+    return result;
+  }
+};
+
+Tensor mse_loss(const Tensor& x, const Tensor& y, int64_t reduction) {
+  // Shapes that broadcast (with torch's warning) and types that promote are torch's own special cases.
+  if (x.sym_sizes() != y.sym_sizes() || x.scalar_type() != y.scalar_type() || takes_composite({&x, &y}))
+    return composite(x, y, reduction);
+  if (any_requires_grad({&x, &y})) return MseLossFunction::apply(x, y, reduction);
+  return forward(x, y, reduction);
+}
+
+// As F.mse_loss: in float32 under autocast.
+Tensor mse_loss_autocast(const Tensor& x, const Tensor& y, int64_t reduction) {
+  const auto device = x.device().type();
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  return rf::mse_loss(at::autocast::cached_cast(at::kFloat, x, device), at::autocast::cached_cast(at::kFloat, y, device), reduction);
+}
+
+Tensor mse_loss_forward_meta(const Tensor& x, const Tensor&, int64_t reduction) {
+  return reduction == at::Reduction::None ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({}, x.options());
+}
+
+std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor&, const Tensor& x, const Tensor&, int64_t, std::array<bool, 2> mask) {
+  const auto like = [&](bool wanted) {
+    return wanted ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
+  };
+  return {like(mask[0]), like(mask[1])};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("mse_loss", mse_loss); }
+TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("mse_loss", mse_loss); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("mse_loss", composite); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("mse_loss", mse_loss_autocast); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("mse_loss", mse_loss_autocast); }
+TORCH_LIBRARY_IMPL(regfast, Meta, m) {
+  m.impl("mse_loss_forward", mse_loss_forward_meta);
+  m.impl("mse_loss_backward", mse_loss_backward_meta);
+}
+
+}  // namespace rf

@@ -1,0 +1,126 @@
+// regfast::softmax saves its output; regfast::logsumexp saves input and result.
+#include "../checks.h"
+#include "../torch_api.h"
+
+namespace rf {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor composite_softmax(const Tensor& x, int64_t dim, bool log) {
+  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::composite_softmax");
+  return op.call(x, dim, log);
+}
+Tensor composite_logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
+  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::composite_logsumexp");
+  return op.call(x, dim, keepdim);
+}
+
+Tensor softmax_forward(const Tensor& x, int64_t dim, bool log) {
+  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::softmax_forward");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, dim, log);
+}
+Tensor logsumexp_forward(const Tensor& x, int64_t dim, bool keepdim) {
+  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::logsumexp_forward");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, dim, keepdim);
+}
+
+struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t dim, bool log) {
+    Tensor y = softmax_forward(x, dim, log);
+    // The input only names the graph that create_graph differentiates; its data is not needed.
+    ctx->save_for_backward({x, y});
+    ctx->saved_data["dim"] = dim;
+    ctx->saved_data["log"] = log;
+    return y;
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const int64_t dim = ctx->saved_data["dim"].toInt();
+    const bool log = ctx->saved_data["log"].toBool();
+    if (backward_takes_composite()) {
+      auto g = composite_gradients({saved[0]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
+        return std::vector<Tensor>{composite_softmax(in[0], dim, log)};
+      });
+      return {g[0], Tensor(), Tensor()};
+    }
+    static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool)>("regfast::softmax_backward");
+    return {op.call(grads[0], saved[1], dim, log), Tensor(), Tensor()};
+  }
+};
+
+struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t dim, bool keepdim) {
+    Tensor lse = logsumexp_forward(x, dim, keepdim);
+    ctx->save_for_backward({x, lse});
+    ctx->saved_data["dim"] = dim;
+    ctx->saved_data["keepdim"] = keepdim;
+    return lse.scalar_type() == x.scalar_type() ? lse.alias() : lse.to(x.scalar_type());
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto saved = ctx->get_saved_variables();
+    const int64_t dim = ctx->saved_data["dim"].toInt();
+    if (backward_takes_composite()) {
+      const bool keepdim = ctx->saved_data["keepdim"].toBool();
+      auto g = composite_gradients({saved[0]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
+        return std::vector<Tensor>{composite_logsumexp(in[0], dim, keepdim)};
+      });
+      return {g[0], Tensor(), Tensor()};
+    }
+    static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("regfast::logsumexp_backward");
+    return {op.call(grads[0], saved[0], saved[1], dim), Tensor(), Tensor()};
+  }
+};
+
+int64_t checked_dim(const Tensor& x, int64_t dim) { return c10::maybe_wrap_dim(dim, x.dim()); }
+
+Tensor softmax(const Tensor& x, int64_t dim, bool log) {
+  if (takes_composite({&x})) return composite_softmax(x, dim, log);
+  dim = checked_dim(x, dim);
+  if (any_requires_grad({&x})) return SoftmaxFunction::apply(x, dim, log);
+  return softmax_forward(x, dim, log);
+}
+
+Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
+  if (takes_composite({&x})) return composite_logsumexp(x, dim, keepdim);
+  dim = checked_dim(x, dim);
+  if (any_requires_grad({&x})) return LogsumexpFunction::apply(x, dim, keepdim);
+  return logsumexp_forward(x, dim, keepdim).to(x.scalar_type());
+}
+
+Tensor like_meta(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
+
+Tensor logsumexp_forward_meta(const Tensor& x, int64_t dim, bool keepdim) {
+  auto sizes = x.sym_sizes().vec();
+  if (x.dim()) {
+    if (keepdim) sizes[dim] = 1;
+    else sizes.erase(sizes.begin() + dim);
+  }
+  return at::empty_symint(sizes, x.options().dtype(acc_type(x.scalar_type())));
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, Autograd, m) {
+  m.impl("softmax", softmax);
+  m.impl("logsumexp", logsumexp);
+}
+TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) {
+  m.impl("softmax", softmax);
+  m.impl("logsumexp", logsumexp);
+}
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) {
+  m.impl("softmax", composite_softmax);
+  m.impl("logsumexp", composite_logsumexp);
+}
+TORCH_LIBRARY_IMPL(regfast, Meta, m) {
+  m.impl("softmax_forward", [](const Tensor& x, int64_t, bool) { return like_meta(x); });
+  m.impl("softmax_backward", [](const Tensor&, const Tensor& y, int64_t, bool) { return like_meta(y); });
+  m.impl("logsumexp_forward", logsumexp_forward_meta);
+  m.impl("logsumexp_backward", [](const Tensor&, const Tensor& x, const Tensor&, int64_t) { return like_meta(x); });
+}
+
+}  // namespace rf

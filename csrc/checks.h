@@ -1,0 +1,73 @@
+// The user's mistakes: each is one message that names the op, the argument, what was expected and what came. Called once
+// per call, above the devices; sizes are symbolic so that the checks hold while tracing.
+#pragma once
+#include "torch_api.h"
+
+#define RF_CHECK(kind, condition, op, argument, expected, ...) \
+  kind(condition, "regfast." op ": " argument ": expected ", expected, ", got ", __VA_ARGS__)
+
+namespace rf {
+
+inline Activation parse_activation(string_view name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  if (name == "sigmoid") return Activation::sigmoid;
+  if (name == "tanh") return Activation::tanh;
+  RF_CHECK(TORCH_CHECK_VALUE, false, "linear", "activation",
+           "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh", std::string(name));
+}
+
+inline void check_linear(const Tensor& x, const Tensor& w, const Tensor& b) {
+  RF_CHECK(TORCH_CHECK, w.dim() == 2, "linear", "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
+  RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), "linear", "input",
+           c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"), x.sym_sizes());
+  RF_CHECK(TORCH_CHECK, x.scalar_type() == w.scalar_type(), "linear", "weight", c10::str(x.scalar_type(), " as input has"),
+           w.scalar_type());
+  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "linear", "weight", c10::str(x.device(), " as input is on"), w.device());
+  if (!b.defined()) return;
+  RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == w.sym_size(0), "linear", "bias",
+           c10::str("shape [", w.sym_size(0), "]"), b.sym_sizes());
+  RF_CHECK(TORCH_CHECK, x.scalar_type() == b.scalar_type(), "linear", "bias", c10::str(x.scalar_type(), " as input has"),
+           b.scalar_type());
+  RF_CHECK(TORCH_CHECK, x.device() == b.device(), "linear", "bias", c10::str(x.device(), " as input is on"), b.device());
+}
+
+inline int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+inline bool is_probability_target(const Tensor& input, const Tensor& target) {
+  return input.sym_sizes() == target.sym_sizes();
+}
+
+// Types of exception as torch.nn.functional.cross_entropy raises them.
+inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
+                                double label_smoothing) {
+  RF_CHECK(TORCH_CHECK_VALUE, x.dim() >= 1, "cross_entropy", "input", "1 or more dimensions", x.dim());
+  RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, "cross_entropy", "label_smoothing",
+           "a number from 0 to 1", label_smoothing);
+  RF_CHECK(TORCH_CHECK, x.device() == t.device(), "cross_entropy", "target", c10::str(x.device(), " as input is on"), t.device());
+  const auto classes = x.sym_size(class_dim(x));
+  if (is_probability_target(x, t)) {
+    RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), "cross_entropy", "target",
+             "floating point probabilities, its shape being input's", t.scalar_type());
+    RF_CHECK(TORCH_CHECK, ignore_index < 0, "cross_entropy", "ignore_index", "none with probability targets", ignore_index);
+  } else {
+    RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), "cross_entropy",
+             "target", c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
+    bool fits = t.dim() == x.dim() - 1;
+    for (int64_t d = 1; fits && d < t.dim(); ++d) fits = t.sym_size(d) == x.sym_size(d + 1);
+    RF_CHECK(TORCH_CHECK, fits, "cross_entropy", "target", c10::str("input's shape ", x.sym_sizes(), " without its classes"),
+             t.sym_sizes());
+    RF_CHECK(TORCH_CHECK, t.scalar_type() == at::kLong || t.scalar_type() == at::kByte, "cross_entropy", "target",
+             "Long class indices", t.scalar_type());
+  }
+  if (!w.defined()) return;
+  RF_CHECK(TORCH_CHECK, w.dim() == 1 && w.sym_size(0) == classes, "cross_entropy", "weight",
+           c10::str("one number for each of the ", classes, " classes"), w.sym_sizes());
+  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "cross_entropy", "weight", c10::str(x.device(), " as input is on"), w.device());
+  RF_CHECK(TORCH_CHECK, w.scalar_type() == x.scalar_type(), "cross_entropy", "weight", c10::str(x.scalar_type(), " as input has"),
+           w.scalar_type());
+}
+
+}  // namespace rf

@@ -1,0 +1,321 @@
+// Row kernels of cross-entropy. With z = softcap(logit_scale x), m = max z, L = log sum exp(z - m) and target weights
+// q_j (a class weight at the target, spread by label smoothing, or the probabilities), every output is a sum over j:
+//   loss = sum_j q_j (L - (z_j - m)) + z_loss lse^2     entropy = L - sum_j p_j (z_j - m)     lse = m + L
+// so one pass over the row gives them all, and their gradient is  p_j (a + b log p_j) - q_j  with two numbers per row.
+
+template <class A> struct LogitTransform {
+  A scale, cap;  // cap 0: none
+  bool identity() const { return scale == A(1) && cap == A(0); }
+  template <class V> V operator()(V x) const {
+    x = x * set1(scale);
+    return cap == A(0) ? x : set1(cap) * tanh(x / set1(cap));
+  }
+};
+
+// z of n logits: the logits themselves where nothing needs doing, else computed into buf.
+template <class T, class A>
+inline const A* staged_logits(const T* x, int64_t n, A* buf, const LogitTransform<A>& transform) {
+  if (transform.identity()) return staged(x, n, buf);
+  using V = vec_t<A>;
+  int64_t j = 0;
+  for (; j + V::size <= n; j += V::size) store(buf + j, transform(load(x + j)));
+  if (j < n) store_n(buf + j, transform(load_n(x + j, n - j)), n - j);
+  return buf;
+}
+
+// exp(x) x counts as 0 where exp(x) is 0: this bound keeps -inf out of the product. NaN passes.
+template <class A> constexpr A kLeastExponent = A(-1e4);
+
+// sum e and sum e (z - m), e = exp(z - m)
+template <class A> inline void block_entropy_sums(const A* z, int64_t n, A m, A* sum, A* weighted) {
+  using V = vec_t<A>;
+  V vm = set1(m), least = set1(kLeastExponent<A>), s = set1(A(0)), w = s;
+  int64_t j = 0;
+  for (; j + V::size <= n; j += V::size) {
+    V t = max(least, load(z + j) - vm), e = exp(t);
+    s = s + e;
+    w = fma(e, t, w);
+  }
+  if (j < n) {
+    V t = max(least, first_n(load_n(z + j, n - j) - vm, n - j, least)), e = exp(t);
+    s = s + e;
+    w = fma(e, t, w);
+  }
+  *sum += reduce_add(s);
+  *weighted += reduce_add(w);
+}
+
+// sum w (z - m), w = 1 without weights
+template <class A> inline A block_dot(const A* z, const A* weight, int64_t n, A m) {
+  using V = vec_t<A>;
+  V vm = set1(m), s = set1(A(0)), one = set1(A(1));
+  int64_t j = 0;
+  for (; j + V::size <= n; j += V::size) s = fma(weight ? load(weight + j) : one, load(z + j) - vm, s);
+  if (j < n) {
+    V zero = set1(A(0));
+    V t = first_n(load_n(z + j, n - j) - vm, n - j, zero);
+    s = fma(weight ? load_n(weight + j, n - j) : one, t, s);
+  }
+  return reduce_add(s);
+}
+
+template <class A> inline A block_sum(const A* p, int64_t n) {
+  using V = vec_t<A>;
+  V s = set1(A(0));
+  int64_t j = 0;
+  for (; j + V::size <= n; j += V::size) s = s + load(p + j);
+  if (j < n) s = s + load_n(p + j, n - j);
+  return reduce_add(s);
+}
+
+// Effective target weights of probabilities: q = w ((1 - eps) t + eps / C).
+template <class A> struct TargetSums { A q_dot, q_mass, t_dot, t_mass; };
+
+template <class A>
+inline TargetSums<A> block_target_sums(const A* z, const A* t, const A* weight, int64_t n, A m, A keep, A spread) {
+  using V = vec_t<A>;
+  V vm = set1(m), vkeep = set1(keep), vspread = set1(spread), zero = set1(A(0)), one = set1(A(1));
+  V q_dot = zero, q_mass = zero, t_dot = zero, t_mass = zero;
+  for (int64_t j = 0; j < n; j += V::size) {
+    int64_t c = std::min<int64_t>(V::size, n - j);
+    bool full = c == V::size;
+    V tv = full ? load(t + j) : load_n(t + j, c);
+    V zv = full ? load(z + j) - vm : first_n(load_n(z + j, c) - vm, c, zero);
+    V wv = !weight ? one : full ? load(weight + j) : load_n(weight + j, c);
+    V q = wv * fma(vkeep, tv, vspread);
+    if (!full) q = first_n(q, c, zero);
+    q_dot = fma(q, zv, q_dot);
+    q_mass = q_mass + q;
+    t_dot = fma(tv, zv, t_dot);
+    t_mass = t_mass + tv;
+  }
+  return {reduce_add(q_dot), reduce_add(q_mass), reduce_add(t_dot), reduce_add(t_mass)};
+}
+
+// First position of the value m in the row, or of a NaN when there is one. Blocks before `from` are known not to hold m.
+template <class T, class A>
+inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool has_nan, const LogitTransform<A>& transform) {
+  A buf[tuning::kBlock];
+  for (int64_t j = has_nan ? 0 : from; j < n; j += tuning::kBlock) {
+    int64_t count = std::min<int64_t>(tuning::kBlock, n - j);
+    const A* z = staged_logits(x + j, count, buf, transform);
+    for (int64_t i = 0; i < count; ++i)
+      if (has_nan ? z[i] != z[i] : z[i] == m) return j + i;
+  }
+  return 0;
+}
+
+// One row's loss and statistics. Returns the row's term of the mean's denominator, and its loss through `loss`.
+template <class T>
+inline acc_t<T> cross_entropy_row(const T* x, const T* probabilities, const CrossEntropyArgs& a,
+                                  const CrossEntropyOutputs& out, int64_t row, acc_t<T>* loss) {
+  using A = acc_t<T>;
+  const LogitTransform<A> transform = {A(a.logit_scale), A(a.softcap)};
+  const A* weight = (const A*)a.class_weight;
+  const A keep = A(1 - a.label_smoothing), spread = A(a.label_smoothing / (double)a.classes);
+  const bool by_class = a.target != nullptr, ignored = by_class && a.target[row] == a.ignore_index;
+  const int64_t y = by_class && !ignored ? a.target[row] : -1;
+  const bool smooth = y >= 0 && spread != A(0);
+
+  A zbuf[tuning::kBlock], tbuf[tuning::kBlock];
+  A m = minus_infinity<A>(), sum = 0, weighted = 0, zy = 0, dot = 0;
+  TargetSums<A> target = {0, 0, 0, 0};
+  A weight_so_far = 0;
+  int64_t max_block = 0;
+  for (int64_t j = 0; j < a.classes; j += tuning::kBlock) {
+    const int64_t count = std::min<int64_t>(tuning::kBlock, a.classes - j);
+    const A* z = staged_logits(x + j, count, zbuf, transform);
+    const A bm = block_max(z, count);
+    if (bm > m) {
+      // All sums so far are relative to the old maximum (to 0 before there was one).
+      const bool started = m != minus_infinity<A>();
+      const A shift = (started ? m : A(0)) - bm;
+      const A shrink = started ? std::exp(shift) : A(0);
+      weighted = started ? shrink * (weighted + shift * sum) : A(0);
+      sum *= shrink;
+      dot += shift * weight_so_far;
+      target.q_dot += shift * target.q_mass;
+      target.t_dot += shift * target.t_mass;
+      m = bm;
+      max_block = j;
+    }
+    const A origin = m == minus_infinity<A>() ? A(0) : m;
+    if (a.row_entropy) block_entropy_sums(z, count, origin, &sum, &weighted);
+    else sum += block_exp_sum(z, count, origin);
+    if (smooth) {
+      dot += block_dot(z, weight ? weight + j : nullptr, count, origin);
+      // Only reached for all blocks but the last when the maximum may still move.
+      if (j + count < a.classes) weight_so_far += weight ? block_sum(weight + j, count) : A(count);
+    }
+    if (probabilities) {
+      const A* t = staged(probabilities + j, count, tbuf);
+      TargetSums<A> s = block_target_sums(z, t, weight ? weight + j : nullptr, count, origin, keep, spread);
+      target.q_dot += s.q_dot;
+      target.q_mass += s.q_mass;
+      target.t_dot += s.t_dot;
+      target.t_mass += s.t_mass;
+    }
+    if (y >= j && y < j + count) zy = z[y - j];
+  }
+
+  const A log_sum = std::log(sum), lse = m + log_sum;
+  ((A*)a.row_max)[row] = m;
+  ((A*)a.row_log_sum)[row] = log_sum;
+  if (a.row_entropy) ((A*)a.row_entropy)[row] = log_sum - weighted / sum;
+  if (out.lse) ((A*)out.lse)[row] = lse;
+  if (out.argmax) out.argmax[row] = first_maximum(x, a.classes, max_block, m, log_sum != log_sum, transform);
+
+  A denominator = 0, row_loss = 0, logprob = 0;
+  if (probabilities) {
+    ((A*)a.row_mass)[row] = target.q_mass;
+    ((A*)a.row_target_mass)[row] = target.t_mass;
+    row_loss = target.q_mass * log_sum - target.q_dot;
+    logprob = target.t_dot - target.t_mass * log_sum;
+    denominator = 1;
+  } else if (y >= 0) {
+    denominator = weight ? weight[y] : A(1);
+    logprob = (zy - m) - log_sum;
+    row_loss = -keep * denominator * logprob;
+    if (smooth) row_loss += spread * (A(a.class_weight_sum) * log_sum - dot);
+  }
+  if (a.z_loss != 0 && !ignored) row_loss += A(a.z_loss) * lse * lse;
+  if (out.logprob) ((A*)out.logprob)[row] = logprob;
+  if (out.loss) ((A*)out.loss)[row] = row_loss;
+  *loss = row_loss;
+  return denominator;
+}
+
+// The gradient at a vector of logits: p (a + b log p) - w spread - q(t), through the soft cap.
+template <class T> struct LogitGradient {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A m, log_sum, a, b;
+  A spread, keep, logprob;     // q = w (keep t + spread) - logprob t
+  const A *z, *t, *weight;     // of the block; t and weight may be null
+  A scale, cap;
+
+  template <bool full> V at(int64_t j, int64_t n) const {
+    V zv = full ? load(z + j) : load_n(z + j, n);
+    V log_p = zv - set1(m) - set1(log_sum);
+    V p = exp(log_p), g;
+    if (b != A(0)) g = p * fma(set1(b), max(set1(kLeastExponent<A>), log_p), set1(a));
+    else g = p * set1(a);
+    if (t || spread != A(0)) {
+      V w = !weight ? set1(A(1)) : full ? load(weight + j) : load_n(weight + j, n);
+      if (t) {
+        V tv = full ? load(t + j) : load_n(t + j, n);
+        g = g - (w * fma(set1(keep), tv, set1(spread)) - set1(logprob) * tv);
+      } else {
+        g = g - w * set1(spread);
+      }
+    }
+    if (cap != A(0)) {
+      V u = zv / set1(cap);
+      g = g * (set1(A(1)) - u * u);
+    }
+    return g * set1(scale);
+  }
+};
+
+// The common case: class indices, no smoothing, no soft cap. dz = a p.
+template <class T> struct PlainGradient {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A m, log_sum, a;
+  const A* z;
+  template <bool full> V at(int64_t j, int64_t n) const {
+    V zv = full ? load(z + j) : load_n(z + j, n);
+    return exp(zv - set1(m) - set1(log_sum)) * set1(a);
+  }
+};
+
+// d loss / d t_j = log p_j (logprob - loss w_j)
+template <class T> struct ProbabilityGradient {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A m, log_sum, loss, logprob;
+  const A *z, *weight;
+  template <bool full> V at(int64_t j, int64_t n) const {
+    V log_p = (full ? load(z + j) : load_n(z + j, n)) - set1(m) - set1(log_sum);
+    V w = !weight ? set1(A(1)) : full ? load(weight + j) : load_n(weight + j, n);
+    return log_p * (set1(logprob) - set1(loss) * w);
+  }
+};
+
+// Write n values of f to p; past the caches when asked, between a head and a tail that reach alignment.
+template <class T, class F> inline void write_block(T* p, int64_t n, const F& f, bool past_caches) {
+  using V = vec_t<T>;
+  int64_t j = 0;
+  if (past_caches) {
+    constexpr int64_t bytes = V::size * sizeof(T);
+    const int64_t head = std::min<int64_t>(n, (bytes - (int64_t)((uintptr_t)p % bytes)) % bytes / (int64_t)sizeof(T));
+    if (head) store_n(p, f.template at<false>(0, head), head);
+    for (j = head; j + V::size <= n; j += V::size) stream(p + j, f.template at<true>(j, V::size));
+  }
+  for (; j + V::size <= n; j += V::size) store(p + j, f.template at<true>(j, V::size));
+  if (j < n) store_n(p + j, f.template at<false>(j, n - j), n - j);
+}
+
+template <class T>
+inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx, T* dt, const CrossEntropyArgs& a,
+                                       const CrossEntropyGrads& g, int64_t row) {
+  using A = acc_t<T>;
+  const LogitTransform<A> transform = {A(a.logit_scale), A(a.softcap)};
+  const A* weight = (const A*)a.class_weight;
+  const bool by_class = a.target != nullptr, ignored = by_class && a.target[row] == a.ignore_index;
+  const int64_t y = by_class && !ignored ? a.target[row] : -1;
+  const A m = ((const A*)a.row_max)[row], log_sum = ((const A*)a.row_log_sum)[row];
+  const A loss = g.loss && !ignored ? ((const A*)g.loss)[row * g.loss_stride] * A(g.loss_scale) : A(0);
+  const A lse = g.lse ? ((const A*)g.lse)[row] : A(0), entropy = g.entropy ? ((const A*)g.entropy)[row] : A(0);
+  const A logprob = g.logprob && !ignored ? ((const A*)g.logprob)[row] : A(0);
+  const A keep = loss * A(1 - a.label_smoothing), spread = loss * A(a.label_smoothing / (double)a.classes);
+
+  A mass = 0, target_mass = 0, hot = 0;
+  if (probabilities) {
+    mass = loss * ((const A*)a.row_mass)[row];
+    target_mass = ((const A*)a.row_target_mass)[row];
+  } else if (y >= 0) {
+    hot = keep * (weight ? weight[y] : A(1)) - logprob;
+    mass = keep * (weight ? weight[y] : A(1)) + spread * A(a.class_weight_sum);
+    target_mass = 1;
+  }
+  A coefficient = mass + lse - logprob * target_mass;
+  if (a.z_loss != 0) coefficient += loss * A(2 * a.z_loss) * (m + log_sum);
+  if (entropy != A(0)) coefficient -= entropy * ((const A*)a.row_entropy)[row];
+
+  const bool nothing = ignored && lse == A(0) && entropy == A(0);
+  A zbuf[tuning::kBlock], tbuf[tuning::kBlock];
+  for (int64_t j = 0; j < a.classes; j += tuning::kBlock) {
+    const int64_t count = std::min<int64_t>(tuning::kBlock, a.classes - j);
+    if (nothing) {
+      std::memset((void*)(dx + j), 0, count * sizeof(T));
+      continue;
+    }
+    const A* z = staged_logits(x + j, count, zbuf, transform);
+    const A* w = weight ? weight + j : nullptr;
+    if (dt) {
+      ProbabilityGradient<T> f = {m, log_sum, keep, logprob, z, w};
+      write_block(dt + j, count, f, false);
+    }
+    if (!dx) continue;
+    const bool has_target = y >= j && y < j + count;
+    const A zy = has_target ? z[y - j] : A(0);  // before dx, which may be x, is written
+    if (!probabilities && spread == A(0) && entropy == A(0) && transform.identity()) {
+      PlainGradient<T> f = {m, log_sum, coefficient, z};
+      write_block(dx + j, count, f, g.stream);
+      if (has_target) store_one(dx + y, coefficient * exp_one(zy - m - log_sum) - hot);
+    } else {
+      const A* t = probabilities ? staged(probabilities + j, count, tbuf) : nullptr;
+      LogitGradient<T> f = {m, log_sum, coefficient, -entropy, spread, keep, logprob, z, t, w,
+                            transform.scale, transform.cap};
+      write_block(dx + j, count, f, g.stream);
+      if (has_target) {
+        // The class's own entry again, with the one-hot term inside, so that it is rounded once.
+        A log_p = zy - m - log_sum, u = transform.cap == A(0) ? A(0) : zy / transform.cap;
+        A value = exp_one(log_p) * (coefficient - entropy * std::max(kLeastExponent<A>, log_p));
+        value -= spread * (weight ? weight[y] : A(1)) + hot;
+        store_one(dx + y, value * (1 - u * u) * transform.scale);
+      }
+    }
+  }
+}

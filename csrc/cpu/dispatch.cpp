@@ -1,0 +1,62 @@
+// Chooses the table of kernels: once, when first asked for.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace rf {
+namespace scalar { extern const Kernels table; }
+#if defined(__x86_64__)
+namespace avx2 { extern const Kernels table; }
+namespace avx512 { extern const Kernels table; }
+#elif defined(__aarch64__)
+namespace neon { extern const Kernels table; }
+#endif
+
+namespace {
+
+struct Available {
+  const Kernels* best_first[4] = {};
+  Available() {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      best_first[n++] = &avx512::table;
+    if (avx2) best_first[n++] = &avx2::table;
+#elif defined(__aarch64__)
+    best_first[n++] = &neon::table;  // part of the architecture
+#endif
+    best_first[n++] = &scalar::table;
+  }
+};
+
+const Kernels* choose() {
+  const Kernels* const* available = available_kernels();
+  const char* forced = std::getenv("REGFAST_ISA");
+  if (!forced || !*forced) return available[0];
+  std::string names;
+  for (; *available; ++available) {
+    if (!std::strcmp((*available)->isa, forced)) return *available;
+    names += std::string(names.empty() ? "" : ", ") + (*available)->isa;
+  }
+  throw std::runtime_error(std::string("REGFAST_ISA=") + forced + ": expected one that this machine runs: " + names);
+}
+
+}  // namespace
+
+const Kernels* const* available_kernels() {
+  static const Available available;
+  return available.best_first;
+}
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace rf

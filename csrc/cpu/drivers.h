@@ -1,0 +1,36 @@
+// Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
+// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp and gemm.cpp.
+#pragma once
+#include "kernels.h"
+
+namespace rf {
+
+enum class SoftmaxOp { forward, backward, logsumexp_forward, logsumexp_backward };
+void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows);
+
+// Sums over all rows. With bad_row >= 0 the outputs are undefined and nothing was read out of bounds.
+CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out, int64_t rows);
+void cross_entropy_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyGrads& grads, int64_t rows);
+
+void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows);
+double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n);
+void squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
+                            void* dx, void* dy, int64_t n);
+
+// C = op(A) op(B) with an epilogue; all strides of A and B are allowed, C's columns are adjacent.
+struct Gemm {
+  int64_t m, n, k;
+  MatrixView a;            // a(i, k), or a(k, i) where transposed
+  bool a_transposed;
+  MatrixView b;            // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
+  bool b_transposed;       // true: rows of memory are B's columns, as in X W^T
+  Epilogue epilogue;       // partial is filled in by gemm()
+};
+enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
+GemmPath gemm_path(DType dtype, const Gemm& g);
+void gemm(DType dtype, Gemm g);
+
+// Large fresh outputs on huge pages; a no-op where the system has none.
+void advise_huge_pages(void* p, int64_t bytes);
+
+}  // namespace rf

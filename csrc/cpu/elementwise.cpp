@@ -1,0 +1,76 @@
+// Threads over rows of an activation's derivative and over elements of squared error.
+#include <vector>
+
+#include "drivers.h"
+#include "parallel.h"
+#include "tuning.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace rf {
+
+void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows) {
+  const auto kernel = kernels().activation_backward[(int)dtype];
+  const int64_t acc = dtype == DType::f64 ? 8 : 4, columns = args.columns;
+  const int64_t block = tuning::kChain, blocks = (rows + block - 1) / block;
+  const int64_t grain = tuning::kParallelElements / (block * (columns > 0 ? columns : 1)) + 1;
+  // Column sums of each block, added in order.
+  std::vector<char> partial(args.column_sums ? blocks * columns * acc : 0);
+  parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
+    ActivationBackwardArgs mine = args;
+    for (int64_t b = first; b < last; ++b) {
+      if (args.column_sums) mine.column_sums = partial.data() + b * columns * acc;
+      kernel(mine, b * block, b + 1 == blocks ? rows : (b + 1) * block);
+    }
+  });
+  if (!args.column_sums) return;
+  std::vector<double> sums(columns, 0.0);
+  for (int64_t b = 0; b < blocks; ++b)
+    for (int64_t j = 0; j < columns; ++j)
+      sums[j] += dtype == DType::f64 ? ((const double*)partial.data())[b * columns + j] : ((const float*)partial.data())[b * columns + j];
+  for (int64_t j = 0; j < columns; ++j) {
+    if (dtype == DType::f64) ((double*)args.column_sums)[j] = sums[j];
+    else ((float*)args.column_sums)[j] = (float)sums[j];
+  }
+}
+
+double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n) {
+  const auto kernel = kernels().squared_error[(int)dtype];
+  const int64_t block = tuning::kSumElements, blocks = (n + block - 1) / block, size = size_of(dtype);
+  std::vector<double> partial(blocks);
+  parallel_for(blocks, 2, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t from = b * block, count = b + 1 == blocks ? n - from : block;
+      char* to = each ? (char*)each + from * size : nullptr;
+      partial[b] = kernel((const char*)x + from * size, (const char*)y + from * size, to, count);
+    }
+  });
+  double sum = 0;
+  for (double p : partial) sum += p;
+  return sum;
+}
+
+void squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
+                            void* dx, void* dy, int64_t n) {
+  const auto kernel = kernels().squared_error_backward[(int)dtype];
+  const int64_t size = size_of(dtype);
+  parallel_for(n, 2 * tuning::kSumElements, [&](int64_t begin, int64_t end) {
+    const int64_t at = begin * size;
+    kernel((const char*)x + at, (const char*)y + at, (const char*)grad + (each_grad ? at : 0), each_grad, scale,
+           dx ? (char*)dx + at : nullptr, dy ? (char*)dy + at : nullptr, end - begin);
+  });
+}
+
+void advise_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  if (bytes < tuning::kHugePageBytes) return;
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = ((uintptr_t)p + bytes) / page * page;
+  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#else
+  (void)p, (void)bytes;
+#endif
+}
+
+}  // namespace rf

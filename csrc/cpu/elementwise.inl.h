@@ -1,0 +1,117 @@
+// Derivatives of the activations with the bias gradient's column sums, and squared error.
+
+// act'(z) from what was saved: the output (relu, sigmoid, tanh) or z itself.
+template <Activation act, class V> inline V activation_derivative(V s) {
+  using A = typename V::scalar;
+  const V one = set1(A(1)), zero = set1(A(0));
+  if constexpr (act == Activation::relu) return select_lt(zero, s, one, zero);
+  else if constexpr (act == Activation::sigmoid) return s * (one - s);
+  else if constexpr (act == Activation::tanh) return one - s * s;
+  else if constexpr (act == Activation::silu) {
+    V y = sigmoid(s);
+    return y * (one + s * (one - y));
+  } else if constexpr (act == Activation::gelu) {
+    V g = gaussian(s);
+    // z phi(z) vanishes at both ends, where z may be infinite.
+    V bounded = min(set1(A(40)), max(set1(A(-40)), s));
+    return normal_cdf(s, g) + bounded * g * set1(A(0.39894228040143267794));
+  } else if constexpr (act == Activation::gelu_tanh) {
+    V z = min(set1(A(40)), max(set1(A(-40)), s)), zz = z * z;
+    V y = sigmoid(gelu_tanh_argument(z));
+    V du = fma(zz, set1(A(3 * kGeluTanhCubic)), set1(A(kGeluTanhLinear)));
+    return y * (one + z * (one - y) * du);
+  } else return one;
+}
+
+template <class T, Activation act>
+inline void activation_backward_rows(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  A* sums = (A*)a.column_sums;
+  if (sums)
+    for (int64_t j = 0; j < a.columns; ++j) sums[j] = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    const T* g = (const T*)a.grad + a.grad_layout.offset(r);
+    const T* s = (const T*)a.saved + (act == Activation::none ? 0 : r * a.columns);
+    T* out = a.output ? (T*)a.output + r * a.columns : nullptr;
+    for (int64_t j = 0; j < a.columns; j += V::size) {
+      const int64_t n = std::min<int64_t>(V::size, a.columns - j);
+      const bool full = n == V::size;
+      V d = full ? load(g + j) : load_n(g + j, n);
+      if constexpr (act != Activation::none) d = d * activation_derivative<act>(full ? load(s + j) : load_n(s + j, n));
+      if (full) {
+        if (out) store(out + j, d);
+        if (sums) store(sums + j, load(sums + j) + d);
+      } else {
+        if (out) store_n(out + j, d, n);
+        if (sums) store_n(sums + j, load_n(sums + j, n) + d, n);
+      }
+    }
+  }
+}
+
+template <class T> inline void activation_backward(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
+  switch (a.activation) {
+#define RF_CASE(act) case Activation::act: return activation_backward_rows<T, Activation::act>(a, begin, end)
+    RF_CASE(none); RF_CASE(relu); RF_CASE(gelu); RF_CASE(gelu_tanh); RF_CASE(silu); RF_CASE(sigmoid); RF_CASE(tanh);
+#undef RF_CASE
+  }
+}
+
+template <class T> inline double squared_error(const void* px, const void* py, void* peach, int64_t n) {
+  using V = vec_t<T>;
+  const T *x = (const T*)px, *y = (const T*)py;
+  T* each = (T*)peach;
+  V sum = set1(acc_t<T>(0));
+  int64_t j = 0;
+  for (; j + V::size <= n; j += V::size) {
+    V d = load(x + j) - load(y + j), q = d * d;
+    sum = sum + q;
+    if (each) store(each + j, q);
+  }
+  if (j < n) {
+    V d = load_n(x + j, n - j) - load_n(y + j, n - j), q = d * d;
+    sum = sum + q;
+    if (each) store_n(each + j, q, n - j);
+  }
+  return (double)reduce_add(sum);
+}
+
+template <class T> inline void squared_error_backward(const void* px, const void* py, const void* pg, bool each_grad,
+                                                      double scale, void* pdx, void* pdy, int64_t n) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  const T *x = (const T*)px, *y = (const T*)py, *g = (const T*)pg;
+  T *dx = (T*)pdx, *dy = (T*)pdy;
+  const V factor = set1(A(scale)), shared = factor * set1(load_one(g)), zero = set1(A(0));
+  for (int64_t j = 0; j < n; j += V::size) {
+    const int64_t count = std::min<int64_t>(V::size, n - j);
+    const bool full = count == V::size;
+    V d = full ? load(x + j) - load(y + j) : load_n(x + j, count) - load_n(y + j, count);
+    V s = !each_grad ? shared : factor * (full ? load(g + j) : load_n(g + j, count));
+    d = d * s;
+    if (dx) full ? store(dx + j, d) : store_n(dx + j, d, count);
+    if (dy) full ? store(dy + j, zero - d) : store_n(dy + j, zero - d, count);
+  }
+}
+
+// The float32 peak of this core: independent chains of fma, as many as the latency needs.
+inline double fma_gflops(double seconds) {
+  constexpr int kChains = 12, kRepeats = 4096;
+  f32v acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = set1(1.0f + i);
+  const f32v a = set1(0.999999f), b = set1(1e-6f);
+  double done = 0, elapsed = 0;
+  const auto start = std::chrono::steady_clock::now();
+  while (elapsed < seconds) {
+    for (int n = 0; n < kRepeats; ++n)
+#pragma GCC unroll 12
+      for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], a, b);
+    done += 2.0 * f32v::size * kChains * kRepeats;
+    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  f32v sum = acc[0];
+  for (int i = 1; i < kChains; ++i) sum = sum + acc[i];
+  // The result is used, so that the loop is not removed: a sum of positive numbers is not negative.
+  return reduce_add(sum) < 0 ? 0 : done / elapsed * 1e-9;
+}

@@ -1,0 +1,148 @@
+// Products that packing does not pay for, on operands where they lie.
+
+// ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
+
+// out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q times.
+template <class T, int R, int Q>
+inline void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t<T>* out, int64_t out_many,
+                     int64_t out_few) {
+  using V = vec_t<T>;
+  for (int64_t begin = 0; begin == 0 || begin < k; begin += tuning::kChain * V::size) {
+    const int64_t end = std::min<int64_t>(k, begin + tuning::kChain * V::size);
+    V acc[R][Q];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) acc[r][q] = set1(acc_t<T>(0));
+    int64_t j = begin;
+    for (; j + V::size <= end; j += V::size) {
+      V x[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) x[r] = load(many[r] + j);
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+        V w = load(few[q] + j);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r][q] = fma(x[r], w, acc[r][q]);
+      }
+    }
+    if (j < end) {
+#pragma GCC unroll 8
+      for (int q = 0; q < Q; ++q) {
+        V w = load_n(few[q] + j, end - j);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r][q] = fma(load_n(many[r] + j, end - j), w, acc[r][q]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int q = 0; q < Q; ++q) {
+        acc_t<T>& sum = out[r * out_many + q * out_few];
+        sum = begin == 0 ? reduce_add(acc[r][q]) : sum + reduce_add(acc[r][q]);
+      }
+  }
+}
+
+template <class T, int R>
+inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows, int64_t k, acc_t<T>* out,
+                     int64_t out_many, int64_t out_few) {
+  int64_t q = 0;
+  for (; q + 4 <= few_rows; q += 4) dot_tile<T, R, 4>(many, few + q, k, out + q * out_few, out_many, out_few);
+  switch (few_rows - q) {
+    case 3: return dot_tile<T, R, 3>(many, few + q, k, out + q * out_few, out_many, out_few);
+    case 2: return dot_tile<T, R, 2>(many, few + q, k, out + q * out_few, out_many, out_few);
+    case 1: return dot_tile<T, R, 1>(many, few + q, k, out + q * out_few, out_many, out_few);
+  }
+}
+
+template <class T> inline void gemm_dot(const DotArgs& d) {
+  using A = acc_t<T>;
+  constexpr int64_t R = 4, kStrip = 32;
+  const T* few[tuning::kSkinny];
+  for (int64_t q = 0; q < d.few_rows; ++q) few[q] = (const T*)d.few.data + d.few.row_offset(q);
+  // A strip of results: rows of C when `many` are its rows, else a piece of each of its few rows.
+  alignas(64) A strip[kStrip * tuning::kSkinny];
+  const int64_t along_many = d.many_are_columns ? 1 : d.few_rows, along_few = d.many_are_columns ? kStrip : 1;
+  for (int64_t s = d.begin; s < d.end; s += kStrip) {
+    const int64_t count = std::min<int64_t>(kStrip, d.end - s);
+    for (int64_t i = 0; i < count; i += R) {
+      const int64_t rows = std::min<int64_t>(R, count - i);
+      const T* many[R];
+      for (int64_t r = 0; r < rows; ++r) many[r] = (const T*)d.many.data + d.many.row_offset(s + i + r);
+      A* out = strip + i * along_many;
+      if (rows == R) dot_rows<T, R>(many, few, d.few_rows, d.k, out, along_many, along_few);
+      else
+        for (int64_t r = 0; r < rows; ++r)
+          dot_rows<T, 1>(many + r, few, d.few_rows, d.k, out + r * along_many, along_many, along_few);
+    }
+    if (d.many_are_columns) epilogue<T>(strip, kStrip, d.few_rows, count, 0, s, true, true, d.epilogue);
+    else epilogue<T>(strip, d.few_rows, count, d.few_rows, s, 0, true, true, d.epilogue);
+  }
+}
+
+// ---- B in place, adjacent along the columns of C -------------------------------------------------------------------
+
+template <class T, int M>
+inline void direct_tile(const DirectArgs& d, int64_t i0, int64_t column, int64_t columns, int64_t k_begin, int64_t k_end,
+                        acc_t<T>* tile) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  constexpr int N = kTile.vectors;
+  V acc[M][N];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) acc[i][j] = set1(A(0));
+  const T *a = (const T*)d.a.data, *b = (const T*)d.b.data + column;
+  const T* a_row[M];
+  const int64_t a_step = d.a.col_stride;
+  for (int i = 0; i < M; ++i) a_row[i] = a + (d.a_transposed ? (i0 + i) * a_step : d.a.row_offset(i0 + i));
+  const bool whole = columns == N * V::size;
+  for (int64_t k = k_begin; k < k_end; ++k) {
+    const T* p = b + d.b.row_offset(k);
+    const int64_t a_offset = d.a_transposed ? d.a.row_offset(k) : k * a_step;
+    V row[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      const int64_t n = columns - j * V::size;
+      row[j] = whole || n >= V::size ? load(p + j * V::size) : n > 0 ? load_n(p + j * V::size, n) : set1(A(0));
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      V x = set1(load_one(a_row[i] + a_offset));
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) {
+      A* to = tile + (i * N + j) * V::size;
+      store(to, k_begin == 0 ? acc[i][j] : load(to) + acc[i][j]);
+    }
+}
+
+// Rows left over after whole register tiles take the tile of exactly their number.
+template <class T, int M>
+inline void direct_rows(const DirectArgs& d, int64_t rows, int64_t i0, int64_t column, int64_t columns, acc_t<T>* tile) {
+  if constexpr (M > 1) {
+    if (rows < M) return direct_rows<T, M - 1>(d, rows, i0, column, columns, tile);
+  }
+  for (int64_t k = 0; k == 0 || k < d.k; k += tuning::kChain)
+    direct_tile<T, M>(d, i0, column, columns, k, std::min(d.k, k + tuning::kChain), tile);
+}
+
+template <class T> inline void gemm_direct(const DirectArgs& d) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  constexpr int64_t M = kTile.rows, N = kTileColumns<V>;
+  alignas(64) A tile[M * N];
+  for (int64_t j = d.begin; j < d.end; j += N) {
+    const int64_t columns = std::min<int64_t>(N, d.end - j);
+    for (int64_t i = 0; i < d.m; i += M) {
+      const int64_t rows = std::min<int64_t>(M, d.m - i);
+      direct_rows<T, M>(d, rows, i, j, columns, tile);
+      epilogue<T>(tile, N, rows, columns, i, j, true, true, d.epilogue);
+    }
+  }
+}

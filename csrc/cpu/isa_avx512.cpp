@@ -1,0 +1,40 @@
+// AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4 and later).
+#if defined(__x86_64__)
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "tuning.h"
+
+#pragma GCC push_options
+// gcc 12's own reductions read a deliberately undefined register.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+
+namespace rf::avx512 {
+constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
+#include "simd_avx512.h"
+#include "math.inl.h"
+#include "softmax.inl.h"
+#include "cross_entropy.inl.h"
+#include "rows.inl.h"
+#include "gemm.inl.h"
+#include "gemm_small.inl.h"
+#include "elementwise.inl.h"
+}  // namespace rf::avx512
+
+#pragma GCC pop_options
+
+namespace rf::avx512 {
+#include "table.inl.h"
+extern const Kernels table;
+constexpr Kernels table = make_table("avx512");
+}  // namespace rf::avx512
+#endif

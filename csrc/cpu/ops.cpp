@@ -1,0 +1,412 @@
+// The CPU kernels of the ops: tensors to plain structs, allocation, threads. The only file of this folder that knows
+// torch. Arguments were checked above.
+#include <torch/csrc/stable/c/shim.h>
+
+#include "../checks.h"
+#include "../torch_api.h"
+#include "drivers.h"
+#include "parallel.h"
+#include "tuning.h"
+
+namespace rf {
+
+// torch's own pool through its C interface: the header-only at::parallel_for would need a second OpenMP runtime here.
+void run_parallel(int64_t n, int64_t grain, void (*fn)(int64_t, int64_t, void*), void* ctx) {
+  TORCH_CHECK(torch_parallel_for(0, n, grain, fn, ctx) == 0, "regfast: torch's thread pool failed");
+}
+int64_t thread_count() {
+  uint32_t threads = 1;
+  torch_get_num_threads(&threads);
+  return threads;
+}
+
+namespace {
+
+// ---- layouts -------------------------------------------------------------------------------------------------------
+
+// Dimensions [from, to) as one: their common stride, or none when they do not collapse.
+std::optional<int64_t> collapsed_stride(const Tensor& t, int64_t from, int64_t to) {
+  int64_t stride = 1, expected = -1;
+  for (int64_t d = to - 1; d >= from; --d) {
+    if (t.size(d) == 1) continue;
+    if (expected < 0) stride = t.stride(d);
+    else if (t.stride(d) != expected) return std::nullopt;
+    expected = t.stride(d) * t.size(d);
+  }
+  return stride;
+}
+
+int64_t product(at::IntArrayRef sizes, int64_t from, int64_t to) {
+  return c10::multiply_integers(sizes.begin() + from, sizes.begin() + to);
+}
+
+std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
+  const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
+  if (!outer || !inner) return std::nullopt;
+  const int64_t classes = t.dim() ? t.size(dim) : 1;
+  return RowLayout{std::max<int64_t>(1, product(t.sizes(), dim + 1, t.dim())), *outer, *inner,
+                   classes == 1 ? 1 : t.stride(dim)};
+}
+
+// The tensor itself where its rows can be walked, else a contiguous copy.
+Tensor walkable(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
+
+MatrixView matrix_view(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  for (int64_t split = last; split >= 0; --split) {
+    const auto outer = collapsed_stride(t, 0, split), inner = collapsed_stride(t, split, last);
+    if (!outer || !inner) continue;
+    const int64_t columns = t.size(last) == 1 ? 1 : t.stride(last);
+    return {t.const_data_ptr(), std::max<int64_t>(1, product(t.sizes(), split, last)), *outer, *inner, columns};
+  }
+  return {nullptr, 0, 0, 0, 0};
+}
+
+struct Operand {
+  Tensor keep;  // holds the memory that view points to
+  MatrixView view;
+};
+Operand operand(const Tensor& t) {
+  MatrixView v = matrix_view(t);
+  if (v.data || t.numel() == 0) return {t, v};
+  Tensor copy = t.contiguous();
+  return {copy, matrix_view(copy)};
+}
+
+Tensor advised(Tensor t) {
+  advise_huge_pages(t.mutable_data_ptr(), (int64_t)t.nbytes());
+  return t;
+}
+
+// ---- linear --------------------------------------------------------------------------------------------------------
+
+int64_t rows_of(const Tensor& x) { return product(x.sizes(), 0, x.dim() - 1); }
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                                          string_view activation, bool save_preactivation) {
+  auto sizes = x.sizes().vec();
+  sizes.back() = w.size(0);
+  Tensor y = advised(at::empty(sizes, x.options()));
+  Tensor z = save_preactivation ? advised(at::empty(sizes, x.options())) : at::empty({0}, x.options());
+  if (y.numel() == 0) return {y, z};
+  const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+  const Operand a = operand(x), weight = operand(w);
+  gemm(dtype_of(x.scalar_type()),
+       {rows_of(x), w.size(0), w.size(1), a.view, false, weight.view, true,
+        {y.mutable_data_ptr(), w.size(0), nullptr, 0, b.defined() ? b.const_data_ptr() : nullptr,
+         parse_activation(activation), save_preactivation ? z.mutable_data_ptr() : nullptr}});
+  return {y, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& w,
+                                                   const OptionalTensor& saved, string_view activation_name,
+                                                   std::array<bool, 3> mask) {
+  const Activation activation = parse_activation(activation_name);
+  const DType dtype = dtype_of(x.scalar_type());
+  const int64_t m = rows_of(x), n = w.size(0), k = w.size(1);
+  const auto none = [&] { return at::empty({0}, x.options()); };
+
+  Tensor dz = grad, db = none();
+  if (activation != Activation::none || mask[2]) {
+    // Rows of the upstream gradient are adjacent, or made so: an expanded scalar is the one case in practice.
+    const Tensor g = grad.stride(-1) == 1 || grad.size(-1) == 1 ? walkable(grad, grad.dim() - 1) : grad.contiguous();
+    const Tensor s = saved.has_value() ? saved->contiguous() : Tensor();
+    Tensor sums = mask[2] ? at::empty({n}, x.options().dtype(acc_type(x.scalar_type()))) : Tensor();
+    if (activation != Activation::none) dz = advised(at::empty(grad.sizes(), x.options()));
+    auto layout = *row_layout(g, g.dim() - 1);
+    activation_backward(dtype, {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, layout,
+                                activation != Activation::none ? dz.mutable_data_ptr() : nullptr, n, activation,
+                                mask[2] ? sums.mutable_data_ptr() : nullptr}, m);
+    if (mask[2]) db = sums.to(x.scalar_type());
+    if (activation == Activation::none) dz = g;
+  }
+  Tensor dx = mask[0] ? advised(at::empty(x.sizes(), x.options())) : none();
+  Tensor dw = mask[1] ? advised(at::empty(w.sizes(), w.options())) : none();
+  const Operand delta = operand(dz), weight = operand(w), input = operand(x);
+  const auto plain = [](Tensor& c, int64_t stride) {
+    return Epilogue{c.mutable_data_ptr(), stride, nullptr, 0, nullptr, Activation::none, nullptr};
+  };
+  if (mask[0]) gemm(dtype, {m, k, n, delta.view, false, weight.view, false, plain(dx, k)});
+  if (mask[1]) gemm(dtype, {n, k, m, delta.view, true, input.view, false, plain(dw, k)});
+  return {dx, dw, db};
+}
+
+// ---- softmax family ------------------------------------------------------------------------------------------------
+
+int64_t rows_without(const Tensor& t, int64_t dim) {
+  return product(t.sizes(), 0, dim) * (t.dim() ? product(t.sizes(), dim + 1, t.dim()) : 1);
+}
+
+Tensor softmax_cpu(const Tensor& input, int64_t dim, bool log) {
+  const Tensor x = walkable(input, dim);
+  Tensor y = advised(at::empty(input.sizes(), input.options()));
+  if (y.numel() == 0) return y;
+  SoftmaxArgs a = {};
+  a.input = x.const_data_ptr();
+  a.output = y.mutable_data_ptr();
+  a.in = a.grad_in = *row_layout(x, dim);
+  a.out = *row_layout(y, dim);
+  a.classes = x.dim() ? x.size(dim) : 1;
+  a.log = log;
+  softmax(SoftmaxOp::forward, dtype_of(x.scalar_type()), a, rows_without(x, dim));
+  return y;
+}
+
+Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output, int64_t dim, bool log) {
+  const Tensor g = walkable(grad, dim), y = walkable(output, dim);
+  Tensor dx = advised(at::empty(y.sizes(), y.options()));
+  if (y.numel() == 0) return dx;
+  SoftmaxArgs a = {};
+  a.input = y.const_data_ptr();
+  a.grad = g.const_data_ptr();
+  a.output = dx.mutable_data_ptr();
+  a.in = *row_layout(y, dim);
+  a.grad_in = *row_layout(g, dim);
+  a.out = *row_layout(dx, dim);
+  a.classes = y.dim() ? y.size(dim) : 1;
+  a.log = log;
+  softmax(SoftmaxOp::backward, dtype_of(y.scalar_type()), a, rows_without(y, dim));
+  return dx;
+}
+
+// In accumulator type: the op rounds, backward does not have to.
+Tensor logsumexp_cpu(const Tensor& input, int64_t dim, bool keepdim) {
+  const Tensor x = walkable(input, dim);
+  auto sizes = x.sizes().vec();
+  if (x.dim()) {
+    if (keepdim) sizes[dim] = 1;
+    else sizes.erase(sizes.begin() + dim);
+  }
+  Tensor result = at::empty(sizes, x.options().dtype(acc_type(x.scalar_type())));
+  SoftmaxArgs a = {};
+  a.input = x.const_data_ptr();
+  a.in = a.grad_in = *row_layout(x, dim);
+  a.out = {1, 0, 0, 1};
+  a.classes = x.dim() ? x.size(dim) : 1;
+  a.row_result = result.mutable_data_ptr();
+  softmax(SoftmaxOp::logsumexp_forward, dtype_of(x.scalar_type()), a, result.numel());
+  return result;
+}
+
+// lse and grad have the shape that logsumexp returned, with or without the reduced dimension.
+Tensor logsumexp_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& lse, int64_t dim) {
+  const Tensor x = walkable(input, dim);
+  const auto acc = acc_type(x.scalar_type());
+  const Tensor g = grad.to(acc).contiguous(), l = lse.to(acc).contiguous();
+  Tensor dx = advised(at::empty(x.sizes(), x.options()));
+  if (dx.numel() == 0) return dx;
+  SoftmaxArgs a = {};
+  a.input = x.const_data_ptr();
+  a.output = dx.mutable_data_ptr();
+  a.in = a.grad_in = *row_layout(x, dim);
+  a.out = *row_layout(dx, dim);
+  a.classes = x.dim() ? x.size(dim) : 1;
+  a.row_result = l.data_ptr();
+  a.row_grad = g.const_data_ptr();
+  softmax(SoftmaxOp::logsumexp_backward, dtype_of(x.scalar_type()), a, l.numel());
+  return dx;
+}
+
+// ---- cross-entropy -------------------------------------------------------------------------------------------------
+
+// The tensors that a CrossEntropyArgs points into.
+struct CrossEntropyTensors {
+  Tensor x, target, probabilities, weight;
+  CrossEntropyArgs args = {};
+  int64_t rows = 0;
+  DType dtype;
+};
+
+CrossEntropyTensors cross_entropy_tensors(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                          int64_t ignore_index, double label_smoothing, double z_loss,
+                                          std::optional<double> softcap, std::optional<double> logit_scale) {
+  CrossEntropyTensors t;
+  const int64_t dim = class_dim(input);
+  t.x = walkable(input, dim);
+  t.rows = rows_without(input, dim);
+  t.dtype = dtype_of(input.scalar_type());
+  CrossEntropyArgs& a = t.args;
+  a.logits = t.x.const_data_ptr();
+  a.layout = *row_layout(t.x, dim);
+  a.classes = input.size(dim);
+  a.class_weight_sum = (double)a.classes;
+  if (weight.has_value()) {
+    t.weight = weight->to(acc_type(input.scalar_type())).contiguous();
+    a.class_weight = t.weight.const_data_ptr();
+    a.class_weight_sum = 0;
+    for (int64_t c = 0; c < a.classes; ++c)
+      a.class_weight_sum += t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c];
+  }
+  if (is_probability_target(input, target)) {
+    t.probabilities = walkable(target, dim);
+    a.probabilities = t.probabilities.const_data_ptr();
+    a.probability_layout = *row_layout(t.probabilities, dim);
+  } else {
+    t.target = target.to(at::kLong).contiguous();
+    a.target = t.target.const_data_ptr<int64_t>();
+  }
+  a.ignore_index = ignore_index;
+  a.label_smoothing = label_smoothing;
+  a.z_loss = z_loss;
+  a.softcap = softcap.value_or(0.0);
+  a.logit_scale = logit_scale.value_or(1.0);
+  return t;
+}
+
+void point_to_stats(CrossEntropyArgs& a, const Tensor& stats, int64_t rows) {
+  const int64_t size = (int64_t)stats.element_size();
+  const auto row = [&](CrossEntropyStat s) -> void* {
+    return s < stats.size(0) ? (char*)stats.data_ptr() + s * rows * size : nullptr;
+  };
+  a.row_max = row(kMax);
+  a.row_log_sum = row(kLogSum);
+  a.row_entropy = row(kEntropy);
+  a.row_mass = row(kMass);
+  a.row_target_mass = row(kTargetMass);
+}
+
+std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                              int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                              double z_loss, std::optional<double> softcap,
+                                              std::optional<double> logit_scale, int64_t outputs,
+                                              std::optional<at::ScalarType> loss_dtype) {
+  CrossEntropyTensors t = cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  auto row_shape = input.sizes().vec();
+  row_shape.erase(row_shape.begin() + class_dim(input));
+  const auto acc = acc_type(input.scalar_type()), result_type = loss_dtype.value_or(input.scalar_type());
+  const auto acc_options = input.options().dtype(acc);
+  Tensor stats = at::empty({cross_entropy_stat_rows(t.probabilities.defined(), outputs & kOutputEntropy), t.rows}, acc_options);
+  point_to_stats(t.args, stats, t.rows);
+
+  CrossEntropyOutputs out = {};
+  Tensor loss, lse, logprob, argmax;
+  const bool rowwise = reduction == at::Reduction::None && (outputs & kOutputLoss);
+  if (rowwise) out.loss = (loss = at::empty(row_shape, acc_options)).mutable_data_ptr();
+  if (outputs & kOutputLse) out.lse = (lse = at::empty(row_shape, acc_options)).mutable_data_ptr();
+  if (outputs & kOutputLogprob) out.logprob = (logprob = at::empty(row_shape, acc_options)).mutable_data_ptr();
+  if (outputs & kOutputArgmax) out.argmax = (argmax = at::empty(row_shape, input.options().dtype(at::kLong))).mutable_data_ptr<int64_t>();
+
+  const CrossEntropyPartial sums = cross_entropy_forward(t.dtype, t.args, out, t.rows);
+  if (sums.bad_row >= 0)
+    RF_CHECK(TORCH_CHECK_INDEX, false, "cross_entropy", "target", c10::str("classes from 0 to ", t.args.classes - 1),
+             c10::str("Target ", t.args.target[sums.bad_row], " is out of bounds."));
+
+  std::vector<Tensor> results;
+  if (outputs & kOutputLoss) {
+    if (!rowwise) loss = at::scalar_tensor(reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss, acc_options);
+    results.push_back(loss.to(result_type));
+  }
+  if (outputs & kOutputLse) results.push_back(lse.to(result_type));
+  if (outputs & kOutputEntropy) results.push_back(stats[kEntropy].reshape(row_shape).to(result_type, false, true));
+  if (outputs & kOutputLogprob) results.push_back(logprob.to(result_type));
+  if (outputs & kOutputArgmax) results.push_back(argmax);
+  results.push_back(stats);
+  results.push_back(at::scalar_tensor(sums.weight, input.options().dtype(at::kDouble)));
+  return results;
+}
+
+// Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
+Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyUpstream& up, const Tensor& input,
+                                   const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
+                                   const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
+                                   double label_smoothing, double z_loss, std::optional<double> softcap,
+                                   std::optional<double> logit_scale, bool grad_target) {
+  CrossEntropyTensors t = cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  point_to_stats(t.args, stats, t.rows);
+  const auto acc = acc_type(input.scalar_type());
+  CrossEntropyGrads g = {};
+  Tensor loss, lse, entropy, logprob;
+  const auto rows_in_order = [&](const OptionalTensor& grad, Tensor& keep) -> const void* {
+    if (!grad.has_value()) return nullptr;
+    keep = grad->to(acc).contiguous();
+    return keep.const_data_ptr();
+  };
+  g.loss = rows_in_order(up.loss, loss);
+  g.loss_stride = reduction == at::Reduction::None ? 1 : 0;
+  g.loss_scale = reduction == at::Reduction::Mean ? 1.0 / *weight_sum.const_data_ptr<double>() : 1.0;
+  g.lse = rows_in_order(up.lse, lse);
+  g.entropy = rows_in_order(up.entropy, entropy);
+  g.logprob = rows_in_order(up.logprob, logprob);
+
+  const int64_t dim = class_dim(input);
+  Tensor dx, dt = at::empty({0}, input.options());
+  if (grad_input) {
+    dx = walkable(*grad_input, dim);
+    g.grad_logits = dx.mutable_data_ptr();
+    g.grad_layout = *row_layout(dx, dim);
+    g.stream = (int64_t)dx.nbytes() >= tuning::kStreamBytes;
+  }
+  if (grad_target) {
+    dt = advised(at::empty(target.sizes(), target.options()));
+    g.grad_probabilities = dt.mutable_data_ptr();
+    g.grad_probability_layout = *row_layout(dt, dim);
+  }
+  cross_entropy_backward(t.dtype, t.args, g, t.rows);
+  if (grad_input && !dx.is_same(*grad_input)) grad_input->copy_(dx);
+  return dt;
+}
+
+std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(
+    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+    const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+    const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing,
+    double z_loss, std::optional<double> softcap, std::optional<double> logit_scale, std::array<bool, 2> mask) {
+  Tensor dx = mask[0] ? advised(at::empty_like(input)) : at::empty({0}, input.options());
+  Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, {grad_loss, grad_lse, grad_entropy, grad_logprob},
+                                          input, target, weight, stats, weight_sum, ignore_index, reduction,
+                                          label_smoothing, z_loss, softcap, logit_scale, mask[1]);
+  return {dx, dt};
+}
+
+Tensor cross_entropy_backward_inplace_cpu(
+    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+    const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+    const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing,
+    double z_loss, std::optional<double> softcap, std::optional<double> logit_scale, bool grad_target) {
+  input.unsafeGetTensorImpl()->bump_version();
+  return cross_entropy_backward_into(&input, {grad_loss, grad_lse, grad_entropy, grad_logprob}, input, target, weight,
+                                     stats, weight_sum, ignore_index, reduction, label_smoothing, z_loss, softcap,
+                                     logit_scale, grad_target);
+}
+
+// ---- mse_loss ------------------------------------------------------------------------------------------------------
+
+Tensor mse_loss_forward_cpu(const Tensor& input, const Tensor& target, int64_t reduction) {
+  const Tensor x = input.contiguous(), y = target.contiguous();
+  const bool each = reduction == at::Reduction::None;
+  Tensor out = each ? advised(at::empty(x.sizes(), x.options())) : Tensor();
+  const double sum = squared_error(dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(),
+                                   each ? out.mutable_data_ptr() : nullptr, x.numel());
+  if (each) return out;
+  return at::scalar_tensor(reduction == at::Reduction::Mean ? sum / (double)x.numel() : sum, x.options());
+}
+
+std::tuple<Tensor, Tensor> mse_loss_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& target,
+                                                 int64_t reduction, std::array<bool, 2> mask) {
+  const Tensor x = input.contiguous(), y = target.contiguous(), g = grad.contiguous();
+  Tensor dx = advised(at::empty(mask[0] ? x.sizes() : at::IntArrayRef{0}, x.options()));
+  Tensor dy = advised(at::empty(mask[1] ? x.sizes() : at::IntArrayRef{0}, x.options()));
+  const double scale = reduction == at::Reduction::Mean ? 2.0 / (double)x.numel() : 2.0;
+  squared_error_backward(dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(), g.const_data_ptr(),
+                         reduction == at::Reduction::None, scale, mask[0] ? dx.mutable_data_ptr() : nullptr,
+                         mask[1] ? dy.mutable_data_ptr() : nullptr, x.numel());
+  return {dx, dy};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, CPU, m) {
+  m.impl("linear_forward", linear_forward);
+  m.impl("linear_backward", linear_backward);
+  m.impl("softmax_forward", softmax_cpu);
+  m.impl("softmax_backward", softmax_backward_cpu);
+  m.impl("logsumexp_forward", logsumexp_cpu);
+  m.impl("logsumexp_backward", logsumexp_backward_cpu);
+  m.impl("cross_entropy_forward", cross_entropy_forward_cpu);
+  m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
+  m.impl("cross_entropy_backward_", cross_entropy_backward_inplace_cpu);
+  m.impl("mse_loss_forward", mse_loss_forward_cpu);
+  m.impl("mse_loss_backward", mse_loss_backward_cpu);
+}
+
+}  // namespace rf

@@ -1,0 +1,47 @@
+// What the drivers need of the world around them: threads, and scratch memory that is kept between calls.
+#pragma once
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+namespace rf {
+
+// Runs fn(ctx, begin, end) over a partition of [0, n) into ranges of at least `grain`, on as many threads as there are.
+// Defined by torch_parallel.cpp on torch's own pool, and by the kernel tests without torch.
+void run_parallel(int64_t n, int64_t grain, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx);
+int64_t thread_count();
+
+template <class F> inline void parallel_for(int64_t n, int64_t grain, F&& f) {
+  if (n <= 0) return;
+  if (n <= grain) return f(int64_t(0), n);
+  using Fn = std::remove_reference_t<F>;
+  run_parallel(n, grain < 1 ? 1 : grain, [](int64_t begin, int64_t end, void* ctx) { (*(Fn*)ctx)(begin, end); }, (void*)&f);
+}
+
+// Memory of one thread that grows to the largest request and is reused. Each Slot has its own, so that a caller may hold
+// one while what it calls takes another.
+enum class Slot { packed_a, packed_b, partial, tile };
+
+inline void* scratch(Slot slot, int64_t bytes) {
+  struct Buffer {
+    void* p = nullptr;
+    int64_t size = 0;
+    ~Buffer() { std::free(p); }
+  };
+  static thread_local Buffer buffers[4];
+  Buffer& b = buffers[(int)slot];
+  if (b.size < bytes) {
+    std::free(b.p);
+    b.size = (bytes + 4095) / 4096 * 4096;
+    b.p = std::aligned_alloc(4096, (size_t)b.size);
+    if (!b.p) {
+      b.size = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return b.p;
+}
+
+}  // namespace rf

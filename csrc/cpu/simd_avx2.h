@@ -1,0 +1,170 @@
+// The SIMD vocabulary on AVX2 + FMA + F16C, included inside namespace rf::avx2 within its target region.
+// max and min return the second argument when either is NaN; callers rely on it to let NaN through.
+
+struct f32v {
+  __m256 v;
+  static constexpr int size = 8;
+  using scalar = float;
+};
+struct f64v {
+  __m256d v;
+  static constexpr int size = 4;
+  using scalar = double;
+};
+
+inline __m256i lanes8(int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline __m256i lanes4(int64_t n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
+
+inline f32v set1(float x) { return {_mm256_set1_ps(x)}; }
+inline f64v set1(double x) { return {_mm256_set1_pd(x)}; }
+
+inline f32v widen(__m128i h, const bf16*) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+inline f32v widen(__m128i h, const f16*) { return {_mm256_cvtph_ps(h)}; }
+
+// Round to nearest even; a NaN keeps its sign and becomes quiet.
+inline __m128i narrow(f32v x, const bf16*) {
+  __m256i u = _mm256_castps_si256(x.v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  __m256i bits = _mm256_blendv_epi8(rounded, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(bits), _mm256_extracti128_si256(bits, 1));
+}
+inline __m128i narrow(f32v x, const f16*) { return _mm256_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
+
+// AVX2 has no masked access to 16-bit elements: a tail goes through a 16-byte local.
+inline __m128i load_tail16(const void* p, int64_t n) {
+  alignas(16) uint16_t lanes[8] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = ((const uint16_t*)p)[i];
+  return _mm_load_si128((const __m128i*)lanes);
+}
+inline void store_tail16(void* p, __m128i h, int64_t n) {
+  alignas(16) uint16_t lanes[8];
+  _mm_store_si128((__m128i*)lanes, h);
+  for (int64_t i = 0; i < n; ++i) ((uint16_t*)p)[i] = lanes[i];
+}
+
+inline f32v load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline f64v load(const double* p) { return {_mm256_loadu_pd(p)}; }
+inline f32v load(const bf16* p) { return widen(_mm_loadu_si128((const __m128i*)p), p); }
+inline f32v load(const f16* p) { return widen(_mm_loadu_si128((const __m128i*)p), p); }
+
+// The first n lanes from memory, 0 <= n < size; nothing beyond them is touched. The other lanes are zero.
+inline f32v load_n(const float* p, int64_t n) { return {_mm256_maskload_ps(p, lanes8(n))}; }
+inline f64v load_n(const double* p, int64_t n) { return {_mm256_maskload_pd(p, lanes4(n))}; }
+inline f32v load_n(const bf16* p, int64_t n) { return widen(load_tail16(p, n), p); }
+inline f32v load_n(const f16* p, int64_t n) { return widen(load_tail16(p, n), p); }
+
+// Lanes n and above replaced by those of fill.
+inline f32v first_n(f32v x, int64_t n, f32v fill) {
+  return {_mm256_blendv_ps(fill.v, x.v, _mm256_castsi256_ps(lanes8(n)))};
+}
+inline f64v first_n(f64v x, int64_t n, f64v fill) {
+  return {_mm256_blendv_pd(fill.v, x.v, _mm256_castsi256_pd(lanes4(n)))};
+}
+
+inline void store(float* p, f32v x) { _mm256_storeu_ps(p, x.v); }
+inline void store(double* p, f64v x) { _mm256_storeu_pd(p, x.v); }
+inline void store(bf16* p, f32v x) { _mm_storeu_si128((__m128i*)p, narrow(x, p)); }
+inline void store(f16* p, f32v x) { _mm_storeu_si128((__m128i*)p, narrow(x, p)); }
+inline void store_n(float* p, f32v x, int64_t n) { _mm256_maskstore_ps(p, lanes8(n), x.v); }
+inline void store_n(double* p, f64v x, int64_t n) { _mm256_maskstore_pd(p, lanes4(n), x.v); }
+inline void store_n(bf16* p, f32v x, int64_t n) { store_tail16(p, narrow(x, p), n); }
+inline void store_n(f16* p, f32v x, int64_t n) { store_tail16(p, narrow(x, p), n); }
+
+// Non-temporal: p is aligned to the bytes written.
+inline void stream(float* p, f32v x) { _mm256_stream_ps(p, x.v); }
+inline void stream(double* p, f64v x) { _mm256_stream_pd(p, x.v); }
+inline void stream(bf16* p, f32v x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
+inline void stream(f16* p, f32v x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
+inline void stream_fence() { _mm_sfence(); }
+
+inline f32v operator+(f32v a, f32v b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline f64v operator+(f64v a, f64v b) { return {_mm256_add_pd(a.v, b.v)}; }
+inline f32v operator-(f32v a, f32v b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline f64v operator-(f64v a, f64v b) { return {_mm256_sub_pd(a.v, b.v)}; }
+inline f32v operator*(f32v a, f32v b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline f64v operator*(f64v a, f64v b) { return {_mm256_mul_pd(a.v, b.v)}; }
+inline f32v operator/(f32v a, f32v b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline f64v operator/(f64v a, f64v b) { return {_mm256_div_pd(a.v, b.v)}; }
+inline f32v fma(f32v a, f32v b, f32v c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline f64v fma(f64v a, f64v b, f64v c) { return {_mm256_fmadd_pd(a.v, b.v, c.v)}; }
+inline f32v max(f32v a, f32v b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline f64v max(f64v a, f64v b) { return {_mm256_max_pd(a.v, b.v)}; }
+inline f32v min(f32v a, f32v b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline f64v min(f64v a, f64v b) { return {_mm256_min_pd(a.v, b.v)}; }
+inline f32v abs(f32v a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+inline f64v abs(f64v a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; }
+inline f32v copysign(f32v magnitude, f32v sign) {
+  return {_mm256_or_ps(abs(magnitude).v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
+}
+// a < b ? x : y, lane by lane; y where a or b is NaN.
+inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) {
+  return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
+}
+inline f32v round_even(f32v a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline f64v round_even(f64v a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// x * 2^n for integral n, |n| <= 252: in two halves, so that 2^n itself may leave the range of the type.
+inline f32v scale2(f32v x, f32v n) {
+  __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
+  __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
+  __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
+  return {_mm256_mul_ps(_mm256_mul_ps(x.v, a), b)};
+}
+inline f64v scale2(f64v x, f64v n) {
+  __m128i whole = _mm256_cvtpd_epi32(n.v), half = _mm_srai_epi32(whole, 1);
+  __m256i bias = _mm256_set1_epi64x(1023);
+  __m256i a = _mm256_slli_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(half), bias), 52);
+  __m256i b = _mm256_slli_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(_mm_sub_epi32(whole, half)), bias), 52);
+  return {_mm256_mul_pd(_mm256_mul_pd(x.v, _mm256_castsi256_pd(a)), _mm256_castsi256_pd(b))};
+}
+
+inline float reduce_add(f32v a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+inline double reduce_add(f64v a) {
+  __m128d s = _mm_add_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)));
+}
+inline float reduce_max(f32v a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
+}
+inline double reduce_max(f64v a) {
+  __m128d s = _mm_max_pd(_mm256_castpd256_pd128(a.v), _mm256_extractf128_pd(a.v, 1));
+  return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
+}
+
+// 8 x 8: r[i][j] becomes r[j][i].
+inline void transpose(f32v (&r)[8]) {
+  __m256 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i].v = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1].v = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2].v = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3].v = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m256 lo = r[j].v, hi = r[4 + j].v;
+    r[j].v = _mm256_permute2f128_ps(lo, hi, 0x20);
+    r[4 + j].v = _mm256_permute2f128_ps(lo, hi, 0x31);
+  }
+}

@@ -1,0 +1,135 @@
+// The SIMD vocabulary on AVX-512 (F, BW, DQ, VL), included inside namespace rf::avx512 within its target region.
+// max and min return the second argument when either is NaN; callers rely on it to let NaN through.
+
+struct f32v {
+  __m512 v;
+  static constexpr int size = 16;
+  using scalar = float;
+};
+struct f64v {
+  __m512d v;
+  static constexpr int size = 8;
+  using scalar = double;
+};
+
+inline __mmask16 lanes16(int64_t n) { return (__mmask16)((1u << n) - 1); }
+inline __mmask8 lanes8(int64_t n) { return (__mmask8)((1u << n) - 1); }
+
+inline f32v set1(float x) { return {_mm512_set1_ps(x)}; }
+inline f64v set1(double x) { return {_mm512_set1_pd(x)}; }
+
+inline f32v widen(__m256i h, const bf16*) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
+}
+inline f32v widen(__m256i h, const f16*) { return {_mm512_cvtph_ps(h)}; }
+
+// Round to nearest even; a NaN keeps its sign and becomes quiet.
+inline __m256i narrow(f32v x, const bf16*) {
+  __m512i u = _mm512_castps_si512(x.v);
+  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+  __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
+}
+inline __m256i narrow(f32v x, const f16*) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
+
+inline f32v load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline f64v load(const double* p) { return {_mm512_loadu_pd(p)}; }
+inline f32v load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p), p); }
+inline f32v load(const f16* p) { return widen(_mm256_loadu_si256((const __m256i*)p), p); }
+
+// The first n lanes from memory, 0 <= n < size; nothing beyond them is touched. The other lanes are zero.
+inline f32v load_n(const float* p, int64_t n) { return {_mm512_maskz_loadu_ps(lanes16(n), p)}; }
+inline f64v load_n(const double* p, int64_t n) { return {_mm512_maskz_loadu_pd(lanes8(n), p)}; }
+inline f32v load_n(const bf16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(lanes16(n), p), p); }
+inline f32v load_n(const f16* p, int64_t n) { return widen(_mm256_maskz_loadu_epi16(lanes16(n), p), p); }
+
+// Lanes n and above replaced by those of fill.
+inline f32v first_n(f32v x, int64_t n, f32v fill) { return {_mm512_mask_mov_ps(fill.v, lanes16(n), x.v)}; }
+inline f64v first_n(f64v x, int64_t n, f64v fill) { return {_mm512_mask_mov_pd(fill.v, lanes8(n), x.v)}; }
+
+inline void store(float* p, f32v x) { _mm512_storeu_ps(p, x.v); }
+inline void store(double* p, f64v x) { _mm512_storeu_pd(p, x.v); }
+inline void store(bf16* p, f32v x) { _mm256_storeu_si256((__m256i*)p, narrow(x, p)); }
+inline void store(f16* p, f32v x) { _mm256_storeu_si256((__m256i*)p, narrow(x, p)); }
+inline void store_n(float* p, f32v x, int64_t n) { _mm512_mask_storeu_ps(p, lanes16(n), x.v); }
+inline void store_n(double* p, f64v x, int64_t n) { _mm512_mask_storeu_pd(p, lanes8(n), x.v); }
+inline void store_n(bf16* p, f32v x, int64_t n) { _mm256_mask_storeu_epi16(p, lanes16(n), narrow(x, p)); }
+inline void store_n(f16* p, f32v x, int64_t n) { _mm256_mask_storeu_epi16(p, lanes16(n), narrow(x, p)); }
+
+// Non-temporal: p is aligned to the bytes written.
+inline void stream(float* p, f32v x) { _mm512_stream_ps(p, x.v); }
+inline void stream(double* p, f64v x) { _mm512_stream_pd(p, x.v); }
+inline void stream(bf16* p, f32v x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
+inline void stream(f16* p, f32v x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
+inline void stream_fence() { _mm_sfence(); }
+
+inline f32v operator+(f32v a, f32v b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline f64v operator+(f64v a, f64v b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline f32v operator-(f32v a, f32v b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline f64v operator-(f64v a, f64v b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline f32v operator*(f32v a, f32v b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline f64v operator*(f64v a, f64v b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline f32v operator/(f32v a, f32v b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline f64v operator/(f64v a, f64v b) { return {_mm512_div_pd(a.v, b.v)}; }
+inline f32v fma(f32v a, f32v b, f32v c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline f64v fma(f64v a, f64v b, f64v c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
+inline f32v max(f32v a, f32v b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline f64v max(f64v a, f64v b) { return {_mm512_max_pd(a.v, b.v)}; }
+inline f32v min(f32v a, f32v b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline f64v min(f64v a, f64v b) { return {_mm512_min_pd(a.v, b.v)}; }
+inline f32v abs(f32v a) { return {_mm512_abs_ps(a.v)}; }
+inline f64v abs(f64v a) { return {_mm512_abs_pd(a.v)}; }
+inline f32v copysign(f32v magnitude, f32v sign) {
+  __m512i s = _mm512_and_si512(_mm512_castps_si512(sign.v), _mm512_set1_epi32((int)0x80000000u));
+  return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(_mm512_abs_ps(magnitude.v)), s))};
+}
+// a < b ? x : y, lane by lane; y where a or b is NaN.
+inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) {
+  return {_mm512_mask_mov_pd(y.v, _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+inline f32v round_even(f32v a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline f64v round_even(f64v a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// x * 2^n for integral n, through subnormals to zero and beyond the largest number to infinity.
+inline f32v scale2(f32v x, f32v n) { return {_mm512_scalef_ps(x.v, n.v)}; }
+inline f64v scale2(f64v x, f64v n) { return {_mm512_scalef_pd(x.v, n.v)}; }
+
+inline float reduce_add(f32v a) { return _mm512_reduce_add_ps(a.v); }
+inline double reduce_add(f64v a) { return _mm512_reduce_add_pd(a.v); }
+inline float reduce_max(f32v a) { return _mm512_reduce_max_ps(a.v); }
+inline double reduce_max(f64v a) { return _mm512_reduce_max_pd(a.v); }
+
+// 16 x 16: r[i][j] becomes r[j][i].
+inline void transpose(f32v (&r)[16]) {
+  __m512 t[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    __m512d lo0 = _mm512_castps_pd(t[4 * i]), hi0 = _mm512_castps_pd(t[4 * i + 1]);
+    __m512d lo1 = _mm512_castps_pd(t[4 * i + 2]), hi1 = _mm512_castps_pd(t[4 * i + 3]);
+    r[4 * i].v = _mm512_castpd_ps(_mm512_unpacklo_pd(lo0, lo1));
+    r[4 * i + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(lo0, lo1));
+    r[4 * i + 2].v = _mm512_castpd_ps(_mm512_unpacklo_pd(hi0, hi1));
+    r[4 * i + 3].v = _mm512_castpd_ps(_mm512_unpackhi_pd(hi0, hi1));
+  }
+  // r[4i + j] now holds column 4q + j of rows 4i .. 4i+3 in its 128-bit quarter q: exchange quarters.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m512 a = _mm512_shuffle_f32x4(r[j].v, r[4 + j].v, 0x88), b = _mm512_shuffle_f32x4(r[8 + j].v, r[12 + j].v, 0x88);
+    __m512 c = _mm512_shuffle_f32x4(r[j].v, r[4 + j].v, 0xdd), d = _mm512_shuffle_f32x4(r[8 + j].v, r[12 + j].v, 0xdd);
+    t[j] = _mm512_shuffle_f32x4(a, b, 0x88);
+    t[8 + j] = _mm512_shuffle_f32x4(a, b, 0xdd);
+    t[4 + j] = _mm512_shuffle_f32x4(c, d, 0x88);
+    t[12 + j] = _mm512_shuffle_f32x4(c, d, 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) r[i].v = t[i];
+}

@@ -1,0 +1,92 @@
+// The SIMD vocabulary with one lane, in plain C++, included inside namespace rf::scalar: the fallback everywhere, and
+// the easiest place to read what each word means. max and min return the second argument when either is NaN.
+
+struct f32v {
+  float v;
+  static constexpr int size = 1;
+  using scalar = float;
+};
+struct f64v {
+  double v;
+  static constexpr int size = 1;
+  using scalar = double;
+};
+
+inline f32v set1(float x) { return {x}; }
+inline f64v set1(double x) { return {x}; }
+
+inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
+inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+
+inline f32v load(const float* p) { return {*p}; }
+inline f64v load(const double* p) { return {*p}; }
+inline f32v load(const bf16* p) { return {float_of((uint32_t)p->bits << 16)}; }
+inline f32v load(const f16* p) {
+  uint32_t h = p->bits, sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
+  if (magnitude >= 0x7c00u) return {float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13)};
+  if (magnitude < 0x400u) return {std::copysign((float)magnitude * 5.9604644775390625e-8f, float_of(sign))};  // * 2^-24
+  return {float_of(sign | ((magnitude << 13) + (112u << 23)))};
+}
+
+// A vector of one lane has no tails: n is always zero in what follows.
+inline f32v load_n(const float*, int64_t) { return {0.0f}; }
+inline f64v load_n(const double*, int64_t) { return {0.0}; }
+inline f32v load_n(const bf16*, int64_t) { return {0.0f}; }
+inline f32v load_n(const f16*, int64_t) { return {0.0f}; }
+inline f32v first_n(f32v, int64_t, f32v fill) { return fill; }
+inline f64v first_n(f64v, int64_t, f64v fill) { return fill; }
+template <class T, class V> inline void store_n(T*, V, int64_t) {}
+
+inline void store(float* p, f32v x) { *p = x.v; }
+inline void store(double* p, f64v x) { *p = x.v; }
+// Round to nearest even; a NaN keeps its sign and becomes quiet.
+inline void store(bf16* p, f32v x) {
+  uint32_t u = bits_of(x.v);
+  p->bits = (uint16_t)(x.v != x.v ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+}
+inline void store(f16* p, f32v x) {
+  uint32_t u = bits_of(x.v), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) {
+    p->bits = (uint16_t)(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    p->bits = (uint16_t)(sign | 0x7c00u);
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits at the bottom, rounded
+    p->bits = (uint16_t)(sign | (bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u));
+  } else {
+    p->bits = (uint16_t)(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+  }
+}
+template <class T, class V> inline void stream(T* p, V x) { store(p, x); }
+inline void stream_fence() {}
+
+inline f32v operator+(f32v a, f32v b) { return {a.v + b.v}; }
+inline f64v operator+(f64v a, f64v b) { return {a.v + b.v}; }
+inline f32v operator-(f32v a, f32v b) { return {a.v - b.v}; }
+inline f64v operator-(f64v a, f64v b) { return {a.v - b.v}; }
+inline f32v operator*(f32v a, f32v b) { return {a.v * b.v}; }
+inline f64v operator*(f64v a, f64v b) { return {a.v * b.v}; }
+inline f32v operator/(f32v a, f32v b) { return {a.v / b.v}; }
+inline f64v operator/(f64v a, f64v b) { return {a.v / b.v}; }
+inline f32v fma(f32v a, f32v b, f32v c) { return {a.v * b.v + c.v}; }
+inline f64v fma(f64v a, f64v b, f64v c) { return {a.v * b.v + c.v}; }
+inline f32v max(f32v a, f32v b) { return {a.v > b.v ? a.v : b.v}; }
+inline f64v max(f64v a, f64v b) { return {a.v > b.v ? a.v : b.v}; }
+inline f32v min(f32v a, f32v b) { return {a.v < b.v ? a.v : b.v}; }
+inline f64v min(f64v a, f64v b) { return {a.v < b.v ? a.v : b.v}; }
+inline f32v abs(f32v a) { return {std::fabs(a.v)}; }
+inline f64v abs(f64v a) { return {std::fabs(a.v)}; }
+inline f32v copysign(f32v magnitude, f32v sign) { return {std::copysign(magnitude.v, sign.v)}; }
+// a < b ? x : y; y where a or b is NaN.
+inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) { return a.v < b.v ? x : y; }
+inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) { return a.v < b.v ? x : y; }
+inline f32v round_even(f32v a) { return {std::nearbyintf(a.v)}; }
+inline f64v round_even(f64v a) { return {std::nearbyint(a.v)}; }
+// x * 2^n for integral n, through subnormals to zero and beyond the largest number to infinity; a NaN n gives NaN.
+inline f32v scale2(f32v x, f32v n) { return {n.v == n.v ? std::ldexp(x.v, (int)n.v) : n.v}; }
+inline f64v scale2(f64v x, f64v n) { return {n.v == n.v ? std::ldexp(x.v, (int)n.v) : n.v}; }
+
+inline float reduce_add(f32v a) { return a.v; }
+inline double reduce_add(f64v a) { return a.v; }
+inline float reduce_max(f32v a) { return a.v; }
+inline double reduce_max(f64v a) { return a.v; }
+inline void transpose(f32v (&)[1]) {}

@@ -1,0 +1,60 @@
+// Every tuning constant of the CPU kernels, each with its reason.
+#pragma once
+#include <cstdint>
+
+#include "types.h"
+
+namespace rf::tuning {
+
+// Softmax family: elements handled at a time. 2048 floats are 8 KiB: the maximum's pass leaves them in L1 for the
+// exponentials' pass, together with a staged copy of half-precision or soft-capped logits and one of weights.
+constexpr int64_t kBlock = 2048;
+
+// Rows gathered at a time when classes are not adjacent in memory: one 64-byte line of floats.
+constexpr int64_t kTileRows = 16;
+// Room for a tile each of logits, probabilities and the probabilities' gradient, in either accumulator type.
+constexpr int64_t tile_scratch_bytes(int64_t classes) { return 3 * kTileRows * classes * 8; }
+
+// A row up to this many accumulator bytes is exponentiated once and scaled while still in L2; longer rows are cheaper
+// to exponentiate twice than to read back.
+constexpr int64_t kCachedRowBytes = 256 * 1024;
+
+// Elements below which a second thread costs more than it brings (a fork and join of the pool is about 3 us, and a
+// core does about four exponentials a nanosecond).
+constexpr int64_t kParallelElements = 16 * 1024;
+
+// Partial sums are taken over blocks of rows whose size depends on the shape alone, never on the number of threads, so
+// that sums have the same bits with any number of them.
+constexpr int64_t kSumRows = 1024;
+constexpr int64_t rows_per_sum(int64_t classes) {
+  int64_t rows = 32768 / (classes > 0 ? classes : 1);
+  return rows < 1 ? 1 : rows > kSumRows ? kSumRows : rows;
+}
+constexpr int64_t kSumElements = 16 * 1024;
+
+// Terms that one accumulator lane adds up before its sum is put aside, where K or the number of rows is not blocked for
+// other reasons: rounding errors grow with the length of a chain of additions.
+constexpr int64_t kChain = 128;
+
+// Outputs from this size on are advised onto huge pages before first touch: page faults cost more than the kernel.
+constexpr int64_t kHugePageBytes = 4 << 20;
+
+// Outputs from this size on are written past the caches. Smaller ones are likely to be read from them next.
+constexpr int64_t kStreamBytes = 64 << 20;
+
+// Register tiles of the GEMM: rows x vectors accumulators, one row of B and a broadcast of A fill the registers (16 on
+// AVX2; 32 on AVX-512 and NEON). The scalar tile only bounds the loop overhead.
+struct RegisterTile { int rows, vectors; };
+constexpr RegisterTile kTileScalar = {4, 4}, kTileAvx2 = {6, 2}, kTileAvx512 = {14, 2}, kTileNeon = {8, 3};
+
+// GEMM blocks. KC: a panel of B (KC x 2 vectors) stays in L1 while panels of A pass. MC: a block of A fills part of L2;
+// a multiple of every tile's rows. NC: a panel of B stays in the last-level cache.
+struct GemmBlocks { int64_t mc, kc, nc; };
+constexpr GemmBlocks kGemmBlocks = {168, 384, 4096};
+
+// Up to this many rows on one side, and a multiple of the register tile wasted on padding, dot products of unpacked
+// rows beat packing.
+constexpr int64_t kSkinny = 32;
+constexpr int64_t kFewRows = 8;
+
+}  // namespace rf::tuning

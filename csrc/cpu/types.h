@@ -1,0 +1,58 @@
+// Plain types that the kernels and their callers share. No torch, no intrinsics.
+#pragma once
+#include <cstdint>
+
+namespace rf {
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+enum class DType { f32, f64, bf16, f16 };
+constexpr int kDTypes = 4;
+constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
+
+// The type that arithmetic on T is done in: half types compute in float and are rounded once, when stored.
+template <class T> struct accumulator { using type = float; };
+template <> struct accumulator<double> { using type = double; };
+template <class T> using acc_t = typename accumulator<T>::type;
+
+enum class Activation { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+
+// What the derivative of an activation is computed from.
+enum class Saved { nothing, output, preactivation };
+constexpr Saved saved_for(Activation a) {
+  switch (a) {
+    case Activation::none: return Saved::nothing;
+    case Activation::relu: case Activation::sigmoid: case Activation::tanh: return Saved::output;
+    default: return Saved::preactivation;
+  }
+}
+
+// The outputs of cross_entropy as bits, in the order in which ops return them.
+enum CrossEntropyOutput : int64_t {
+  kOutputLoss = 1, kOutputLse = 2, kOutputEntropy = 4, kOutputLogprob = 8, kOutputArgmax = 16
+};
+
+// A row's statistics as rows of the tensor that is saved for backward; the later ones exist only where they are needed.
+enum CrossEntropyStat { kMax, kLogSum, kEntropy, kMass, kTargetMass };
+constexpr int64_t cross_entropy_stat_rows(bool probabilities, bool entropy) { return probabilities ? 5 : entropy ? 3 : 2; }
+
+// Rows of a tensor whose class (or reduced) dimension lies anywhere: row r starts at
+// (r / inner) * outer_stride + (r % inner) * inner_stride and its elements are class_stride apart.
+struct RowLayout {
+  int64_t inner, outer_stride, inner_stride, class_stride;
+  int64_t offset(int64_t r) const {
+    return inner == 1 ? r * outer_stride : (r / inner) * outer_stride + (r % inner) * inner_stride;
+  }
+};
+
+// A two-dimensional operand. Its rows may be a collapsed pair of dimensions, as in RowLayout; columns are col_stride apart.
+struct MatrixView {
+  const void* data;
+  int64_t inner, outer_stride, row_stride, col_stride;
+  int64_t row_offset(int64_t r) const {
+    return inner == 1 ? r * outer_stride : (r / inner) * outer_stride + (r % inner) * row_stride;
+  }
+};
+
+}  // namespace rf

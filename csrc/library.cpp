@@ -1,0 +1,73 @@
+// Every op's schema, one line each, and the Python module: what was built and what runs here. Ops named composite_* are
+// implemented in Python by reference.py and serve the derivatives that have no kernel.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include "cpu/kernels.h"
+#include "torch_api.h"
+
+#define RF_CROSS_ENTROPY_OPTIONS \
+  "int ignore_index, int reduction, float label_smoothing, float z_loss, float? softcap, float? logit_scale"
+#define RF_CROSS_ENTROPY_GRADS "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_logprob"
+#define RF_CROSS_ENTROPY_SAVED "Tensor target, Tensor? weight, Tensor stats, Tensor weight_sum"
+
+TORCH_LIBRARY(regfast, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
+  m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias, str activation, bool save_preactivation) -> (Tensor output, Tensor preactivation)");
+  m.def("linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor? saved, str activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("composite_linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
+
+  m.def("softmax(Tensor input, int dim, bool log) -> Tensor");
+  m.def("softmax_forward(Tensor input, int dim, bool log) -> Tensor");
+  m.def("softmax_backward(Tensor grad, Tensor output, int dim, bool log) -> Tensor");
+  m.def("composite_softmax(Tensor input, int dim, bool log) -> Tensor");
+
+  m.def("logsumexp(Tensor input, int dim, bool keepdim) -> Tensor");
+  m.def("logsumexp_forward(Tensor input, int dim, bool keepdim) -> Tensor");
+  m.def("logsumexp_backward(Tensor grad, Tensor input, Tensor lse, int dim) -> Tensor");
+  m.def("composite_logsumexp(Tensor input, int dim, bool keepdim) -> Tensor");
+
+  m.def("cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS ", int outputs, bool inplace_backward, ScalarType? loss_dtype) -> Tensor[]");
+  m.def("cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
+  m.def("cross_entropy_backward(" RF_CROSS_ENTROPY_GRADS ", Tensor input, " RF_CROSS_ENTROPY_SAVED ", " RF_CROSS_ENTROPY_OPTIONS ", bool[2] output_mask) -> (Tensor, Tensor)");
+  m.def("cross_entropy_backward_(" RF_CROSS_ENTROPY_GRADS ", Tensor(a!) input, " RF_CROSS_ENTROPY_SAVED ", " RF_CROSS_ENTROPY_OPTIONS ", bool grad_target) -> Tensor");
+  m.def("composite_cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
+
+  m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
+  m.def("mse_loss_forward(Tensor input, Tensor target, int reduction) -> Tensor");
+  m.def("mse_loss_backward(Tensor grad, Tensor input, Tensor target, int reduction, bool[2] output_mask) -> (Tensor, Tensor)");
+  m.def("composite_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
+}
+
+namespace {
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (auto table = rf::available_kernels(); *table; ++table) names.push_back((*table)->isa);
+  return names;
+}
+
+pybind11::dict build_info() {
+  pybind11::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(__VERSION__)
+  info["compiler"] = __VERSION__;
+#endif
+  info["cxx_standard"] = (long)__cplusplus;
+  info["isas"] = isas();
+  info["isa"] = rf::kernels().isa;
+  info["cuda"] = false;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
+  m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
+  m.def("build_info", build_info, "What was built, against which torch, and what runs here.");
+  m.def("fma_gflops", [](double seconds) { return rf::kernels().fma_gflops(seconds); }, pybind11::arg("seconds"),
+        pybind11::call_guard<pybind11::gil_scoped_release>(),
+        "Measured float32 fma rate of the calling thread with the ISA in use, GFLOP/s.");
+}

@@ -1,0 +1,99 @@
+// The only header that names torch for the device layers and the autograd files.
+#pragma once
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/autocast_mode.h>
+#include <torch/autograd.h>
+#include <torch/library.h>
+
+#include <string_view>
+
+#include "cpu/types.h"
+
+namespace rf {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using std::string_view;
+
+inline bool has_kernel(at::ScalarType t) {
+  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+}
+inline DType dtype_of(at::ScalarType t) {
+  return t == at::kDouble ? DType::f64 : t == at::kBFloat16 ? DType::bf16 : t == at::kHalf ? DType::f16 : DType::f32;
+}
+inline at::ScalarType acc_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Whether a torch.func transform is active: it keeps this key on its thread from the first layer to the last.
+inline bool inside_transform() {
+  return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+// Whether a call has to take the plain composite: inside a torch.func transform, with a forward-mode tangent, for a
+// dtype without kernels or on a device that has none.
+inline bool takes_composite(std::initializer_list<const Tensor*> tensors) {
+  if (inside_transform()) return true;
+  for (const Tensor* t : tensors) {
+    if (!t->defined()) continue;
+    if (t->_fw_grad(0).defined()) return true;
+    if (!t->is_cpu() && !t->is_meta()) return true;
+  }
+  return !has_kernel((*tensors.begin())->scalar_type());
+}
+
+inline bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  for (const Tensor* t : tensors)
+    if (t->defined() && t->requires_grad()) return true;
+  return false;
+}
+
+inline const Tensor& value_or_undefined(const OptionalTensor& t) {
+  static const Tensor undefined;
+  return t.has_value() ? *t : undefined;
+}
+
+// A schema of ours as a typed handle, looked up once per call site.
+template <class Signature> c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+// Gradients of the differentiable outputs of cross_entropy; absent where an output was not asked for or not used.
+struct CrossEntropyUpstream {
+  OptionalTensor loss, lse, entropy, logprob;
+};
+
+// A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through the
+// composite, whose own derivatives and batching rules are torch's.
+inline bool backward_takes_composite() {
+  return at::GradMode::is_enabled() || inside_transform();
+}
+
+// Gradients of composite(inputs), with their own graph under create_graph. Each input takes part under an alias, so that
+// one tensor passed twice gets the gradient of each of its places.
+template <class F>
+inline std::vector<Tensor> composite_gradients(std::vector<Tensor> inputs, const std::vector<Tensor>& grads, F&& composite) {
+  const bool create_graph = at::GradMode::is_enabled();
+  at::AutoGradMode record(true);
+  std::vector<Tensor> sources;
+  std::vector<size_t> places;
+  for (size_t i = 0; i < inputs.size(); ++i) {
+    if (!inputs[i].defined() || !inputs[i].requires_grad()) continue;
+    inputs[i] = inputs[i].view_as(inputs[i]);
+    sources.push_back(inputs[i]);
+    places.push_back(i);
+  }
+  std::vector<Tensor> outputs = composite(inputs), roots, root_grads, result(inputs.size());
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    if (!grads[i].defined() || !outputs[i].requires_grad()) continue;
+    roots.push_back(outputs[i]);
+    root_grads.push_back(grads[i]);
+  }
+  if (roots.empty()) return result;
+  auto computed = torch::autograd::grad(roots, sources, root_grads, /*retain_graph=*/true, create_graph,
+                                        /*allow_unused=*/true);
+  for (size_t i = 0; i < places.size(); ++i) result[places[i]] = computed[i];
+  return result;
+}
+
+}  // namespace rf

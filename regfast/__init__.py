@@ -1,0 +1,25 @@
+"""regfast: fast drop-in PyTorch operators for fully connected layers and the losses on top of them."""
+
+from . import reference
+from ._extension import build_info, isa, isas
+from .cross_entropy import CrossEntropyLoss, cross_entropy
+from .linear import Linear, linear
+from .mse import MSELoss, mse_loss
+from .softmax import log_softmax, logsumexp, softmax
+
+__version__ = "0.1.0"
+__all__ = [
+    "CrossEntropyLoss",
+    "Linear",
+    "MSELoss",
+    "build_info",
+    "cross_entropy",
+    "isa",
+    "isas",
+    "linear",
+    "log_softmax",
+    "logsumexp",
+    "mse_loss",
+    "reference",
+    "softmax",
+]

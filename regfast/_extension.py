@@ -1,0 +1,68 @@
+"""Loads the compiled extension and completes its ops with the composites that serve derivatives without kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"regfast: its extension does not load with torch {torch.__version__} ({error}); "
+        "build it against this torch with: pip install --no-build-isolation ."
+    ) from error
+
+from . import reference
+
+_built, _running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
+if _built != _running:
+    raise ImportError(
+        f"regfast: built against torch {_built}, imported with torch {_running}; "
+        "build it against this torch with: pip install --no-build-isolation ."
+    )
+
+isa = _C.isa
+isas = _C.isas
+build_info = _C.build_info
+
+# The outputs of cross_entropy in the order of their bits and of the tensors that the op returns.
+OUTPUTS = reference.OUTPUTS
+
+
+def _composite_softmax(input: Tensor, dim: int, log: bool) -> Tensor:
+    return reference.log_softmax(input, dim) if log else reference.softmax(input, dim)
+
+
+def _composite_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    outputs: int,
+    loss_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    names = [name for bit, name in enumerate(OUTPUTS) if outputs >> bit & 1]
+    return reference.cross_entropy_outputs(
+        input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, names, loss_dtype
+    )
+
+
+_library = torch.library.Library("regfast", "FRAGMENT")
+for _name, _composite in {
+    "composite_linear": lambda input, weight, bias, activation: reference.linear(
+        input, weight, bias, activation=activation
+    ),
+    "composite_softmax": _composite_softmax,
+    "composite_logsumexp": reference.logsumexp,
+    "composite_cross_entropy": _composite_cross_entropy,
+    "composite_mse_loss": lambda input, target, reduction: reference.mse_loss(
+        input, target, reduction=reference.REDUCTIONS[reduction]
+    ),
+}.items():
+    _library.impl(_name, _composite, "CompositeImplicitAutograd")

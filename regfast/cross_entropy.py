@@ -1,0 +1,139 @@
+"""Softmax cross-entropy, and what else the same pass over the logits can give."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction
+
+from ._extension import OUTPUTS
+
+_cross_entropy = torch.ops.regfast.cross_entropy.default
+
+
+@cache
+def _selection(outputs: tuple[str, ...]) -> tuple[int, type | None, tuple[int, ...]]:
+    """The op's bits for some names, the result's type, and where in the op's list each name is."""
+    if not outputs or any(name not in OUTPUTS for name in outputs) or len(set(outputs)) != len(outputs):
+        raise ValueError(
+            f"regfast.cross_entropy: outputs: expected different names among {', '.join(OUTPUTS)}, got {outputs!r}"
+        )
+    in_order = sorted(outputs, key=OUTPUTS.index)
+    bits = sum(1 << OUTPUTS.index(name) for name in outputs)
+    result = namedtuple("CrossEntropyOutput", outputs) if len(outputs) > 1 else None
+    return bits, result, tuple(in_order.index(name) for name in outputs)
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    outputs: str | tuple[str, ...] = ("loss",),
+    inplace_backward: bool = False,
+    loss_dtype: torch.dtype | None = None,
+):
+    """Softmax cross-entropy of logits, as :func:`torch.nn.functional.cross_entropy`, and more from the same pass.
+
+    With ``z = softcap * tanh(logit_scale * input / softcap)`` (each factor only where given) and ``lse = logsumexp(z)``
+    over the classes, the loss of a row is ``F.cross_entropy``'s of ``z`` plus ``z_loss * lse**2`` (which class weights
+    do not multiply), and 0 where the row is ignored.
+
+    Args:
+        input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float32, float64, bfloat16 or float16.
+        target: class indices, input's shape without C, int64 or uint8; or probabilities of input's shape.
+        weight: of each class, ``(C)``, input's dtype.
+        size_average, reduce: deprecated, as in torch.
+        ignore_index: rows with this target have no loss and no gradient, and do not count in the mean.
+        reduction: none, mean (over the rows' class weights for indices, over the rows for probabilities) or sum.
+        label_smoothing: from 0 to 1 (Szegedy et al., "Rethinking the Inception architecture", 2016).
+        z_loss: coefficient of the squared log-normalizer (Chowdhery et al., "PaLM", 2022).
+        softcap: bound on the logits' magnitude (Gemma Team, "Gemma 2", 2024). logit_scale: their inverse temperature.
+        outputs: names among loss, lse, entropy, logprob (differentiable) and argmax (the first maximum). logprob is
+            that of the target class, 0 where ignored; ``sum(target * log p)`` for probabilities. All but a reduced loss
+            have one number per row.
+        inplace_backward: let backward write the gradient over input, whose version counter moves: a training step then
+            needs no second buffer of input's size. input must not be a leaf that requires grad. Ignored while compiling.
+        loss_dtype: of all floating outputs; input's dtype by default. Half types are computed in float32 either way.
+
+    Returns:
+        The tensor for one name, a named tuple for several.
+
+    Raises:
+        IndexError: for a class out of range. ValueError: for batch sizes that differ, an unknown reduction or output.
+        RuntimeError: for shapes, dtypes or options that do not fit, as ``F.cross_entropy`` does.
+
+    Saved for backward: input, target, weight, and per row the maximum and the log of the sum (with the entropy, or with
+    probabilities the target's mass, where these are used): no probabilities of input's size. Backward recomputes
+    ``softmax - target`` from them in one pass (one read, one write).
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    bits, result, places = _selection((outputs,) if isinstance(outputs, str) else tuple(outputs))
+    tensors = _cross_entropy(
+        input,
+        target,
+        weight,
+        ignore_index,
+        _reduction.get_enum(reduction),
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        bits,
+        inplace_backward,
+        loss_dtype,
+    )
+    return tensors[0] if result is None else result(*(tensors[i] for i in places))
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """:class:`torch.nn.CrossEntropyLoss` computed by :func:`regfast.cross_entropy`, whose further options it takes."""
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        outputs: str | tuple[str, ...] = ("loss",),
+        inplace_backward: bool = False,
+        loss_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.options = {
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "outputs": outputs,
+            "inplace_backward": inplace_backward,
+            "loss_dtype": loss_dtype,
+        }
+
+    def forward(self, input: Tensor, target: Tensor):
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **self.options,
+        )

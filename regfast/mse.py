@@ -1,0 +1,50 @@
+"""Mean squared error, the Gaussian likelihood's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import _reduction
+
+from . import _extension, reference  # noqa: F401  _extension registers the ops
+
+_mse_loss = torch.ops.regfast.mse_loss.default
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``(input - target) ** 2``, reduced, as :func:`torch.nn.functional.mse_loss`.
+
+    Args:
+        input, target: of one shape and dtype; others broadcast and promote as in torch, by torch's own operators.
+        size_average, reduce: deprecated, as in torch.
+        reduction: none, mean (over all elements) or sum.
+        weight: of each element, or None; weighted losses are computed by torch's own operators.
+
+    Returns:
+        A scalar, or with reduction none a tensor of input's shape; input's dtype. Sums are kept in float64 over blocks of
+        fixed size, so they have the same bits with any number of threads.
+
+    Raises:
+        ValueError: for an unknown reduction. RuntimeError: for shapes that do not broadcast.
+
+    Saved for backward: input and target; the residual ``input - target`` is recomputed.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _reduction.legacy_get_string(size_average, reduce)
+    if weight is not None:
+        return reference.mse_loss(input, target, reduction=reduction, weight=weight)
+    return _mse_loss(input, target, _reduction.get_enum(reduction))
+
+
+class MSELoss(nn.MSELoss):
+    """:class:`torch.nn.MSELoss` computed by :func:`regfast.mse_loss`."""
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return mse_loss(input, target, reduction=self.reduction)

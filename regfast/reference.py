@@ -1,0 +1,234 @@
+"""The same maths in plain torch: the specification, the oracle of the tests, and the fallback for derivatives.
+
+Every function has the signature, shapes, dtypes and errors of its namesake in ``regfast``, and is built from torch
+operators that have first and second derivatives, forward mode and batching rules, so that ``create_graph=True``,
+``torch.func`` and forward mode can be routed here. Half types are computed in float32 and rounded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import reduce as fold
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import _reduction as _Reduction
+
+__all__ = ["cross_entropy", "cross_entropy_outputs", "linear", "log_softmax", "logsumexp", "mse_loss", "softmax"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+
+REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's reduction numbers
+OUTPUTS = ("loss", "lse", "entropy", "logprob", "argmax")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def _up(x: Tensor | None) -> Tensor | None:
+    """Half types as float32, everything else as it is."""
+    return x.float() if x is not None and x.dtype in HALF else x
+
+
+def _promoted(*tensors: Tensor | None) -> torch.dtype:
+    """The dtype that torch's elementwise operators give for these tensors, whatever their dimensions."""
+    return fold(torch.promote_types, (x.dtype for x in tensors if x is not None))
+
+
+def _autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of x, and so chooses dtypes; some devices know no autocast at all."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """``activation(input @ weight.T + bias)``."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"regfast.linear: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    if input.dtype in HALF and all(x is None or x.dtype == input.dtype for x in (weight, bias)):
+        y = ACTIVATIONS[activation](F.linear(_up(input), _up(weight), _up(bias)))
+        # Under autocast F.linear has chosen the dtype of the result.
+        return y if _autocast(input) else y.to(input.dtype)
+    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+
+
+def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """``exp(input) / sum(exp(input))`` along ``dim``."""
+    return torch.softmax(input, dim, dtype=dtype)
+
+
+def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """``input - logsumexp(input)`` along ``dim``."""
+    return torch.log_softmax(input, dim, dtype=dtype)
+
+
+def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) -> Tensor:
+    """``log(sum(exp(input)))`` over ``dim``, one dimension or several."""
+    result = torch.logsumexp(_up(input), dim, keepdim)
+    return result.to(input.dtype) if input.dtype in HALF else result
+
+
+def mse_loss(
+    input: Tensor,
+    target: Tensor,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    weight: Tensor | None = None,
+) -> Tensor:
+    """``(input - target) ** 2``, weighted and reduced; with a weight, the mean is divided by the sum of the weights."""
+    loss = F.mse_loss(_up(input), _up(target), size_average, reduce, reduction, _up(weight))
+    # Autocast lists torch's mse_loss among the operators that return float32; its weighted form is no such operator.
+    if weight is None and _autocast(input):
+        return loss
+    return loss.to(_promoted(input, target, weight))
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    outputs: str | tuple[str, ...] = ("loss",),
+    inplace_backward: bool = False,
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Cross-entropy of logits: the tensor for one name in ``outputs``, a plain tuple for several.
+
+    ``inplace_backward`` is accepted and has no effect: plain torch always writes its gradient into memory of its own.
+    """
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    if not names or any(name not in OUTPUTS for name in names):
+        raise ValueError(f"regfast.cross_entropy: outputs: expected names among {', '.join(OUTPUTS)}, got {outputs!r}")
+    results = cross_entropy_outputs(
+        input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, names, loss_dtype
+    )
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def cross_entropy_outputs(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int | str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    outputs: Sequence[str],
+    loss_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """One tensor per name in ``outputs``, in that order; what each name means is defined here."""
+    if isinstance(reduction, int):
+        reduction = REDUCTIONS[reduction]
+    probabilities = target.shape == input.shape
+    autocast = _autocast(input)  # torch's loss is float32 there, and takes any weight
+    if weight is not None and not probabilities and not autocast and weight.dtype != input.dtype:
+        raise RuntimeError(f"regfast.cross_entropy: weight: expected dtype {input.dtype}, got {weight.dtype}")
+
+    # float64 probabilities or weights make a float64 loss, as in torch; other outputs keep input's dtype.
+    dtype = _promoted(input, target, weight) if probabilities else input.dtype
+    if autocast and dtype in HALF:
+        dtype = torch.float32
+    dtypes = {"loss": dtype, "logprob": dtype, "lse": input.dtype, "entropy": input.dtype}
+
+    class_dim = 1 if input.dim() > 1 else 0
+    z = _up(input)
+    if logit_scale is not None:
+        z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    if not probabilities:
+        target = target.long() if target.dtype == torch.uint8 else target
+        target = target.reshape(()) if input.dim() == 1 and target.shape == (1,) else target
+    target, weight = _up(target), _up(weight)
+
+    compute: dict[str, Callable[[], Tensor]] = {
+        "loss": lambda: _loss(z, target, weight, ignore_index, reduction, label_smoothing, z_loss, probabilities),
+        "lse": lambda: torch.logsumexp(z, class_dim),
+        "entropy": lambda: _entropy(z, class_dim),
+        "logprob": lambda: _logprob(z, target, ignore_index, class_dim, probabilities),
+        "argmax": lambda: z.detach().argmax(class_dim),
+    }
+    results = {name: compute[name]() for name in dict.fromkeys(outputs)}
+    return [results[name] if name == "argmax" else results[name].to(loss_dtype or dtypes[name]) for name in outputs]
+
+
+def _loss(
+    z: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    probabilities: bool,
+) -> Tensor:
+    """torch's own loss, and what comes to each row on top of it."""
+    class_dim = 1 if z.dim() > 1 else 0
+    smoothing = 0.0
+    if not probabilities:
+        # Smoothed here, not by torch, whose way to do it has no batching rule for a batch of targets alone.
+        smoothing, label_smoothing = label_smoothing, 0.0
+        if not 0 <= smoothing <= 1:
+            raise RuntimeError(
+                f"regfast.cross_entropy: label_smoothing: expected a number from 0 to 1, got {smoothing}"
+            )
+    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    loss = F.cross_entropy(z, target, weight, **options)
+    if smoothing == 0 and z_loss == 0:
+        return loss
+
+    rows = z.new_zeros(())
+    if smoothing:
+        log_p = torch.log_softmax(z, class_dim)
+        if weight is not None:
+            log_p = log_p * weight.view([-1 if d == class_dim else 1 for d in range(z.dim())])
+        rows = rows - smoothing / z.shape[class_dim] * log_p.sum(class_dim)
+        loss = (1 - smoothing) * loss
+    lse = torch.logsumexp(z, class_dim)
+    valid = torch.ones_like(lse, dtype=torch.bool) if probabilities else target != ignore_index
+    if z_loss:
+        # The mask comes before the square, so that an infinite lse of an ignored row gives no NaN in any derivative.
+        rows = rows + z_loss * torch.where(valid, lse, 0).square()
+    rows = torch.where(valid, rows, 0)
+    if reduction == "none":
+        return loss + rows
+    if reduction == "sum":
+        return loss + rows.sum()
+    if weight is None or probabilities:
+        count = valid.sum()
+    else:
+        count = torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
+    return loss + rows.sum() / count
+
+
+def _entropy(z: Tensor, class_dim: int) -> Tensor:
+    log_p = torch.log_softmax(z, class_dim)
+    # p log p is 0 where p is 0: an infinite log p would make it 0 * inf, in the value and in both derivatives.
+    return -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(class_dim)
+
+
+def _logprob(z: Tensor, target: Tensor, ignore_index: int, class_dim: int, probabilities: bool) -> Tensor:
+    log_p = torch.log_softmax(z, class_dim)
+    if probabilities:
+        return (log_p * target).sum(class_dim)
+    return -F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")  # 0 where ignored

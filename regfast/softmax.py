@@ -1,0 +1,68 @@
+"""softmax, log_softmax and logsumexp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import _extension  # noqa: F401  registers the ops
+
+_softmax = torch.ops.regfast.softmax.default
+_logsumexp = torch.ops.regfast.logsumexp.default
+
+
+def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """``exp(input - m) / sum(exp(input - m))`` along ``dim``, m the maximum, as :func:`torch.softmax`.
+
+    Args:
+        input: any shape and strides; float32, float64, bfloat16 and float16 have kernels (half types compute in float32).
+        dim: the dimension whose entries sum to one.
+        dtype: input is cast to it first.
+
+    Returns:
+        A contiguous tensor of input's shape. A row of -inf, or with +inf or NaN in it, is NaN.
+
+    Raises:
+        IndexError: for a ``dim`` out of range. NotImplementedError: for integers.
+
+    Saved for backward: input (as the graph's edge) and output. One read of a row that fits the caches; the sum is kept
+    online over blocks of longer rows (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
+    """
+    return _softmax(input if dtype is None else input.to(dtype), dim, False)
+
+
+def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
+    """``(input - m) - log(sum(exp(input - m)))`` along ``dim``, m the maximum, as :func:`torch.log_softmax`.
+
+    Arguments, errors, method and what is saved are those of :func:`softmax`.
+    """
+    return _softmax(input if dtype is None else input.to(dtype), dim, True)
+
+
+def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) -> Tensor:
+    """``log(sum(exp(input)))`` over one or several dimensions, as :func:`torch.logsumexp`.
+
+    Args:
+        input: any shape and strides; float32, float64, bfloat16 and float16 have kernels.
+        dim: a dimension, or several, which are reduced together.
+        keepdim: whether reduced dimensions stay, with size one.
+
+    Returns:
+        input's shape without ``dim``. A row of -inf gives -inf; one with +inf and no NaN gives +inf.
+
+    Raises:
+        IndexError: for a ``dim`` out of range. RuntimeError: for one named twice.
+
+    Saved for backward: input and the result in float32 (float64 for float64).
+    """
+    if isinstance(dim, int):
+        return _logsumexp(input, dim, keepdim)
+    dims = sorted({d % input.dim() if -input.dim() <= d < input.dim() else d for d in dim})
+    if len(dims) != len(tuple(dim)) or not dims or dims[0] < 0 or dims[-1] >= input.dim():
+        return torch.logsumexp(input, dim, keepdim)  # torch's own errors, and its meaning of no dimension
+    kept = [d for d in range(input.dim()) if d not in dims]
+    rows = input.permute(*kept, *dims).reshape(*(input.shape[d] for d in kept), -1)
+    result = _logsumexp(rows, -1, False)
+    return result.reshape([1 if d in dims else n for d, n in enumerate(input.shape)]) if keepdim else result
