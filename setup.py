@@ -3,6 +3,7 @@
 import glob
 import os
 
+import torch
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension
 
@@ -10,6 +11,15 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
 
 os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+
+
+class Build(BuildExtension):
+    """Keeps objects between builds, apart for each torch, where setuptools would use a temporary folder."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        self.build_temp = f"build/torch-{torch.__version__}"
+
 
 setup(
     ext_modules=[
@@ -21,5 +31,5 @@ setup(
             extra_compile_args={"cxx": CXX_FLAGS},
         )
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": Build},
 )

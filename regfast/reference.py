@@ -30,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's reduction numbers
 OUTPUTS = ("loss", "lse", "entropy", "logprob", "argmax")
 HALF = (torch.float16, torch.bfloat16)
+FLOATING = "a floating-point dtype"
 
 
 def _up(x: Tensor | None) -> Tensor | None:
@@ -48,10 +49,17 @@ def _autocast(x: Tensor) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def _require(condition: bool, error: type[Exception], what: str, expected: object, got: object) -> None:
+    """Raises what torch raises, in the words of this library."""
+    if not condition:
+        raise error(f"regfast.{what}: expected {expected}, got {got}")
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
     """``activation(input @ weight.T + bias)``."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"regfast.linear: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+    names = ", ".join(ACTIVATIONS)
+    _require(activation in ACTIVATIONS, ValueError, "linear: activation", f"one of {names}", repr(activation))
+    _require(weight.dim() <= 2, RuntimeError, "linear: weight", "1 or 2 dimensions", tuple(weight.shape))
     if input.dtype in HALF and all(x is None or x.dtype == input.dtype for x in (weight, bias)):
         y = ACTIVATIONS[activation](F.linear(_up(input), _up(weight), _up(bias)))
         # Under autocast F.linear has chosen the dtype of the result.
@@ -61,11 +69,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """``exp(input) / sum(exp(input))`` along ``dim``."""
+    _require((dtype or input.dtype).is_floating_point, NotImplementedError, "softmax: input", FLOATING, input.dtype)
     return torch.softmax(input, dim, dtype=dtype)
 
 
 def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """``input - logsumexp(input)`` along ``dim``."""
+    _require((dtype or input.dtype).is_floating_point, NotImplementedError, "log_softmax: input", FLOATING, input.dtype)
     return torch.log_softmax(input, dim, dtype=dtype)
 
 
@@ -84,11 +94,24 @@ def mse_loss(
     weight: Tensor | None = None,
 ) -> Tensor:
     """``(input - target) ** 2``, weighted and reduced; with a weight, the mean is divided by the sum of the weights."""
-    loss = F.mse_loss(_up(input), _up(target), size_average, reduce, reduction, _up(weight))
+    if size_average is not None or reduce is not None:
+        reduction = _Reduction.legacy_get_string(size_average, reduce)
+    dtype = _promoted(input, target, weight)
+    _require(
+        reduction in REDUCTIONS, ValueError, "mse_loss: reduction", f"one of {', '.join(REDUCTIONS)}", repr(reduction)
+    )
+    _require(dtype.is_floating_point, NotImplementedError, "mse_loss: input", FLOATING, dtype)
+    if weight is not None:
+        _require(weight.shape == input.shape, ValueError, "mse_loss: weight", tuple(input.shape), tuple(weight.shape))
+    pairs = zip(reversed(input.shape), reversed(target.shape), strict=False)
+    broadcast = all(a == b or a == 1 or b == 1 for a, b in pairs)
+    shape = f"a shape that broadcasts with {tuple(input.shape)}"
+    _require(broadcast, RuntimeError, "mse_loss: target", shape, tuple(target.shape))
+    loss = F.mse_loss(_up(input), _up(target), reduction=reduction, weight=_up(weight))
     # Autocast lists torch's mse_loss among the operators that return float32; its weighted form is no such operator.
     if weight is None and _autocast(input):
         return loss
-    return loss.to(_promoted(input, target, weight))
+    return loss.to(dtype)
 
 
 def cross_entropy(
@@ -115,8 +138,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    if not names or any(name not in OUTPUTS for name in names):
-        raise ValueError(f"regfast.cross_entropy: outputs: expected names among {', '.join(OUTPUTS)}, got {outputs!r}")
+    known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
+    _require(known, ValueError, "cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
     results = cross_entropy_outputs(
         input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, names, loss_dtype
     )
@@ -139,10 +162,16 @@ def cross_entropy_outputs(
     """One tensor per name in ``outputs``, in that order; what each name means is defined here."""
     if isinstance(reduction, int):
         reduction = REDUCTIONS[reduction]
+    names = ", ".join(REDUCTIONS)
+    _require(reduction in REDUCTIONS, ValueError, "cross_entropy: reduction", f"one of {names}", repr(reduction))
+    _require(input.dtype.is_floating_point, NotImplementedError, "cross_entropy: input", FLOATING, input.dtype)
     probabilities = target.shape == input.shape
     autocast = _autocast(input)  # torch's loss is float32 there, and takes any weight
-    if weight is not None and not probabilities and not autocast and weight.dtype != input.dtype:
-        raise RuntimeError(f"regfast.cross_entropy: weight: expected dtype {input.dtype}, got {weight.dtype}")
+    if weight is not None and not probabilities:
+        frozen = not (weight.requires_grad and torch.is_grad_enabled())
+        _require(frozen, RuntimeError, "cross_entropy: weight", "one without gradient for class targets", "one with it")
+        fits = autocast or weight.dtype == input.dtype
+        _require(fits, RuntimeError, "cross_entropy: weight", input.dtype, weight.dtype)
 
     # float64 probabilities or weights make a float64 loss, as in torch; other outputs keep input's dtype.
     dtype = _promoted(input, target, weight) if probabilities else input.dtype
@@ -168,8 +197,8 @@ def cross_entropy_outputs(
         "logprob": lambda: _logprob(z, target, ignore_index, class_dim, probabilities),
         "argmax": lambda: z.detach().argmax(class_dim),
     }
-    results = {name: compute[name]() for name in dict.fromkeys(outputs)}
-    return [results[name] if name == "argmax" else results[name].to(loss_dtype or dtypes[name]) for name in outputs]
+    results = {name: compute[name]() for name in outputs}
+    return [result if name == "argmax" else result.to(loss_dtype or dtypes[name]) for name, result in results.items()]
 
 
 def _loss(
@@ -188,10 +217,7 @@ def _loss(
     if not probabilities:
         # Smoothed here, not by torch, whose way to do it has no batching rule for a batch of targets alone.
         smoothing, label_smoothing = label_smoothing, 0.0
-        if not 0 <= smoothing <= 1:
-            raise RuntimeError(
-                f"regfast.cross_entropy: label_smoothing: expected a number from 0 to 1, got {smoothing}"
-            )
+        _require(0 <= smoothing <= 1, RuntimeError, "cross_entropy: label_smoothing", "a number from 0 to 1", smoothing)
     options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     loss = F.cross_entropy(z, target, weight, **options)
     if smoothing == 0 and z_loss == 0:

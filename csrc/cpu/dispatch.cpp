@@ -4,7 +4,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "drivers.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 namespace rf {
 namespace scalar { extern const Kernels table; }
@@ -52,6 +55,22 @@ const Kernels* choose() {
 const Kernels* const* available_kernels() {
   static const Available available;
   return available.best_first;
+}
+
+bool has_native_gemm(DType dtype) {
+#if defined(__x86_64__)
+  static const auto leaf7 = [] {
+    struct { unsigned a0 = 0, b = 0, c = 0, d = 0, a1 = 0; } r;
+    unsigned unused;
+    __get_cpuid_count(7, 0, &r.a0, &r.b, &r.c, &r.d);
+    if (r.a0 >= 1) __get_cpuid_count(7, 1, &r.a1, &unused, &unused, &unused);
+    return r;
+  }();
+  const bool avx512_bf16 = leaf7.a1 >> 5 & 1, amx_bf16 = leaf7.d >> 22 & 1;
+  if (dtype == DType::bf16) return avx512_bf16 || amx_bf16;
+#endif
+  (void)dtype;
+  return false;
 }
 
 const Kernels& kernels() {

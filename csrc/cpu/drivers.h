@@ -30,6 +30,14 @@ enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
 GemmPath gemm_path(DType dtype, const Gemm& g);
 void gemm(DType dtype, Gemm g);
 
+// Whether a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements;
+// REGFAST_GEMM=own or aten forces either side.
+bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
+// Whether the CPU multiplies this type without converting it.
+bool has_native_gemm(DType dtype);
+
+void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activation activation);
+
 // Large fresh outputs on huge pages; a no-op where the system has none.
 void advise_huge_pages(void* p, int64_t bytes);
 

@@ -10,10 +10,18 @@
 
 namespace rf {
 
+void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activation activation) {
+  const auto kernel = kernels().activation_forward[(int)dtype];
+  const int64_t size = size_of(dtype);
+  parallel_for(n, tuning::kParallelElements, [&](int64_t begin, int64_t end) {
+    kernel((const char*)z + begin * size, (char*)y + begin * size, end - begin, activation);
+  });
+}
+
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows) {
   const auto kernel = kernels().activation_backward[(int)dtype];
   const int64_t acc = dtype == DType::f64 ? 8 : 4, columns = args.columns;
-  const int64_t block = tuning::kChain, blocks = (rows + block - 1) / block;
+  const int64_t block = tuning::kColumnSumRows, blocks = (rows + block - 1) / block;
   const int64_t grain = tuning::kParallelElements / (block * (columns > 0 ? columns : 1)) + 1;
   // Column sums of each block, added in order.
   std::vector<char> partial(args.column_sums ? blocks * columns * acc : 0);

@@ -1,4 +1,20 @@
-// Derivatives of the activations with the bias gradient's column sums, and squared error.
+// Activations on their own (the GEMM's epilogue has them otherwise), their derivatives with the bias gradient's column
+// sums, and squared error.
+
+template <class T, Activation act> inline void activate_all(const T* z, T* y, int64_t n) {
+  using V = vec_t<T>;
+  int64_t j = 0;
+  for (; j + V::size <= n; j += V::size) store(y + j, activate<act>(load(z + j)));
+  if (j < n) store_n(y + j, activate<act>(load_n(z + j, n - j)), n - j);
+}
+
+template <class T> inline void activation_forward(const void* z, void* y, int64_t n, Activation activation) {
+  switch (activation) {
+#define RF_CASE(act) case Activation::act: return activate_all<T, Activation::act>((const T*)z, (T*)y, n)
+    RF_CASE(none); RF_CASE(relu); RF_CASE(gelu); RF_CASE(gelu_tanh); RF_CASE(silu); RF_CASE(sigmoid); RF_CASE(tanh);
+#undef RF_CASE
+  }
+}
 
 // act'(z) from what was saved: the output (relu, sigmoid, tanh) or z itself.
 template <Activation act, class V> inline V activation_derivative(V s) {

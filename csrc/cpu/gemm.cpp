@@ -1,6 +1,10 @@
 // The GEMM engine's loops (five around the micro-kernel, as in BLIS) and the choice of path. Each panel of B is packed
 // by all threads together, then blocks of C are computed in parallel, each thread packing its own block of A.
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "drivers.h"
 #include "parallel.h"
@@ -26,8 +30,9 @@ void packed(DType dtype, const Gemm& g) {
     // Blocks of C: rows first, in multiples of the tile, then columns where rows are too few for all threads.
     const int64_t mc = std::min(blocks.mc / mr * mr, round_up(ceil_div(g.m, threads), mr));
     const int64_t m_blocks = ceil_div(g.m, mc);
-    const int64_t n_groups = std::min(n_panels, std::max<int64_t>(1, m_blocks >= 4 * threads ? 1 : ceil_div(4 * threads, m_blocks)));
-    const int64_t group_panels = ceil_div(n_panels, n_groups);
+    const int64_t wanted_groups = std::max<int64_t>(ceil_div(n, blocks.group), ceil_div(2 * threads, m_blocks));
+    const int64_t group_panels = ceil_div(n_panels, std::min(n_panels, wanted_groups));
+    const int64_t n_groups = ceil_div(n_panels, group_panels);
 
     Epilogue e = g.epilogue;
     if (k_parts > 1) {
@@ -55,7 +60,6 @@ void packed(DType dtype, const Gemm& g) {
           const int64_t block = task / n_groups, group = task % n_groups;
           const int64_t ic = block * mc, m = std::min(mc, g.m - ic);
           const int64_t panel = group * group_panels, end = std::min(n_panels, panel + group_panels);
-          if (panel >= end) continue;
           if (in_a != block) kern.pack_a[t]({g.a, g.a_transposed, ic, m, pc, k, a});
           in_a = block;
           kern.gemm_block[t]({m, std::min(end * nr, n) - panel * nr, k, a, b + panel * nr * k * acc, ic, jc + panel * nr,
@@ -74,11 +78,16 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
   });
 }
 
+// Threads share whichever of C's sides has more register tiles.
 void direct(DType dtype, const Gemm& g) {
-  const int64_t nr = kernels().nr[(int)dtype], panels = ceil_div(g.n, nr);
-  const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, g.m * g.k * nr / 8) + 1;
-  parallel_for(panels, grain, [&](int64_t first, int64_t last) {
-    kernels().gemm_direct[(int)dtype]({g.a, g.a_transposed, g.b, g.m, g.k, first * nr, std::min(last * nr, g.n), g.epilogue});
+  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const bool by_rows = g.m / mr > g.n / nr;
+  const int64_t step = by_rows ? mr : nr, side = by_rows ? g.m : g.n, other = by_rows ? g.n : g.m;
+  const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, step * other * g.k / 8) + 1;
+  parallel_for(ceil_div(side, step), grain, [&](int64_t first, int64_t last) {
+    const int64_t begin = first * step, end = std::min(last * step, side);
+    kernels().gemm_direct[(int)dtype]({g.a, g.a_transposed, g.b, g.k, by_rows ? begin : 0, by_rows ? end : g.m,
+                                       by_rows ? 0 : begin, by_rows ? g.n : end, g.epilogue});
   });
 }
 
@@ -90,6 +99,20 @@ GemmPath gemm_path(DType, const Gemm& g) {
   if (along_k && g.m <= tuning::kFewRows) return GemmPath::dot_few_rows;
   if (!g.b_transposed && g.b.col_stride == 1 && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny)) return GemmPath::direct;
   return GemmPath::packed;
+}
+
+bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
+  enum class Force { neither, own, aten };
+  static const Force force = [] {
+    const char* v = std::getenv("REGFAST_GEMM");
+    if (!v || !*v || !std::strcmp(v, "auto")) return Force::neither;
+    if (!std::strcmp(v, "own")) return Force::own;
+    if (!std::strcmp(v, "aten")) return Force::aten;
+    throw std::runtime_error(std::string("REGFAST_GEMM: expected auto, own or aten, got ") + v);
+  }();
+  if (force != Force::neither) return force == Force::aten;
+  if (n <= tuning::kSkinny || m <= tuning::kFewRows) return false;
+  return has_native_gemm(dtype) && m * n * k >= tuning::kNativeGemmProducts;
 }
 
 void gemm(DType dtype, Gemm g) {

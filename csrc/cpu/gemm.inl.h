@@ -186,18 +186,28 @@ template <class V> inline void micro_kernel(int64_t k, const scalar_t<V>* a, con
     for (int j = 0; j < N; ++j) store(tile + (i * N + j) * V::size, acc[i][j]);
 }
 
-// A block of C. B's panel stays in L1 while A's panels pass.
+// Brings a tile of C that is about to be read and written towards L1 while its products are summed.
+template <class T> inline void prefetch_tile(const Epilogue& e, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* c = (const T*)e.c + (row + i) * e.c_stride + col;
+    __builtin_prefetch(c, 1);
+    __builtin_prefetch(c + cols - 1, 1);
+  }
+}
+
+// A block of C. A's panel stays in L1 while B's panels stream past it from L2; rows of C are written along.
 template <class T> inline void gemm_block(const GemmBlockArgs& g) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int64_t M = kTile.rows, N = kTileColumns<V>;
   alignas(64) A tile[M * N];
-  for (int64_t j = 0; j < g.n; j += N) {
-    const A* b = (const A*)g.b + j * g.k;
-    for (int64_t i = 0; i < g.m; i += M) {
-      micro_kernel<V>(g.k, (const A*)g.a + i * g.k, b, tile);
-      epilogue<T>(tile, N, std::min(M, g.m - i), std::min(N, g.n - j), g.row + i, g.column + j, g.first, g.last,
-                  g.epilogue);
+  for (int64_t i = 0; i < g.m; i += M) {
+    const int64_t rows = std::min(M, g.m - i);
+    for (int64_t j = 0; j < g.n; j += N) {
+      const int64_t cols = std::min(N, g.n - j);
+      prefetch_tile<T>(g.epilogue, g.row + i, g.column + j, rows, cols);
+      micro_kernel<V>(g.k, (const A*)g.a + i * g.k, (const A*)g.b + j * g.k, tile);
+      epilogue<T>(tile, N, rows, cols, g.row + i, g.column + j, g.first, g.last, g.epilogue);
     }
   }
 }

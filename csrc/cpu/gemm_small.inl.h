@@ -137,10 +137,10 @@ template <class T> inline void gemm_direct(const DirectArgs& d) {
   using V = vec_t<T>;
   constexpr int64_t M = kTile.rows, N = kTileColumns<V>;
   alignas(64) A tile[M * N];
-  for (int64_t j = d.begin; j < d.end; j += N) {
-    const int64_t columns = std::min<int64_t>(N, d.end - j);
-    for (int64_t i = 0; i < d.m; i += M) {
-      const int64_t rows = std::min<int64_t>(M, d.m - i);
+  for (int64_t i = d.row_begin; i < d.row_end; i += M) {
+    const int64_t rows = std::min<int64_t>(M, d.row_end - i);
+    for (int64_t j = d.column_begin; j < d.column_end; j += N) {
+      const int64_t columns = std::min<int64_t>(N, d.column_end - j);
       direct_rows<T, M>(d, rows, i, j, columns, tile);
       epilogue<T>(tile, N, rows, columns, i, j, true, true, d.epilogue);
     }

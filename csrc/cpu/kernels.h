@@ -113,13 +113,13 @@ struct DotArgs {
   Epilogue epilogue;
 };
 
-// C(m x n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: small m or small k.
+// C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: small m or small k.
 struct DirectArgs {
   MatrixView a;                        // element (i, k), or (k, i) where a_transposed
   bool a_transposed;
   MatrixView b;                        // col_stride 1
-  int64_t m, k;
-  int64_t begin, end;                  // range of columns
+  int64_t k;
+  int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute
   Epilogue epilogue;
 };
 
@@ -137,6 +137,7 @@ struct Kernels {
   void (*cross_entropy_backward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyGrads&, int64_t row_begin,
                                           int64_t row_end);
 
+  void (*activation_forward[kDTypes])(const void* z, void* y, int64_t n, Activation);
   void (*activation_backward[kDTypes])(const ActivationBackwardArgs&, int64_t row_begin, int64_t row_end);
   double (*squared_error[kDTypes])(const void* x, const void* y, void* each, int64_t n);  // each may be null
   // dx = scale * g * (x - y), dy = -dx, either may be null; g is one number or, with each_grad, n of them

@@ -78,6 +78,17 @@ Tensor advised(Tensor t) {
   return t;
 }
 
+// A tensor of one number, without the dispatch of a fill.
+Tensor number(double value, at::ScalarType type) {
+  Tensor t = at::empty({}, at::TensorOptions(type));
+  switch (type) {
+    case at::kDouble: *t.mutable_data_ptr<double>() = value; break;
+    case at::kFloat: *t.mutable_data_ptr<float>() = (float)value; break;
+    default: t.fill_(value);
+  }
+  return t;
+}
+
 // ---- linear --------------------------------------------------------------------------------------------------------
 
 int64_t rows_of(const Tensor& x) { return product(x.sizes(), 0, x.dim() - 1); }
@@ -86,15 +97,23 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
                                           string_view activation, bool save_preactivation) {
   auto sizes = x.sizes().vec();
   sizes.back() = w.size(0);
+  const DType dtype = dtype_of(x.scalar_type());
+  const Activation act = parse_activation(activation);
+  if (gemm_by_aten(dtype, rows_of(x), w.size(0), w.size(1))) {
+    Tensor z = at::linear(x, w, bias);
+    if (act == Activation::none) return {z, at::empty({0}, x.options())};
+    Tensor y = save_preactivation ? advised(at::empty(sizes, x.options())) : z;
+    activation_forward(dtype, z.const_data_ptr(), y.mutable_data_ptr(), z.numel(), act);
+    return {y, save_preactivation ? z : at::empty({0}, x.options())};
+  }
   Tensor y = advised(at::empty(sizes, x.options()));
   Tensor z = save_preactivation ? advised(at::empty(sizes, x.options())) : at::empty({0}, x.options());
   if (y.numel() == 0) return {y, z};
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
   const Operand a = operand(x), weight = operand(w);
-  gemm(dtype_of(x.scalar_type()),
-       {rows_of(x), w.size(0), w.size(1), a.view, false, weight.view, true,
-        {y.mutable_data_ptr(), w.size(0), nullptr, 0, b.defined() ? b.const_data_ptr() : nullptr,
-         parse_activation(activation), save_preactivation ? z.mutable_data_ptr() : nullptr}});
+  gemm(dtype, {rows_of(x), w.size(0), w.size(1), a.view, false, weight.view, true,
+               {y.mutable_data_ptr(), w.size(0), nullptr, 0, b.defined() ? b.const_data_ptr() : nullptr, act,
+                save_preactivation ? z.mutable_data_ptr() : nullptr}});
   return {y, z};
 }
 
@@ -120,14 +139,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
     if (mask[2]) db = sums.to(x.scalar_type());
     if (activation == Activation::none) dz = g;
   }
-  Tensor dx = mask[0] ? advised(at::empty(x.sizes(), x.options())) : none();
-  Tensor dw = mask[1] ? advised(at::empty(w.sizes(), w.options())) : none();
-  const Operand delta = operand(dz), weight = operand(w), input = operand(x);
-  const auto plain = [](Tensor& c, int64_t stride) {
-    return Epilogue{c.mutable_data_ptr(), stride, nullptr, 0, nullptr, Activation::none, nullptr};
+  const auto product = [&](int64_t rows, int64_t columns, int64_t inner, const Tensor& a, bool a_transposed, const Tensor& b,
+                           at::IntArrayRef sizes) {
+    if (gemm_by_aten(dtype, rows, columns, inner)) {
+      const Tensor a2 = a.reshape({m, n}), b2 = b.reshape({inner, columns});
+      return at::mm(a_transposed ? a2.t() : a2, b2).view(sizes);
+    }
+    Tensor c = advised(at::empty(sizes, x.options()));
+    const Operand left = operand(a), right = operand(b);
+    gemm(dtype, {rows, columns, inner, left.view, a_transposed, right.view, false,
+                 {c.mutable_data_ptr(), columns, nullptr, 0, nullptr, Activation::none, nullptr}});
+    return c;
   };
-  if (mask[0]) gemm(dtype, {m, k, n, delta.view, false, weight.view, false, plain(dx, k)});
-  if (mask[1]) gemm(dtype, {n, k, m, delta.view, true, input.view, false, plain(dw, k)});
+  Tensor dx = mask[0] ? product(m, k, n, dz, false, w, x.sizes()) : none();
+  Tensor dw = mask[1] ? product(n, k, m, dz, true, x, w.sizes()) : none();
   return {dx, dw, db};
 }
 
@@ -293,15 +318,15 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
 
   std::vector<Tensor> results;
   if (outputs & kOutputLoss) {
-    if (!rowwise) loss = at::scalar_tensor(reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss, acc_options);
-    results.push_back(loss.to(result_type));
+    if (rowwise) results.push_back(loss.to(result_type));
+    else results.push_back(number(reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss, result_type));
   }
   if (outputs & kOutputLse) results.push_back(lse.to(result_type));
   if (outputs & kOutputEntropy) results.push_back(stats[kEntropy].reshape(row_shape).to(result_type, false, true));
   if (outputs & kOutputLogprob) results.push_back(logprob.to(result_type));
   if (outputs & kOutputArgmax) results.push_back(argmax);
   results.push_back(stats);
-  results.push_back(at::scalar_tensor(sums.weight, input.options().dtype(at::kDouble)));
+  results.push_back(number(sums.weight, at::kDouble));
   return results;
 }
 
@@ -378,7 +403,7 @@ Tensor mse_loss_forward_cpu(const Tensor& input, const Tensor& target, int64_t r
   const double sum = squared_error(dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(),
                                    each ? out.mutable_data_ptr() : nullptr, x.numel());
   if (each) return out;
-  return at::scalar_tensor(reduction == at::Reduction::Mean ? sum / (double)x.numel() : sum, x.options());
+  return number(reduction == at::Reduction::Mean ? sum / (double)x.numel() : sum, x.scalar_type());
 }
 
 std::tuple<Tensor, Tensor> mse_loss_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& target,

@@ -19,12 +19,16 @@ template <class A> inline A block_max(const A* z, int64_t n) {
   return reduce_max(max(m0, m1));
 }
 
-// Sum of exp(z - m). Lanes past the end count exp(-inf) = 0.
-template <class A> inline A block_exp_sum(const A* z, int64_t n, A m) {
+// Sum of exp(z - m). Lanes past the end count exp(-inf) = 0. Meanwhile what follows at `next` is fetched (past the
+// end of the row that is a hint without effect): memory would idle during this pass otherwise.
+template <class T, class A> inline A block_exp_sum(const A* z, int64_t n, A m, const T* next) {
   using V = vec_t<A>;
+  constexpr int64_t line = 64 / sizeof(T);
   V vm = set1(m), s0 = set1(A(0)), s1 = s0;
   int64_t j = 0;
   for (; j + 2 * V::size <= n; j += 2 * V::size) {
+    __builtin_prefetch(next + j);
+    if constexpr (line < 2 * V::size) __builtin_prefetch(next + j + line);
     s0 = s0 + exp(load(z + j) - vm);
     s1 = s1 + exp(load(z + j + V::size) - vm);
   }
@@ -63,7 +67,7 @@ template <class T> inline RowStats<acc_t<T>> row_stats(const T* x, int64_t n) {
       m = bm;
     }
     // With a maximum of -inf the block holds only -inf, which adds nothing, or NaN, which must be seen.
-    sum += block_exp_sum(z, count, m == minus_infinity<A>() ? A(0) : m);
+    sum += block_exp_sum(z, count, m == minus_infinity<A>() ? A(0) : m, x + j + tuning::kBlock);
   }
   return {m, std::log(sum)};
 }

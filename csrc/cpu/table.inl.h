@@ -14,6 +14,7 @@ constexpr Kernels make_table(const char* isa) {
       RF_EACH_DTYPE(logsumexp_backward),
       RF_EACH_DTYPE(cross_entropy_forward),
       RF_EACH_DTYPE(cross_entropy_backward),
+      RF_EACH_DTYPE(activation_forward),
       RF_EACH_DTYPE(activation_backward),
       RF_EACH_DTYPE(squared_error),
       RF_EACH_DTYPE(squared_error_backward),

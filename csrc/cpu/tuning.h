@@ -35,6 +35,7 @@ constexpr int64_t kSumElements = 16 * 1024;
 // Terms that one accumulator lane adds up before its sum is put aside, where K or the number of rows is not blocked for
 // other reasons: rounding errors grow with the length of a chain of additions.
 constexpr int64_t kChain = 128;
+constexpr int64_t kColumnSumRows = 32;
 
 // Outputs from this size on are advised onto huge pages before first touch: page faults cost more than the kernel.
 constexpr int64_t kHugePageBytes = 4 << 20;
@@ -47,14 +48,20 @@ constexpr int64_t kStreamBytes = 64 << 20;
 struct RegisterTile { int rows, vectors; };
 constexpr RegisterTile kTileScalar = {4, 4}, kTileAvx2 = {6, 2}, kTileAvx512 = {14, 2}, kTileNeon = {8, 3};
 
-// GEMM blocks. KC: a panel of B (KC x 2 vectors) stays in L1 while panels of A pass. MC: a block of A fills part of L2;
-// a multiple of every tile's rows. NC: a panel of B stays in the last-level cache.
-struct GemmBlocks { int64_t mc, kc, nc; };
-constexpr GemmBlocks kGemmBlocks = {168, 384, 4096};
+// GEMM blocks. A panel of A (rows x KC, 14 KiB at most) stays in L1 while a group of B's panels (KC x group, 256 KiB)
+// streams past it from L2, again for each panel of A; MC bounds a thread's packed A (a multiple of every tile's rows);
+// a panel of B (KC x NC) stays in the last-level cache. On Sapphire Rapids (2 MiB L2) 192 to 512 for KC and 256 to 1024
+// for the group are within 10%; with B's panel in L1 and A streaming it was 10 to 20% slower.
+struct GemmBlocks { int64_t mc, kc, nc, group; };
+constexpr GemmBlocks kGemmBlocks = {168, 256, 4096, 256};
 
 // Up to this many rows on one side, and a multiple of the register tile wasted on padding, dot products of unpacked
 // rows beat packing.
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
+
+// Where the CPU has bf16 instructions (AVX512-BF16, AMX), ATen's GEMM uses them and ours converts: 1024^3 forward on
+// Sapphire Rapids, 2 cores: ATen 1050, ours 340 GFLOP/s. Below this many products the call costs more than it saves.
+constexpr int64_t kNativeGemmProducts = 1 << 20;
 
 }  // namespace rf::tuning

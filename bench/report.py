@@ -1,0 +1,242 @@
+"""Turns pytest-benchmark's JSON into bench/results/<machine>.json, a table, a plot and README.md's table."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+MODES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward", "step": "training step"}
+DTYPES = {"float32": "", "bfloat16": "bf16", "float16": "fp16"}
+ENVIRONMENTS = {"avx512_no_bf16": "oneDNN held to plain AVX-512", "avx2": "all held to AVX2"}
+BUSY = 0.1  # CPUs that others may use before a result is called disturbed
+EAGER, HUGE = "#4477aa", "#ee6677"
+
+
+@dataclass
+class Row:
+    label: str
+    regfast: float  # seconds
+    eager: float
+    vs_eager: float  # how many times longer the other takes
+    headline: bool
+    vs_huge_pages: float | None = None
+    vs_compile: float | None = None
+    vs_jax: float | None = None
+    share: float | None = None
+    bound: str = ""
+
+
+def compact(raw: dict) -> dict:
+    """The machine and each case's stored facts, without the raw samples and without the host's name."""
+    cases = [entry["extra_info"] for entry in raw["benchmarks"]]
+    return {"machine": raw["machine_info"]["regfast"], "date": raw["datetime"][:10], "cases": rounded(cases)}
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def describe(case: dict) -> str:
+    shape = " x ".join(map(str, case["shape"]))
+    extra = [case["label"], DTYPES[case["dtype"]], "cold caches" if case["cold"] else ""]
+    return ", ".join([f"{case['op']} {shape}", MODES[case["mode"]], *filter(None, extra)])
+
+
+def rows(result: dict) -> list[Row]:
+    """One row per case, and one more for each environment that stands for another CPU."""
+    found = []
+    for case in result["cases"]:
+        label, headline, others = describe(case), case["headline"], case["environments"]
+        times, ratio = case["median_s"], case["ratio"]
+        row = Row(label, times["regfast"], times["eager"], ratio["eager"], headline)
+        if "huge_pages" in others:
+            row.vs_huge_pages = others["huge_pages"]["ratio"]["eager"]
+        row.vs_compile, row.vs_jax = ratio.get("compile"), ratio.get("jax")
+        row.share, row.bound = case.get("share"), case.get("bound", "")
+        found.append(row)
+        for name, text in ENVIRONMENTS.items():
+            if name in others:
+                times, ratio = others[name]["median_s"], others[name]["ratio"]
+                found.append(Row(f"{label}; {text}", times["regfast"], times["eager"], ratio["eager"], headline))
+    return found
+
+
+def duration(seconds: float) -> str:
+    for unit, scale in (("s", 1), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def share(row: Row) -> str:
+    return f"{row.share:.0%} of {row.bound}" if row.share and row.share >= 0.01 else ""
+
+
+def cells(row: Row) -> list[str]:
+    ratio = [row.vs_eager, row.vs_huge_pages, row.vs_compile, row.vs_jax]
+    return [row.label, duration(row.regfast), duration(row.eager), *map(times, ratio), share(row)]
+
+
+HEADER = ["case", "regfast", "PyTorch", "eager", "huge pages", "compile", "JAX", "ceiling"]
+
+
+def machine_line(result: dict) -> str:
+    machine = result["machine"]
+    memory = machine["bandwidth_gb_s"][-1]
+    peak = machine["fma_gflop_s"]
+    return (
+        f"{machine['cpu']}, {machine['threads']} threads, regfast on {machine['isa']}, torch {machine['torch']}, "
+        f"transparent huge pages: {machine['huge_pages']}; measured: memory read {memory['read']:.0f} and copy "
+        f"{memory['copy']:.0f} GB/s, float32 FMA {peak['all']:.0f} GFLOP/s"
+    )
+
+
+def memory_lines(result: dict) -> list[str]:
+    found = []
+    for case in result["cases"]:
+        if "extra_memory" in case:
+            used = case["extra_memory"]
+            found.append(
+                f"{describe(case)}: extra memory in buffers of the logits' size: PyTorch {used['eager']:.2f}, "
+                f"regfast {used['regfast']:.2f}, regfast in place {used['in_place']:.2f}"
+            )
+    return found
+
+
+def print_table(result: dict, console: Console) -> None:
+    table = Table(title=machine_line(result), title_justify="left")
+    for name in HEADER:
+        table.add_column(name, justify="left" if name in ("case", "ceiling") else "right", no_wrap=name != "case")
+    for row in rows(result):
+        style = "red" if row.vs_eager < 0.95 else "green" if row.vs_eager > 1.05 else ""
+        table.add_row(*cells(row), style=style)
+    console.print(table)
+    for line in memory_lines(result):
+        console.print(line)
+    found = disturbed(result)
+    if found:
+        console.print(
+            f"[bold]Not quiet[/]: others used more than {BUSY} CPUs during {len(found)} measurements. Where no CPU is "
+            "free, a parallel region waits for milliseconds: measure these again on a quiet machine."
+        )
+        console.print("Disturbed: " + "; ".join(found))
+
+
+def disturbed(result: dict) -> list[str]:
+    """The measurements during which other processes took CPU time away."""
+    found = [describe(case) for case in result["cases"] if case["others_cpus"] > BUSY]
+    if result["machine"]["others_cpus"] > BUSY:
+        found.insert(0, "the ceilings themselves (so every share is too high)")
+    return found
+
+
+def markdown(result: dict, picture: str) -> str:
+    """README.md's part: the headline cases, how to read them, the picture of all cases."""
+    lines = [
+        f"Measured on {machine_line(result)} ({result['date']}).",
+        "",
+        "Times are medians. The four ratios say how many times longer the others take, measured interleaved with",
+        "regfast: PyTorch eager; PyTorch eager against regfast in a process with PyTorch's huge pages on",
+        "(`THP_MEM_ALLOC_ENABLE=1`; blank where no tensor reaches 2 MiB); `torch.compile`; JAX compiled for the CPU.",
+        "The last column is the share of the measured bandwidth or FMA ceiling that regfast reaches.",
+        "",
+        "| " + " | ".join(HEADER) + " |",
+        "|---" * len(HEADER) + "|",
+    ]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows(result) if row.headline]
+    lines += ["", *(f"{line}." for line in memory_lines(result)), ""]
+    if disturbed(result):
+        lines += [f"The machine was not quiet during {len(disturbed(result))} of the measurements.", ""]
+    lines.append(f"![How many times longer PyTorch takes than regfast, case by case]({picture})")
+    return "\n".join(lines)
+
+
+def draw(result: dict, path: Path) -> None:
+    """Horizontal bars of time(PyTorch) / time(regfast) on a log scale, against both baselines."""
+    found = rows(result)[::-1]
+    figure, axes = plt.subplots(figsize=(12, 1.6 + 0.3 * len(found)), layout="constrained")
+    for y, row in enumerate(found):
+        bars = [(row.vs_eager, EAGER)] + ([(row.vs_huge_pages, HUGE)] if row.vs_huge_pages else [])
+        height = 0.8 / len(bars)
+        for i, (ratio, color) in enumerate(bars):
+            at = y + 0.4 - height * (i + 0.5)
+            axes.barh(at, ratio - 1, height, left=1, color=color)  # from 1, so that slower points to the left
+            text = f" {ratio:.2f}x " if ratio < 10 else f" {ratio:.1f}x "
+            axes.text(ratio, at, text, va="center", ha="left" if ratio >= 1 else "right", fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    low = min(min(row.vs_eager, row.vs_huge_pages or row.vs_eager) for row in found)
+    high = max(max(row.vs_eager, row.vs_huge_pages or row.vs_eager) for row in found)
+    axes.set_xlim(min(0.7, low * 0.75), max(2, high * 1.5))
+    ticks = [t for t in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+    axes.set_xticks(ticks, [f"{t:g}x" for t in ticks])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(found)), [row.label for row in found], fontsize=8)
+    axes.set_ylim(-0.6, len(found) - 0.4)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("time of PyTorch / time of regfast (right of 1: regfast is faster)")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in (EAGER, HUGE)]
+    names = ["PyTorch eager", "PyTorch eager with huge pages"]
+    machine = result["machine"]
+    figure.suptitle(f"regfast on {machine['cpu']}, {machine['threads']} threads, {machine['isa']}", fontsize=11)
+    figure.legend(handles, names, loc="outside upper right", fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def rewrite(readme: Path, text: str) -> None:
+    """Replaces what stands between the two markers."""
+    old = readme.read_text()
+    if BEGIN not in old or END not in old:
+        raise SystemExit(f"{readme}: the markers {BEGIN} and {END} are missing")
+    head, rest = old.split(BEGIN, 1)
+    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("raw", type=Path, help="the file of pytest --benchmark-json")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture")
+    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="file whose table is rewritten")
+    parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
+    parser.add_argument("--table-only", action="store_true", help="print the table, write nothing")
+    args = parser.parse_args()
+    result = compact(json.loads(args.raw.read_text()))
+    console = Console()
+    console.width = max(console.width, 150)  # the table needs it, in a pipe too
+    print_table(result, console)
+    if args.table_only or result["machine"]["quick"]:
+        console.print("Nothing was written" + ("." if args.table_only else ": a quick run is no result."))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{result['machine']['slug']}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    draw(result, path.with_suffix(".png"))
+    console.print(f"Wrote {path.name} and {path.stem}.png in {args.out.name}/")
+    if not args.no_readme:
+        root = args.readme.resolve().parent
+        picture = path.with_suffix(".png").resolve()
+        link = picture.relative_to(root) if picture.is_relative_to(root) else picture.name
+        rewrite(args.readme, markdown(result, str(link)))
+        console.print(f"Rewrote the table in {args.readme.name}")
+
+
+if __name__ == "__main__":
+    main()

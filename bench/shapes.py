@@ -1,0 +1,41 @@
+"""The shapes that are measured; each says which regime it covers. N rows, C classes, D inputs, V outputs."""
+
+# A call on next to nothing: all of the time is the way through Python, dispatcher and autograd.
+TINY = (4, 8)
+
+# (N, C)
+CROSS_ENTROPY = [
+    (256, 10),  # the notes' softmax regression: 10 KB, per-call overhead decides, a row is shorter than a vector
+    (257, 1003),  # ragged: neither a multiple of a vector nor of a block, 1 MB, within L2
+    (4096, 1000),  # an ImageNet head: 16 MB, within most last-level caches; a row fits L1
+    (4096, 32000),  # a language model's vocabulary: 524 MB, beyond caches, fresh pages decide; a row fits L2
+]
+CROSS_ENTROPY_FULL = [(256, 10), (4096, 1000), (4096, 32000)]  # forward, backward and both, each dtype
+CROSS_ENTROPY_OPTIONS = (4096, 1000)  # label smoothing, probabilities, class weights with ignored rows
+CROSS_ENTROPY_KDIM = (8, 21, 256, 256)  # segmentation: 44 MB, the class stride is 65536 elements
+
+# (N, C)
+SOFTMAX = [
+    (256, 10),  # overhead
+    (4096, 1000),  # cache-resident rows
+    (4096, 32000),  # beyond caches
+]
+SOFTMAX_INNER = (8, 21, 256, 256)  # along dim 1: strided classes, no transposing copy
+
+# (N, D, V)
+LINEAR = [
+    (256, 64, 10),  # the 8x8 digits: overhead and skinny outputs
+    (256, 784, 10),  # Fashion-MNIST: skinny outputs, 4 MFLOP
+    (250, 783, 11),  # the same, ragged in all three sizes
+    (1, 1024, 1024),  # one row: the weight is read once, no packing can pay
+    (8, 1024, 4096),  # few rows: 16 MB of weight at memory speed
+    (1024, 1024, 1024),  # square, compute-bound, operands within the last-level cache
+    (2048, 1024, 4096),  # a transformer's wide layer: compute-bound, 17 GFLOP
+]
+LINEAR_HALF = [(256, 784, 10), (1024, 1024, 1024)]  # bfloat16 and float16: skinny, and large enough for the peak
+LINEAR_ACTIVATION = (1024, 1024, 1024)  # an activation in the epilogue against a second pass over the output
+
+# (N, D, V): a softmax regression's layer and loss in one step
+TRAINING = [(256, 784, 10), (256, 64, 10)]
+# (N, D, V): the notes' linear regression, batch 10
+REGRESSION = (10, 2, 1)

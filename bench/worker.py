@@ -1,0 +1,65 @@
+"""Runs one case in this process, which runner.py started with variables that torch reads once; prints one JSON line."""
+
+import argparse
+import importlib
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+
+import harness
+import machine
+import psutil
+import torch
+
+
+def peak_bytes() -> int:
+    """The largest resident size of this process so far.
+
+    Linux: VmHWM, and not ru_maxrss, which a child inherits from the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(re.search(r"VmHWM:\s*(\d+)", status.read_text()).group(1)) << 10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak << 10
+
+
+def extra_memory(case: harness.Case, provider: str) -> float:
+    """Peak resident memory of one forward and backward, less what was there before, in units of the first input."""
+    tiny = torch.zeros(2, 4, dtype=case.dtype, requires_grad=True)
+    torch.nn.functional.cross_entropy(tiny, torch.tensor([1, 2])).backward()  # starts threads, loads libraries
+    del tiny
+    work = case.build()
+    fn = getattr(work, provider)
+    # As after a layer: logits that are no leaf (in place, so that they are the same memory). A leaf would keep the
+    # gradient in .grad; here it is freed with the graph, but the peak is the same.
+    scale = torch.zeros((), dtype=case.dtype, requires_grad=True)
+    logits = work.inputs[0].detach().add_(scale)
+    before = psutil.Process().memory_info().rss
+    fn(logits).backward()
+    return (peak_bytes() - before) / (logits.numel() * logits.element_size())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("module", help="the bench file, e.g. bench_linear")
+    parser.add_argument("case", help="the name of one of its CASES")
+    parser.add_argument("--memory", choices=("eager", "regfast", "in_place"), help="measure memory, not time")
+    args = parser.parse_args()
+    case = next(case for case in importlib.import_module(args.module).CASES if case.name == args.case)
+    torch.set_num_threads(machine.num_threads())
+    torch.manual_seed(0)
+    if args.memory:
+        print(json.dumps({"buffers": extra_memory(case, args.memory)}))
+        return
+    calls = harness.contestants(case, case.build(), everyone=False)
+    before = harness.evict if case.cold else None
+    # Fewer rounds than in the main process: some of these take seconds per call, which is what they are here to show.
+    timing = harness.time_interleaved(calls, min(3, harness.MIN_ROUNDS), harness.MIN_SECONDS, before)
+    print(json.dumps({"timing": timing}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+// Checks, counted. A failure prints what was being tested and the test goes on; a crash prints it too (main.cpp).
+#pragma once
+#include <cstdint>
+
+namespace test {
+
+extern int64_t passed, failed;
+
+// What is being tested, as printf.
+__attribute__((format(printf, 1, 2))) void describe(const char* format, ...);
+const char* description();
+
+__attribute__((format(printf, 2, 3))) bool check(bool ok, const char* format, ...);
+#define CHECK(condition) test::check((condition), "%s:%d: %s", __FILE__, __LINE__, #condition)
+
+// The tests, one function per file.
+void test_conversions();
+void test_math();
+void test_softmax();
+void test_logsumexp();
+void test_cross_entropy();
+void test_cross_entropy_edges();
+void test_activations();
+void test_squared_error();
+void test_gemm();
+void test_packing();
+
+// How many threads run_parallel (threads.cpp) uses; 2 unless a test changes it.
+extern int64_t threads;
+
+}  // namespace test

@@ -1,0 +1,138 @@
+// Runs every test with every table of kernels that this machine runs, or with those named as arguments. Each ISA has a
+// process of its own, because the choice is made once per process and because a crash must not hide the others.
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "kernels.h"
+
+namespace test {
+
+int64_t passed = 0, failed = 0;
+static char current[256];
+
+void describe(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(current, sizeof current, format, args);
+  va_end(args);
+}
+
+const char* description() { return current; }
+
+bool check(bool ok, const char* format, ...) {
+  if (ok) {
+    ++passed;
+    return true;
+  }
+  constexpr int64_t kPrinted = 30;
+  if (++failed <= kPrinted) {
+    std::printf("FAILED [%s] ", current);
+    va_list args;
+    va_start(args, format);
+    std::vprintf(format, args);
+    va_end(args);
+    std::printf("\n");
+  } else if (failed == kPrinted + 1) {
+    std::printf("... further failures are only counted\n");
+  }
+  return false;
+}
+
+}  // namespace test
+
+namespace {
+
+void on_crash(int signal) {
+  const char* parts[] = {"CRASHED [", test::description(), "] ", strsignal(signal), "\n"};
+  for (const char* s : parts)
+    if (write(STDOUT_FILENO, s, std::strlen(s)) < 0) break;
+  _exit(3);
+}
+
+struct Counts {
+  int64_t passed, failed;
+};
+
+Counts run_tests() {
+#if !defined(__SANITIZE_ADDRESS__)  // the sanitizer reports crashes itself
+  for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) ::signal(signal, on_crash);
+#endif
+  struct {
+    const char* name;
+    void (*run)();
+  } const tests[] = {{"conversions", test::test_conversions},
+                     {"math", test::test_math},
+                     {"softmax", test::test_softmax},
+                     {"logsumexp", test::test_logsumexp},
+                     {"cross_entropy", test::test_cross_entropy},
+                     {"cross_entropy edges", test::test_cross_entropy_edges},
+                     {"activations", test::test_activations},
+                     {"squared_error", test::test_squared_error},
+                     {"packing", test::test_packing},
+                     {"gemm", test::test_gemm}};
+  const char* only = std::getenv("ONLY");  // part of a name, for debugging
+  for (const auto& t : tests) {
+    if (only && !std::strstr(t.name, only)) continue;
+    const auto start = std::chrono::steady_clock::now();
+    const int64_t before = test::passed + test::failed;
+    test::describe("%s", t.name);
+    t.run();
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::printf("  %-20s %8lld checks %6.2f s\n", t.name, (long long)(test::passed + test::failed - before), seconds);
+    std::fflush(stdout);
+  }
+  return {test::passed, test::failed};
+}
+
+// One failure for a process that did not live to count.
+Counts run_isa(const char* isa) {
+  std::printf("%s:\n", isa);
+  std::fflush(stdout);
+  int channel[2];
+  if (pipe(channel)) return {0, 1};
+  const pid_t child = fork();
+  if (child < 0) return {0, 1};
+  if (child == 0) {
+    setenv("REGFAST_ISA", isa, 1);
+    test::check(!std::strcmp(rf::kernels().isa, isa), "REGFAST_ISA=%s chose %s", isa, rf::kernels().isa);
+    const Counts counts = run_tests();
+    std::fflush(stdout);
+    const bool sent = write(channel[1], &counts, sizeof counts) == sizeof counts;
+    std::exit(sent && counts.failed == 0 ? 0 : 1);  // not _exit: a sanitizer looks for leaks on the way out
+  }
+  close(channel[1]);
+  Counts counts = {0, 0};
+  const bool whole = read(channel[0], &counts, sizeof counts) == sizeof counts;
+  close(channel[0]);
+  int status = 0;
+  waitpid(child, &status, 0);
+  if (!whole || (counts.failed == 0 && status != 0)) ++counts.failed;
+  std::printf("%s: %lld passed, %lld failed\n", isa, (long long)counts.passed, (long long)counts.failed);
+  return counts;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> isas(argv + 1, argv + argc);
+  if (isas.empty())
+    for (const rf::Kernels* const* k = rf::available_kernels(); *k; ++k) isas.push_back((*k)->isa);
+  Counts total = {0, 0};
+  for (const std::string& isa : isas) {
+    const Counts counts = run_isa(isa.c_str());
+    total.passed += counts.passed;
+    total.failed += counts.failed;
+  }
+  std::printf("%lld passed, %lld failed\n", (long long)total.passed, (long long)total.failed);
+  return total.failed == 0 && total.passed > 0 ? 0 : 1;
+}

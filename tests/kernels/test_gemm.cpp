@@ -1,0 +1,220 @@
+// The GEMM through gemm() of drivers.h: every path, every arrangement of the operands, tails, blocks of K, epilogues.
+#include <cmath>
+#include <vector>
+
+#include "activation_reference.h"
+#include "drivers.h"
+#include "memory.h"
+
+namespace test {
+namespace {
+
+enum class Operand { contiguous, padded, column_major, strided, collapsed, collapsed_columns, expanded };
+constexpr const char* kOperandNames[] = {"contiguous", "padded",   "column_major", "strided",
+                                         "collapsed",  "collapsed_columns", "expanded"};
+
+rf::MatrixView arrange(Operand o, int64_t rows, int64_t columns) {
+  switch (o) {
+    case Operand::contiguous: return {nullptr, 1, columns, 0, 1};
+    case Operand::padded: return {nullptr, 1, columns + 5, 0, 1};
+    case Operand::column_major: return {nullptr, 1, 1, 0, rows + 2};
+    case Operand::strided: return {nullptr, 1, 3 * columns + 1, 0, 3};
+    case Operand::collapsed: return {nullptr, 4, 4 * columns + 7, columns + 1, 1};
+    case Operand::collapsed_columns: return {nullptr, 4, 4 * columns, 1, 4};  // (B, K, 4) seen as (B, 4, K)
+    case Operand::expanded: return {nullptr, 1, 0, 0, 1};
+  }
+  return {};
+}
+
+template <class T> struct Matrix {
+  int64_t rows, columns;
+  rf::MatrixView view;
+  Buffer<T> memory;
+
+  template <class F>
+  Matrix(Operand o, int64_t r, int64_t c, Guard guard, F&& generate)
+      : rows(r), columns(c), view(arrange(o, r, c)), memory(input<T>(elements(r, c, view), generate, guard)) {
+    view.data = memory.data();
+  }
+  double value(int64_t r, int64_t c) const { return memory.value(view.row_offset(r) + c * view.col_stride); }
+
+ private:
+  static int64_t elements(int64_t rows, int64_t columns, const rf::MatrixView& v) {
+    if (rows == 0 || columns == 0) return 0;
+    int64_t last = 0;
+    for (int64_t r = 0; r < rows; ++r) last = std::max(last, v.row_offset(r));
+    return last + (columns - 1) * v.col_stride + 1;
+  }
+};
+
+struct Call {
+  int64_t m, n, k;
+  Operand a, b;
+  bool a_transposed, b_transposed, bias, preactivation;
+  Activation activation;
+};
+
+int64_t runs_of_path[4] = {};
+
+template <class T> void product(const Call& c, Random& random, std::vector<T>* keep = nullptr) {
+  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
+  const auto value = [&] { return random.spiky() / 2; };
+  // As MatrixView describes memory: rows of a are M, or K where transposed; rows of b are N where "transposed".
+  Matrix<T> a(c.a, c.a_transposed ? c.k : c.m, c.a_transposed ? c.m : c.k, guard, value);
+  Matrix<T> b(c.b, c.b_transposed ? c.n : c.k, c.b_transposed ? c.k : c.n, guard, value);
+  const Buffer<T> bias = input<T>(c.n, value, guard);
+  const int64_t stride = c.n + random.integer(0, 2), size = (c.m - 1) * stride + c.n;
+  Buffer<T> y(size, guard, random.integer(0, 3)), z(size, guard, random.integer(0, 3));
+  rf::Gemm g = {c.m, c.n, c.k, a.view, c.a_transposed, b.view, c.b_transposed, {}};
+  g.epilogue.c = y.data();
+  g.epilogue.c_stride = stride;
+  g.epilogue.bias = c.bias ? bias.data() : nullptr;
+  g.epilogue.activation = c.activation;
+  g.epilogue.preactivation = c.preactivation ? z.data() : nullptr;
+  const rf::GemmPath path = rf::gemm_path(Format<T>::dtype, g);
+  ++runs_of_path[(int)path];
+  describe("gemm %s m=%lld n=%lld k=%lld a=%s%s b=%s%s bias=%d pre=%d %s path=%d", Format<T>::name, (long long)c.m,
+           (long long)c.n, (long long)c.k, kOperandNames[(int)c.a], c.a_transposed ? "^T" : "", kOperandNames[(int)c.b],
+           c.b_transposed ? "^T" : "", c.bias, c.preactivation, kActivationNames[(int)c.activation], (int)path);
+  rf::gemm(Format<T>::dtype, g);
+
+  // Both operands with K adjacent, for the reference's inner loop.
+  std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
+  for (int64_t i = 0; i < c.m; ++i)
+    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = c.a_transposed ? a.value(k, i) : a.value(i, k);
+  for (int64_t j = 0; j < c.n; ++j)
+    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = c.b_transposed ? b.value(j, k) : b.value(k, j);
+  {
+    Comparison<T> of_y("c"), of_z("pre-activation");
+    for (int64_t i = 0; i < c.m; ++i)
+      for (int64_t j = 0; j < c.n; ++j) {
+        double sum = 0, units = 0;
+        const double *p = rows.data() + i * c.k, *q = columns.data() + j * c.k;
+        for (int64_t k = 0; k < c.k; ++k) {
+          sum += p[k] * q[k];
+          units += std::fabs(p[k] * q[k]);
+        }
+        units *= sum_error(c.k);
+        if (c.bias) {
+          sum += bias.value(j);
+          units += 2 * (std::fabs(sum) + std::fabs(bias.value(j)));
+        }
+        const int64_t at = i * stride + j;
+        if (c.preactivation) of_z.add(z.result(at), sum, units, at);
+        // No activation here is steeper than 1.13.
+        const double through = c.activation == Activation::none ? units : 1.13 * units + activate_units(c.activation, sum);
+        of_y.add(y.result(at), activate(c.activation, sum), through, at);
+      }
+  }
+  CHECK(y.rest_untouched() && z.rest_untouched());
+  if (keep) *keep = y.copy();
+}
+
+template <class T> void random_products(int count, Random& random) {
+  constexpr int64_t kSmall[] = {1, 2, 3, 5, 7, 8, 10, 13, 15, 16, 17, 31, 32, 33};
+  constexpr int64_t kLarge[] = {40, 47, 64, 65, 97, 100, 129, 170};
+  constexpr int64_t kDepth[] = {0, 1, 2, 7, 15, 16, 17, 31, 32, 33, 64, 100, 200, 385, 500};
+  const auto extent = [&] { return random.chance(0.5) ? random.pick(kSmall) : random.pick(kLarge); };
+  for (int i = 0; i < count; ++i) {
+    Call c = {};
+    c.m = extent();
+    c.n = extent();
+    c.k = random.pick(kDepth);
+    const auto operand = [&] { return random.chance(0.4) ? Operand::contiguous : (Operand)random.integer(0, 6); };
+    c.a = operand();
+    c.b = operand();
+    c.a_transposed = random.chance(0.4);
+    c.b_transposed = random.chance(0.6);
+    c.bias = random.chance(0.5);
+    c.preactivation = random.chance(0.3);
+    c.activation = random.chance(0.5) ? Activation::none : kActivations[random.integer(0, 6)];
+    product<T>(c, random);
+  }
+}
+
+// The sizes where blocks and threads change, with the paths that they take.
+template <class T> void chosen_products(Random& random) {
+  const Operand plain = Operand::contiguous;
+  const auto run = [&](int64_t m, int64_t n, int64_t k, bool at, bool bt, Operand a, Operand b) {
+    for (bool epilogue : {false, true})
+      product<T>({m, n, k, a, b, at, bt, epilogue, epilogue, epilogue ? Activation::gelu : Activation::none}, random);
+  };
+  run(350, 41, 60, false, true, plain, plain);                  // several blocks of M
+  run(37, 4200, 33, false, true, plain, plain);                 // several blocks of N
+  run(40, 50, 2000, false, true, plain, plain);                 // several blocks of K
+  run(40, 50, 2000, true, false, plain, Operand::padded);
+  run(35, 4100, 400, false, true, Operand::strided, plain);     // several of N and K: partial sums beside each other
+  run(600, 10, 784, false, true, plain, plain);                 // few columns
+  run(3, 1000, 300, false, true, plain, plain);                 // few rows
+  run(8, 3000, 1100, false, true, plain, Operand::collapsed);
+  run(10, 784, 600, true, false, plain, plain);                 // the weight's gradient of a small layer
+  run(1500, 70, 10, false, false, plain, plain);                // the input's gradient of a small layer
+  run(33, 33, 5000, true, true, plain, plain);
+}
+
+// A block reads its operands' NaN and infinities as they are, and nothing of them where it pads.
+template <class T> void special_values(int64_t m, int64_t n, int64_t k) {
+  Random random(12);
+  for (bool b_transposed : {false, true}) {
+    describe("gemm %s %lld %lld %lld: NaN stays in its row", Format<T>::name, (long long)m, (long long)n, (long long)k);
+    const int64_t bad = m - 1;
+    int64_t at = 0;
+    Matrix<T> a(Operand::contiguous, m, k, Guard::behind, [&] { return at++ == bad * k + k / 2 ? kNaN : 0.5; });
+    Matrix<T> b(Operand::contiguous, b_transposed ? n : k, b_transposed ? k : n, Guard::behind, [] { return 1.0; });
+    Buffer<T> y(m * n);
+    rf::Gemm g = {m, n, k, a.view, false, b.view, b_transposed, {}};
+    g.epilogue.c = y.data();
+    g.epilogue.c_stride = n;
+    for (Activation activation : {Activation::none, Activation::relu}) {
+      g.epilogue.activation = activation;
+      rf::gemm(Format<T>::dtype, g);
+      bool right = true;
+      for (int64_t i = 0; i < m * n; ++i)
+        right = right && (i / n == bad ? std::isnan(y.value(i)) : y.value(i) == 0.5 * (double)k);
+      CHECK(right);
+    }
+  }
+}
+
+template <class T> void any_number_of_threads() {
+  const Call calls[] = {
+      {70, 90, 900, Operand::contiguous, Operand::contiguous, false, true, true, false, Activation::none},
+      {500, 10, 700, Operand::contiguous, Operand::contiguous, false, true, true, false, Activation::none},
+      {10, 500, 700, Operand::contiguous, Operand::contiguous, true, false, false, false, Activation::none}};
+  for (const Call& c : calls) {
+    std::vector<T> first;
+    for (int64_t n : {1, 2, 3, 4}) {
+      threads = n;
+      Random random(11);  // the same operands each time
+      std::vector<T> y;
+      product<T>(c, random, &y);
+      if (first.empty()) first = y;
+      CHECK(!std::memcmp(first.data(), y.data(), y.size() * sizeof(T)));
+    }
+    threads = 2;
+  }
+}
+
+template <class T> void all() {
+  Random random(13);
+  random_products<T>(250, random);
+  chosen_products<T>(random);
+  special_values<T>(40, 40, 40);
+  special_values<T>(5, 50, 20);
+  special_values<T>(50, 5, 20);
+  any_number_of_threads<T>();
+}
+
+}  // namespace
+
+void test_gemm() {
+  all<float>();
+  all<double>();
+  all<bf16>();
+  all<f16>();
+  describe("gemm: paths");
+  for (int64_t runs : runs_of_path) CHECK(runs > 0);
+  CHECK(rf::kernels().fma_gflops(1e-3) > 0);
+}
+
+}  // namespace test

@@ -1,0 +1,64 @@
+// The packed panels: their order, and zeros where a panel is not full.
+#include <vector>
+
+#include "kernels.h"
+#include "memory.h"
+
+namespace test {
+namespace {
+
+template <class T>
+void pack(void (*kernel)(const rf::PackArgs&), int64_t width, bool transposed, rf::MatrixView view, int64_t i0, int64_t count,
+          int64_t k0, int64_t k, int64_t elements, Random& random) {
+  using A = rf::acc_t<T>;
+  const Buffer<T> from = input<T>(elements, [&] { return random.spiky(); });
+  view.data = from.data();
+  const int64_t panels = (count + width - 1) / width;
+  Buffer<A> to(panels * k * width, random.chance(0.5) ? Guard::behind : Guard::before);
+  kernel({view, transposed, i0, count, k0, k, to.data()});
+  bool right = true;
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t j = 0; j < k; ++j)
+      for (int64_t i = 0; i < width; ++i) {
+        const int64_t index = p * width + i, row = transposed ? k0 + j : i0 + index, column = transposed ? i0 + index : k0 + j;
+        const double expected = index < count ? from.value(view.row_offset(row) + column * view.col_stride) : 0;
+        right = right && to.result((p * k + j) * width + i) == expected;
+      }
+  CHECK(right);
+  CHECK(to.rest_untouched());
+}
+
+template <class T> void all() {
+  Random random(14);
+  const rf::Kernels& kernels = rf::kernels();
+  const int t = (int)Format<T>::dtype;
+  for (bool is_a : {true, false})
+    for (bool transposed : {false, true})
+      for (int arrangement = 0; arrangement < 4; ++arrangement)
+        for (int i = 0; i < 40; ++i) {
+          const int64_t width = is_a ? kernels.mr[t] : kernels.nr[t];
+          const int64_t i0 = random.integer(0, 5), count = random.integer(1, 3 * width), k0 = random.integer(0, 5);
+          const int64_t k = random.pick({1, 2, 7, 15, 16, 17, 33, 50});
+          const int64_t rows = transposed ? k0 + k : i0 + count, columns = transposed ? i0 + count : k0 + k;
+          const rf::MatrixView views[] = {{nullptr, 1, columns, 0, 1},
+                                          {nullptr, 1, 1, 0, rows},
+                                          {nullptr, 1, 2 * columns, 0, 2},
+                                          {nullptr, 3, 3 * columns, columns, 1}};
+          const rf::MatrixView view = views[arrangement];
+          describe("pack %s of %s%s, arrangement %d, [%lld, +%lld) x [%lld, +%lld)", is_a ? "a" : "b", Format<T>::name,
+                   transposed ? " transposed" : "", arrangement, (long long)i0, (long long)count, (long long)k0, (long long)k);
+          pack<T>(is_a ? kernels.pack_a[t] : kernels.pack_b[t], width, transposed, view, i0, count, k0, k,
+                  view.row_offset(rows - 1) + (columns - 1) * view.col_stride + 1, random);
+        }
+}
+
+}  // namespace
+
+void test_packing() {
+  all<float>();
+  all<double>();
+  all<bf16>();
+  all<f16>();
+}
+
+}  // namespace test

@@ -1,0 +1,221 @@
+// softmax, log-softmax and log-sum-exp, forward and backward, against double precision.
+#include <cmath>
+#include <vector>
+
+#include "drivers.h"
+#include "layouts.h"
+
+namespace test {
+namespace {
+
+using rf::SoftmaxArgs;
+using rf::SoftmaxOp;
+
+struct Moments {
+  double max, log_sum;  // log of the sum of exp(x - max)
+};
+Moments moments(const std::vector<double>& x) {
+  double m = -kInfinity, sum = 0;
+  for (double v : x) m = std::fmax(m, v);
+  for (double v : x) sum += std::exp(v - m);
+  return {m, std::log(sum)};
+}
+
+template <class T> SoftmaxArgs arguments(Rows<T>& in, Rows<T>* out, bool log) {
+  SoftmaxArgs a = {};
+  a.input = in.memory.data();
+  a.in = a.grad_in = in.layout;
+  a.out = {1, 0, 0, 1};
+  if (out) {
+    a.output = out->memory.data();
+    a.out = out->layout;
+  }
+  a.classes = in.shape.classes;
+  a.log = log;
+  return a;
+}
+
+template <class T> void forward(const RowShape& s, Arrangement from, Arrangement to, bool log, Random& random) {
+  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
+  describe("softmax forward %s outer=%lld inner=%lld classes=%lld %s to %s log=%d", Format<T>::name, (long long)s.outer,
+           (long long)s.inner, (long long)s.classes, kArrangementNames[(int)from], kArrangementNames[(int)to], log);
+  Rows<T> x(s, from, guard, 0, [&] { return 4 * random.spiky(); });
+  x.memory.read_only();
+  Rows<T> y(s, to, guard, random.integer(0, 3));
+  rf::softmax(SoftmaxOp::forward, Format<T>::dtype, arguments(x, &y, log), s.rows());
+  {
+    Comparison<T> compare("y");
+    for (int64_t r = 0; r < s.rows(); ++r) {
+      const std::vector<double> row = x.row(r);
+      const Moments m = moments(row);
+      for (int64_t c = 0; c < s.classes; ++c) {
+        const double t = row[c] - m.max - m.log_sum, size = std::fabs(row[c] - m.max) + m.log_sum;
+        const double sum = sum_error(s.classes);
+        if (log) compare.add(y.result(r, c), t, sum + 2 * size, y.at(r, c));
+        else compare.add(y.result(r, c), std::exp(t), std::exp(t) * (sum + 2 * size), y.at(r, c));
+      }
+    }
+  }
+  CHECK(y.memory.rest_untouched());
+}
+
+template <class T>
+void backward(const RowShape& s, Arrangement of_y, Arrangement of_g, Arrangement of_dx, bool log, Random& random) {
+  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
+  describe("softmax backward %s outer=%lld inner=%lld classes=%lld %s, %s to %s log=%d", Format<T>::name,
+           (long long)s.outer, (long long)s.inner, (long long)s.classes, kArrangementNames[(int)of_y],
+           kArrangementNames[(int)of_g], kArrangementNames[(int)of_dx], log);
+  Rows<T> y(s, of_y, guard, 0, [&] { return log ? -6 * random.uniform() : random.uniform() / 8; });
+  Rows<T> g(s, of_g, guard, 0, [&] { return random.spiky(); });
+  y.memory.read_only();
+  g.memory.read_only();
+  Rows<T> dx(s, of_dx, guard, random.integer(0, 3));
+  SoftmaxArgs a = arguments(y, &dx, log);
+  a.grad = g.memory.data();
+  a.grad_in = g.layout;
+  rf::softmax(SoftmaxOp::backward, Format<T>::dtype, a, s.rows());
+  {
+    Comparison<T> compare("dx");
+    for (int64_t r = 0; r < s.rows(); ++r) {
+      double sum = 0, size = 0;
+      for (int64_t c = 0; c < s.classes; ++c) {
+        const double term = log ? g.value(r, c) : g.value(r, c) * y.value(r, c);
+        sum += term;
+        size += std::fabs(term);
+      }
+      size *= sum_error(s.classes);
+      for (int64_t c = 0; c < s.classes; ++c) {
+        const double yv = y.value(r, c), gv = g.value(r, c), p = log ? std::exp(yv) : yv;
+        const double expected = log ? gv - p * sum : p * (gv - sum);
+        const double units = log ? 4 * std::fabs(gv) + p * size * (2 - yv) : std::fabs(p) * (4 * std::fabs(gv) + size);
+        compare.add(dx.result(r, c), expected, units, dx.at(r, c));
+      }
+    }
+  }
+  CHECK(dx.memory.rest_untouched());
+}
+
+template <class T> void logsumexp(const RowShape& s, Arrangement from, Arrangement to, Random& random) {
+  using A = rf::acc_t<T>;
+  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
+  describe("logsumexp %s outer=%lld inner=%lld classes=%lld %s to %s", Format<T>::name, (long long)s.outer,
+           (long long)s.inner, (long long)s.classes, kArrangementNames[(int)from], kArrangementNames[(int)to]);
+  const double offset = random.chance(0.3) ? 300 : 0;
+  Rows<T> x(s, from, guard, 0, [&] { return offset + 4 * random.spiky(); });
+  x.memory.read_only();
+  Buffer<A> lse(s.rows(), guard);
+  SoftmaxArgs a = arguments<T>(x, nullptr, false);
+  a.row_result = lse.data();
+  rf::softmax(SoftmaxOp::logsumexp_forward, Format<T>::dtype, a, s.rows());
+  {
+    Comparison<A> compare("lse");
+    for (int64_t r = 0; r < s.rows(); ++r) {
+      const Moments m = moments(x.row(r));
+      compare.add(lse.result(r), m.max + m.log_sum, sum_error(s.classes) + std::fabs(m.max) + m.log_sum, r);
+    }
+  }
+  CHECK(lse.rest_untouched());
+
+  Buffer<A> g = input<A>(s.rows(), [&] { return random.spiky(); }, guard);
+  lse.read_only();
+  Rows<T> dx(s, to, guard, random.integer(0, 3));
+  SoftmaxArgs b = arguments(x, &dx, false);
+  b.row_result = lse.data();
+  b.row_grad = g.data();
+  rf::softmax(SoftmaxOp::logsumexp_backward, Format<T>::dtype, b, s.rows());
+  {
+    Comparison<T> compare("dx");
+    for (int64_t r = 0; r < s.rows(); ++r)
+      for (int64_t c = 0; c < s.classes; ++c) {
+        const double t = x.value(r, c) - lse.value(r), expected = g.value(r) * std::exp(t);
+        compare.add(dx.result(r, c), expected, std::fabs(expected) * (8 + std::fabs(t)), dx.at(r, c));
+      }
+  }
+  CHECK(dx.memory.rest_untouched());
+}
+
+// A row with the given special value at `at` among ordinary ones.
+template <class T> void special_values(double special, int64_t classes, int64_t at) {
+  using A = rf::acc_t<T>;
+  describe("softmax family %s: %g at %lld of %lld", Format<T>::name, special, (long long)at, (long long)classes);
+  const RowShape s = {1, 1, classes};
+  int64_t c = 0;
+  Rows<T> x(s, Arrangement::rows, Guard::behind, 0, [&] { return c++ == at ? special : 0.01 * (double)(c % 50); });
+  const std::vector<double> row = x.row(0);
+  const Moments m = moments(row);
+  x.memory.read_only();
+  for (bool log : {false, true}) {
+    Rows<T> y(s, Arrangement::rows, Guard::behind);
+    rf::softmax(SoftmaxOp::forward, Format<T>::dtype, arguments(x, &y, log), 1);
+    Comparison<T> compare(log ? "log-softmax" : "softmax");
+    bool all_lost = true;
+    for (int64_t j = 0; j < classes; ++j) {
+      // As in PyTorch: one NaN or +inf spoils the row, -inf is a probability of zero unless it is all there is.
+      const bool lost = special != -kInfinity || classes == 1;
+      const double t = row[j] - m.max - m.log_sum;
+      const double expected = log ? t : std::exp(t);
+      const double got = y.result(0, j);
+      if (lost) all_lost = all_lost && got != got;
+      else compare.add(got, expected, std::isinf(t) ? 0 : sum_error(classes) + 8 * std::fabs(t), j);
+    }
+    CHECK(all_lost);
+  }
+  Buffer<A> lse(1);
+  SoftmaxArgs a = arguments<T>(x, nullptr, false);
+  a.row_result = lse.data();
+  rf::softmax(SoftmaxOp::logsumexp_forward, Format<T>::dtype, a, 1);
+  const double got = lse.result(0);
+  if (special != special) CHECK(got != got);
+  else if (special == kInfinity) CHECK(got == kInfinity);
+  else if (classes == 1) CHECK(got == -kInfinity);
+  else CHECK(std::fabs(got - m.max - m.log_sum) < 1e-4);
+}
+
+template <class T> void all_softmax() {
+  Random random(1);
+  for (int64_t classes : kClasses)
+    for (int from = 0; from <= kOutputArrangements; ++from)
+      for (int variant = 0; variant < 3; ++variant) {
+        const auto other = [&] { return kArrangements[random.integer(0, kOutputArrangements - 1)]; };
+        const Arrangement a = kArrangements[from];
+        // One variant keeps the same arrangement everywhere, so that rows meet rows.
+        const Arrangement b = variant == 0 && from < kOutputArrangements ? a : other();
+        const Arrangement g = variant == 0 ? b : kArrangements[random.integer(0, kOutputArrangements)];
+        const RowShape s = shape_for(classes, random);
+        forward<T>(s, a, b, random.chance(0.5), random);
+        backward<T>(s, a, g, b, random.chance(0.5), random);
+      }
+  // Rows too long to be exponentiated once and scaled.
+  for (bool log : {false, true}) forward<T>({1, 2, 70001}, Arrangement::rows, Arrangement::rows, log, random);
+}
+
+template <class T> void all_logsumexp() {
+  Random random(2);
+  for (int64_t classes : kClasses)
+    for (int from = 0; from <= kOutputArrangements; ++from) {
+      const Arrangement a = kArrangements[from];
+      const Arrangement b = from < 2 ? a : kArrangements[random.integer(0, kOutputArrangements - 1)];
+      logsumexp<T>(shape_for(classes, random), a, b, random);
+    }
+  for (double special : {kNaN, kInfinity, -kInfinity})
+    for (int64_t classes : {1, 5, 33, 2100, 4200})
+      for (int64_t at : {int64_t(0), classes / 2, classes - 1}) special_values<T>(special, classes, at);
+}
+
+}  // namespace
+
+void test_softmax() {
+  all_softmax<float>();
+  all_softmax<double>();
+  all_softmax<bf16>();
+  all_softmax<f16>();
+}
+
+void test_logsumexp() {
+  all_logsumexp<float>();
+  all_logsumexp<double>();
+  all_logsumexp<bf16>();
+  all_logsumexp<f16>();
+}
+
+}  // namespace test

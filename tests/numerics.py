@@ -1,0 +1,94 @@
+"""Values and gradients of every op at every tail of a vector: run by test_isa.py, once per instruction set."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_linear import ACTIVATIONS, check_linear
+from util import Pool, check, class_targets, lay_out, probability_targets, spiky
+
+import regfast
+from regfast import reference
+
+# One to two vectors of 16 with every tail, then sizes around a cache block and around the blocks of the product.
+TAILS = [*range(1, 35), 63, 65, 130]
+BLOCKS = [2047, 2048, 2051, 4100]
+WIDE = [12000, 32003]
+
+
+@pytest.fixture
+def pool(dtype):
+    collected = Pool(dtype)
+    yield collected
+    collected.check()
+
+
+def test_linear(dtype, pool):
+    tails = [(t, 19, 35 - min(t, 34)) for t in TAILS]
+    for n, k, v in [(1, 40, 7), (2, 9, 1), *tails, (40, 1030, 50), (7, 33, 2070), (150, 40, 34)]:
+        x, w = spiky(n, k, dtype=dtype).requires_grad_(), spiky(v, k, dtype=dtype).requires_grad_()
+        b = spiky(v, dtype=dtype).requires_grad_()
+        check_linear(x, w, b, "relu", what=f"{n} {k} {v}", pool=pool)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation, dtype, pool):
+    points = torch.cat([torch.linspace(-12, 12, 2001), torch.tensor([0.0, -0.0, 90.0, -90.0, 1e4, -1e4])])
+    for width in (1, 3, 17, 33):
+        for part in points.split(200):  # a magnitude for each part of the line
+            w = torch.linspace(0.5, 1, width)[:, None].to(dtype)
+            check_linear(part[:, None].to(dtype).requires_grad_(), w, None, activation, what=str(width), pool=pool)
+
+
+@pytest.mark.parametrize("op", ["softmax", "log_softmax", "logsumexp"])
+def test_softmax(op, dtype, pool):
+    ours, theirs = getattr(regfast, op), getattr(torch, op)
+    for c in TAILS + BLOCKS + WIDE:
+        for shape, dim in (((9, c), 1), ((2, c, 3), 1), ((c, 20), 0)):
+            x = spiky(*shape, dtype=dtype, size=8).requires_grad_()
+            check(lambda x, d=dim: ours(x, d), lambda x, d=dim: theirs(x, d), x, what=str(shape), terms=1, pool=pool)
+
+
+OPTIONS = [{}, {"label_smoothing": 0.1}, {"softcap": 5.0, "z_loss": 0.1, "logit_scale": 0.7}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+def test_cross_entropy(options, probabilities, dtype, pool):
+    for c in TAILS + BLOCKS + WIDE:
+        for shape in ((9, c), (2, c, 5)):
+            x = spiky(*shape, dtype=dtype).requires_grad_()
+            target = class_targets((shape[0], *shape[2:]), c, 0.2)
+            if probabilities:
+                target = probability_targets(*shape, dtype=dtype).requires_grad_()
+            check(
+                lambda x, t, w: regfast.cross_entropy(x, t, w, reduction="none", **options),
+                lambda x, t, w: reference.cross_entropy(x, t, w, reduction="none", **options),
+                x,
+                target,
+                torch.rand(c).to(dtype) if "label_smoothing" in options else None,
+                what=f"{shape} {options}",
+                terms=1,
+                pool=pool,
+            )
+
+
+def test_outputs(dtype, pool):
+    names = ("lse", "entropy", "logprob", "argmax")
+    for c in TAILS + BLOCKS + WIDE:
+        check(
+            lambda x, t: regfast.cross_entropy(x, t, outputs=names),
+            lambda x, t: reference.cross_entropy(x, t, outputs=names),
+            spiky(9, c, dtype=dtype).requires_grad_(),
+            class_targets((9,), c, 0.2),
+            what=str(c),
+            terms=1,
+            pool=pool,
+        )
+
+
+def test_mse(dtype, pool):
+    for n in TAILS + BLOCKS + WIDE:
+        x, y = spiky(3, n, dtype=dtype).requires_grad_(), lay_out(spiky(3, n, dtype=dtype), "strided").requires_grad_()
+        for mode in ("none", "mean", "sum"):
+            ours, theirs = (lambda x, y, f=f, m=mode: f(x, y, reduction=m) for f in (regfast.mse_loss, F.mse_loss))
+            check(ours, theirs, x, y, what=f"{n} {mode}", pool=pool)

@@ -1,0 +1,93 @@
+"""The examples, run as a user runs them, in a short setting."""
+
+import importlib.util
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def run(*command) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300)
+
+
+def train(script: str, figure: Path, *options) -> str:
+    """What the script prints, after checking what holds for both: it ends well, draws, and the losses agree."""
+    done = run(EXAMPLES / script, "--figure", figure, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert figure.read_bytes().startswith(PNG)
+    differences = re.findall(r"relative difference of loss after training: (\S+)", done.stdout)
+    assert differences and all(float(difference) < 1e-4 for difference in differences), done.stdout
+    return done.stdout
+
+
+def last_epoch(output: str) -> list[float]:
+    """The table's last row: the epoch, then each figure for PyTorch and for regfast."""
+    row = re.findall(r"^│ +\d+ │.*│$", output, re.MULTILINE)[-1]
+    return [float(cell) for cell in row.strip("│").split("│")]
+
+
+def test_linear_regression(tmp_path):
+    output = train("linear_regression.py", tmp_path / "figure.png", "--diabetes-epochs", 10)
+    w1, w2, b = map(float, re.search(r"regfast: +(\S+) +(\S+) +(\S+)", output).groups())
+    assert (w1, w2, b) == pytest.approx((2, -3.4, 4.2), abs=0.01)
+    *_, stock_r2, our_r2 = last_epoch(output)
+    assert our_r2 == pytest.approx(stock_r2, abs=1e-4) and our_r2 > 0.4
+
+
+@pytest.mark.parametrize("options", [(), ("--workers", 0, "--resize", 12)], ids=["as it is", "resized, no workers"])
+def test_softmax_regression_on_digits(tmp_path, options):
+    output = train("softmax_regression.py", tmp_path / "figure.png", "--epochs", 10, *options)
+    epoch, *_, stock_accuracy, our_accuracy = last_epoch(output)
+    assert epoch == 10
+    assert our_accuracy == pytest.approx(stock_accuracy, abs=0.01)  # rounding may turn a tie
+    assert our_accuracy > 0.8
+
+
+def write_idx(path: Path, values: torch.Tensor) -> None:
+    """The format of MNIST: zero, zero, 8 for unsigned bytes, the number of dimensions, the sizes, the values."""
+    header = struct.pack(f">4B{values.dim()}I", 0, 0, 8, values.dim(), *values.shape)
+    path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None,
+    reason="the Fashion-MNIST path of the example reads its data with torchvision, which is not installed",
+)
+@pytest.mark.parametrize("options", [(), ("--resize", 14)], ids=["as it is", "resized"])
+def test_softmax_regression_on_fashion_mnist(tmp_path, options):
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part, rows in (("train", 1000), ("t10k", 200)):
+        labels = torch.arange(rows) % 10
+        images = torch.randint(0, 100, (rows, 28, 28))
+        for label in range(10):  # a class is where its bright stripe lies
+            images[labels == label, 2 * label : 2 * label + 3] += 120
+        write_idx(raw / f"{part}-images-idx3-ubyte", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte", labels)
+
+    data = ("--data", "fashion-mnist", "--root", tmp_path / "data", "--epochs", 3)
+    output = train("softmax_regression.py", tmp_path / "figure.png", *data, *options)
+    *_, stock_accuracy, our_accuracy = last_epoch(output)
+    assert our_accuracy == pytest.approx(stock_accuracy, abs=0.01)  # rounding may turn a tie
+    assert our_accuracy > 0.8
+
+
+def test_losses_that_differ_are_an_error(tmp_path):
+    code = f"""
+import runpy, sys, torch, regfast
+regfast.MSELoss = torch.nn.L1Loss
+sys.path.insert(0, {str(EXAMPLES)!r})
+sys.argv = ["linear_regression.py", "--diabetes-epochs", "1", "--figure", {str(tmp_path / "figure.png")!r}]
+runpy.run_path({str(EXAMPLES / "linear_regression.py")!r}, run_name="__main__")
+"""
+    done = run("-c", code)
+    assert done.returncode != 0
+    assert "differ by more than rounding" in done.stderr

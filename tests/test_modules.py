@@ -1,0 +1,145 @@
+"""Linear, CrossEntropyLoss, MSELoss: drop-in subclasses of torch's modules."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from util import check, class_targets, probability_targets, spiky
+
+import regfast
+
+PAIRS = {
+    "Linear": (regfast.Linear(7, 5), nn.Linear(7, 5)),
+    "Linear without bias": (regfast.Linear(7, 5, bias=False), nn.Linear(7, 5, bias=False)),
+    "CrossEntropyLoss": (regfast.CrossEntropyLoss(), nn.CrossEntropyLoss()),
+    "CrossEntropyLoss with options": (
+        regfast.CrossEntropyLoss(torch.ones(5), ignore_index=3, reduction="sum", label_smoothing=0.1),
+        nn.CrossEntropyLoss(torch.ones(5), ignore_index=3, reduction="sum", label_smoothing=0.1),
+    ),
+    "MSELoss": (regfast.MSELoss(), nn.MSELoss()),
+    "MSELoss with options": (regfast.MSELoss(reduction="none"), nn.MSELoss(reduction="none")),
+}
+pairs = pytest.mark.parametrize("ours, theirs", PAIRS.values(), ids=PAIRS.keys())
+
+
+@pairs
+def test_is_a_drop_in_subclass(ours, theirs):
+    assert isinstance(ours, type(theirs)) and repr(ours) == repr(theirs)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+
+
+@pairs
+def test_copies(ours, theirs):
+    x, target = spiky(4, 7), class_targets((4,), 7)
+    arguments = (
+        (x,) if isinstance(ours, nn.Linear) else (x[:, :5], x[:, 2:]) if "MSE" in repr(ours) else (x[:, :5], target % 5)
+    )
+    value = ours(*arguments)
+    stream = io.BytesIO()
+    torch.save(ours, stream)
+    stream.seek(0)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), torch.load(stream, weights_only=False)):
+        assert type(twin) is type(ours) and repr(twin) == repr(ours)
+        assert torch.equal(twin(*arguments), value)
+
+
+def test_linear_starts_with_the_same_weights():
+    torch.manual_seed(3)
+    ours = regfast.Linear(7, 5, activation="relu")
+    torch.manual_seed(3)
+    theirs = nn.Linear(7, 5)
+    assert torch.equal(ours.weight, theirs.weight) and torch.equal(ours.bias, theirs.bias)
+    x = spiky(3, 7).requires_grad_()
+    check(
+        lambda x: F.relu(theirs.double()(x)) if x.dtype == torch.float64 else ours(x),
+        lambda x: F.relu(theirs.to(x.dtype)(x)),
+        x,
+    )
+
+
+def test_linear_repr_names_its_activation():
+    assert "gelu_tanh" in repr(regfast.Linear(7, 5, activation="gelu_tanh"))
+    assert "activation" not in repr(regfast.Linear(7, 5))
+
+
+def test_linear_takes_factory_arguments():
+    assert regfast.Linear(7, 5, dtype=torch.bfloat16).weight.dtype == torch.bfloat16
+    assert regfast.Linear(7, 5, device="meta")(torch.empty(3, 7, device="meta")).shape == (3, 5)
+    with pytest.raises(ValueError, match=r"regfast\.[Ll]inear.*activation.*expected.*got"):
+        regfast.Linear(7, 5, activation="mish")
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_cross_entropy_loss_passes_every_option(reduction, dtype):
+    weight = torch.rand(9).to(dtype)
+    options = {"ignore_index": 2, "reduction": reduction, "label_smoothing": 0.1}
+    ours = regfast.CrossEntropyLoss(weight, **options)
+    x, target = spiky(6, 9, dtype=dtype).requires_grad_(), class_targets((6,), 9, 0.4, 2)
+    assert torch.equal(ours(x, target), regfast.cross_entropy(x, target, weight, **options))
+    assert ours.weight is weight or torch.equal(ours.state_dict()["weight"], weight)
+    extra = {"z_loss": 0.1, "softcap": 5.0, "logit_scale": 0.5, "outputs": ("loss", "lse", "argmax")}
+    extra["loss_dtype"] = torch.float64
+    got = regfast.CrossEntropyLoss(weight, **options, **extra)(x, target)
+    true = regfast.cross_entropy(x, target, weight, **options, **extra)
+    assert type(got) is type(true) and all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
+
+
+def test_cross_entropy_loss_in_place():
+    x = spiky(6, 9).requires_grad_() * 1
+    loss = regfast.CrossEntropyLoss(inplace_backward=True)(x, probability_targets(6, 9))
+    (grad,) = torch.autograd.grad(loss, x)
+    assert grad.data_ptr() == x.data_ptr()
+
+
+def test_options_of_cross_entropy_loss_survive_copies():
+    ours = regfast.CrossEntropyLoss(
+        z_loss=0.25, softcap=7.0, logit_scale=0.5, outputs=("lse", "loss"), loss_dtype=torch.float64
+    )
+    x, target = spiky(6, 9), class_targets((6,), 9)
+    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        got, true = twin(x, target), ours(x, target)
+        assert got._fields == true._fields == ("lse", "loss")
+        assert all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_mse_loss_passes_every_option(reduction):
+    x, y = spiky(6, 9), spiky(6, 9)
+    assert torch.equal(regfast.MSELoss(reduction=reduction)(x, y), regfast.mse_loss(x, y, reduction=reduction))
+
+
+@pytest.mark.filterwarnings("ignore:size_average and reduce")
+def test_legacy_arguments():
+    assert regfast.MSELoss(size_average=False).reduction == "sum"
+    assert regfast.CrossEntropyLoss(reduce=False).reduction == "none"
+
+
+def test_weight_of_cross_entropy_loss_moves_with_the_module():
+    loss = regfast.CrossEntropyLoss(torch.rand(9)).double()
+    assert loss.weight.dtype == torch.float64
+    assert loss(spiky(6, 9, dtype=torch.float64), class_targets((6,), 9)).dtype == torch.float64
+
+
+def test_a_model_trains_as_with_torch():
+    def train(linear, loss):
+        torch.manual_seed(1)
+        model = nn.Sequential(linear(20, 16), nn.ReLU(), linear(16, 4))
+        optimiser, criterion = torch.optim.SGD(model.parameters(), lr=0.1), loss()
+        data, target = spiky(64, 20, size=1), class_targets((64,), 4)
+        losses = []
+        for _ in range(30):
+            optimiser.zero_grad()
+            value = criterion(model(data), target)
+            value.backward()
+            optimiser.step()
+            losses.append(value.item())
+        return torch.tensor(losses)
+
+    torch.testing.assert_close(train(regfast.Linear, regfast.CrossEntropyLoss), train(nn.Linear, nn.CrossEntropyLoss))

@@ -1,0 +1,105 @@
+"""torch.library.opcheck on every registered op: schema, autograd registration, fake kernel, AOT dispatch."""
+
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+from util import class_targets, lay_out, probability_targets, spiky
+
+import regfast  # noqa: F401 - registers the ops
+
+ops = torch.ops.regfast
+LOSS, LSE, ENTROPY, LOGPROB, ARGMAX = (1 << bit for bit in range(5))
+ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
+gradients = pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+
+
+def cross_entropy_arguments(target, weight, mode, outputs, loss_dtype, softcap=None):
+    """input to logit_scale, then outputs, inplace_backward and loss_dtype."""
+    return target, weight, -100, mode, 0.1, 0.2, softcap, None, outputs, False, loss_dtype
+
+
+@gradients
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_linear(activation, requires_grad, dtype):
+    w, b = spiky(5, 7, dtype=dtype).requires_grad_(requires_grad), spiky(5, dtype=dtype).requires_grad_(requires_grad)
+    for x, bias in ((spiky(4, 7, dtype=dtype), b), (lay_out(spiky(2, 3, 7, dtype=dtype), "strided"), None)):
+        opcheck(ops.linear.default, (x.requires_grad_(requires_grad), w, bias, activation))
+
+
+@gradients
+@pytest.mark.parametrize("log", [False, True])
+def test_softmax(log, requires_grad, dtype):
+    for dim in (0, 1, -1):
+        opcheck(ops.softmax.default, (spiky(3, 4, 5, dtype=dtype).requires_grad_(requires_grad), dim, log))
+
+
+@gradients
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_logsumexp(keepdim, requires_grad, dtype):
+    for dim in (0, 1, -1):
+        opcheck(ops.logsumexp.default, (spiky(3, 4, 5, dtype=dtype).requires_grad_(requires_grad), dim, keepdim))
+
+
+@gradients
+@pytest.mark.parametrize("mode", [0, 1, 2])
+def test_mse_loss(mode, requires_grad, dtype):
+    x, y = (spiky(4, 5, dtype=dtype).requires_grad_(requires_grad) for _ in range(2))
+    opcheck(ops.mse_loss.default, (x, y, mode))
+
+
+@gradients
+@pytest.mark.parametrize(
+    "mode, outputs", list(itertools.product([0, 1, 2], [LOSS, LSE | ENTROPY | LOGPROB | ARGMAX, LOSS | ARGMAX]))
+)
+def test_cross_entropy(mode, outputs, requires_grad):
+    x = spiky(4, 6, 3).requires_grad_(requires_grad)
+    probabilities = probability_targets(4, 6, 3).requires_grad_(requires_grad)
+    for target, weight, loss_dtype, softcap in (
+        (class_targets((4, 3), 6, 0.2), None, None, None),
+        (class_targets((4, 3), 6, 0.2), torch.rand(6), torch.float64, 5.0),
+        (probabilities, torch.rand(6), None, 5.0),
+    ):
+        opcheck(
+            ops.cross_entropy.default, (x, *cross_entropy_arguments(target, weight, mode, outputs, loss_dtype, softcap))
+        )
+
+
+def test_forward_and_backward_ops():
+    # What the autograd functions call: without gradients of their own, so the registration of autograd is not asked.
+    tests = ("test_schema", "test_faketensor")
+    x, w, b, z = spiky(4, 7), spiky(5, 7), spiky(5), spiky(4, 5)
+    for activation, keep, mask in (
+        ("none", False, [True] * 3),
+        ("gelu", True, [True] * 3),
+        ("relu", False, [False, True, False]),
+    ):
+        opcheck(ops.linear_forward.default, (x, w, b, activation, keep), test_utils=tests)
+        saved = None if activation == "none" else z
+        opcheck(ops.linear_backward.default, (spiky(4, 5), x, w, saved, activation, mask), test_utils=tests)
+    for log in (False, True):
+        opcheck(ops.softmax_forward.default, (x, 1, log), test_utils=tests)
+        opcheck(ops.softmax_backward.default, (spiky(4, 7), ops.softmax_forward(x, 1, log), 1, log), test_utils=tests)
+    opcheck(ops.logsumexp_forward.default, (x, 1, True), test_utils=tests)
+    opcheck(ops.logsumexp_backward.default, (spiky(4, 1), x, ops.logsumexp_forward(x, 1, True), 1), test_utils=tests)
+    for mode, mask in itertools.product([0, 1, 2], [[True, False], [True, True]]):
+        opcheck(ops.mse_loss_forward.default, (z, z * 2, mode), test_utils=tests)
+        seed = spiky(4, 5) if mode == 0 else torch.tensor(1.5)
+        opcheck(ops.mse_loss_backward.default, (seed, z, z * 2, mode, mask), test_utils=tests)
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+def test_forward_and_backward_ops_of_cross_entropy(probabilities):
+    tests = ("test_schema", "test_faketensor")
+    x, weight = spiky(4, 6), torch.rand(6)
+    target = probability_targets(4, 6) if probabilities else class_targets((4,), 6, 0.2)
+    options = (-100, 1, 0.1, 0.2, None, 0.5)
+    outputs = LOSS | LSE | ENTROPY | LOGPROB | ARGMAX
+    arguments = (x, target, weight, *options, outputs, None)
+    opcheck(ops.cross_entropy_forward.default, arguments, test_utils=tests)
+    *_, stats, weight_sum = ops.cross_entropy_forward(*arguments)
+    seeds = (torch.tensor(0.7), spiky(4), spiky(4), spiky(4))
+    saved = (x, target, weight, stats, weight_sum, *options)
+    opcheck(ops.cross_entropy_backward.default, (*seeds, *saved, [True, probabilities]), test_utils=tests)
+    opcheck(ops.cross_entropy_backward_.default, (*seeds, *saved, probabilities), test_utils=tests)
