@@ -185,6 +185,51 @@ inline acc_t<T> cross_entropy_row(const T* x, const T* probabilities, const Cros
   return denominator;
 }
 
+// Class indices without options, few classes: lanes are rows. Loss and statistics of `rows` <= size rows of classes that
+// are adjacent in memory; returns their losses and denominators as sums.
+template <class T>
+inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
+                                      int64_t row, int64_t rows, CrossEntropyPartial* partial) {
+  using V = f32v;
+  constexpr int64_t W = V::size;
+  V z[tuning::kNarrowClasses + W];
+  for (int64_t c0 = 0; c0 < a.classes; c0 += W) {
+    const int64_t count = std::min<int64_t>(W, a.classes - c0);
+    V block[W];
+    for (int64_t r = 0; r < W; ++r) {
+      const T* p = x + a.layout.offset(row + (r < rows ? r : 0)) + c0;
+      block[r] = count == W ? load(p) : load_n(p, count);
+    }
+    transpose(block);
+    for (int64_t c = 0; c < W; ++c) z[c0 + c] = block[c];
+  }
+  V m = z[0];
+  for (int64_t c = 1; c < a.classes; ++c) m = max(z[c], m);
+  const V origin = select_lt(m, set1(std::numeric_limits<float>::lowest()), set1(0.0f), m);  // a row of -inf sums to 0
+  V sum = set1(0.0f);
+  for (int64_t c = 0; c < a.classes; ++c) sum = sum + exp(z[c] - origin);
+  float lane_max[W], lane_sum[W];
+  store(lane_max, m);
+  store(lane_sum, sum);
+  const float* weight = (const float*)a.class_weight;
+  for (int64_t r = 0; r < rows; ++r) {
+    const float log_sum = std::log(lane_sum[r]), lse = lane_max[r] + log_sum;
+    const int64_t y = a.target[row + r];
+    const bool ignored = y == a.ignore_index;
+    const float w = ignored ? 0.0f : weight ? weight[y] : 1.0f;
+    const float logprob = ignored ? 0.0f : (load_one(x + a.layout.offset(row + r) + y) - lane_max[r]) - log_sum;
+    float loss = -w * logprob;
+    if (a.z_loss != 0 && !ignored) loss += (float)a.z_loss * lse * lse;
+    ((float*)a.row_max)[row + r] = lane_max[r];
+    ((float*)a.row_log_sum)[row + r] = log_sum;
+    if (out.lse) ((float*)out.lse)[row + r] = lse;
+    if (out.logprob) ((float*)out.logprob)[row + r] = logprob;
+    if (out.loss) ((float*)out.loss)[row + r] = loss;
+    partial->loss += loss;
+    partial->weight += w;
+  }
+}
+
 // Probabilities below exp of this count as 0 in gradients: times 1/N they would be subnormal, and every product that
 // the layers below form with a subnormal costs a microcode assist (a 10-class layer's backward took 5 times as long).
 template <class A> constexpr A kLeastLogProbability = A(sizeof(A) == 4 ? -69 : -690);

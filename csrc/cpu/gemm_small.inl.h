@@ -2,6 +2,16 @@
 
 // ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
 
+// Lane i of the result is the sum of v[i]'s lanes: one transposition instead of a reduction for each.
+template <class V> inline V reduce_each(V (&v)[V::size]) {
+  transpose(v);
+#pragma GCC unroll 4
+  for (int step = V::size / 2; step > 0; step /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < step; ++i) v[i] = v[i] + v[i + step];
+  return v[0];
+}
+
 // out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q times.
 template <class T, int R, int Q>
 inline void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t<T>* out, int64_t out_many,
@@ -34,10 +44,22 @@ inline void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t
         for (int r = 0; r < R; ++r) acc[r][q] = fma(load_n(many[r] + j, end - j), w, acc[r][q]);
       }
     }
+    acc_t<T> sums[R * Q];
+    if constexpr (R * Q % V::size == 0 && std::is_same_v<V, f32v>) {
+#pragma GCC unroll 8
+      for (int i = 0; i < R * Q; i += V::size) {
+        V group[V::size];
+#pragma GCC unroll 16
+        for (int j = 0; j < V::size; ++j) group[j] = acc[(i + j) / Q][(i + j) % Q];
+        store(sums + i, reduce_each(group));
+      }
+    } else {
+      for (int i = 0; i < R * Q; ++i) sums[i] = reduce_add(acc[i / Q][i % Q]);
+    }
     for (int r = 0; r < R; ++r)
       for (int q = 0; q < Q; ++q) {
         acc_t<T>& sum = out[r * out_many + q * out_few];
-        sum = begin == 0 ? reduce_add(acc[r][q]) : sum + reduce_add(acc[r][q]);
+        sum = begin == 0 ? sums[r * Q + q] : sum + sums[r * Q + q];
       }
   }
 }
@@ -56,7 +78,7 @@ inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows
 
 template <class T> inline void gemm_dot(const DotArgs& d) {
   using A = acc_t<T>;
-  constexpr int64_t R = 4, kStrip = 32;
+  constexpr int64_t R = kTile.dot_rows, kStrip = 32;
   const T* few[tuning::kSkinny];
   for (int64_t q = 0; q < d.few_rows; ++q) few[q] = (const T*)d.few.data + d.few.row_offset(q);
   // A strip of results: rows of C when `many` are its rows, else a piece of each of its few rows.

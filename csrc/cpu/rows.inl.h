@@ -167,6 +167,14 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     }
   const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
   const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1);
+  if constexpr (!std::is_same_v<T, double> && f32v::size > 1) {
+    const bool plain = !t && !a.row_entropy && !out.argmax && a.label_smoothing == 0 && a.softcap == 0 && a.logit_scale == 1;
+    if (direct && plain && a.classes > 0 && a.classes <= tuning::kNarrowClasses) {
+      for (int64_t r = begin; r < end; r += f32v::size)
+        cross_entropy_narrow_rows(x, a, out, r, std::min<int64_t>(f32v::size, end - r), &partial);
+      return partial;
+    }
+  }
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
   for (int64_t r = begin, rows; r < end; r += rows) {
     A loss;

@@ -10,6 +10,9 @@
 
 namespace test {
 
+// Sums have more digits, so that the reference is not what fails in double precision.
+using Sum = long double;
+
 struct Options {
   bool probabilities = false, weighted = false;
   int64_t ignore_index = -100;
@@ -59,9 +62,9 @@ inline Result cross_entropy_row(const Row& r, const Options& o) {
     }
     if (std::isfinite(z)) largest = std::max(largest, std::fabs(z));
   }
-  double sum = 0;
+  Sum sum = 0, loss = 0, entropy = 0, logprob = 0;
   for (double z : out.z) sum += std::exp(z - out.max);
-  out.log_sum = std::log(sum);
+  out.log_sum = (double)std::log(sum);
   out.lse = out.max + out.log_sum;
   // tanh errs by a few units of its result, up to the cap, and what comes before it by units of its argument.
   out.z_units = (o.softcap != 0 || o.logit_scale != 1) ? 6 * largest + 1e-3 : 0;
@@ -72,17 +75,20 @@ inline Result cross_entropy_row(const Row& r, const Options& o) {
     const double log_p = out.z[j] - out.max - out.log_sum, p = std::exp(log_p), q = loss_weight(r, o, j);
     const double size = p == 0 ? 0 : 2 * std::fabs(log_p);
     out.log_p.push_back(log_p);
-    if (p != 0) out.entropy -= p * log_p;
+    if (p != 0) entropy -= p * log_p;
     out.entropy_units += p == 0 ? 0 : p * (sums + size) * (2 + std::fabs(log_p));
     if (q != 0) {
-      out.loss -= q * log_p;
+      loss -= q * log_p;
       out.loss_units += std::fabs(q) * (2 * sums + 2 * size + sum_error((int64_t)n) * (std::fabs(out.z[j] - out.max) + out.log_sum));
     }
     if (!r.ignored && r.t[j] != 0) {
-      out.logprob += r.t[j] * log_p;
+      logprob += r.t[j] * log_p;
       out.logprob_units += std::fabs(r.t[j]) * (2 * sums + 2 * size + sum_error((int64_t)n) * (std::fabs(out.z[j] - out.max) + out.log_sum));
     }
   }
+  out.loss = (double)loss;
+  out.entropy = (double)entropy;
+  out.logprob = (double)logprob;
   if (!r.ignored) {
     out.loss += o.z_loss * out.lse * out.lse;
     out.loss_units += std::fabs(o.z_loss * out.lse) * (3 * out.lse_units + 3 * std::fabs(out.lse));
@@ -91,16 +97,20 @@ inline Result cross_entropy_row(const Row& r, const Options& o) {
   return out;
 }
 
-inline Gradient cross_entropy_gradient(const Row& r, const Options& o, const Result& f, const Upstream& up) {
+// Probabilities whose logarithm is below `least_log_p` may count as zero.
+inline Gradient cross_entropy_gradient(const Row& r, const Options& o, const Result& f, const Upstream& up,
+                                       double least_log_p = -kInfinity) {
   const size_t n = r.x.size();
   Gradient g;
-  double q_sum = 0, t_sum = 0, q_size = 0, t_size = 0;
+  Sum q_total = 0, t_total = 0;
+  double q_size = 0, t_size = 0;
   for (size_t j = 0; j < n; ++j) {
-    q_sum += loss_weight(r, o, j);
+    q_total += loss_weight(r, o, j);
     q_size += std::fabs(loss_weight(r, o, j));
-    t_sum += r.ignored ? 0 : r.t[j];
+    t_total += r.ignored ? 0 : r.t[j];
     t_size += r.ignored ? 0 : std::fabs(r.t[j]);
   }
+  const double q_sum = (double)q_total, t_sum = (double)t_total;
   const double sums = sum_error((int64_t)n) + 4 * f.z_units + 2 * f.log_sum, loss_up = r.ignored ? 0 : up.loss;
   for (size_t j = 0; j < n; ++j) {
     const double p = std::exp(f.log_p[j]), q = loss_weight(r, o, j), t = r.ignored ? 0 : r.t[j];
@@ -115,6 +125,7 @@ inline Gradient cross_entropy_gradient(const Row& r, const Options& o, const Res
     double units = p * (sums + 2 * own + sum_error((int64_t)n)) * size + 8 * (std::fabs(loss_up * q) + std::fabs(up.logprob * t));
     units += p * std::fabs(loss_up * 2 * o.z_loss) * f.lse_units;
     units += p * std::fabs(up.entropy) * ((sums + 2 * own) * (1 + own + f.entropy) + f.entropy_units);
+    if (f.log_p[j] < least_log_p) units += p * (size + std::fabs(up.entropy) * (own + f.entropy)) / kUnit<double>;
     const double u = o.softcap != 0 ? f.z[j] / o.softcap : 0, slope = (1 - u * u) * o.logit_scale;
     g.x.push_back(dz * slope);
     // 1 - u^2 errs by units of one, however small it is; so does a z that rounding moved.

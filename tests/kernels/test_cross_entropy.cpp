@@ -103,7 +103,8 @@ template <class T> class Problem {
     const rf::CrossEntropyOutputs out = {c.loss ? loss.data() : nullptr, c.lse ? lse.data() : nullptr,
                                          c.logprob ? logprob.data() : nullptr, c.argmax ? argmax.data() : nullptr};
     const rf::CrossEntropyPartial sums = rf::cross_entropy_forward(Format<T>::dtype, arguments(), out, rows);
-    double total = 0, total_units = 0, total_size = 0, denominator = 0;
+    Sum total = 0, denominator = 0;
+    double total_units = 0, total_size = 0;
     {
       Comparison<A> of_loss("loss"), of_lse("lse"), of_entropy("entropy"), of_logprob("logprob"), of_max("row_max"),
           of_log_sum("row_log_sum");
@@ -135,8 +136,8 @@ template <class T> class Problem {
     {
       Comparison<double> of_total("sum of losses"), of_weight("denominator");
       const double scale = kUnit<T> / kUnit<double>;
-      of_total.add(sums.loss, total, (total_units + 2 * total_size) * scale, 0);
-      of_weight.add(sums.weight, denominator, 4 * denominator, 0);
+      of_total.add(sums.loss, (double)total, (total_units + 2 * total_size) * scale, 0);
+      of_weight.add(sums.weight, (double)denominator, sum_error(rows) * (double)denominator, 0);
     }
     CHECK(loss.rest_untouched() && lse.rest_untouched() && logprob.rest_untouched() && argmax.rest_untouched());
     CHECK(max.rest_untouched() && log_sum.rest_untouched() && entropy.rest_untouched());
@@ -176,7 +177,7 @@ template <class T> class Problem {
         if (c.lse) up.lse = g_lse.value(r);
         if (c.entropy) up.entropy = g_entropy.value(r);
         if (c.logprob) up.logprob = g_logprob.value(r);
-        const Gradient e = cross_entropy_gradient(inputs[r], o, results[r], up);
+        const Gradient e = cross_entropy_gradient(inputs[r], o, results[r], up, std::is_same_v<A, double> ? -689.9 : -68.9);
         for (int64_t j = 0; j < c.shape.classes; ++j) {
           if (dx) of_dx.add(dx->result(r, j), e.x[j], e.x_units[j], dx->at(r, j));
           if (dt) of_dt.add(dt->result(r, j), e.t[j], e.t_units[j], dt->at(r, j));

@@ -15,10 +15,11 @@ struct Moments {
   double max, log_sum;  // log of the sum of exp(x - max)
 };
 Moments moments(const std::vector<double>& x) {
-  double m = -kInfinity, sum = 0;
+  double m = -kInfinity;
+  long double sum = 0;  // more digits than any kernel has
   for (double v : x) m = std::fmax(m, v);
   for (double v : x) sum += std::exp(v - m);
-  return {m, std::log(sum)};
+  return {m, (double)std::log(sum)};
 }
 
 template <class T> SoftmaxArgs arguments(Rows<T>& in, Rows<T>* out, bool log) {
@@ -77,13 +78,16 @@ void backward(const RowShape& s, Arrangement of_y, Arrangement of_g, Arrangement
   {
     Comparison<T> compare("dx");
     for (int64_t r = 0; r < s.rows(); ++r) {
-      double sum = 0, size = 0;
+      long double total = 0;
+      double size = 0;
       for (int64_t c = 0; c < s.classes; ++c) {
         const double term = log ? g.value(r, c) : g.value(r, c) * y.value(r, c);
-        sum += term;
+        total += term;
         size += std::fabs(term);
       }
-      size *= sum_error(s.classes);
+      const double sum = (double)total;
+      // Equal terms are all rounded the same way, which a random walk does not cover.
+      size *= sum_error(s.classes) + (of_g == Arrangement::expanded ? (double)s.classes / 2 : 0);
       for (int64_t c = 0; c < s.classes; ++c) {
         const double yv = y.value(r, c), gv = g.value(r, c), p = log ? std::exp(yv) : yv;
         const double expected = log ? gv - p * sum : p * (gv - sum);
