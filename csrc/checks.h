@@ -20,6 +20,18 @@ inline Activation parse_activation(string_view name) {
            "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh", std::string(name));
 }
 
+// As torch: IndexError for a dimension that is not there; a scalar has one.
+inline int64_t checked_dim(const char* op, const Tensor& x, int64_t dim) {
+  const int64_t dims = std::max<int64_t>(1, x.dim());
+  TORCH_CHECK_INDEX(-dims <= dim && dim < dims, "regfast.", op, ": dim: expected from ", -dims, " to ", dims - 1, ", got ", dim);
+  return dim < 0 ? dim + dims : dim;
+}
+
+inline void check_floating(const char* op, const Tensor& x) {
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(x.scalar_type()), "regfast.", op, ": input: expected a floating point type, got ",
+                              x.scalar_type());
+}
+
 inline void check_linear(const Tensor& x, const Tensor& w, const Tensor& b) {
   RF_CHECK(TORCH_CHECK, w.dim() == 2, "linear", "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
   RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), "linear", "input",
@@ -43,7 +55,7 @@ inline bool is_probability_target(const Tensor& input, const Tensor& target) {
 // Types of exception as torch.nn.functional.cross_entropy raises them.
 inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
                                 double label_smoothing) {
-  RF_CHECK(TORCH_CHECK_VALUE, x.dim() >= 1, "cross_entropy", "input", "1 or more dimensions", x.dim());
+  RF_CHECK(TORCH_CHECK, x.dim() >= 1, "cross_entropy", "input", "1 or more dimensions", x.dim());
   RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, "cross_entropy", "label_smoothing",
            "a number from 0 to 1", label_smoothing);
   RF_CHECK(TORCH_CHECK, x.device() == t.device(), "cross_entropy", "target", c10::str(x.device(), " as input is on"), t.device());
@@ -55,6 +67,8 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& 
   } else {
     RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), "cross_entropy",
              "target", c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
+    RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, "cross_entropy", "target", "one class for one row of logits",
+             t.sym_sizes());
     bool fits = t.dim() == x.dim() - 1;
     for (int64_t d = 1; fits && d < t.dim(); ++d) fits = t.sym_size(d) == x.sym_size(d + 1);
     RF_CHECK(TORCH_CHECK, fits, "cross_entropy", "target", c10::str("input's shape ", x.sym_sizes(), " without its classes"),

@@ -15,7 +15,7 @@
 TORCH_LIBRARY(regfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
   m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias, str activation, bool save_preactivation) -> (Tensor output, Tensor preactivation)");
-  m.def("linear_backward(Tensor grad, Tensor input, Tensor weight, Tensor? saved, str activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def("linear_backward(Tensor grad, Tensor? input, Tensor? weight, Tensor? saved, str activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
   m.def("composite_linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
 
   m.def("softmax(Tensor input, int dim, bool log) -> Tensor");

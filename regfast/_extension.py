@@ -26,6 +26,21 @@ isa = _C.isa
 isas = _C.isas
 build_info = _C.build_info
 
+
+def reduction_number(op: str, reduction: str) -> int:
+    """torch's number for a reduction's name."""
+    if reduction not in reference.REDUCTIONS:
+        expected = ", ".join(reference.REDUCTIONS)
+        raise ValueError(f"regfast.{op}: reduction: expected one of {expected}, got {reduction!r}")
+    return reference.REDUCTIONS.index(reduction)
+
+
+def not_a_tensor(op: str, **arguments: object) -> TypeError:
+    """The error for the first of these arguments that is no tensor; required ones come first."""
+    name, value = next((n, v) for n, v in arguments.items() if not isinstance(v, Tensor))
+    return TypeError(f"regfast.{op}: {name}: expected a Tensor, got {type(value).__name__}")
+
+
 # The outputs of cross_entropy in the order of their bits and of the tensors that the op returns.
 OUTPUTS = reference.OUTPUTS
 
@@ -66,3 +81,5 @@ for _name, _composite in {
     ),
 }.items():
     _library.impl(_name, _composite, "CompositeImplicitAutograd")
+    # vmap does not decompose ops of other libraries by itself.
+    _library.impl(_name, _composite, "FuncTorchBatched")

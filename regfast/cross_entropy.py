@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 
-from ._extension import OUTPUTS
+from ._extension import OUTPUTS, not_a_tensor, reduction_number
 
 _cross_entropy = torch.ops.regfast.cross_entropy.default
 
@@ -78,6 +78,8 @@ def cross_entropy(
     probabilities the target's mass, where these are used): no probabilities of input's size. Backward recomputes
     ``softmax - target`` from them in one pass (one read, one write).
     """
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+        raise not_a_tensor("cross_entropy", input=input, target=target, weight=weight)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     bits, result, places = _selection((outputs,) if isinstance(outputs, str) else tuple(outputs))
@@ -86,7 +88,7 @@ def cross_entropy(
         target,
         weight,
         ignore_index,
-        _reduction.get_enum(reduction),
+        reduction_number("cross_entropy", reduction),
         label_smoothing,
         z_loss,
         softcap,

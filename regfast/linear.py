@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import _extension  # noqa: F401  registers the ops
+from ._extension import not_a_tensor
 from .reference import ACTIVATIONS
 
 _linear = torch.ops.regfast.linear.default
@@ -28,10 +28,13 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         ValueError: for an unknown activation.
         RuntimeError: for shapes, dtypes or devices that do not fit, as ``F.linear`` does.
 
-    Saved for backward: input, weight, and the output (relu, sigmoid, tanh) or the pre-activation (gelu, gelu_tanh, silu).
+    Saved for backward: input if weight needs a gradient, weight if input does (with an activation both, and bias), and the
+    output (relu, sigmoid, tanh) or the pre-activation (gelu, gelu_tanh, silu).
     Gradients are computed only for the inputs that need them. The products follow Goto and van de Geijn, "Anatomy of
     high-performance matrix multiplication" (2008).
     """
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
+        raise not_a_tensor("linear", input=input, weight=weight, bias=bias)
     return _linear(input, weight, bias, activation)
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import _reduction
 
-from . import _extension, reference  # noqa: F401  _extension registers the ops
+from . import reference
+from ._extension import not_a_tensor, reduction_number
 
 _mse_loss = torch.ops.regfast.mse_loss.default
 
@@ -36,11 +37,13 @@ def mse_loss(
 
     Saved for backward: input and target; the residual ``input - target`` is recomputed.
     """
+    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
+        raise not_a_tensor("mse_loss", input=input, target=target)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is not None:
         return reference.mse_loss(input, target, reduction=reduction, weight=weight)
-    return _mse_loss(input, target, _reduction.get_enum(reduction))
+    return _mse_loss(input, target, reduction_number("mse_loss", reduction))
 
 
 class MSELoss(nn.MSELoss):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -27,10 +28,10 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
     Raises:
         IndexError: for a ``dim`` out of range. NotImplementedError: for integers.
 
-    Saved for backward: input (as the graph's edge) and output. One read of a row that fits the caches; the sum is kept
+    Saved for backward: the output. One read of a row that fits the caches; the sum is kept
     online over blocks of longer rows (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
     """
-    return _softmax(input if dtype is None else input.to(dtype), dim, False)
+    return _softmax(input if dtype is None else input.to(dtype), index(dim), False)
 
 
 def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) 
 
     Arguments, errors, method and what is saved are those of :func:`softmax`.
     """
-    return _softmax(input if dtype is None else input.to(dtype), dim, True)
+    return _softmax(input if dtype is None else input.to(dtype), index(dim), True)
 
 
 def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) -> Tensor:
@@ -57,12 +58,18 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
 
     Saved for backward: input and the result in float32 (float64 for float64).
     """
-    if isinstance(dim, int):
-        return _logsumexp(input, dim, keepdim)
-    dims = sorted({d % input.dim() if -input.dim() <= d < input.dim() else d for d in dim})
-    if len(dims) != len(tuple(dim)) or not dims or dims[0] < 0 or dims[-1] >= input.dim():
-        return torch.logsumexp(input, dim, keepdim)  # torch's own errors, and its meaning of no dimension
-    kept = [d for d in range(input.dim()) if d not in dims]
+    if not isinstance(dim, (tuple, list)):
+        return _logsumexp(input, index(dim), keepdim)
+    n = max(input.dim(), 1)
+    dims = [d + n if d < 0 else d for d in map(index, dim)]
+    if len(set(dims)) != len(dims):
+        raise RuntimeError(f"regfast.logsumexp: dim: expected different dimensions, got {tuple(dim)}")
+    if any(not 0 <= d < n for d in dims):
+        raise IndexError(f"regfast.logsumexp: dim: expected from {-n} to {n - 1}, got {tuple(dim)}")
+    if input.dim() == 0:
+        return _logsumexp(input, 0, keepdim)
+    dims = dims or list(range(n))  # none means all, as in torch
+    kept = [d for d in range(n) if d not in dims]
     rows = input.permute(*kept, *dims).reshape(*(input.shape[d] for d in kept), -1)
     result = _logsumexp(rows, -1, False)
-    return result.reshape([1 if d in dims else n for d, n in enumerate(input.shape)]) if keepdim else result
+    return result.reshape([1 if d in dims else size for d, size in enumerate(input.shape)]) if keepdim else result

@@ -1,5 +1,5 @@
-// regfast::linear: saves input, weight and what the activation's derivative needs (nothing, the output or the
-// pre-activation); computes only the gradients that are asked for.
+// regfast::linear: saves the operands that a derivative needs and what the activation's derivative is computed from
+// (nothing, the output or the pre-activation); computes only the gradients that are asked for.
 #include "../checks.h"
 #include "../torch_api.h"
 
@@ -22,12 +22,20 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const Optio
   return op.call(x, w, b, activation, save_preactivation);
 }
 
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                                                             const OptionalTensor&, string_view, std::array<bool, 3>);
+
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
-    const Saved kind = saved_for(parse_activation(activation));
+    const Activation act = parse_activation(activation);
+    const Saved kind = saved_for(act);
     auto [y, z] = rf::forward(x, w, b, activation, kind == Saved::preactivation);
-    ctx->save_for_backward({x, w, value_or_undefined(b),
+    // A derivative of an activation's derivative starts again from all operands.
+    const bool all = act != Activation::none;
+    ctx->save_for_backward({all || w.requires_grad() ? x : Tensor(), all || x.requires_grad() ? w : Tensor(),
+                            all ? value_or_undefined(b) : Tensor(),
                             kind == Saved::output ? y : kind == Saved::preactivation ? z : Tensor()});
+    ctx->saved_data["has_bias"] = b.has_value() && b->defined();
     ctx->saved_data["activation"] = std::string(activation);
     ctx->set_materialize_grads(false);
     return y;
@@ -37,19 +45,27 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     variable_list result(4);
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &w = saved[1], &b = saved[2];
+    const Tensor &g = grads[0], &x = saved[0], &w = saved[1], &b = saved[2];
     const std::string activation = ctx->saved_data["activation"].toStringRef();
+    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
     if (backward_takes_composite()) {
-      auto g = composite_gradients({x, w, b}, {grads[0]}, [&](const std::vector<Tensor>& in) {
+      if (activation == "none") {
+        if (mask[0]) result[0] = at::matmul(g, w);
+        const Tensor rows = g.dim() == 1 ? g.unsqueeze(0) : g.flatten(0, -2);
+        if (mask[1]) result[1] = at::matmul(rows.t(), x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2));
+        if (mask[2]) result[2] = rows.sum(0);
+        return result;
+      }
+      auto computed = composite_gradients({x, w, b}, {g}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite(in[0], in[1], in[2].defined() ? OptionalTensor(in[2]) : std::nullopt, activation)};
       });
-      std::copy(g.begin(), g.end(), result.begin());
+      std::copy(computed.begin(), computed.end(), result.begin());
       return result;
     }
-    static const auto op = find_op<std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                                                      string_view, std::array<bool, 3>)>("regfast::linear_backward");
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), b.defined() && ctx->needs_input_grad(2)};
-    auto [dx, dw, db] = op.call(grads[0], x, w, saved[3].defined() ? OptionalTensor(saved[3]) : std::nullopt, activation, mask);
+    static const auto op = find_op<BackwardSignature>("regfast::linear_backward");
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
+    auto [dx, dw, db] = op.call(g, optional(x), optional(w), optional(saved[3]), activation, mask);
     if (mask[0]) result[0] = dx;
     if (mask[1]) result[1] = dw;
     if (mask[2]) result[2] = db;
@@ -83,12 +99,15 @@ std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w,
   return {at::empty_symint(sizes, x.options()), save_preactivation ? at::empty_symint(sizes, x.options()) : at::empty({0}, x.options())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor&, const Tensor& x, const Tensor& w, const OptionalTensor&,
-                                                        string_view, std::array<bool, 3> mask) {
-  const auto none = [&] { return at::empty({0}, x.options()); };
-  return {mask[0] ? at::empty_symint(x.sym_sizes(), x.options()) : none(),
-          mask[1] ? at::empty_symint(w.sym_sizes(), w.options()) : none(),
-          mask[2] ? at::empty_symint({w.sym_size(0)}, w.options()) : none()};
+std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& grad, const OptionalTensor& x, const OptionalTensor& w,
+                                                        const OptionalTensor&, string_view, std::array<bool, 3> mask) {
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  const c10::SymInt outputs = grad.sym_size(-1);
+  auto sizes = grad.sym_sizes().vec();
+  if (mask[0]) sizes.back() = w->sym_size(1);
+  return {mask[0] ? at::empty_symint(sizes, grad.options()) : none(),
+          mask[1] ? at::empty_symint({outputs, x->sym_size(-1)}, grad.options()) : none(),
+          mask[2] ? at::empty_symint({outputs}, grad.options()) : none()};
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// regfast::softmax saves its output; regfast::logsumexp saves input and result.
+// regfast::softmax saves its output alone; regfast::logsumexp saves input and result.
 #include "../checks.h"
 #include "../torch_api.h"
 
@@ -31,24 +31,24 @@ Tensor logsumexp_forward(const Tensor& x, int64_t dim, bool keepdim) {
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t dim, bool log) {
     Tensor y = softmax_forward(x, dim, log);
-    // The input only names the graph that create_graph differentiates; its data is not needed.
-    ctx->save_for_backward({x, y});
+    ctx->save_for_backward({y});
     ctx->saved_data["dim"] = dim;
     ctx->saved_data["log"] = log;
     return y;
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
+    const Tensor y = ctx->get_saved_variables()[0], &g = grads[0];
     const int64_t dim = ctx->saved_data["dim"].toInt();
     const bool log = ctx->saved_data["log"].toBool();
     if (backward_takes_composite()) {
-      auto g = composite_gradients({saved[0]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
-        return std::vector<Tensor>{composite_softmax(in[0], dim, log)};
-      });
-      return {g[0], Tensor(), Tensor()};
+      // The output carries the graph, so this expression of it can be differentiated again.
+      const auto acc = acc_type(y.scalar_type());
+      const Tensor ya = y.to(acc), ga = g.to(acc);
+      const Tensor dx = log ? ga - ya.exp() * ga.sum(dim, true) : ya * (ga - (ga * ya).sum(dim, true));
+      return {dx.to(y.scalar_type()), Tensor(), Tensor()};
     }
     static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool)>("regfast::softmax_backward");
-    return {op.call(grads[0], saved[1], dim, log), Tensor(), Tensor()};
+    return {op.call(g, y, dim, log), Tensor(), Tensor()};
   }
 };
 
@@ -75,18 +75,17 @@ struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
   }
 };
 
-int64_t checked_dim(const Tensor& x, int64_t dim) { return c10::maybe_wrap_dim(dim, x.dim()); }
-
 Tensor softmax(const Tensor& x, int64_t dim, bool log) {
+  check_floating(log ? "log_softmax" : "softmax", x);
   if (takes_composite({&x})) return composite_softmax(x, dim, log);
-  dim = checked_dim(x, dim);
+  dim = checked_dim(log ? "log_softmax" : "softmax", x, dim);
   if (any_requires_grad({&x})) return SoftmaxFunction::apply(x, dim, log);
   return softmax_forward(x, dim, log);
 }
 
 Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
   if (takes_composite({&x})) return composite_logsumexp(x, dim, keepdim);
-  dim = checked_dim(x, dim);
+  dim = checked_dim("logsumexp", x, dim);
   if (any_requires_grad({&x})) return LogsumexpFunction::apply(x, dim, keepdim);
   return logsumexp_forward(x, dim, keepdim).to(x.scalar_type());
 }

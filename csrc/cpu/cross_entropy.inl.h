@@ -92,17 +92,18 @@ inline TargetSums<A> block_target_sums(const A* z, const A* t, const A* weight, 
   return {reduce_add(q_dot), reduce_add(q_mass), reduce_add(t_dot), reduce_add(t_mass)};
 }
 
-// First position of the value m in the row, or of a NaN when there is one. Blocks before `from` are known not to hold m.
+// First position of a NaN where there may be one, else of the value m, which blocks before `from` are known not to hold.
 template <class T, class A>
-inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool has_nan, const LogitTransform<A>& transform) {
+inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool maybe_nan, const LogitTransform<A>& transform) {
   A buf[tuning::kBlock];
-  for (int64_t j = has_nan ? 0 : from; j < n; j += tuning::kBlock) {
+  for (int64_t j = maybe_nan ? 0 : from; j < n; j += tuning::kBlock) {
     int64_t count = std::min<int64_t>(tuning::kBlock, n - j);
     const A* z = staged_logits(x + j, count, buf, transform);
     for (int64_t i = 0; i < count; ++i)
-      if (has_nan ? z[i] != z[i] : z[i] == m) return j + i;
+      if (maybe_nan ? z[i] != z[i] : z[i] == m) return j + i;
   }
-  return 0;
+  // An infinite maximum makes the sum NaN as well.
+  return maybe_nan ? first_maximum(x, n, from, m, false, transform) : 0;
 }
 
 // One row's loss and statistics. Returns the row's term of the mean's denominator, and its loss through `loss`.

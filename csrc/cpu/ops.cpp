@@ -37,7 +37,7 @@ std::optional<int64_t> collapsed_stride(const Tensor& t, int64_t from, int64_t t
 }
 
 int64_t product(at::IntArrayRef sizes, int64_t from, int64_t to) {
-  return c10::multiply_integers(sizes.begin() + from, sizes.begin() + to);
+  return from < to ? c10::multiply_integers(sizes.begin() + from, sizes.begin() + to) : 1;
 }
 
 std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
@@ -117,49 +117,53 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   return {y, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& w,
+// input is needed for the weight's gradient, weight for the input's.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
                                                    const OptionalTensor& saved, string_view activation_name,
                                                    std::array<bool, 3> mask) {
   const Activation activation = parse_activation(activation_name);
-  const DType dtype = dtype_of(x.scalar_type());
-  const int64_t m = rows_of(x), n = w.size(0), k = w.size(1);
-  const auto none = [&] { return at::empty({0}, x.options()); };
+  const DType dtype = dtype_of(grad.scalar_type());
+  const int64_t m = rows_of(grad), n = grad.size(-1);
+  const auto none = [&] { return at::empty({0}, grad.options()); };
 
   Tensor dz = grad, db = none();
   if (activation != Activation::none || mask[2]) {
     // Rows of the upstream gradient are adjacent, or made so: an expanded scalar is the one case in practice.
-    const Tensor g = grad.stride(-1) == 1 || grad.size(-1) == 1 ? walkable(grad, grad.dim() - 1) : grad.contiguous();
+    const Tensor g = grad.stride(-1) == 1 || n == 1 ? walkable(grad, grad.dim() - 1) : grad.contiguous();
     const Tensor s = saved.has_value() ? saved->contiguous() : Tensor();
-    Tensor sums = mask[2] ? at::empty({n}, x.options().dtype(acc_type(x.scalar_type()))) : Tensor();
-    if (activation != Activation::none) dz = advised(at::empty(grad.sizes(), x.options()));
-    auto layout = *row_layout(g, g.dim() - 1);
-    activation_backward(dtype, {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, layout,
+    Tensor sums = mask[2] ? at::empty({n}, grad.options().dtype(acc_type(grad.scalar_type()))) : Tensor();
+    dz = activation != Activation::none ? advised(at::empty(grad.sizes(), grad.options())) : g;
+    activation_backward(dtype, {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
                                 activation != Activation::none ? dz.mutable_data_ptr() : nullptr, n, activation,
                                 mask[2] ? sums.mutable_data_ptr() : nullptr}, m);
-    if (mask[2]) db = sums.to(x.scalar_type());
-    if (activation == Activation::none) dz = g;
+    if (mask[2]) db = sums.to(grad.scalar_type());
   }
-  const auto product = [&](int64_t rows, int64_t columns, int64_t inner, const Tensor& a, bool a_transposed, const Tensor& b,
+  const auto product = [&](int64_t rows, int64_t columns, int64_t inner, bool dz_transposed, const Tensor& other,
                            at::IntArrayRef sizes) {
     if (gemm_by_aten(dtype, rows, columns, inner)) {
-      const Tensor a2 = a.reshape({m, n}), b2 = b.reshape({inner, columns});
-      return at::mm(a_transposed ? a2.t() : a2, b2).view(sizes);
+      const Tensor left = dz.reshape({m, n}), right = other.reshape({inner, columns});
+      return at::mm(dz_transposed ? left.t() : left, right).view(sizes);
     }
-    Tensor c = advised(at::empty(sizes, x.options()));
-    const Operand left = operand(a), right = operand(b);
-    gemm(dtype, {rows, columns, inner, left.view, a_transposed, right.view, false,
+    Tensor c = advised(at::empty(sizes, grad.options()));
+    const Operand left = operand(dz), right = operand(other);
+    gemm(dtype, {rows, columns, inner, left.view, dz_transposed, right.view, false,
                  {c.mutable_data_ptr(), columns, nullptr, 0, nullptr, Activation::none, nullptr}});
     return c;
   };
-  Tensor dx = mask[0] ? product(m, k, n, dz, false, w, x.sizes()) : none();
-  Tensor dw = mask[1] ? product(n, k, m, dz, true, x, w.sizes()) : none();
+  Tensor dx = none(), dw = none();
+  if (mask[0]) {
+    auto sizes = grad.sizes().vec();
+    sizes.back() = weight->size(1);
+    dx = product(m, weight->size(1), n, false, *weight, sizes);
+  }
+  if (mask[1]) dw = product(n, input->size(-1), m, true, *input, {n, input->size(-1)});
   return {dx, dw, db};
 }
 
 // ---- softmax family ------------------------------------------------------------------------------------------------
 
 int64_t rows_without(const Tensor& t, int64_t dim) {
-  return product(t.sizes(), 0, dim) * (t.dim() ? product(t.sizes(), dim + 1, t.dim()) : 1);
+  return product(t.sizes(), 0, dim) * product(t.sizes(), dim + 1, t.dim());
 }
 
 Tensor softmax_cpu(const Tensor& input, int64_t dim, bool log) {

@@ -128,7 +128,8 @@ inline f64v scale2(f64v x, f64v n) {
   return {vmulq_f64(vmulq_f64(x.v, a), b)};
 }
 
-inline float reduce_add(f32v a) { return vaddvq_f32(a.v); }
+// Halves on halves, as in the other ISAs (vaddvq adds neighbours): sums of transposed vectors must have the same bits.
+inline float reduce_add(f32v a) { return vaddv_f32(vadd_f32(vget_low_f32(a.v), vget_high_f32(a.v))); }
 inline double reduce_add(f64v a) { return vaddvq_f64(a.v); }
 inline float reduce_max(f32v a) { return vmaxvq_f32(a.v); }
 inline double reduce_max(f64v a) { return vmaxvq_f64(a.v); }

@@ -30,12 +30,13 @@ inline double activate(Activation a, double x) {
   return 0;
 }
 
-// The exponent -x^2 / 2 of the Gaussian, and that of the logistic function, are rounded before exp is taken.
+// The exponent -x^2 / 2 of the Gaussian (or erfc's argument), and that of the logistic function, are rounded before exp
+// is taken, here as well as in the kernels.
 inline double activate_units(Activation a, double x) {
   const double y = std::fabs(activate(a, x));
   switch (a) {
     case Activation::none: case Activation::relu: return 0;
-    case Activation::gelu: return std::isfinite(x) ? y * (8 + x * x) : 0;
+    case Activation::gelu: return std::isfinite(x) ? y * (8 + 4 * x * x) : 0;
     case Activation::gelu_tanh: return std::isfinite(x) ? y * (8 + 8 * std::fabs(gelu_tanh_argument(x))) : 0;
     default: return 8 * y;
   }

@@ -25,6 +25,10 @@ void test_squared_error();
 void test_gemm();
 void test_packing();
 
+// Set by QUICK=1: fewer random cases, for emulated machines.
+extern bool quick;
+inline int fewer(int cases) { return quick ? (cases + 4) / 5 : cases; }
+
 // How many threads run_parallel (threads.cpp) uses; 2 unless a test changes it.
 extern int64_t threads;
 

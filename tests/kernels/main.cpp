@@ -18,6 +18,7 @@
 namespace test {
 
 int64_t passed = 0, failed = 0;
+bool quick = false;
 static char current[256];
 
 void describe(const char* format, ...) {
@@ -34,7 +35,7 @@ bool check(bool ok, const char* format, ...) {
     ++passed;
     return true;
   }
-  constexpr int64_t kPrinted = 30;
+  constexpr int64_t kPrinted = 12;
   if (++failed <= kPrinted) {
     std::printf("FAILED [%s] ", current);
     va_list args;
@@ -52,7 +53,7 @@ bool check(bool ok, const char* format, ...) {
 
 namespace {
 
-void on_crash(int signal) {
+[[maybe_unused]] void on_crash(int signal) {
   const char* parts[] = {"CRASHED [", test::description(), "] ", strsignal(signal), "\n"};
   for (const char* s : parts)
     if (write(STDOUT_FILENO, s, std::strlen(s)) < 0) break;
@@ -80,6 +81,7 @@ Counts run_tests() {
                      {"squared_error", test::test_squared_error},
                      {"packing", test::test_packing},
                      {"gemm", test::test_gemm}};
+  test::quick = std::getenv("QUICK") != nullptr;
   const char* only = std::getenv("ONLY");  // part of a name, for debugging
   for (const auto& t : tests) {
     if (only && !std::strstr(t.name, only)) continue;

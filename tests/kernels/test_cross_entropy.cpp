@@ -104,6 +104,7 @@ template <class T> class Problem {
                                          c.logprob ? logprob.data() : nullptr, c.argmax ? argmax.data() : nullptr};
     const rf::CrossEntropyPartial sums = rf::cross_entropy_forward(Format<T>::dtype, arguments(), out, rows);
     Sum total = 0, denominator = 0;
+    int64_t wrong_argmax = 0;
     double total_units = 0, total_size = 0;
     {
       Comparison<A> of_loss("loss"), of_lse("lse"), of_entropy("entropy"), of_logprob("logprob"), of_max("row_max"),
@@ -119,8 +120,9 @@ template <class T> class Problem {
         if (c.argmax) {
           const int64_t i = (int64_t)argmax.result(r);
           // Exactly the first maximum where z is x itself; otherwise rounding may tie or swap neighbours.
-          if (e.z_units == 0) CHECK(i == e.argmax);
-          else CHECK(i >= 0 && i < c.shape.classes && e.z[i] >= e.max - 4 * e.z_units * kUnit<T>);
+          const bool right = e.z_units == 0 ? i == e.argmax
+                                            : i >= 0 && i < c.shape.classes && e.z[i] >= e.max - 4 * e.z_units * kUnit<T>;
+          wrong_argmax += !right;
         }
         if (t) {
           mass.result(r);
@@ -133,6 +135,7 @@ template <class T> class Problem {
       }
     }
     CHECK(sums.bad_row == -1);
+    CHECK(wrong_argmax == 0);
     {
       Comparison<double> of_total("sum of losses"), of_weight("denominator");
       const double scale = kUnit<T> / kUnit<double>;
@@ -202,7 +205,8 @@ template <class T> class Problem {
   std::vector<Result> results;
 };
 
-template <class T> void random_call(int64_t classes, Random& random) {
+// A plain call is that of an ordinary training step, which kernels treat specially.
+template <class T> void random_call(int64_t classes, bool plain, Random& random) {
   const auto output = [&] { return kArrangements[random.integer(0, kOutputArrangements - 1)]; };
   Options o;
   o.probabilities = random.chance(0.35);
@@ -229,6 +233,15 @@ template <class T> void random_call(int64_t classes, Random& random) {
   c.logprob = random.chance(0.3);
   c.argmax = random.chance(0.3);
   c.loss_stride = random.integer(0, 1);
+  if (plain) {
+    o = Options();
+    o.weighted = random.chance(0.3);
+    o.z_loss = random.chance(0.2) ? 0.01 : 0;
+    c.logits = random.chance(0.7) ? Arrangement::rows : Arrangement::padded;
+    c.grad = random.chance(0.7) ? c.logits : output();
+    c.want_dx = c.loss = true;
+    c.entropy = c.argmax = false;
+  }
   describe("cross_entropy %s outer=%lld inner=%lld classes=%lld %s%s prob=%d(%s) grad=%s,%s w=%d smooth=%d zloss=%d "
            "cap=%d scale=%d stream=%d outputs=%d%d%d%d%d ignore=%lld", Format<T>::name, (long long)c.shape.outer,
            (long long)c.shape.inner, (long long)classes, kArrangementNames[(int)c.logits], c.in_place ? " in place" : "",
@@ -241,7 +254,7 @@ template <class T> void random_call(int64_t classes, Random& random) {
 template <class T> void all() {
   Random random(3);
   for (int64_t classes : kClasses)
-    for (int i = 0, calls = classes > 1000 ? 16 : 24; i < calls; ++i) random_call<T>(classes, random);
+    for (int i = 0, calls = fewer(classes > 1000 ? 16 : 32); i < calls; ++i) random_call<T>(classes, i % 4 == 0, random);
 }
 
 }  // namespace

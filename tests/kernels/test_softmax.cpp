@@ -179,7 +179,7 @@ template <class T> void all_softmax() {
   Random random(1);
   for (int64_t classes : kClasses)
     for (int from = 0; from <= kOutputArrangements; ++from)
-      for (int variant = 0; variant < 3; ++variant) {
+      for (int variant = 0; variant < fewer(3); ++variant) {
         const auto other = [&] { return kArrangements[random.integer(0, kOutputArrangements - 1)]; };
         const Arrangement a = kArrangements[from];
         // One variant keeps the same arrangement everywhere, so that rows meet rows.

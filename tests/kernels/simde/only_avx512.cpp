@@ -1,5 +1,5 @@
 // Takes the place of csrc/cpu/dispatch.cpp where AVX-512 runs on SIMDe, whatever the CPU has.
-#include "kernels.h"
+#include "drivers.h"
 
 namespace rf {
 namespace avx512 { extern const Kernels table; }
@@ -9,5 +9,6 @@ const Kernels* const* available_kernels() {
   return only;
 }
 const Kernels& kernels() { return avx512::table; }
+bool has_native_gemm(DType) { return false; }
 
 }  // namespace rf

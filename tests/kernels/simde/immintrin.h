@@ -1,0 +1,137 @@
+// Stands in for the compiler's <immintrin.h> when isa_avx512.cpp is compiled for a CPU without AVX-512: SIMDe's portable
+// versions under the intrinsics' own names, and below, lane by lane, those that its version 0.7.4 lacks or gets wrong.
+#pragma once
+#define SIMDE_NO_NATIVE
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#pragma GCC diagnostic pop
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+typedef uint8_t __mmask8;
+typedef uint16_t __mmask16;
+
+namespace lane_by_lane {
+
+// A register as an array, and back.
+template <class E, int n> struct Lanes {
+  E lane[n];
+  Lanes() : lane() {}
+  template <class V> explicit Lanes(const V& v) {
+    static_assert(sizeof(V) == sizeof(lane), "as many lanes as the register has");
+    std::memcpy(lane, &v, sizeof lane);
+  }
+  template <class V> V as() const {
+    static_assert(sizeof(V) == sizeof(lane), "as many lanes as the register has");
+    V v;
+    std::memcpy(&v, lane, sizeof lane);
+    return v;
+  }
+};
+
+template <class V, class E, int n> V load(unsigned mask, const void* p) {
+  Lanes<E, n> r;
+  for (int i = 0; i < n; ++i)
+    if (mask >> i & 1) std::memcpy(&r.lane[i], (const E*)p + i, sizeof(E));
+  return r.template as<V>();
+}
+template <class E, int n, class V> void store(void* p, unsigned mask, V v) {
+  const Lanes<E, n> r(v);
+  for (int i = 0; i < n; ++i)
+    if (mask >> i & 1) std::memcpy((E*)p + i, &r.lane[i], sizeof(E));
+}
+// In the compiler's order, halves on halves: the kernels count on it (see gemm_small.inl.h).
+template <class E, int n, class V> E sum(V v) {
+  Lanes<E, n> r(v);
+  for (int half = n / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) r.lane[i] += r.lane[i + half];
+  return r.lane[0];
+}
+template <class E, int n, class V> E maximum(V v) {
+  const Lanes<E, n> r(v);
+  E m = r.lane[0];
+  for (E x : r.lane) m = x > m ? x : m;
+  return m;
+}
+
+}  // namespace lane_by_lane
+
+inline __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* p) { return lane_by_lane::load<__m512, float, 16>(k, p); }
+inline __m512d _mm512_maskz_loadu_pd(__mmask8 k, const void* p) { return lane_by_lane::load<__m512d, double, 8>(k, p); }
+inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
+  return lane_by_lane::load<__m256i, uint16_t, 16>(k, p);
+}
+inline void _mm512_mask_storeu_ps(void* p, __mmask16 k, __m512 v) { lane_by_lane::store<float, 16>(p, k, v); }
+inline void _mm512_mask_storeu_pd(void* p, __mmask8 k, __m512d v) { lane_by_lane::store<double, 8>(p, k, v); }
+inline void _mm256_mask_storeu_epi16(void* p, __mmask16 k, __m256i v) { lane_by_lane::store<uint16_t, 16>(p, k, v); }
+
+inline float _mm512_reduce_add_ps(__m512 v) { return lane_by_lane::sum<float, 16>(v); }
+inline double _mm512_reduce_add_pd(__m512d v) { return lane_by_lane::sum<double, 8>(v); }
+inline float _mm512_reduce_max_ps(__m512 v) { return lane_by_lane::maximum<float, 16>(v); }
+inline double _mm512_reduce_max_pd(__m512d v) { return lane_by_lane::maximum<double, 8>(v); }
+
+// A non-temporal store faults on an address that is not aligned: so does this.
+inline void _mm512_stream_ps(void* p, __m512 v) {
+  if ((uintptr_t)p % 64) __builtin_trap();
+  std::memcpy(p, &v, 64);
+}
+inline void _mm512_stream_pd(void* p, __m512d v) {
+  if ((uintptr_t)p % 64) __builtin_trap();
+  std::memcpy(p, &v, 64);
+}
+
+inline __m512i _mm512_cvtepu16_epi32(__m256i v) {
+  const lane_by_lane::Lanes<uint16_t, 16> from(v);
+  lane_by_lane::Lanes<uint32_t, 16> to;
+  for (int i = 0; i < 16; ++i) to.lane[i] = from.lane[i];
+  return to.as<__m512i>();
+}
+inline __m256i _mm512_cvtepi32_epi16(__m512i v) {
+  const lane_by_lane::Lanes<uint32_t, 16> from(v);
+  lane_by_lane::Lanes<uint16_t, 16> to;
+  for (int i = 0; i < 16; ++i) to.lane[i] = (uint16_t)from.lane[i];
+  return to.as<__m256i>();
+}
+
+// Half precision: SIMDe converts single numbers, rounding to nearest even.
+inline __m512 _mm512_cvtph_ps(__m256i v) {
+  const lane_by_lane::Lanes<uint16_t, 16> from(v);
+  lane_by_lane::Lanes<float, 16> to;
+  for (int i = 0; i < 16; ++i) to.lane[i] = simde_float16_to_float32(simde_uint16_as_float16(from.lane[i]));
+  return to.as<__m512>();
+}
+inline __m256i _mm512_cvtps_ph(__m512 v, int) {
+  const lane_by_lane::Lanes<float, 16> from(v);
+  lane_by_lane::Lanes<uint16_t, 16> to;
+  for (int i = 0; i < 16; ++i) to.lane[i] = simde_float16_as_uint16(simde_float16_from_float32(from.lane[i]));
+  return to.as<__m256i>();
+}
+
+// SIMDe's own multiplies by 2^n, which overflows before the product does.
+#undef _mm512_scalef_ps
+#undef _mm512_scalef_pd
+inline __m512 _mm512_scalef_ps(__m512 x, __m512 n) {
+  lane_by_lane::Lanes<float, 16> r(x);
+  const lane_by_lane::Lanes<float, 16> e(n);
+  for (int i = 0; i < 16; ++i) r.lane[i] = e.lane[i] == e.lane[i] ? std::ldexp(r.lane[i], (int)e.lane[i]) : e.lane[i];
+  return r.as<__m512>();
+}
+inline __m512d _mm512_scalef_pd(__m512d x, __m512d n) {
+  lane_by_lane::Lanes<double, 8> r(x);
+  const lane_by_lane::Lanes<double, 8> e(n);
+  for (int i = 0; i < 8; ++i) r.lane[i] = e.lane[i] == e.lane[i] ? std::ldexp(r.lane[i], (int)e.lane[i]) : e.lane[i];
+  return r.as<__m512d>();
+}
+
+// Present without their aliases.
+#if !defined(_MM_FROUND_NO_EXC)
+#define _MM_FROUND_NO_EXC SIMDE_MM_FROUND_NO_EXC
+#endif
+#if !defined(_mm512_shuffle_f32x4)
+#define _mm512_shuffle_f32x4(a, b, imm8) simde_mm512_shuffle_f32x4(a, b, imm8)
+#endif
