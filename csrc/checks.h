@@ -1,5 +1,5 @@
-// The user's mistakes: each is one message that names the op, the argument, what was expected and what came. Called once
-// per call, above the devices; sizes are symbolic so that the checks hold while tracing.
+// The user's mistakes: each is one message that names the op, the argument, what was expected and what came. Called
+// once per call, above the devices; sizes are symbolic so that the checks hold while tracing.
 #pragma once
 #include "torch_api.h"
 
@@ -16,35 +16,38 @@ inline Activation parse_activation(string_view name) {
   if (name == "silu") return Activation::silu;
   if (name == "sigmoid") return Activation::sigmoid;
   if (name == "tanh") return Activation::tanh;
-  RF_CHECK(TORCH_CHECK_VALUE, false, "linear", "activation",
-           "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh", std::string(name));
+  RF_CHECK(TORCH_CHECK_VALUE, false, "linear", "activation", "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh",
+           std::string(name));
 }
 
 // As torch: IndexError for a dimension that is not there; a scalar has one.
 inline int64_t checked_dim(const char* op, const Tensor& x, int64_t dim) {
   const int64_t dims = std::max<int64_t>(1, x.dim());
-  TORCH_CHECK_INDEX(-dims <= dim && dim < dims, "regfast.", op, ": dim: expected from ", -dims, " to ", dims - 1, ", got ", dim);
+  TORCH_CHECK_INDEX(-dims <= dim && dim < dims, "regfast.", op, ": dim: expected from ", -dims, " to ", dims - 1,
+                    ", got ", dim);
   return dim < 0 ? dim + dims : dim;
 }
 
 inline void check_floating(const char* op, const Tensor& x) {
-  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(x.scalar_type()), "regfast.", op, ": input: expected a floating point type, got ",
-                              x.scalar_type());
+  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(x.scalar_type()), "regfast.", op,
+                              ": input: expected a floating point type, got ", x.scalar_type());
 }
 
 inline void check_linear(const Tensor& x, const Tensor& w, const Tensor& b) {
   RF_CHECK(TORCH_CHECK, w.dim() == 2, "linear", "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
   RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), "linear", "input",
            c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"), x.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.scalar_type() == w.scalar_type(), "linear", "weight", c10::str(x.scalar_type(), " as input has"),
-           w.scalar_type());
-  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "linear", "weight", c10::str(x.device(), " as input is on"), w.device());
+  RF_CHECK(TORCH_CHECK, x.scalar_type() == w.scalar_type(), "linear", "weight",
+           c10::str(x.scalar_type(), " as input has"), w.scalar_type());
+  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "linear", "weight", c10::str(x.device(), " as input is on"),
+           w.device());
   if (!b.defined()) return;
   RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == w.sym_size(0), "linear", "bias",
            c10::str("shape [", w.sym_size(0), "]"), b.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.scalar_type() == b.scalar_type(), "linear", "bias", c10::str(x.scalar_type(), " as input has"),
-           b.scalar_type());
-  RF_CHECK(TORCH_CHECK, x.device() == b.device(), "linear", "bias", c10::str(x.device(), " as input is on"), b.device());
+  RF_CHECK(TORCH_CHECK, x.scalar_type() == b.scalar_type(), "linear", "bias",
+           c10::str(x.scalar_type(), " as input has"), b.scalar_type());
+  RF_CHECK(TORCH_CHECK, x.device() == b.device(), "linear", "bias", c10::str(x.device(), " as input is on"),
+           b.device());
 }
 
 inline int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
@@ -58,30 +61,33 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& 
   RF_CHECK(TORCH_CHECK, x.dim() >= 1, "cross_entropy", "input", "1 or more dimensions", x.dim());
   RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, "cross_entropy", "label_smoothing",
            "a number from 0 to 1", label_smoothing);
-  RF_CHECK(TORCH_CHECK, x.device() == t.device(), "cross_entropy", "target", c10::str(x.device(), " as input is on"), t.device());
+  RF_CHECK(TORCH_CHECK, x.device() == t.device(), "cross_entropy", "target", c10::str(x.device(), " as input is on"),
+           t.device());
   const auto classes = x.sym_size(class_dim(x));
   if (is_probability_target(x, t)) {
     RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), "cross_entropy", "target",
              "floating point probabilities, its shape being input's", t.scalar_type());
-    RF_CHECK(TORCH_CHECK, ignore_index < 0, "cross_entropy", "ignore_index", "none with probability targets", ignore_index);
+    RF_CHECK(TORCH_CHECK, ignore_index < 0, "cross_entropy", "ignore_index", "none with probability targets",
+             ignore_index);
   } else {
     RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), "cross_entropy",
              "target", c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
-    RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, "cross_entropy", "target", "one class for one row of logits",
-             t.sym_sizes());
+    RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, "cross_entropy", "target",
+             "one class for one row of logits", t.sym_sizes());
     bool fits = t.dim() == x.dim() - 1;
     for (int64_t d = 1; fits && d < t.dim(); ++d) fits = t.sym_size(d) == x.sym_size(d + 1);
-    RF_CHECK(TORCH_CHECK, fits, "cross_entropy", "target", c10::str("input's shape ", x.sym_sizes(), " without its classes"),
-             t.sym_sizes());
+    RF_CHECK(TORCH_CHECK, fits, "cross_entropy", "target",
+             c10::str("input's shape ", x.sym_sizes(), " without its classes"), t.sym_sizes());
     RF_CHECK(TORCH_CHECK, t.scalar_type() == at::kLong || t.scalar_type() == at::kByte, "cross_entropy", "target",
              "Long class indices", t.scalar_type());
   }
   if (!w.defined()) return;
   RF_CHECK(TORCH_CHECK, w.dim() == 1 && w.sym_size(0) == classes, "cross_entropy", "weight",
            c10::str("one number for each of the ", classes, " classes"), w.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "cross_entropy", "weight", c10::str(x.device(), " as input is on"), w.device());
-  RF_CHECK(TORCH_CHECK, w.scalar_type() == x.scalar_type(), "cross_entropy", "weight", c10::str(x.scalar_type(), " as input has"),
-           w.scalar_type());
+  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "cross_entropy", "weight", c10::str(x.device(), " as input is on"),
+           w.device());
+  RF_CHECK(TORCH_CHECK, w.scalar_type() == x.scalar_type(), "cross_entropy", "weight",
+           c10::str(x.scalar_type(), " as input has"), w.scalar_type());
 }
 
 }  // namespace rf

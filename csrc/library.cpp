@@ -14,8 +14,12 @@
 
 TORCH_LIBRARY(regfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
-  m.def("linear_forward(Tensor input, Tensor weight, Tensor? bias, str activation, bool save_preactivation) -> (Tensor output, Tensor preactivation)");
-  m.def("linear_backward(Tensor grad, Tensor? input, Tensor? weight, Tensor? saved, str activation, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_forward(Tensor input, Tensor weight, Tensor? bias, str activation, bool save_preactivation) -> (Tensor "
+      "output, Tensor preactivation)");
+  m.def(
+      "linear_backward(Tensor grad, Tensor? input, Tensor? weight, Tensor? saved, str activation, bool[3] output_mask) "
+      "-> (Tensor, Tensor, Tensor)");
   m.def("composite_linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
 
   m.def("softmax(Tensor input, int dim, bool log) -> Tensor");
@@ -28,15 +32,22 @@ TORCH_LIBRARY(regfast, m) {
   m.def("logsumexp_backward(Tensor grad, Tensor input, Tensor lse, int dim) -> Tensor");
   m.def("composite_logsumexp(Tensor input, int dim, bool keepdim) -> Tensor");
 
-  m.def("cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS ", int outputs, bool inplace_backward, ScalarType? loss_dtype) -> Tensor[]");
-  m.def("cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
-  m.def("cross_entropy_backward(" RF_CROSS_ENTROPY_GRADS ", Tensor input, " RF_CROSS_ENTROPY_SAVED ", " RF_CROSS_ENTROPY_OPTIONS ", bool[2] output_mask) -> (Tensor, Tensor)");
-  m.def("cross_entropy_backward_(" RF_CROSS_ENTROPY_GRADS ", Tensor(a!) input, " RF_CROSS_ENTROPY_SAVED ", " RF_CROSS_ENTROPY_OPTIONS ", bool grad_target) -> Tensor");
-  m.def("composite_cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
+  m.def("cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
+        ", int outputs, bool inplace_backward, ScalarType? loss_dtype) -> Tensor[]");
+  m.def("cross_entropy_forward(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
+        ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
+  m.def("cross_entropy_backward(" RF_CROSS_ENTROPY_GRADS ", Tensor input, " RF_CROSS_ENTROPY_SAVED
+        ", " RF_CROSS_ENTROPY_OPTIONS ", bool[2] output_mask) -> (Tensor, Tensor)");
+  m.def("cross_entropy_backward_(" RF_CROSS_ENTROPY_GRADS ", Tensor(a!) input, " RF_CROSS_ENTROPY_SAVED
+        ", " RF_CROSS_ENTROPY_OPTIONS ", bool grad_target) -> Tensor");
+  m.def("composite_cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
+        ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
 
   m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def("mse_loss_forward(Tensor input, Tensor target, int reduction) -> Tensor");
-  m.def("mse_loss_backward(Tensor grad, Tensor input, Tensor target, int reduction, bool[2] output_mask) -> (Tensor, Tensor)");
+  m.def(
+      "mse_loss_backward(Tensor grad, Tensor input, Tensor target, int reduction, bool[2] output_mask) -> (Tensor, "
+      "Tensor)");
   m.def("composite_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
 }
 
@@ -67,7 +78,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
   m.def("build_info", build_info, "What was built, against which torch, and what runs here.");
-  m.def("fma_gflops", [](double seconds) { return rf::kernels().fma_gflops(seconds); }, pybind11::arg("seconds"),
-        pybind11::call_guard<pybind11::gil_scoped_release>(),
-        "Measured float32 fma rate of the calling thread with the ISA in use, GFLOP/s.");
+  m.def(
+      "fma_gflops", [](double seconds) { return rf::kernels().fma_gflops(seconds); }, pybind11::arg("seconds"),
+      pybind11::call_guard<pybind11::gil_scoped_release>(),
+      "Measured float32 fma rate of the calling thread with the ISA in use, GFLOP/s.");
 }

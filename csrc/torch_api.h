@@ -54,7 +54,8 @@ inline const Tensor& value_or_undefined(const OptionalTensor& t) {
 }
 
 // A schema of ours as a typed handle, looked up once per call site.
-template <class Signature> c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
@@ -63,16 +64,15 @@ struct CrossEntropyUpstream {
   OptionalTensor loss, lse, entropy, logprob;
 };
 
-// A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through the
-// composite, whose own derivatives and batching rules are torch's.
-inline bool backward_takes_composite() {
-  return at::GradMode::is_enabled() || inside_transform();
-}
+// A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through
+// the composite, whose own derivatives and batching rules are torch's.
+inline bool backward_takes_composite() { return at::GradMode::is_enabled() || inside_transform(); }
 
-// Gradients of composite(inputs), with their own graph under create_graph. Each input takes part under an alias, so that
-// one tensor passed twice gets the gradient of each of its places.
+// Gradients of composite(inputs), with their own graph under create_graph. Each input takes part under an alias, so
+// that one tensor passed twice gets the gradient of each of its places.
 template <class F>
-inline std::vector<Tensor> composite_gradients(std::vector<Tensor> inputs, const std::vector<Tensor>& grads, F&& composite) {
+inline std::vector<Tensor> composite_gradients(std::vector<Tensor> inputs, const std::vector<Tensor>& grads,
+                                               F&& composite) {
   const bool create_graph = at::GradMode::is_enabled();
   at::AutoGradMode record(true);
   std::vector<Tensor> sources;

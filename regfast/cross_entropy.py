@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +13,11 @@ from ._extension import OUTPUTS, not_a_tensor, reduction_number
 _cross_entropy = torch.ops.regfast.cross_entropy.default
 
 
-@cache
-def _selection(outputs: tuple[str, ...]) -> tuple[int, type | None, tuple[int, ...]]:
+Selection = tuple[int, type | None, tuple[int, ...]]
+_selections: dict[tuple[str, ...], Selection] = {}
+
+
+def _select(outputs: tuple[str, ...]) -> Selection:
     """The op's bits for some names, the result's type, and where in the op's list each name is."""
     if not outputs or any(name not in OUTPUTS for name in outputs) or len(set(outputs)) != len(outputs):
         raise ValueError(
@@ -82,7 +84,10 @@ def cross_entropy(
         raise not_a_tensor("cross_entropy", input=input, target=target, weight=weight)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    bits, result, places = _selection((outputs,) if isinstance(outputs, str) else tuple(outputs))
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    if names not in _selections:
+        _selections[names] = _select(names)
+    bits, result, places = _selections[names]
     tensors = _cross_entropy(
         input,
         target,

@@ -16,12 +16,14 @@ struct Options {
   std::optional<at::ScalarType> loss_dtype;
 };
 
-using ForwardSignature = std::vector<Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double, double,
-                                             std::optional<double>, std::optional<double>, int64_t, std::optional<at::ScalarType>);
+using ForwardSignature = std::vector<Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
+                                             double, double, std::optional<double>, std::optional<double>, int64_t,
+                                             std::optional<at::ScalarType>);
 
 std::vector<Tensor> call(const c10::TypedOperatorHandle<ForwardSignature>& op, const Tensor& x, const Tensor& t,
                          const OptionalTensor& w, const Options& o) {
-  return op.call(x, t, w, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, o.outputs, o.loss_dtype);
+  return op.call(x, t, w, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, o.outputs,
+                 o.loss_dtype);
 }
 std::vector<Tensor> composite(const Tensor& x, const Tensor& t, const OptionalTensor& w, const Options& o) {
   static const auto op = find_op<ForwardSignature>("regfast::composite_cross_entropy");
@@ -35,9 +37,10 @@ std::vector<Tensor> forward(const Tensor& x, const Tensor& t, const OptionalTens
 }
 
 template <class Result, class Mask>
-using BackwardSignature = Result(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                 const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, int64_t,
-                                 int64_t, double, double, std::optional<double>, std::optional<double>, Mask);
+using BackwardSignature = Result(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                 const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                 const Tensor&, const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
+                                 std::optional<double>, Mask);
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
@@ -71,15 +74,19 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     for (const Tensor& g : grads) used = used || g.defined();
     if (!used) return result;
     auto& d = ctx->saved_data;
-    const Options o = {d["ignore_index"].toInt(), d["reduction"].toInt(), d["label_smoothing"].toDouble(), d["z_loss"].toDouble(),
-                       d["softcap"].toOptional<double>(), d["logit_scale"].toOptional<double>(), d["outputs"].toInt(),
+    const Options o = {d["ignore_index"].toInt(),
+                       d["reduction"].toInt(),
+                       d["label_smoothing"].toDouble(),
+                       d["z_loss"].toDouble(),
+                       d["softcap"].toOptional<double>(),
+                       d["logit_scale"].toOptional<double>(),
+                       d["outputs"].toInt(),
                        d["loss_dtype"].toOptional<at::ScalarType>()};
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &t = saved[1], &w = saved[2];
     if (backward_takes_composite()) {
-      auto g = composite_gradients({x, t}, grads, [&](const std::vector<Tensor>& in) {
-        return composite(in[0], in[1], optional(w), o);
-      });
+      auto g = composite_gradients(
+          {x, t}, grads, [&](const std::vector<Tensor>& in) { return composite(in[0], in[1], optional(w), o); });
       result[0] = g[0];
       result[1] = g[1];
       return result;
@@ -93,42 +100,48 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const bool need_x = ctx->needs_input_grad(0), need_t = ctx->needs_input_grad(1);
     if (d["inplace"].toBool() && need_x) {
       static const auto op = find_op<BackwardSignature<Tensor, bool>>("regfast::cross_entropy_backward_");
-      Tensor dt = op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index, o.reduction,
-                          o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, need_t);
+      Tensor dt = op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index,
+                          o.reduction, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, need_t);
       result[0] = x.detach();
       if (need_t) result[1] = dt;
       return result;
     }
-    static const auto op = find_op<BackwardSignature<std::tuple<Tensor, Tensor>, std::array<bool, 2>>>("regfast::cross_entropy_backward");
-    auto [dx, dt] = op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index, o.reduction,
-                            o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, std::array<bool, 2>{need_x, need_t});
+    static const auto op =
+        find_op<BackwardSignature<std::tuple<Tensor, Tensor>, std::array<bool, 2>>>("regfast::cross_entropy_backward");
+    auto [dx, dt] =
+        op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index, o.reduction,
+                o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, std::array<bool, 2>{need_x, need_t});
     if (need_x) result[0] = dx;
     if (need_t) result[1] = dt;
     return result;
   }
 };
 
-std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
-                                  int64_t reduction, double label_smoothing, double z_loss, std::optional<double> softcap,
-                                  std::optional<double> logit_scale, int64_t outputs, bool inplace_backward,
-                                  std::optional<at::ScalarType> loss_dtype) {
+std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const OptionalTensor& weight,
+                                  int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
+                                  std::optional<double> softcap, std::optional<double> logit_scale, int64_t outputs,
+                                  bool inplace_backward, std::optional<at::ScalarType> loss_dtype) {
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
   const Tensor& w = value_or_undefined(weight);
   // torch takes a target of one element for a single row of logits.
   const bool single = x.dim() == 1 && target.dim() == 1 && target.sym_size(0) == 1 && x.sym_size(0) != 1;
   const Tensor t = single ? target.squeeze(0) : target;
-  RF_CHECK(TORCH_CHECK_VALUE, !softcap || *softcap > 0, "cross_entropy", "softcap", "a positive number or None", *softcap);
+  RF_CHECK(TORCH_CHECK_VALUE, !softcap || *softcap > 0, "cross_entropy", "softcap", "a positive number or None",
+           *softcap);
   // Probabilities or their weights in another type promote, and a differentiated weight is torch's (or its refusal).
   const bool promotes = x.dim() >= 1 && is_probability_target(x, t) && at::isFloatingType(t.scalar_type()) &&
                         (t.scalar_type() != x.scalar_type() || (w.defined() && w.scalar_type() != x.scalar_type()));
-  if (promotes || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w})) return composite(x, t, weight, o);
+  if (promotes || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w}))
+    return composite(x, t, weight, o);
   check_cross_entropy(x, t, w, ignore_index, label_smoothing);
   if (any_requires_grad({&x, &t})) {
     bool inplace = inplace_backward && x.requires_grad();
     if (inplace) {
-      TORCH_CHECK(!x.is_leaf(), "regfast.cross_entropy: inplace_backward: expected an input that is not a leaf, got a leaf "
+      TORCH_CHECK(!x.is_leaf(),
+                  "regfast.cross_entropy: inplace_backward: expected an input that is not a leaf, got a leaf "
                   "that requires grad, whose data its gradient would replace");
-      TORCH_CHECK(at::has_internal_overlap(x) != at::MemOverlap::Yes, "regfast.cross_entropy: inplace_backward: expected "
+      TORCH_CHECK(at::has_internal_overlap(x) != at::MemOverlap::Yes,
+                  "regfast.cross_entropy: inplace_backward: expected "
                   "an input whose elements have memory of their own, got overlapping ones (expanded?)");
       // While tracing, buffers are the compiler's to reuse.
       inplace = !x.unsafeGetTensorImpl()->is_python_dispatch();
@@ -140,28 +153,35 @@ std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const O
   return results;
 }
 
-std::vector<Tensor> cross_entropy_batched(const Tensor& x, const Tensor& t, const OptionalTensor& w, int64_t ignore_index,
-                                          int64_t reduction, double label_smoothing, double z_loss,
-                                          std::optional<double> softcap, std::optional<double> logit_scale, int64_t outputs,
-                                          bool, std::optional<at::ScalarType> loss_dtype) {
-  return composite(x, t, w, {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype});
+std::vector<Tensor> cross_entropy_batched(const Tensor& x, const Tensor& t, const OptionalTensor& w,
+                                          int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                          double z_loss, std::optional<double> softcap,
+                                          std::optional<double> logit_scale, int64_t outputs, bool,
+                                          std::optional<at::ScalarType> loss_dtype) {
+  return composite(x, t, w,
+                   {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype});
 }
 
 // Under autocast F.cross_entropy returns float32; the logits stay as they are, all arithmetic being in float32 anyway.
-std::vector<Tensor> cross_entropy_autocast(const Tensor& x, const Tensor& t, const OptionalTensor& w, int64_t ignore_index,
-                                           int64_t reduction, double label_smoothing, double z_loss,
-                                           std::optional<double> softcap, std::optional<double> logit_scale,
-                                           int64_t outputs, bool inplace_backward, std::optional<at::ScalarType> loss_dtype) {
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(x.device().type()));
+std::vector<Tensor> cross_entropy_autocast(const Tensor& x, const Tensor& t, const OptionalTensor& w,
+                                           int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                           double z_loss, std::optional<double> softcap,
+                                           std::optional<double> logit_scale, int64_t outputs, bool inplace_backward,
+                                           std::optional<at::ScalarType> loss_dtype) {
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(
+      at::autocast::get_autocast_dispatch_key_from_device_type(x.device().type()));
   const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
   if (half && !loss_dtype) loss_dtype = at::kFloat;
-  const auto matched = [&](const Tensor& a) { return half && at::isFloatingType(a.scalar_type()) ? a.to(x.scalar_type()) : a; };
-  return cross_entropy(x, matched(t), w ? OptionalTensor(matched(*w)) : w, ignore_index, reduction, label_smoothing, z_loss, softcap,
-                       logit_scale, outputs, inplace_backward, loss_dtype);
+  const auto matched = [&](const Tensor& a) {
+    return half && at::isFloatingType(a.scalar_type()) ? a.to(x.scalar_type()) : a;
+  };
+  return cross_entropy(x, matched(t), w ? OptionalTensor(matched(*w)) : w, ignore_index, reduction, label_smoothing,
+                       z_loss, softcap, logit_scale, outputs, inplace_backward, loss_dtype);
 }
 
-std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t, const OptionalTensor&, int64_t, int64_t reduction,
-                                               double, double, std::optional<double>, std::optional<double>, int64_t outputs,
+std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t, const OptionalTensor&, int64_t,
+                                               int64_t reduction, double, double, std::optional<double>,
+                                               std::optional<double>, int64_t outputs,
                                                std::optional<at::ScalarType> loss_dtype) {
   auto row_shape = x.sym_sizes().vec();
   row_shape.erase(row_shape.begin() + class_dim(x));
@@ -180,18 +200,21 @@ std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t,
   return results;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_backward_meta(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& x, const Tensor& t,
-    const OptionalTensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
-    std::optional<double>, std::array<bool, 2> mask) {
+std::tuple<Tensor, Tensor> cross_entropy_backward_meta(const OptionalTensor&, const OptionalTensor&,
+                                                       const OptionalTensor&, const OptionalTensor&, const Tensor& x,
+                                                       const Tensor& t, const OptionalTensor&, const Tensor&,
+                                                       const Tensor&, int64_t, int64_t, double, double,
+                                                       std::optional<double>, std::optional<double>,
+                                                       std::array<bool, 2> mask) {
   return {mask[0] ? at::empty_like(x) : at::empty({0}, x.options()),
           mask[1] ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, x.options())};
 }
 
-Tensor cross_entropy_backward_inplace_meta(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& x, const Tensor& t,
-    const OptionalTensor&, const Tensor&, const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
-    std::optional<double>, bool grad_target) {
+Tensor cross_entropy_backward_inplace_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                                           const OptionalTensor&, const Tensor& x, const Tensor& t,
+                                           const OptionalTensor&, const Tensor&, const Tensor&, int64_t, int64_t,
+                                           double, double, std::optional<double>, std::optional<double>,
+                                           bool grad_target) {
   return grad_target ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, x.options());
 }
 

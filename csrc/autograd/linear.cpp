@@ -10,23 +10,27 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 Tensor composite(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view)>("regfast::composite_linear");
+  static const auto op =
+      find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view)>("regfast::composite_linear");
   return op.call(x, w, b, activation);
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation,
                                    bool save_preactivation) {
-  static const auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, string_view, bool)>(
-      "regfast::linear_forward");
+  static const auto op =
+      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, string_view, bool)>(
+          "regfast::linear_forward");
   at::AutoDispatchBelowADInplaceOrView below;
   return op.call(x, w, b, activation, save_preactivation);
 }
 
-using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                                                             const OptionalTensor&, string_view, std::array<bool, 3>);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&,
+                                                             const OptionalTensor&, const OptionalTensor&, string_view,
+                                                             std::array<bool, 3>);
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const OptionalTensor& b,
+                        string_view activation) {
     const Activation act = parse_activation(activation);
     const Saved kind = saved_for(act);
     auto [y, z] = rf::forward(x, w, b, activation, kind == Saved::preactivation);
@@ -34,7 +38,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const bool all = act != Activation::none;
     ctx->save_for_backward({all || w.requires_grad() ? x : Tensor(), all || x.requires_grad() ? w : Tensor(),
                             all ? value_or_undefined(b) : Tensor(),
-                            kind == Saved::output ? y : kind == Saved::preactivation ? z : Tensor()});
+                            kind == Saved::output          ? y
+                            : kind == Saved::preactivation ? z
+                                                           : Tensor()});
     ctx->saved_data["has_bias"] = b.has_value() && b->defined();
     ctx->saved_data["activation"] = std::string(activation);
     ctx->set_materialize_grads(false);
@@ -58,7 +64,8 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         return result;
       }
       auto computed = composite_gradients({x, w, b}, {g}, [&](const std::vector<Tensor>& in) {
-        return std::vector<Tensor>{composite(in[0], in[1], in[2].defined() ? OptionalTensor(in[2]) : std::nullopt, activation)};
+        return std::vector<Tensor>{
+            composite(in[0], in[1], in[2].defined() ? OptionalTensor(in[2]) : std::nullopt, activation)};
       });
       std::copy(computed.begin(), computed.end(), result.begin());
       return result;
@@ -93,14 +100,17 @@ Tensor linear_autocast(const Tensor& x, const Tensor& w, const OptionalTensor& b
                 at::autocast::cached_cast(to, b, device), activation);
 }
 
-std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w, const OptionalTensor&, string_view, bool save_preactivation) {
+std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w, const OptionalTensor&, string_view,
+                                               bool save_preactivation) {
   auto sizes = x.sym_sizes().vec();
   sizes.back() = w.sym_size(0);
-  return {at::empty_symint(sizes, x.options()), save_preactivation ? at::empty_symint(sizes, x.options()) : at::empty({0}, x.options())};
+  return {at::empty_symint(sizes, x.options()),
+          save_preactivation ? at::empty_symint(sizes, x.options()) : at::empty({0}, x.options())};
 }
 
-std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& grad, const OptionalTensor& x, const OptionalTensor& w,
-                                                        const OptionalTensor&, string_view, std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& grad, const OptionalTensor& x,
+                                                        const OptionalTensor& w, const OptionalTensor&, string_view,
+                                                        std::array<bool, 3> mask) {
   const auto none = [&] { return at::empty({0}, grad.options()); };
   const c10::SymInt outputs = grad.sym_size(-1);
   auto sizes = grad.sym_sizes().vec();

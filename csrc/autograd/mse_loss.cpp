@@ -36,8 +36,9 @@ struct MseLossFunction : torch::autograd::Function<MseLossFunction> {
       std::copy(g.begin(), g.end(), result.begin());
       return result;
     }
-    static const auto op = find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, std::array<bool, 2>)>(
-        "regfast::mse_loss_backward");
+    static const auto op =
+        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, std::array<bool, 2>)>(
+            "regfast::mse_loss_backward");
     const std::array<bool, 2> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     auto [dx, dy] = op.call(grads[0], saved[0], saved[1], reduction, mask);
     if (mask[0]) result[0] = dx;
@@ -58,14 +59,16 @@ Tensor mse_loss(const Tensor& x, const Tensor& y, int64_t reduction) {
 Tensor mse_loss_autocast(const Tensor& x, const Tensor& y, int64_t reduction) {
   const auto device = x.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  return rf::mse_loss(at::autocast::cached_cast(at::kFloat, x, device), at::autocast::cached_cast(at::kFloat, y, device), reduction);
+  return rf::mse_loss(at::autocast::cached_cast(at::kFloat, x, device),
+                      at::autocast::cached_cast(at::kFloat, y, device), reduction);
 }
 
 Tensor mse_loss_forward_meta(const Tensor& x, const Tensor&, int64_t reduction) {
   return reduction == at::Reduction::None ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({}, x.options());
 }
 
-std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor&, const Tensor& x, const Tensor&, int64_t, std::array<bool, 2> mask) {
+std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor&, const Tensor& x, const Tensor&, int64_t,
+                                                  std::array<bool, 2> mask) {
   const auto like = [&](bool wanted) {
     return wanted ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
   };

@@ -70,7 +70,8 @@ struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
       });
       return {g[0], Tensor(), Tensor()};
     }
-    static const auto op = find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("regfast::logsumexp_backward");
+    static const auto op =
+        find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("regfast::logsumexp_backward");
     return {op.call(grads[0], saved[0], saved[1], dim), Tensor(), Tensor()};
   }
 };
@@ -95,8 +96,10 @@ Tensor like_meta(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.opt
 Tensor logsumexp_forward_meta(const Tensor& x, int64_t dim, bool keepdim) {
   auto sizes = x.sym_sizes().vec();
   if (x.dim()) {
-    if (keepdim) sizes[dim] = 1;
-    else sizes.erase(sizes.begin() + dim);
+    if (keepdim)
+      sizes[dim] = 1;
+    else
+      sizes.erase(sizes.begin() + dim);
   }
   return at::empty_symint(sizes, x.options().dtype(acc_type(x.scalar_type())));
 }

@@ -13,7 +13,8 @@ bool needs_tiles(const CrossEntropyArgs& a) {
 }
 
 // Runs body(args, block, begin, end) over blocks of rows, with scratch where classes are not adjacent.
-template <class F> void for_row_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& body) {
+template <class F>
+void for_row_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& body) {
   const int64_t block = tuning::rows_per_sum(args.classes), blocks = (rows + block - 1) / block;
   const int64_t grain = tuning::kParallelElements / (block * (args.classes > 0 ? args.classes : 1)) + 1;
   parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
@@ -46,9 +47,8 @@ void cross_entropy_backward(DType dtype, CrossEntropyArgs args, const CrossEntro
   const auto kernel = kernels().cross_entropy_backward[(int)dtype];
   const bool tiles = needs_tiles(args) || (grads.grad_logits && grads.grad_layout.class_stride != 1) ||
                      (grads.grad_probabilities && grads.grad_probability_layout.class_stride != 1);
-  for_row_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t, int64_t begin, int64_t end) {
-    kernel(a, grads, begin, end);
-  });
+  for_row_blocks(args, tiles, rows,
+                 [&](const CrossEntropyArgs& a, int64_t, int64_t begin, int64_t end) { kernel(a, grads, begin, end); });
 }
 
 }  // namespace rf

@@ -3,10 +3,12 @@
 //   loss = sum_j q_j (L - (z_j - m)) + z_loss lse^2     entropy = L - sum_j p_j (z_j - m)     lse = m + L
 // so one pass over the row gives them all, and their gradient is  p_j (a + b log p_j) - q_j  with two numbers per row.
 
-template <class A> struct LogitTransform {
+template <class A>
+struct LogitTransform {
   A scale, cap;  // cap 0: none
   bool identity() const { return scale == A(1) && cap == A(0); }
-  template <class V> V operator()(V x) const {
+  template <class V>
+  V operator()(V x) const {
     x = x * set1(scale);
     return cap == A(0) ? x : set1(cap) * tanh(x / set1(cap));
   }
@@ -24,10 +26,12 @@ inline const A* staged_logits(const T* x, int64_t n, A* buf, const LogitTransfor
 }
 
 // exp(x) x counts as 0 where exp(x) is 0: this bound keeps -inf out of the product. NaN passes.
-template <class A> constexpr A kLeastExponent = A(-1e4);
+template <class A>
+constexpr A kLeastExponent = A(-1e4);
 
 // sum e and sum e (z - m), e = exp(z - m)
-template <class A> inline void block_entropy_sums(const A* z, int64_t n, A m, A* sum, A* weighted) {
+template <class A>
+inline void block_entropy_sums(const A* z, int64_t n, A m, double* sum, double* weighted) {
   using V = vec_t<A>;
   V vm = set1(m), least = set1(kLeastExponent<A>), s = set1(A(0)), w = s;
   int64_t j = 0;
@@ -46,7 +50,8 @@ template <class A> inline void block_entropy_sums(const A* z, int64_t n, A m, A*
 }
 
 // sum w (z - m), w = 1 without weights
-template <class A> inline A block_dot(const A* z, const A* weight, int64_t n, A m) {
+template <class A>
+inline A block_dot(const A* z, const A* weight, int64_t n, A m) {
   using V = vec_t<A>;
   V vm = set1(m), s = set1(A(0)), one = set1(A(1));
   int64_t j = 0;
@@ -59,7 +64,8 @@ template <class A> inline A block_dot(const A* z, const A* weight, int64_t n, A 
   return reduce_add(s);
 }
 
-template <class A> inline A block_sum(const A* p, int64_t n) {
+template <class A>
+inline A block_sum(const A* p, int64_t n) {
   using V = vec_t<A>;
   V s = set1(A(0));
   int64_t j = 0;
@@ -69,10 +75,12 @@ template <class A> inline A block_sum(const A* p, int64_t n) {
 }
 
 // Effective target weights of probabilities: q = w ((1 - eps) t + eps / C).
-template <class A> struct TargetSums { A q_dot, q_mass, t_dot, t_mass; };
+struct TargetSums {
+  double q_dot, q_mass, t_dot, t_mass;
+};
 
 template <class A>
-inline TargetSums<A> block_target_sums(const A* z, const A* t, const A* weight, int64_t n, A m, A keep, A spread) {
+inline TargetSums block_target_sums(const A* z, const A* t, const A* weight, int64_t n, A m, A keep, A spread) {
   using V = vec_t<A>;
   V vm = set1(m), vkeep = set1(keep), vspread = set1(spread), zero = set1(A(0)), one = set1(A(1));
   V q_dot = zero, q_mass = zero, t_dot = zero, t_mass = zero;
@@ -92,12 +100,14 @@ inline TargetSums<A> block_target_sums(const A* z, const A* t, const A* weight, 
   return {reduce_add(q_dot), reduce_add(q_mass), reduce_add(t_dot), reduce_add(t_mass)};
 }
 
-// First position of a NaN where there may be one, else of the value m, which blocks before `from` are known not to hold.
+// First position of a NaN where there may be one, else of the value m, which blocks before `from` are known not to
+// hold.
 template <class T, class A>
-inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool maybe_nan, const LogitTransform<A>& transform) {
-  A buf[tuning::kBlock];
-  for (int64_t j = maybe_nan ? 0 : from; j < n; j += tuning::kBlock) {
-    int64_t count = std::min<int64_t>(tuning::kBlock, n - j);
+inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool maybe_nan,
+                             const LogitTransform<A>& transform) {
+  A buf[kBlock];
+  for (int64_t j = maybe_nan ? 0 : from; j < n; j += kBlock) {
+    int64_t count = std::min<int64_t>(kBlock, n - j);
     const A* z = staged_logits(x + j, count, buf, transform);
     for (int64_t i = 0; i < count; ++i)
       if (maybe_nan ? z[i] != z[i] : z[i] == m) return j + i;
@@ -108,8 +118,8 @@ inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool mayb
 
 // One row's loss and statistics. Returns the row's term of the mean's denominator, and its loss through `loss`.
 template <class T>
-inline acc_t<T> cross_entropy_row(const T* x, const T* probabilities, const CrossEntropyArgs& a,
-                                  const CrossEntropyOutputs& out, int64_t row, acc_t<T>* loss) {
+inline double cross_entropy_row(const T* x, const T* probabilities, const CrossEntropyArgs& a,
+                                const CrossEntropyOutputs& out, int64_t row, double* loss) {
   using A = acc_t<T>;
   const LogitTransform<A> transform = {A(a.logit_scale), A(a.softcap)};
   const A* weight = (const A*)a.class_weight;
@@ -118,21 +128,21 @@ inline acc_t<T> cross_entropy_row(const T* x, const T* probabilities, const Cros
   const int64_t y = by_class && !ignored ? a.target[row] : -1;
   const bool smooth = y >= 0 && spread != A(0);
 
-  A zbuf[tuning::kBlock], tbuf[tuning::kBlock];
-  A m = minus_infinity<A>(), sum = 0, weighted = 0, zy = 0, dot = 0;
-  TargetSums<A> target = {0, 0, 0, 0};
-  A weight_so_far = 0;
+  A zbuf[kBlock], tbuf[kBlock];
+  A m = minus_infinity<A>(), zy = 0;
+  double sum = 0, weighted = 0, dot = 0, weight_so_far = 0;
+  TargetSums target = {0, 0, 0, 0};
   int64_t max_block = 0;
-  for (int64_t j = 0; j < a.classes; j += tuning::kBlock) {
-    const int64_t count = std::min<int64_t>(tuning::kBlock, a.classes - j);
+  for (int64_t j = 0; j < a.classes; j += kBlock) {
+    const int64_t count = std::min<int64_t>(kBlock, a.classes - j);
     const A* z = staged_logits(x + j, count, zbuf, transform);
     const A bm = block_max(z, count);
     if (bm > m) {
       // All sums so far are relative to the old maximum (to 0 before there was one).
       const bool started = m != minus_infinity<A>();
-      const A shift = (started ? m : A(0)) - bm;
-      const A shrink = started ? std::exp(shift) : A(0);
-      weighted = started ? shrink * (weighted + shift * sum) : A(0);
+      const double shift = (started ? (double)m : 0) - (double)bm;
+      const double shrink = started ? std::exp(shift) : 0;
+      weighted = started ? shrink * (weighted + shift * sum) : 0;
       sum *= shrink;
       dot += shift * weight_so_far;
       target.q_dot += shift * target.q_mass;
@@ -141,8 +151,10 @@ inline acc_t<T> cross_entropy_row(const T* x, const T* probabilities, const Cros
       max_block = j;
     }
     const A origin = m == minus_infinity<A>() ? A(0) : m;
-    if (a.row_entropy) block_entropy_sums(z, count, origin, &sum, &weighted);
-    else sum += block_exp_sum(z, count, origin, x + j + tuning::kBlock);
+    if (a.row_entropy)
+      block_entropy_sums(z, count, origin, &sum, &weighted);
+    else
+      sum += block_exp_sum(z, count, origin, x + j + kBlock);
     if (smooth) {
       dot += block_dot(z, weight ? weight + j : nullptr, count, origin);
       // Only reached for all blocks but the last when the maximum may still move.
@@ -150,7 +162,7 @@ inline acc_t<T> cross_entropy_row(const T* x, const T* probabilities, const Cros
     }
     if (probabilities) {
       const A* t = staged(probabilities + j, count, tbuf);
-      TargetSums<A> s = block_target_sums(z, t, weight ? weight + j : nullptr, count, origin, keep, spread);
+      TargetSums s = block_target_sums(z, t, weight ? weight + j : nullptr, count, origin, keep, spread);
       target.q_dot += s.q_dot;
       target.q_mass += s.q_mass;
       target.t_dot += s.t_dot;
@@ -159,35 +171,35 @@ inline acc_t<T> cross_entropy_row(const T* x, const T* probabilities, const Cros
     if (y >= j && y < j + count) zy = z[y - j];
   }
 
-  const A log_sum = std::log(sum), lse = m + log_sum;
+  const double log_sum = std::log(sum), lse = m + log_sum;
   ((A*)a.row_max)[row] = m;
-  ((A*)a.row_log_sum)[row] = log_sum;
-  if (a.row_entropy) ((A*)a.row_entropy)[row] = log_sum - weighted / sum;
-  if (out.lse) ((A*)out.lse)[row] = lse;
+  ((A*)a.row_log_sum)[row] = A(log_sum);
+  if (a.row_entropy) ((A*)a.row_entropy)[row] = A(log_sum - weighted / sum);
+  if (out.lse) ((A*)out.lse)[row] = A(lse);
   if (out.argmax) out.argmax[row] = first_maximum(x, a.classes, max_block, m, log_sum != log_sum, transform);
 
-  A denominator = 0, row_loss = 0, logprob = 0;
+  double denominator = 0, row_loss = 0, logprob = 0;
   if (probabilities) {
-    ((A*)a.row_mass)[row] = target.q_mass;
-    ((A*)a.row_target_mass)[row] = target.t_mass;
+    ((A*)a.row_mass)[row] = A(target.q_mass);
+    ((A*)a.row_target_mass)[row] = A(target.t_mass);
     row_loss = target.q_mass * log_sum - target.q_dot;
     logprob = target.t_dot - target.t_mass * log_sum;
     denominator = 1;
   } else if (y >= 0) {
-    denominator = weight ? weight[y] : A(1);
-    logprob = (zy - m) - log_sum;
+    denominator = weight ? weight[y] : 1;
+    logprob = ((double)zy - (double)m) - log_sum;
     row_loss = -keep * denominator * logprob;
-    if (smooth) row_loss += spread * (A(a.class_weight_sum) * log_sum - dot);
+    if (smooth) row_loss += spread * (a.class_weight_sum * log_sum - dot);
   }
-  if (a.z_loss != 0 && !ignored) row_loss += A(a.z_loss) * lse * lse;
-  if (out.logprob) ((A*)out.logprob)[row] = logprob;
-  if (out.loss) ((A*)out.loss)[row] = row_loss;
+  if (a.z_loss != 0 && !ignored) row_loss += a.z_loss * lse * lse;
+  if (out.logprob) ((A*)out.logprob)[row] = A(logprob);
+  if (out.loss) ((A*)out.loss)[row] = A(row_loss);
   *loss = row_loss;
   return denominator;
 }
 
-// Class indices without options, few classes: lanes are rows. Loss and statistics of `rows` <= size rows of classes that
-// are adjacent in memory; returns their losses and denominators as sums.
+// Class indices without options, few classes: lanes are rows. Loss and statistics of `rows` <= size rows of classes
+// that are adjacent in memory; returns their losses and denominators as sums.
 template <class T>
 inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
                                       int64_t row, int64_t rows, CrossEntropyPartial* partial) {
@@ -228,144 +240,5 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
     if (out.loss) ((float*)out.loss)[row + r] = loss;
     partial->loss += loss;
     partial->weight += w;
-  }
-}
-
-// Probabilities below exp of this count as 0 in gradients: times 1/N they would be subnormal, and every product that
-// the layers below form with a subnormal costs a microcode assist (a 10-class layer's backward took 5 times as long).
-template <class A> constexpr A kLeastLogProbability = A(sizeof(A) == 4 ? -69 : -690);
-
-// The gradient at a vector of logits: p (a + b log p) - w spread - q(t), through the soft cap.
-template <class T> struct LogitGradient {
-  using A = acc_t<T>;
-  using V = vec_t<A>;
-  A m, log_sum, a, b;
-  A spread, keep, logprob;     // q = w (keep t + spread) - logprob t
-  const A *z, *t, *weight;     // of the block; t and weight may be null
-  A scale, cap;
-
-  template <bool full> V at(int64_t j, int64_t n) const {
-    V zv = full ? load(z + j) : load_n(z + j, n);
-    V log_p = zv - set1(m) - set1(log_sum);
-    V p = exp(log_p, kLeastLogProbability<A>), g;
-    if (b != A(0)) g = p * fma(set1(b), max(set1(kLeastExponent<A>), log_p), set1(a));
-    else g = p * set1(a);
-    if (t || spread != A(0)) {
-      V w = !weight ? set1(A(1)) : full ? load(weight + j) : load_n(weight + j, n);
-      if (t) {
-        V tv = full ? load(t + j) : load_n(t + j, n);
-        g = g - (w * fma(set1(keep), tv, set1(spread)) - set1(logprob) * tv);
-      } else {
-        g = g - w * set1(spread);
-      }
-    }
-    if (cap != A(0)) {
-      V u = zv / set1(cap);
-      g = g * (set1(A(1)) - u * u);
-    }
-    return g * set1(scale);
-  }
-};
-
-// The common case: class indices, no smoothing, no soft cap. dz = a p.
-template <class T> struct PlainGradient {
-  using A = acc_t<T>;
-  using V = vec_t<A>;
-  A m, log_sum, a;
-  const A* z;
-  template <bool full> V at(int64_t j, int64_t n) const {
-    V zv = full ? load(z + j) : load_n(z + j, n);
-    return exp(zv - set1(m) - set1(log_sum), kLeastLogProbability<A>) * set1(a);
-  }
-};
-
-// d loss / d t_j = log p_j (logprob - loss w_j)
-template <class T> struct ProbabilityGradient {
-  using A = acc_t<T>;
-  using V = vec_t<A>;
-  A m, log_sum, loss, logprob;
-  const A *z, *weight;
-  template <bool full> V at(int64_t j, int64_t n) const {
-    V log_p = (full ? load(z + j) : load_n(z + j, n)) - set1(m) - set1(log_sum);
-    V w = !weight ? set1(A(1)) : full ? load(weight + j) : load_n(weight + j, n);
-    return log_p * (set1(logprob) - set1(loss) * w);
-  }
-};
-
-// Write n values of f to p; past the caches when asked, between a head and a tail that reach alignment.
-template <class T, class F> inline void write_block(T* p, int64_t n, const F& f, bool past_caches) {
-  using V = vec_t<T>;
-  int64_t j = 0;
-  if (past_caches) {
-    constexpr int64_t bytes = V::size * sizeof(T);
-    const int64_t head = std::min<int64_t>(n, (bytes - (int64_t)((uintptr_t)p % bytes)) % bytes / (int64_t)sizeof(T));
-    if (head) store_n(p, f.template at<false>(0, head), head);
-    for (j = head; j + V::size <= n; j += V::size) stream(p + j, f.template at<true>(j, V::size));
-  }
-  for (; j + V::size <= n; j += V::size) store(p + j, f.template at<true>(j, V::size));
-  if (j < n) store_n(p + j, f.template at<false>(j, n - j), n - j);
-}
-
-template <class T>
-inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx, T* dt, const CrossEntropyArgs& a,
-                                       const CrossEntropyGrads& g, int64_t row) {
-  using A = acc_t<T>;
-  const LogitTransform<A> transform = {A(a.logit_scale), A(a.softcap)};
-  const A* weight = (const A*)a.class_weight;
-  const bool by_class = a.target != nullptr, ignored = by_class && a.target[row] == a.ignore_index;
-  const int64_t y = by_class && !ignored ? a.target[row] : -1;
-  const A m = ((const A*)a.row_max)[row], log_sum = ((const A*)a.row_log_sum)[row];
-  const A loss = g.loss && !ignored ? ((const A*)g.loss)[row * g.loss_stride] * A(g.loss_scale) : A(0);
-  const A lse = g.lse ? ((const A*)g.lse)[row] : A(0), entropy = g.entropy ? ((const A*)g.entropy)[row] : A(0);
-  const A logprob = g.logprob && !ignored ? ((const A*)g.logprob)[row] : A(0);
-  const A keep = loss * A(1 - a.label_smoothing), spread = loss * A(a.label_smoothing / (double)a.classes);
-
-  A mass = 0, target_mass = 0, hot = 0;
-  if (probabilities) {
-    mass = loss * ((const A*)a.row_mass)[row];
-    target_mass = ((const A*)a.row_target_mass)[row];
-  } else if (y >= 0) {
-    hot = keep * (weight ? weight[y] : A(1)) - logprob;
-    mass = keep * (weight ? weight[y] : A(1)) + spread * A(a.class_weight_sum);
-    target_mass = 1;
-  }
-  A coefficient = mass + lse - logprob * target_mass;
-  if (a.z_loss != 0) coefficient += loss * A(2 * a.z_loss) * (m + log_sum);
-  if (entropy != A(0)) coefficient -= entropy * ((const A*)a.row_entropy)[row];
-
-  const bool nothing = ignored && lse == A(0) && entropy == A(0);
-  A zbuf[tuning::kBlock], tbuf[tuning::kBlock];
-  for (int64_t j = 0; j < a.classes; j += tuning::kBlock) {
-    const int64_t count = std::min<int64_t>(tuning::kBlock, a.classes - j);
-    if (nothing) {
-      std::memset((void*)(dx + j), 0, count * sizeof(T));
-      continue;
-    }
-    const A* z = staged_logits(x + j, count, zbuf, transform);
-    const A* w = weight ? weight + j : nullptr;
-    if (dt) {
-      ProbabilityGradient<T> f = {m, log_sum, keep, logprob, z, w};
-      write_block(dt + j, count, f, false);
-    }
-    if (!dx) continue;
-    const bool has_target = y >= j && y < j + count;
-    const A zy = has_target ? z[y - j] : A(0);  // before dx, which may be x, is written
-    if (!probabilities && spread == A(0) && entropy == A(0) && transform.identity()) {
-      PlainGradient<T> f = {m, log_sum, coefficient, z};
-      write_block(dx + j, count, f, g.stream);
-      if (has_target) store_one(dx + y, coefficient * exp_one(zy - m - log_sum) - hot);
-    } else {
-      const A* t = probabilities ? staged(probabilities + j, count, tbuf) : nullptr;
-      LogitGradient<T> f = {m, log_sum, coefficient, -entropy, spread, keep, logprob, z, t, w,
-                            transform.scale, transform.cap};
-      write_block(dx + j, count, f, g.stream);
-      if (has_target) {
-        // The class's own entry again, with the one-hot term inside, so that it is rounded once.
-        A log_p = zy - m - log_sum, u = transform.cap == A(0) ? A(0) : zy / transform.cap;
-        A value = exp_one(log_p) * (coefficient - entropy * std::max(kLeastExponent<A>, log_p));
-        value -= spread * (weight ? weight[y] : A(1)) + hot;
-        store_one(dx + y, value * (1 - u * u) * transform.scale);
-      }
-    }
   }
 }

@@ -10,12 +10,20 @@
 #endif
 
 namespace rf {
-namespace scalar { extern const Kernels table; }
+namespace scalar {
+extern const Kernels table;
+}
 #if defined(__x86_64__)
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
 #elif defined(__aarch64__)
-namespace neon { extern const Kernels table; }
+namespace neon {
+extern const Kernels table;
+}
 #endif
 
 namespace {
@@ -60,7 +68,9 @@ const Kernels* const* available_kernels() {
 bool has_native_gemm(DType dtype) {
 #if defined(__x86_64__)
   static const auto leaf7 = [] {
-    struct { unsigned a0 = 0, b = 0, c = 0, d = 0, a1 = 0; } r;
+    struct {
+      unsigned a0 = 0, b = 0, c = 0, d = 0, a1 = 0;
+    } r;
     unsigned unused;
     __get_cpuid_count(7, 0, &r.a0, &r.b, &r.c, &r.d);
     if (r.a0 >= 1) __get_cpuid_count(7, 1, &r.a1, &unused, &unused, &unused);

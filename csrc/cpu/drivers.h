@@ -9,7 +9,8 @@ enum class SoftmaxOp { forward, backward, logsumexp_forward, logsumexp_backward 
 void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows);
 
 // Sums over all rows. With bad_row >= 0 the outputs are undefined and nothing was read out of bounds.
-CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out, int64_t rows);
+CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                          int64_t rows);
 void cross_entropy_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyGrads& grads, int64_t rows);
 
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows);
@@ -20,11 +21,11 @@ void squared_error_backward(DType dtype, const void* x, const void* y, const voi
 // C = op(A) op(B) with an epilogue; all strides of A and B are allowed, C's columns are adjacent.
 struct Gemm {
   int64_t m, n, k;
-  MatrixView a;            // a(i, k), or a(k, i) where transposed
+  MatrixView a;  // a(i, k), or a(k, i) where transposed
   bool a_transposed;
-  MatrixView b;            // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
-  bool b_transposed;       // true: rows of memory are B's columns, as in X W^T
-  Epilogue epilogue;       // partial is filled in by gemm()
+  MatrixView b;       // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
+  bool b_transposed;  // true: rows of memory are B's columns, as in X W^T
+  Epilogue epilogue;  // partial is filled in by gemm()
 };
 enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
 GemmPath gemm_path(DType dtype, const Gemm& g);

@@ -36,10 +36,13 @@ void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows)
   std::vector<double> sums(columns, 0.0);
   for (int64_t b = 0; b < blocks; ++b)
     for (int64_t j = 0; j < columns; ++j)
-      sums[j] += dtype == DType::f64 ? ((const double*)partial.data())[b * columns + j] : ((const float*)partial.data())[b * columns + j];
+      sums[j] += dtype == DType::f64 ? ((const double*)partial.data())[b * columns + j]
+                                     : ((const float*)partial.data())[b * columns + j];
   for (int64_t j = 0; j < columns; ++j) {
-    if (dtype == DType::f64) ((double*)args.column_sums)[j] = sums[j];
-    else ((float*)args.column_sums)[j] = (float)sums[j];
+    if (dtype == DType::f64)
+      ((double*)args.column_sums)[j] = sums[j];
+    else
+      ((float*)args.column_sums)[j] = (float)sums[j];
   }
 }
 

@@ -1,31 +1,46 @@
 // Activations on their own (the GEMM's epilogue has them otherwise), their derivatives with the bias gradient's column
 // sums, and squared error.
 
-template <class T, Activation act> inline void activate_all(const T* z, T* y, int64_t n) {
+template <class T, Activation act>
+inline void activate_all(const T* z, T* y, int64_t n) {
   using V = vec_t<T>;
   int64_t j = 0;
   for (; j + V::size <= n; j += V::size) store(y + j, activate<act>(load(z + j)));
   if (j < n) store_n(y + j, activate<act>(load_n(z + j, n - j)), n - j);
 }
 
-template <class T> inline void activation_forward(const void* z, void* y, int64_t n, Activation activation) {
+template <class T>
+inline void activation_forward(const void* z, void* y, int64_t n, Activation activation) {
   switch (activation) {
-#define RF_CASE(act) case Activation::act: return activate_all<T, Activation::act>((const T*)z, (T*)y, n)
-    RF_CASE(none); RF_CASE(relu); RF_CASE(gelu); RF_CASE(gelu_tanh); RF_CASE(silu); RF_CASE(sigmoid); RF_CASE(tanh);
+#define RF_CASE(act)    \
+  case Activation::act: \
+    return activate_all<T, Activation::act>((const T*)z, (T*)y, n)
+    RF_CASE(none);
+    RF_CASE(relu);
+    RF_CASE(gelu);
+    RF_CASE(gelu_tanh);
+    RF_CASE(silu);
+    RF_CASE(sigmoid);
+    RF_CASE(tanh);
 #undef RF_CASE
   }
 }
 
 // act'(z) from what was saved: the output (relu, sigmoid, tanh) or z itself.
-template <Activation act, class V> inline V activation_derivative(V s) {
+template <Activation act, class V>
+inline V activation_derivative(V s) {
   using A = typename V::scalar;
   const V one = set1(A(1)), zero = set1(A(0));
-  if constexpr (act == Activation::relu) return select_lt(zero, s, one, zero);
-  else if constexpr (act == Activation::sigmoid) return s * (one - s);
-  else if constexpr (act == Activation::tanh) return one - s * s;
+  if constexpr (act == Activation::relu)
+    return select_lt(zero, s, one, zero);
+  else if constexpr (act == Activation::sigmoid)
+    return s * (one - s);
+  else if constexpr (act == Activation::tanh)
+    return one - s * s;
   else if constexpr (act == Activation::silu) {
-    V y = sigmoid(s);
-    return y * (one + s * (one - y));
+    V y, rest;
+    sigmoid_and_rest(s, &y, &rest);
+    return y * (one + s * rest);
   } else if constexpr (act == Activation::gelu) {
     V g = gaussian(s);
     // z phi(z) vanishes at both ends, where z may be infinite.
@@ -33,10 +48,12 @@ template <Activation act, class V> inline V activation_derivative(V s) {
     return normal_cdf(s, g) + bounded * g * set1(A(0.39894228040143267794));
   } else if constexpr (act == Activation::gelu_tanh) {
     V z = min(set1(A(40)), max(set1(A(-40)), s)), zz = z * z;
-    V y = sigmoid(gelu_tanh_argument(z));
+    V y, rest;
+    sigmoid_and_rest(gelu_tanh_argument(z), &y, &rest);
     V du = fma(zz, set1(A(3 * kGeluTanhCubic)), set1(A(kGeluTanhLinear)));
-    return y * (one + z * (one - y) * du);
-  } else return one;
+    return y * (one + z * rest * du);
+  } else
+    return one;
 }
 
 template <class T, Activation act>
@@ -66,35 +83,51 @@ inline void activation_backward_rows(const ActivationBackwardArgs& a, int64_t be
   }
 }
 
-template <class T> inline void activation_backward(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
+template <class T>
+inline void activation_backward(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
   switch (a.activation) {
-#define RF_CASE(act) case Activation::act: return activation_backward_rows<T, Activation::act>(a, begin, end)
-    RF_CASE(none); RF_CASE(relu); RF_CASE(gelu); RF_CASE(gelu_tanh); RF_CASE(silu); RF_CASE(sigmoid); RF_CASE(tanh);
+#define RF_CASE(act)    \
+  case Activation::act: \
+    return activation_backward_rows<T, Activation::act>(a, begin, end)
+    RF_CASE(none);
+    RF_CASE(relu);
+    RF_CASE(gelu);
+    RF_CASE(gelu_tanh);
+    RF_CASE(silu);
+    RF_CASE(sigmoid);
+    RF_CASE(tanh);
 #undef RF_CASE
   }
 }
 
-template <class T> inline double squared_error(const void* px, const void* py, void* peach, int64_t n) {
+template <class T>
+inline double squared_error(const void* px, const void* py, void* peach, int64_t n) {
   using V = vec_t<T>;
   const T *x = (const T*)px, *y = (const T*)py;
   T* each = (T*)peach;
-  V sum = set1(acc_t<T>(0));
-  int64_t j = 0;
-  for (; j + V::size <= n; j += V::size) {
-    V d = load(x + j) - load(y + j), q = d * d;
-    sum = sum + q;
-    if (each) store(each + j, q);
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = std::min(n, begin + kBlock);
+    V sum = set1(acc_t<T>(0));
+    int64_t j = begin;
+    for (; j + V::size <= end; j += V::size) {
+      V d = load(x + j) - load(y + j), q = d * d;
+      sum = sum + q;
+      if (each) store(each + j, q);
+    }
+    if (j < end) {
+      V d = load_n(x + j, end - j) - load_n(y + j, end - j), q = d * d;
+      sum = sum + q;
+      if (each) store_n(each + j, q, end - j);
+    }
+    total += (double)reduce_add(sum);
   }
-  if (j < n) {
-    V d = load_n(x + j, n - j) - load_n(y + j, n - j), q = d * d;
-    sum = sum + q;
-    if (each) store_n(each + j, q, n - j);
-  }
-  return (double)reduce_add(sum);
+  return total;
 }
 
-template <class T> inline void squared_error_backward(const void* px, const void* py, const void* pg, bool each_grad,
-                                                      double scale, void* pdx, void* pdy, int64_t n) {
+template <class T>
+inline void squared_error_backward(const void* px, const void* py, const void* pg, bool each_grad, double scale,
+                                   void* pdx, void* pdy, int64_t n) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   const T *x = (const T*)px, *y = (const T*)py, *g = (const T*)pg;

@@ -22,7 +22,8 @@ void packed(DType dtype, const Gemm& g) {
   const int64_t acc = dtype == DType::f64 ? 8 : 4, mr = kern.mr[t], nr = kern.nr[t];
   const tuning::GemmBlocks blocks = tuning::kGemmBlocks;
   // K in equal parts, so that the last is not a sliver.
-  const int64_t k_parts = std::max<int64_t>(1, ceil_div(g.k, blocks.kc)), kc = std::max<int64_t>(1, ceil_div(g.k, k_parts));
+  const int64_t k_parts = std::max<int64_t>(1, ceil_div(g.k, blocks.kc)),
+                kc = std::max<int64_t>(1, ceil_div(g.k, k_parts));
   const int64_t threads = thread_count();
 
   for (int64_t jc = 0; jc < g.n; jc += blocks.nc) {
@@ -50,9 +51,9 @@ void packed(DType dtype, const Gemm& g) {
       char* b = (char*)scratch(Slot::packed_b, n_panels * nr * kc * acc);
       parallel_for(n_panels, std::max<int64_t>(1, tuning::kParallelElements / (nr * std::max<int64_t>(k, 1))),
                    [&](int64_t first, int64_t last) {
-        kern.pack_b[t]({g.b, !g.b_transposed, jc + first * nr, std::min(last * nr, n) - first * nr, pc, k,
-                        b + first * nr * k * acc});
-      });
+                     kern.pack_b[t]({g.b, !g.b_transposed, jc + first * nr, std::min(last * nr, n) - first * nr, pc, k,
+                                     b + first * nr * k * acc});
+                   });
       parallel_for(m_blocks * n_groups, 1, [&](int64_t first, int64_t last) {
         char* a = (char*)scratch(Slot::packed_a, mc * kc * acc);
         int64_t in_a = -1;
@@ -62,8 +63,8 @@ void packed(DType dtype, const Gemm& g) {
           const int64_t panel = group * group_panels, end = std::min(n_panels, panel + group_panels);
           if (in_a != block) kern.pack_a[t]({g.a, g.a_transposed, ic, m, pc, k, a});
           in_a = block;
-          kern.gemm_block[t]({m, std::min(end * nr, n) - panel * nr, k, a, b + panel * nr * k * acc, ic, jc + panel * nr,
-                              part == 0, part == k_parts - 1, e});
+          kern.gemm_block[t]({m, std::min(end * nr, n) - panel * nr, k, a, b + panel * nr * k * acc, ic,
+                              jc + panel * nr, part == 0, part == k_parts - 1, e});
         }
       });
     }
@@ -74,7 +75,8 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
   const int64_t many = few_rows ? g.n : g.m, few = few_rows ? g.m : g.n;
   const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, few * g.k / 8) + 1;
   parallel_for(many, grain, [&](int64_t begin, int64_t end) {
-    kernels().gemm_dot[(int)dtype]({few_rows ? g.b : g.a, few_rows ? g.a : g.b, begin, end, few, g.k, few_rows, g.epilogue});
+    kernels().gemm_dot[(int)dtype](
+        {few_rows ? g.b : g.a, few_rows ? g.a : g.b, begin, end, few, g.k, few_rows, g.epilogue});
   });
 }
 
@@ -97,7 +99,8 @@ GemmPath gemm_path(DType, const Gemm& g) {
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
   if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
   if (along_k && g.m <= tuning::kFewRows) return GemmPath::dot_few_rows;
-  if (!g.b_transposed && g.b.col_stride == 1 && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny)) return GemmPath::direct;
+  if (!g.b_transposed && g.b.col_stride == 1 && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny))
+    return GemmPath::direct;
   return GemmPath::packed;
 }
 
@@ -118,10 +121,14 @@ bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
 void gemm(DType dtype, Gemm g) {
   if (g.m == 0 || g.n == 0) return;
   switch (gemm_path(dtype, g)) {
-    case GemmPath::dot_few_columns: return dot(dtype, g, false);
-    case GemmPath::dot_few_rows: return dot(dtype, g, true);
-    case GemmPath::direct: return direct(dtype, g);
-    case GemmPath::packed: return packed(dtype, g);
+    case GemmPath::dot_few_columns:
+      return dot(dtype, g, false);
+    case GemmPath::dot_few_rows:
+      return dot(dtype, g, true);
+    case GemmPath::direct:
+      return direct(dtype, g);
+    case GemmPath::packed:
+      return packed(dtype, g);
   }
 }
 

@@ -2,14 +2,15 @@
 // of high-performance matrix multiplication", 2008). Half types are widened while packing, so one micro-kernel per
 // accumulator type serves them all. Loops and threads are in gemm.cpp. kTile is the ISA's register tile.
 
-template <class V> constexpr int64_t kTileColumns = kTile.vectors * V::size;
+template <class V>
+constexpr int64_t kTileColumns = kTile.vectors * V::size;
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
 // One panel: to[k * P + i] = operand(i0 + i, k0 + k) for i < count <= P, zero for the other i.
 // Rows of memory run along k: blocks of V::size rows are transposed in registers.
-template <class T, int P> inline void pack_rows_along_k(const MatrixView& m, int64_t i0, int64_t count, int64_t k0,
-                                                        int64_t k, acc_t<T>* to) {
+template <class T, int P>
+inline void pack_rows_along_k(const MatrixView& m, int64_t i0, int64_t count, int64_t k0, int64_t k, acc_t<T>* to) {
   using V = vec_t<T>;
   constexpr int64_t W = V::size;
   const T* base = (const T*)m.data;
@@ -28,8 +29,10 @@ template <class T, int P> inline void pack_rows_along_k(const MatrixView& m, int
         transpose(block);
         acc_t<T>* q = to + j * P + i;
         for (int64_t c = 0; c < n; ++c, q += P) {
-          if (width == W) store(q, block[c]);
-          else store_n(q, block[c], width);
+          if (width == W)
+            store(q, block[c]);
+          else
+            store_n(q, block[c], width);
         }
       }
     }
@@ -42,8 +45,9 @@ template <class T, int P> inline void pack_rows_along_k(const MatrixView& m, int
 }
 
 // Rows of memory run along i: each k is a straight copy. `rows_are_k` tells which index selects a row of memory.
-template <class T, int P> inline void pack_rows_along_i(const MatrixView& m, bool rows_are_k, int64_t i0, int64_t count,
-                                                        int64_t k0, int64_t k, acc_t<T>* to) {
+template <class T, int P>
+inline void pack_rows_along_i(const MatrixView& m, bool rows_are_k, int64_t i0, int64_t count, int64_t k0, int64_t k,
+                              acc_t<T>* to) {
   using V = vec_t<T>;
   const T* base = (const T*)m.data;
   for (int64_t j = 0; j < k; ++j, to += P) {
@@ -58,7 +62,8 @@ template <class T, int P> inline void pack_rows_along_i(const MatrixView& m, boo
   }
 }
 
-template <class T, int P> inline void pack_panels(const PackArgs& a) {
+template <class T, int P>
+inline void pack_panels(const PackArgs& a) {
   const MatrixView& m = a.from;
   acc_t<T>* to = (acc_t<T>*)a.to;
   for (int64_t i = 0; i < a.count; i += P, to += P * a.k) {
@@ -79,27 +84,42 @@ template <class T, int P> inline void pack_panels(const PackArgs& a) {
     }
   }
 }
-template <class T> inline void pack_a(const PackArgs& a) { pack_panels<T, kTile.rows>(a); }
-template <class T> inline void pack_b(const PackArgs& a) { pack_panels<T, kTileColumns<vec_t<T>>>(a); }
+template <class T>
+inline void pack_a(const PackArgs& a) {
+  pack_panels<T, kTile.rows>(a);
+}
+template <class T>
+inline void pack_b(const PackArgs& a) {
+  pack_panels<T, kTileColumns<vec_t<T>>>(a);
+}
 
 // ---- epilogue ------------------------------------------------------------------------------------------------------
 
 // 2 sqrt(2 / pi) (x + 0.044715 x^3): gelu_tanh(x) = x (1 + tanh(half of it)) / 2 = x sigmoid(it).
 constexpr double kGeluTanhLinear = 1.5957691216057308, kGeluTanhCubic = 0.044715 * kGeluTanhLinear;
-template <class V> inline V gelu_tanh_argument(V x) {
+template <class V>
+inline V gelu_tanh_argument(V x) {
   using A = typename V::scalar;
   return x * fma(x * x, set1(A(kGeluTanhCubic)), set1(A(kGeluTanhLinear)));
 }
 
-template <Activation act, class V> inline V activate(V x) {
+template <Activation act, class V>
+inline V activate(V x) {
   using A = typename V::scalar;
-  if constexpr (act == Activation::relu) return max(set1(A(0)), x);  // in this order NaN gets through
-  else if constexpr (act == Activation::gelu) return x * normal_cdf(x, gaussian(x));
-  else if constexpr (act == Activation::gelu_tanh) return x * sigmoid(gelu_tanh_argument(x));
-  else if constexpr (act == Activation::silu) return x * sigmoid(x);
-  else if constexpr (act == Activation::sigmoid) return sigmoid(x);
-  else if constexpr (act == Activation::tanh) return tanh(x);
-  else return x;
+  if constexpr (act == Activation::relu)
+    return max(set1(A(0)), x);  // in this order NaN gets through
+  else if constexpr (act == Activation::gelu)
+    return x * normal_cdf(x, gaussian(x));
+  else if constexpr (act == Activation::gelu_tanh)
+    return x * sigmoid(gelu_tanh_argument(x));
+  else if constexpr (act == Activation::silu)
+    return x * sigmoid(x);
+  else if constexpr (act == Activation::sigmoid)
+    return sigmoid(x);
+  else if constexpr (act == Activation::tanh)
+    return tanh(x);
+  else
+    return x;
 }
 
 template <class T, Activation act>
@@ -139,7 +159,8 @@ inline void keep_tile(const A* tile, int64_t tile_stride, int64_t rows, int64_t 
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride) {
     A* partial = (A*)e.partial + (row + i) * e.partial_stride + col;
     int64_t j = 0;
-    for (; j + V::size <= cols; j += V::size) store(partial + j, first ? load(tile + j) : load(tile + j) + load(partial + j));
+    for (; j + V::size <= cols; j += V::size)
+      store(partial + j, first ? load(tile + j) : load(tile + j) + load(partial + j));
     if (j < cols) {
       V x = load_n(tile + j, cols - j);
       store_n(partial + j, first ? x : x + load_n(partial + j, cols - j), cols - j);
@@ -152,9 +173,16 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
                      bool first, bool last, const Epilogue& e) {
   if (!last) return keep_tile(tile, tile_stride, rows, cols, row, col, first, e);
   switch (e.activation) {
-#define RF_CASE(act) \
-    case Activation::act: return finish_tile<T, Activation::act>(tile, tile_stride, rows, cols, row, col, first, e)
-    RF_CASE(none); RF_CASE(relu); RF_CASE(gelu); RF_CASE(gelu_tanh); RF_CASE(silu); RF_CASE(sigmoid); RF_CASE(tanh);
+#define RF_CASE(act)    \
+  case Activation::act: \
+    return finish_tile<T, Activation::act>(tile, tile_stride, rows, cols, row, col, first, e)
+    RF_CASE(none);
+    RF_CASE(relu);
+    RF_CASE(gelu);
+    RF_CASE(gelu_tanh);
+    RF_CASE(silu);
+    RF_CASE(sigmoid);
+    RF_CASE(tanh);
 #undef RF_CASE
   }
 }
@@ -162,7 +190,8 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
 // ---- packed product ------------------------------------------------------------------------------------------------
 
 // tile = sum over k of a column of A's panel times a row of B's panel, all of it in registers.
-template <class V> inline void micro_kernel(int64_t k, const scalar_t<V>* a, const scalar_t<V>* b, scalar_t<V>* tile) {
+template <class V>
+inline void micro_kernel(int64_t k, const scalar_t<V>* a, const scalar_t<V>* b, scalar_t<V>* tile) {
   constexpr int M = kTile.rows, N = kTile.vectors;
   V acc[M][N];
 #pragma GCC unroll 16
@@ -187,7 +216,8 @@ template <class V> inline void micro_kernel(int64_t k, const scalar_t<V>* a, con
 }
 
 // Brings a tile of C that is about to be read and written towards L1 while its products are summed.
-template <class T> inline void prefetch_tile(const Epilogue& e, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+template <class T>
+inline void prefetch_tile(const Epilogue& e, int64_t row, int64_t col, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* c = (const T*)e.c + (row + i) * e.c_stride + col;
     __builtin_prefetch(c, 1);
@@ -196,7 +226,8 @@ template <class T> inline void prefetch_tile(const Epilogue& e, int64_t row, int
 }
 
 // A block of C. A's panel stays in L1 while B's panels stream past it from L2; rows of C are written along.
-template <class T> inline void gemm_block(const GemmBlockArgs& g) {
+template <class T>
+inline void gemm_block(const GemmBlockArgs& g) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int64_t M = kTile.rows, N = kTileColumns<V>;

@@ -3,7 +3,8 @@
 // ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
 
 // Lane i of the result is the sum of v[i]'s lanes: one transposition instead of a reduction for each.
-template <class V> inline V reduce_each(V (&v)[V::size]) {
+template <class V>
+inline V reduce_each(V (&v)[V::size]) {
   transpose(v);
 #pragma GCC unroll 4
   for (int step = V::size / 2; step > 0; step /= 2)
@@ -12,7 +13,8 @@ template <class V> inline V reduce_each(V (&v)[V::size]) {
   return v[0];
 }
 
-// out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q times.
+// out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q
+// times.
 template <class T, int R, int Q>
 inline void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t<T>* out, int64_t out_many,
                      int64_t out_few) {
@@ -70,13 +72,17 @@ inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows
   int64_t q = 0;
   for (; q + 4 <= few_rows; q += 4) dot_tile<T, R, 4>(many, few + q, k, out + q * out_few, out_many, out_few);
   switch (few_rows - q) {
-    case 3: return dot_tile<T, R, 3>(many, few + q, k, out + q * out_few, out_many, out_few);
-    case 2: return dot_tile<T, R, 2>(many, few + q, k, out + q * out_few, out_many, out_few);
-    case 1: return dot_tile<T, R, 1>(many, few + q, k, out + q * out_few, out_many, out_few);
+    case 3:
+      return dot_tile<T, R, 3>(many, few + q, k, out + q * out_few, out_many, out_few);
+    case 2:
+      return dot_tile<T, R, 2>(many, few + q, k, out + q * out_few, out_many, out_few);
+    case 1:
+      return dot_tile<T, R, 1>(many, few + q, k, out + q * out_few, out_many, out_few);
   }
 }
 
-template <class T> inline void gemm_dot(const DotArgs& d) {
+template <class T>
+inline void gemm_dot(const DotArgs& d) {
   using A = acc_t<T>;
   constexpr int64_t R = kTile.dot_rows, kStrip = 32;
   const T* few[tuning::kSkinny];
@@ -91,21 +97,24 @@ template <class T> inline void gemm_dot(const DotArgs& d) {
       const T* many[R];
       for (int64_t r = 0; r < rows; ++r) many[r] = (const T*)d.many.data + d.many.row_offset(s + i + r);
       A* out = strip + i * along_many;
-      if (rows == R) dot_rows<T, R>(many, few, d.few_rows, d.k, out, along_many, along_few);
+      if (rows == R)
+        dot_rows<T, R>(many, few, d.few_rows, d.k, out, along_many, along_few);
       else
         for (int64_t r = 0; r < rows; ++r)
           dot_rows<T, 1>(many + r, few, d.few_rows, d.k, out + r * along_many, along_many, along_few);
     }
-    if (d.many_are_columns) epilogue<T>(strip, kStrip, d.few_rows, count, 0, s, true, true, d.epilogue);
-    else epilogue<T>(strip, d.few_rows, count, d.few_rows, s, 0, true, true, d.epilogue);
+    if (d.many_are_columns)
+      epilogue<T>(strip, kStrip, d.few_rows, count, 0, s, true, true, d.epilogue);
+    else
+      epilogue<T>(strip, d.few_rows, count, d.few_rows, s, 0, true, true, d.epilogue);
   }
 }
 
 // ---- B in place, adjacent along the columns of C -------------------------------------------------------------------
 
 template <class T, int M>
-inline void direct_tile(const DirectArgs& d, int64_t i0, int64_t column, int64_t columns, int64_t k_begin, int64_t k_end,
-                        acc_t<T>* tile) {
+inline void direct_tile(const DirectArgs& d, int64_t i0, int64_t column, int64_t columns, int64_t k_begin,
+                        int64_t k_end, acc_t<T>* tile) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int N = kTile.vectors;
@@ -146,7 +155,8 @@ inline void direct_tile(const DirectArgs& d, int64_t i0, int64_t column, int64_t
 
 // Rows left over after whole register tiles take the tile of exactly their number.
 template <class T, int M>
-inline void direct_rows(const DirectArgs& d, int64_t rows, int64_t i0, int64_t column, int64_t columns, acc_t<T>* tile) {
+inline void direct_rows(const DirectArgs& d, int64_t rows, int64_t i0, int64_t column, int64_t columns,
+                        acc_t<T>* tile) {
   if constexpr (M > 1) {
     if (rows < M) return direct_rows<T, M - 1>(d, rows, i0, column, columns, tile);
   }
@@ -154,7 +164,8 @@ inline void direct_rows(const DirectArgs& d, int64_t rows, int64_t i0, int64_t c
     direct_tile<T, M>(d, i0, column, columns, k, std::min(d.k, k + tuning::kChain), tile);
 }
 
-template <class T> inline void gemm_direct(const DirectArgs& d) {
+template <class T>
+inline void gemm_direct(const DirectArgs& d) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int64_t M = kTile.rows, N = kTileColumns<V>;

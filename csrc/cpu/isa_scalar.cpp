@@ -15,6 +15,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileScalar;
 #include "math.inl.h"
 #include "softmax.inl.h"
 #include "cross_entropy.inl.h"
+#include "cross_entropy_backward.inl.h"
 #include "rows.inl.h"
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"

@@ -9,15 +9,15 @@ namespace rf {
 // ---- softmax family ------------------------------------------------------------------------------------------------
 
 struct SoftmaxArgs {
-  const void* input;       // x, or in the backward kernels: the forward's output (softmax) or input (logsumexp)
-  const void* grad;        // upstream gradient, laid out as input (softmax); null forward
-  void* output;            // y or dx
+  const void* input;  // x, or in the backward kernels: the forward's output (softmax) or input (logsumexp)
+  const void* grad;   // upstream gradient, laid out as input (softmax); null forward
+  void* output;       // y or dx
   RowLayout in, grad_in, out;
   int64_t classes;
   bool log;
-  void* row_result;        // logsumexp, acc, one per row: written forward, read backward
-  const void* row_grad;    // logsumexp backward, acc, one per row
-  void* scratch;           // acc, 3 * kTileRows * classes of them; unused when every class_stride is 1
+  void* row_result;      // logsumexp, acc, one per row: written forward, read backward
+  const void* row_grad;  // logsumexp backward, acc, one per row
+  void* scratch;         // acc, 3 * kTileRows * classes of them; unused when every class_stride is 1
 };
 
 // ---- cross-entropy -------------------------------------------------------------------------------------------------
@@ -26,53 +26,53 @@ struct CrossEntropyArgs {
   const void* logits;
   RowLayout layout;
   int64_t classes;
-  const int64_t* target;               // class of each row in row order; null when there are probabilities
+  const int64_t* target;  // class of each row in row order; null when there are probabilities
   const void* probabilities;
   RowLayout probability_layout;
-  const void* class_weight;            // acc, one per class, or null
-  double class_weight_sum;             // their sum; classes without weights
+  const void* class_weight;  // acc, one per class, or null
+  double class_weight_sum;   // their sum; classes without weights
   int64_t ignore_index;
   double label_smoothing, z_loss, logit_scale;
-  double softcap;                      // 0: none
+  double softcap;  // 0: none
   // acc, one per row. Always kept for backward: maximum and log of the sum of exp(z - maximum).
   void *row_max, *row_log_sum;
   // acc, one per row, null where not asked for. row_mass (sum of the effective target weights) and row_target_mass (sum
   // of the probabilities) exist for probability targets only, row_entropy where the entropy is an output.
   void *row_entropy, *row_mass, *row_target_mass;
-  void* scratch;                       // acc, 3 * kTileRows * classes; unused when class strides are 1
+  void* scratch;  // acc, 3 * kTileRows * classes; unused when class strides are 1
 };
 
-struct CrossEntropyOutputs {           // acc, one per row, null where not asked for
+struct CrossEntropyOutputs {  // acc, one per row, null where not asked for
   void *loss, *lse, *logprob;
   int64_t* argmax;
 };
 
 struct CrossEntropyPartial {
-  double loss, weight;                 // sums of losses and of the denominators' terms over the range
-  int64_t bad_row;                     // a row whose class is out of range, or -1
+  double loss, weight;  // sums of losses and of the denominators' terms over the range
+  int64_t bad_row;      // a row whose class is out of range, or -1
 };
 
-struct CrossEntropyGrads {             // upstream, acc; loss_scale multiplies grad_loss[row * loss_stride]
+struct CrossEntropyGrads {  // upstream, acc; loss_scale multiplies grad_loss[row * loss_stride]
   const void* loss;
   int64_t loss_stride;
   double loss_scale;
-  const void *lse, *entropy, *logprob; // one per row, or null
-  void* grad_logits;                   // laid out by grad_layout, or null
+  const void *lse, *entropy, *logprob;  // one per row, or null
+  void* grad_logits;                    // laid out by grad_layout, or null
   RowLayout grad_layout;
-  void* grad_probabilities;            // or null
+  void* grad_probabilities;  // or null
   RowLayout grad_probability_layout;
-  bool stream;                         // write grad_logits past the caches
+  bool stream;  // write grad_logits past the caches
 };
 
 // ---- elementwise ---------------------------------------------------------------------------------------------------
 
-struct ActivationBackwardArgs {        // dz = dy * act'(saved), rows x columns
+struct ActivationBackwardArgs {  // dz = dy * act'(saved), rows x columns
   const void *grad, *saved;
-  RowLayout grad_layout;               // class_stride: between columns
-  void* output;                        // dz, contiguous, or null: only the column sums are wanted
+  RowLayout grad_layout;  // class_stride: between columns
+  void* output;           // dz, contiguous, or null: only the column sums are wanted
   int64_t columns;
   Activation activation;
-  void* column_sums;                   // acc, columns of them, overwritten; or null
+  void* column_sums;  // acc, columns of them, overwritten; or null
 };
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
@@ -80,44 +80,44 @@ struct ActivationBackwardArgs {        // dz = dy * act'(saved), rows x columns
 // What happens to a tile of C = A B once its products are summed. C, pre-activation and bias have the entry's dtype.
 struct Epilogue {
   void* c;
-  int64_t c_stride;                    // between rows; columns are adjacent
-  void* partial;                       // acc, sums of the K blocks before the last; may be c itself
+  int64_t c_stride;  // between rows; columns are adjacent
+  void* partial;     // acc, sums of the K blocks before the last; may be c itself
   int64_t partial_stride;
-  const void* bias;                    // one per column, or null
+  const void* bias;  // one per column, or null
   Activation activation;
-  void* preactivation;                 // laid out as c, or null
+  void* preactivation;  // laid out as c, or null
 };
 
 struct GemmBlockArgs {
-  int64_t m, n, k;                     // of this block; k of this K block
-  const void *a, *b;                   // packed panels, acc: ceil(m / MR) of [k][MR], ceil(n / NR) of [k][NR]
-  int64_t row, column;                 // of the block in C
-  bool first, last;                    // K block: nothing to add to, or the epilogue is due
+  int64_t m, n, k;      // of this block; k of this K block
+  const void *a, *b;    // packed panels, acc: ceil(m / MR) of [k][MR], ceil(n / NR) of [k][NR]
+  int64_t row, column;  // of the block in C
+  bool first, last;     // K block: nothing to add to, or the epilogue is due
   Epilogue epilogue;
 };
 
 struct PackArgs {
   MatrixView from;
-  bool transposed;                     // operand(i, k) = from(k, i) instead of from(i, k)
-  int64_t i0, count;                   // panel index range along the M or N dimension
+  bool transposed;    // operand(i, k) = from(k, i) instead of from(i, k)
+  int64_t i0, count;  // panel index range along the M or N dimension
   int64_t k0, k;
-  void* to;                            // acc, panels one behind another, padded with zeros
+  void* to;  // acc, panels one behind another, padded with zeros
 };
 
 // Products of a few rows with many, both read where they lie, adjacent along K.
 struct DotArgs {
-  MatrixView many, few;                // col_stride 1
-  int64_t begin, end;                  // range of many's rows
+  MatrixView many, few;  // col_stride 1
+  int64_t begin, end;    // range of many's rows
   int64_t few_rows, k;
-  bool many_are_columns;               // of C: few rows of X against all of W; else X's rows against few of W
+  bool many_are_columns;  // of C: few rows of X against all of W; else X's rows against few of W
   Epilogue epilogue;
 };
 
 // C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: small m or small k.
 struct DirectArgs {
-  MatrixView a;                        // element (i, k), or (k, i) where a_transposed
+  MatrixView a;  // element (i, k), or (k, i) where a_transposed
   bool a_transposed;
-  MatrixView b;                        // col_stride 1
+  MatrixView b;  // col_stride 1
   int64_t k;
   int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute
   Epilogue epilogue;
@@ -125,7 +125,7 @@ struct DirectArgs {
 
 struct Kernels {
   const char* isa;
-  int64_t mr[kDTypes], nr[kDTypes];    // register tile of the GEMM
+  int64_t mr[kDTypes], nr[kDTypes];  // register tile of the GEMM
 
   void (*softmax_forward[kDTypes])(const SoftmaxArgs&, int64_t row_begin, int64_t row_end);
   void (*softmax_backward[kDTypes])(const SoftmaxArgs&, int64_t row_begin, int64_t row_end);
@@ -150,7 +150,7 @@ struct Kernels {
   void (*gemm_dot[kDTypes])(const DotArgs&);
   void (*gemm_direct[kDTypes])(const DirectArgs&);
 
-  double (*fma_gflops)(double seconds); // this core's float32 peak, measured for about so long
+  double (*fma_gflops)(double seconds);  // this core's float32 peak, measured for about so long
 };
 
 // The table in use, chosen once: REGFAST_ISA, else the best that the CPU runs.

@@ -2,9 +2,16 @@
 // S. Moshier, 1989), lets NaN through, and is 0 where the result would be subnormal: far from the maximum that is most
 // lanes, and a subnormal result costs a microcode assist of 150 cycles. Doubles take tanh and erfc from libm.
 
-template <class T> struct vector_for { using type = f32v; };
-template <> struct vector_for<double> { using type = f64v; };
-template <class T> using vec_t = typename vector_for<T>::type;
+template <class T>
+struct vector_for {
+  using type = f32v;
+};
+template <>
+struct vector_for<double> {
+  using type = f64v;
+};
+template <class T>
+using vec_t = typename vector_for<T>::type;
 
 // Results of exponents below `lowest` are 0.
 inline f32v exp(f32v x, float lowest = -87.336f) {
@@ -34,15 +41,26 @@ inline f64v exp(f64v x, double lowest = -708.396) {
   f64v p = fma(fma(set1(1.26177193074810590878e-4), rr, set1(3.02994407707441961300e-2)), rr,
                set1(9.99999999999999999910e-1));
   f64v q = fma(fma(fma(set1(3.00198505138664455042e-6), rr, set1(2.52448340349684104192e-3)), rr,
-                   set1(2.27265548208155028766e-1)), rr, set1(2.0));
+                   set1(2.27265548208155028766e-1)),
+               rr, set1(2.0));
   p = p * r;
   f64v e = p / (q - p);
   return select_lt(x, least, set1(0.0), scale2(e + e + set1(1.0), n));
 }
 
-template <class V> inline V sigmoid(V x) {
+template <class V>
+inline V sigmoid(V x) {
   using A = typename V::scalar;
   return set1(A(1)) / (set1(A(1)) + exp(set1(A(0)) - x));
+}
+
+// sigmoid(x) and 1 - sigmoid(x), the latter without cancellation.
+template <class V>
+inline void sigmoid_and_rest(V x, V* y, V* rest) {
+  using A = typename V::scalar;
+  V e = exp(min(set1(A(85)), set1(A(0)) - x));  // finite
+  *y = set1(A(1)) / (set1(A(1)) + e);
+  *rest = e * *y;
 }
 
 inline f32v tanh(f32v x) {
@@ -65,7 +83,8 @@ inline f64v tanh(f64v x) {
 }
 
 // exp(-x^2 / 2), which both Phi and its derivative need.
-template <class V> inline V gaussian(V x) {
+template <class V>
+inline V gaussian(V x) {
   using A = typename V::scalar;
   return exp(x * x * set1(A(-0.5)));
 }
@@ -95,21 +114,28 @@ inline f64v normal_cdf(f64v x, f64v) {
 }
 
 // Single elements, converted as a vector's are.
-template <class T> inline acc_t<T> load_one(const T* p) {
+template <class T>
+inline acc_t<T> load_one(const T* p) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     return *p;
   } else {
     float lane[f32v::size];
-    if constexpr (f32v::size == 1) store(lane, load(p));
-    else store(lane, load_n(p, 1));
+    if constexpr (f32v::size == 1)
+      store(lane, load(p));
+    else
+      store(lane, load_n(p, 1));
     return lane[0];
   }
 }
-template <class T> inline void store_one(T* p, acc_t<T> x) {
-  if constexpr (f32v::size == 1) store(p, set1(x));
-  else store_n(p, set1(x), 1);
+template <class T>
+inline void store_one(T* p, acc_t<T> x) {
+  if constexpr (f32v::size == 1)
+    store(p, set1(x));
+  else
+    store_n(p, set1(x), 1);
 }
-template <class A> inline A exp_one(A x) {
+template <class A>
+inline A exp_one(A x) {
   A lane[vec_t<A>::size];
   store(lane, exp(set1(x)));
   return lane[0];

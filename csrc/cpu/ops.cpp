@@ -6,6 +6,7 @@
 #include "../torch_api.h"
 #include "drivers.h"
 #include "parallel.h"
+#include "tensor_layouts.h"
 #include "tuning.h"
 
 namespace rf {
@@ -22,69 +23,18 @@ int64_t thread_count() {
 
 namespace {
 
-// ---- layouts -------------------------------------------------------------------------------------------------------
-
-// Dimensions [from, to) as one: their common stride, or none when they do not collapse.
-std::optional<int64_t> collapsed_stride(const Tensor& t, int64_t from, int64_t to) {
-  int64_t stride = 1, expected = -1;
-  for (int64_t d = to - 1; d >= from; --d) {
-    if (t.size(d) == 1) continue;
-    if (expected < 0) stride = t.stride(d);
-    else if (t.stride(d) != expected) return std::nullopt;
-    expected = t.stride(d) * t.size(d);
-  }
-  return stride;
-}
-
-int64_t product(at::IntArrayRef sizes, int64_t from, int64_t to) {
-  return from < to ? c10::multiply_integers(sizes.begin() + from, sizes.begin() + to) : 1;
-}
-
-std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
-  const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
-  if (!outer || !inner) return std::nullopt;
-  const int64_t classes = t.dim() ? t.size(dim) : 1;
-  return RowLayout{std::max<int64_t>(1, product(t.sizes(), dim + 1, t.dim())), *outer, *inner,
-                   classes == 1 ? 1 : t.stride(dim)};
-}
-
-// The tensor itself where its rows can be walked, else a contiguous copy.
-Tensor walkable(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
-
-MatrixView matrix_view(const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  for (int64_t split = last; split >= 0; --split) {
-    const auto outer = collapsed_stride(t, 0, split), inner = collapsed_stride(t, split, last);
-    if (!outer || !inner) continue;
-    const int64_t columns = t.size(last) == 1 ? 1 : t.stride(last);
-    return {t.const_data_ptr(), std::max<int64_t>(1, product(t.sizes(), split, last)), *outer, *inner, columns};
-  }
-  return {nullptr, 0, 0, 0, 0};
-}
-
-struct Operand {
-  Tensor keep;  // holds the memory that view points to
-  MatrixView view;
-};
-Operand operand(const Tensor& t) {
-  MatrixView v = matrix_view(t);
-  if (v.data || t.numel() == 0) return {t, v};
-  Tensor copy = t.contiguous();
-  return {copy, matrix_view(copy)};
-}
-
-Tensor advised(Tensor t) {
-  advise_huge_pages(t.mutable_data_ptr(), (int64_t)t.nbytes());
-  return t;
-}
-
 // A tensor of one number, without the dispatch of a fill.
 Tensor number(double value, at::ScalarType type) {
   Tensor t = at::empty({}, at::TensorOptions(type));
   switch (type) {
-    case at::kDouble: *t.mutable_data_ptr<double>() = value; break;
-    case at::kFloat: *t.mutable_data_ptr<float>() = (float)value; break;
-    default: t.fill_(value);
+    case at::kDouble:
+      *t.mutable_data_ptr<double>() = value;
+      break;
+    case at::kFloat:
+      *t.mutable_data_ptr<float>() = (float)value;
+      break;
+    default:
+      t.fill_(value);
   }
   return t;
 }
@@ -111,16 +61,22 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   if (y.numel() == 0) return {y, z};
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
   const Operand a = operand(x), weight = operand(w);
-  gemm(dtype, {rows_of(x), w.size(0), w.size(1), a.view, false, weight.view, true,
+  gemm(dtype, {rows_of(x),
+               w.size(0),
+               w.size(1),
+               a.view,
+               false,
+               weight.view,
+               true,
                {y.mutable_data_ptr(), w.size(0), nullptr, 0, b.defined() ? b.const_data_ptr() : nullptr, act,
                 save_preactivation ? z.mutable_data_ptr() : nullptr}});
   return {y, z};
 }
 
 // input is needed for the weight's gradient, weight for the input's.
-std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
-                                                   const OptionalTensor& saved, string_view activation_name,
-                                                   std::array<bool, 3> mask) {
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input,
+                                                   const OptionalTensor& weight, const OptionalTensor& saved,
+                                                   string_view activation_name, std::array<bool, 3> mask) {
   const Activation activation = parse_activation(activation_name);
   const DType dtype = dtype_of(grad.scalar_type());
   const int64_t m = rows_of(grad), n = grad.size(-1);
@@ -133,9 +89,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
     const Tensor s = saved.has_value() ? saved->contiguous() : Tensor();
     Tensor sums = mask[2] ? at::empty({n}, grad.options().dtype(acc_type(grad.scalar_type()))) : Tensor();
     dz = activation != Activation::none ? advised(at::empty(grad.sizes(), grad.options())) : g;
-    activation_backward(dtype, {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
-                                activation != Activation::none ? dz.mutable_data_ptr() : nullptr, n, activation,
-                                mask[2] ? sums.mutable_data_ptr() : nullptr}, m);
+    activation_backward(dtype,
+                        {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
+                         activation != Activation::none ? dz.mutable_data_ptr() : nullptr, n, activation,
+                         mask[2] ? sums.mutable_data_ptr() : nullptr},
+                        m);
     if (mask[2]) db = sums.to(grad.scalar_type());
   }
   const auto product = [&](int64_t rows, int64_t columns, int64_t inner, bool dz_transposed, const Tensor& other,
@@ -146,7 +104,13 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
     }
     Tensor c = advised(at::empty(sizes, grad.options()));
     const Operand left = operand(dz), right = operand(other);
-    gemm(dtype, {rows, columns, inner, left.view, dz_transposed, right.view, false,
+    gemm(dtype, {rows,
+                 columns,
+                 inner,
+                 left.view,
+                 dz_transposed,
+                 right.view,
+                 false,
                  {c.mutable_data_ptr(), columns, nullptr, 0, nullptr, Activation::none, nullptr}});
     return c;
   };
@@ -203,8 +167,10 @@ Tensor logsumexp_cpu(const Tensor& input, int64_t dim, bool keepdim) {
   const Tensor x = walkable(input, dim);
   auto sizes = x.sizes().vec();
   if (x.dim()) {
-    if (keepdim) sizes[dim] = 1;
-    else sizes.erase(sizes.begin() + dim);
+    if (keepdim)
+      sizes[dim] = 1;
+    else
+      sizes.erase(sizes.begin() + dim);
   }
   Tensor result = at::empty(sizes, x.options().dtype(acc_type(x.scalar_type())));
   SoftmaxArgs a = {};
@@ -264,7 +230,8 @@ CrossEntropyTensors cross_entropy_tensors(const Tensor& input, const Tensor& tar
     a.class_weight = t.weight.const_data_ptr();
     a.class_weight_sum = 0;
     for (int64_t c = 0; c < a.classes; ++c)
-      a.class_weight_sum += t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c];
+      a.class_weight_sum +=
+          t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c];
   }
   if (is_probability_target(input, target)) {
     t.probabilities = walkable(target, dim);
@@ -299,12 +266,14 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
                                               double z_loss, std::optional<double> softcap,
                                               std::optional<double> logit_scale, int64_t outputs,
                                               std::optional<at::ScalarType> loss_dtype) {
-  CrossEntropyTensors t = cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  CrossEntropyTensors t =
+      cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   auto row_shape = input.sizes().vec();
   row_shape.erase(row_shape.begin() + class_dim(input));
   const auto acc = acc_type(input.scalar_type()), result_type = loss_dtype.value_or(input.scalar_type());
   const auto acc_options = input.options().dtype(acc);
-  Tensor stats = at::empty({cross_entropy_stat_rows(t.probabilities.defined(), outputs & kOutputEntropy), t.rows}, acc_options);
+  Tensor stats =
+      at::empty({cross_entropy_stat_rows(t.probabilities.defined(), outputs & kOutputEntropy), t.rows}, acc_options);
   point_to_stats(t.args, stats, t.rows);
 
   CrossEntropyOutputs out = {};
@@ -313,7 +282,8 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
   if (rowwise) out.loss = (loss = at::empty(row_shape, acc_options)).mutable_data_ptr();
   if (outputs & kOutputLse) out.lse = (lse = at::empty(row_shape, acc_options)).mutable_data_ptr();
   if (outputs & kOutputLogprob) out.logprob = (logprob = at::empty(row_shape, acc_options)).mutable_data_ptr();
-  if (outputs & kOutputArgmax) out.argmax = (argmax = at::empty(row_shape, input.options().dtype(at::kLong))).mutable_data_ptr<int64_t>();
+  if (outputs & kOutputArgmax)
+    out.argmax = (argmax = at::empty(row_shape, input.options().dtype(at::kLong))).mutable_data_ptr<int64_t>();
 
   const CrossEntropyPartial sums = cross_entropy_forward(t.dtype, t.args, out, t.rows);
   if (sums.bad_row >= 0)
@@ -322,8 +292,10 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
 
   std::vector<Tensor> results;
   if (outputs & kOutputLoss) {
-    if (rowwise) results.push_back(loss.to(result_type));
-    else results.push_back(number(reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss, result_type));
+    if (rowwise)
+      results.push_back(loss.to(result_type));
+    else
+      results.push_back(number(reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss, result_type));
   }
   if (outputs & kOutputLse) results.push_back(lse.to(result_type));
   if (outputs & kOutputEntropy) results.push_back(stats[kEntropy].reshape(row_shape).to(result_type, false, true));
@@ -340,7 +312,8 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyU
                                    const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
                                    double label_smoothing, double z_loss, std::optional<double> softcap,
                                    std::optional<double> logit_scale, bool grad_target) {
-  CrossEntropyTensors t = cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  CrossEntropyTensors t =
+      cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   point_to_stats(t.args, stats, t.rows);
   const auto acc = acc_type(input.scalar_type());
   CrossEntropyGrads g = {};
@@ -387,11 +360,13 @@ std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(
   return {dx, dt};
 }
 
-Tensor cross_entropy_backward_inplace_cpu(
-    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-    const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing,
-    double z_loss, std::optional<double> softcap, std::optional<double> logit_scale, bool grad_target) {
+Tensor cross_entropy_backward_inplace_cpu(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
+                                          const OptionalTensor& grad_entropy, const OptionalTensor& grad_logprob,
+                                          const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                          const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index,
+                                          int64_t reduction, double label_smoothing, double z_loss,
+                                          std::optional<double> softcap, std::optional<double> logit_scale,
+                                          bool grad_target) {
   input.unsafeGetTensorImpl()->bump_version();
   return cross_entropy_backward_into(&input, {grad_loss, grad_lse, grad_entropy, grad_logprob}, input, target, weight,
                                      stats, weight_sum, ignore_index, reduction, label_smoothing, z_loss, softcap,

@@ -13,15 +13,17 @@ namespace rf {
 void run_parallel(int64_t n, int64_t grain, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx);
 int64_t thread_count();
 
-template <class F> inline void parallel_for(int64_t n, int64_t grain, F&& f) {
+template <class F>
+inline void parallel_for(int64_t n, int64_t grain, F&& f) {
   if (n <= 0) return;
   if (n <= grain) return f(int64_t(0), n);
   using Fn = std::remove_reference_t<F>;
-  run_parallel(n, grain < 1 ? 1 : grain, [](int64_t begin, int64_t end, void* ctx) { (*(Fn*)ctx)(begin, end); }, (void*)&f);
+  run_parallel(
+      n, grain < 1 ? 1 : grain, [](int64_t begin, int64_t end, void* ctx) { (*(Fn*)ctx)(begin, end); }, (void*)&f);
 }
 
-// Memory of one thread that grows to the largest request and is reused. Each Slot has its own, so that a caller may hold
-// one while what it calls takes another.
+// Memory of one thread that grows to the largest request and is reused. Each Slot has its own, so that a caller may
+// hold one while what it calls takes another.
 enum class Slot { packed_a, packed_b, partial, tile };
 
 inline void* scratch(Slot slot, int64_t bytes) {

@@ -20,8 +20,10 @@ inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t 
           transpose(block);
           for (int64_t r = 0; r < lanes; ++r) {
             float* q = to + (r0 + r) * classes + c0;
-            if (count == W) store(q, block[r]);
-            else store_n(q, block[r], count);
+            if (count == W)
+              store(q, block[r]);
+            else
+              store_n(q, block[r], count);
           }
         }
       }
@@ -33,7 +35,8 @@ inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t 
 }
 
 template <class T>
-inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int64_t row, int64_t rows, int64_t classes) {
+inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int64_t row, int64_t rows,
+                         int64_t classes) {
   T* p = base + l.offset(row);
   if constexpr (!std::is_same_v<T, double>) {
     if (l.inner_stride == 1 && f32v::size > 1) {
@@ -50,8 +53,10 @@ inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int6
           transpose(block);
           for (int64_t c = 0; c < count; ++c) {
             T* q = p + (c0 + c) * l.class_stride + r0;
-            if (lanes == W) store(q, block[c]);
-            else store_n(q, block[c], lanes);
+            if (lanes == W)
+              store(q, block[c]);
+            else
+              store_n(q, block[c], lanes);
           }
         }
       }
@@ -67,7 +72,8 @@ inline int64_t tile_rows(const RowLayout& l, int64_t row, int64_t end) {
   return std::min(std::min<int64_t>(tuning::kTileRows, l.inner - row % l.inner), end - row);
 }
 
-template <class T> inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+template <class T>
+inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   T* y = (T*)a.output;
@@ -84,7 +90,8 @@ template <class T> inline void softmax_forward(const SoftmaxArgs& a, int64_t beg
   }
 }
 
-template <class T> inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+template <class T>
+inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T *y = (const T*)a.input, *g = (const T*)a.grad;
   T* dx = (T*)a.output;
@@ -105,10 +112,11 @@ template <class T> inline void softmax_backward(const SoftmaxArgs& a, int64_t be
 }
 
 // +inf dominates any finite value, as the limit does; a NaN dominates both.
-template <class T> inline acc_t<T> row_logsumexp(const T* x, int64_t n) {
+template <class T>
+inline acc_t<T> row_logsumexp(const T* x, int64_t n) {
   using A = acc_t<T>;
   RowStats<A> s = row_stats(x, n);
-  if (s.max != -minus_infinity<A>()) return s.max + s.log_sum;
+  if (s.max != -minus_infinity<A>()) return A(s.max + s.log_sum);
   for (int64_t j = 0; j < n; ++j) {
     A v = load_one(x + j);
     if (v != v) return v;
@@ -116,7 +124,8 @@ template <class T> inline acc_t<T> row_logsumexp(const T* x, int64_t n) {
   return s.max;
 }
 
-template <class T> inline void logsumexp_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+template <class T>
+inline void logsumexp_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   A *result = (A*)a.row_result, *tile = (A*)a.scratch;
@@ -131,7 +140,8 @@ template <class T> inline void logsumexp_forward(const SoftmaxArgs& a, int64_t b
   }
 }
 
-template <class T> inline void logsumexp_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+template <class T>
+inline void logsumexp_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   T* dx = (T*)a.output;
@@ -168,7 +178,8 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
   const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
   const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1);
   if constexpr (!std::is_same_v<T, double> && f32v::size > 1) {
-    const bool plain = !t && !a.row_entropy && !out.argmax && a.label_smoothing == 0 && a.softcap == 0 && a.logit_scale == 1;
+    const bool plain =
+        !t && !a.row_entropy && !out.argmax && a.label_smoothing == 0 && a.softcap == 0 && a.logit_scale == 1;
     if (direct && plain && a.classes > 0 && a.classes <= tuning::kNarrowClasses) {
       for (int64_t r = begin; r < end; r += f32v::size)
         cross_entropy_narrow_rows(x, a, out, r, std::min<int64_t>(f32v::size, end - r), &partial);
@@ -177,7 +188,7 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
   }
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
   for (int64_t r = begin, rows; r < end; r += rows) {
-    A loss;
+    double loss;
     if (direct) {
       rows = 1;
       const T* probabilities = t ? t + a.probability_layout.offset(r) : nullptr;

@@ -29,7 +29,8 @@ inline uint16x4_t narrow(f32v x, const bf16*) {
 inline uint16x4_t narrow(f32v x, const f16*) { return vreinterpret_u16_f16(vcvt_f16_f32(x.v)); }
 
 // There is no masked access: a tail goes through a local of a vector's size.
-template <class E, int size> struct TailLanes {
+template <class E, int size>
+struct TailLanes {
   E lane[size] = {};
   TailLanes() = default;
   TailLanes(const void* p, int64_t n) {
@@ -85,7 +86,10 @@ inline void store_n(bf16* p, f32v x, int64_t n) { store_tail16(p, narrow(x, p), 
 inline void store_n(f16* p, f32v x, int64_t n) { store_tail16(p, narrow(x, p), n); }
 
 // No intrinsic writes past the caches here: a plain store.
-template <class T, class V> inline void stream(T* p, V x) { store(p, x); }
+template <class T, class V>
+inline void stream(T* p, V x) {
+  store(p, x);
+}
 inline void stream_fence() {}
 
 inline f32v operator+(f32v a, f32v b) { return {vaddq_f32(a.v, b.v)}; }
@@ -105,9 +109,7 @@ inline f32v min(f32v a, f32v b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.
 inline f64v min(f64v a, f64v b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
 inline f32v abs(f32v a) { return {vabsq_f32(a.v)}; }
 inline f64v abs(f64v a) { return {vabsq_f64(a.v)}; }
-inline f32v copysign(f32v magnitude, f32v sign) {
-  return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)};
-}
+inline f32v copysign(f32v magnitude, f32v sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)}; }
 // a < b ? x : y, lane by lane; y where a or b is NaN.
 inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) { return {vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v)}; }
 inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) { return {vbslq_f64(vcltq_f64(a.v, b.v), x.v, y.v)}; }

@@ -15,8 +15,16 @@ struct f64v {
 inline f32v set1(float x) { return {x}; }
 inline f64v set1(double x) { return {x}; }
 
-inline uint32_t bits_of(float x) { uint32_t u; std::memcpy(&u, &x, 4); return u; }
-inline float float_of(uint32_t u) { float x; std::memcpy(&x, &u, 4); return x; }
+inline uint32_t bits_of(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+inline float float_of(uint32_t u) {
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
 
 inline f32v load(const float* p) { return {*p}; }
 inline f64v load(const double* p) { return {*p}; }
@@ -35,7 +43,8 @@ inline f32v load_n(const bf16*, int64_t) { return {0.0f}; }
 inline f32v load_n(const f16*, int64_t) { return {0.0f}; }
 inline f32v first_n(f32v, int64_t, f32v fill) { return fill; }
 inline f64v first_n(f64v, int64_t, f64v fill) { return fill; }
-template <class T, class V> inline void store_n(T*, V, int64_t) {}
+template <class T, class V>
+inline void store_n(T*, V, int64_t) {}
 
 inline void store(float* p, f32v x) { *p = x.v; }
 inline void store(double* p, f64v x) { *p = x.v; }
@@ -56,7 +65,10 @@ inline void store(f16* p, f32v x) {
     p->bits = (uint16_t)(sign | ((magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
   }
 }
-template <class T, class V> inline void stream(T* p, V x) { store(p, x); }
+template <class T, class V>
+inline void stream(T* p, V x) {
+  store(p, x);
+}
 inline void stream_fence() {}
 
 inline f32v operator+(f32v a, f32v b) { return {a.v + b.v}; }

@@ -3,10 +3,17 @@
 // (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). So a row longer than the caches is read
 // from memory once.
 
-template <class V> using scalar_t = typename V::scalar;
-template <class A> inline A minus_infinity() { return -std::numeric_limits<A>::infinity(); }
+constexpr int64_t kBlock = tuning::kBlockVectors * f32v::size;
 
-template <class A> inline A block_max(const A* z, int64_t n) {
+template <class V>
+using scalar_t = typename V::scalar;
+template <class A>
+inline A minus_infinity() {
+  return -std::numeric_limits<A>::infinity();
+}
+
+template <class A>
+inline A block_max(const A* z, int64_t n) {
   using V = vec_t<A>;
   V m0 = set1(minus_infinity<A>()), m1 = m0;
   int64_t j = 0;
@@ -21,7 +28,8 @@ template <class A> inline A block_max(const A* z, int64_t n) {
 
 // Sum of exp(z - m). Lanes past the end count exp(-inf) = 0. Meanwhile what follows at `next` is fetched (past the
 // end of the row that is a hint without effect): memory would idle during this pass otherwise.
-template <class T, class A> inline A block_exp_sum(const A* z, int64_t n, A m, const T* next) {
+template <class T, class A>
+inline A block_exp_sum(const A* z, int64_t n, A m, const T* next) {
   using V = vec_t<A>;
   constexpr int64_t line = 64 / sizeof(T);
   V vm = set1(m), s0 = set1(A(0)), s1 = s0;
@@ -38,7 +46,8 @@ template <class T, class A> inline A block_exp_sum(const A* z, int64_t n, A m, c
 }
 
 // A block of n elements in accumulator type: the elements themselves where nothing needs doing, else a copy in buf.
-template <class T, class A> inline const A* staged(const T* p, int64_t n, A* buf) {
+template <class T, class A>
+inline const A* staged(const T* p, int64_t n, A* buf) {
   if constexpr (std::is_same_v<T, A>) {
     return p;
   } else {
@@ -52,55 +61,67 @@ template <class T, class A> inline const A* staged(const T* p, int64_t n, A* buf
 
 // Maximum of a row, and the logarithm of the sum of exp(z - maximum). They are kept apart because max + log loses the
 // digits of log when the maximum is large.
-template <class A> struct RowStats { A max, log_sum; };
+template <class A>
+struct RowStats {
+  A max;
+  double log_sum;
+};
 
-template <class T> inline RowStats<acc_t<T>> row_stats(const T* x, int64_t n) {
+template <class T>
+inline RowStats<acc_t<T>> row_stats(const T* x, int64_t n) {
   using A = acc_t<T>;
-  A buf[tuning::kBlock];
-  A m = minus_infinity<A>(), sum = 0;
-  for (int64_t j = 0; j < n; j += tuning::kBlock) {
-    int64_t count = std::min<int64_t>(tuning::kBlock, n - j);
+  A buf[kBlock];
+  A m = minus_infinity<A>();
+  double sum = 0;
+  for (int64_t j = 0; j < n; j += kBlock) {
+    int64_t count = std::min<int64_t>(kBlock, n - j);
     const A* z = staged(x + j, count, buf);
     A bm = block_max(z, count);
     if (bm > m) {
-      sum *= std::exp(m - bm);
+      sum = sum == 0 ? 0 : sum * std::exp((double)m - (double)bm);
       m = bm;
     }
     // With a maximum of -inf the block holds only -inf, which adds nothing, or NaN, which must be seen.
-    sum += block_exp_sum(z, count, m == minus_infinity<A>() ? A(0) : m, x + j + tuning::kBlock);
+    sum += block_exp_sum(z, count, m == minus_infinity<A>() ? A(0) : m, x + j + kBlock);
   }
   return {m, std::log(sum)};
 }
 
 // y = exp(x - max) / sum, or x - max - log(sum).
-template <class T> inline void softmax_row(const T* x, T* y, int64_t n, bool log) {
+template <class T>
+inline void softmax_row(const T* x, T* y, int64_t n, bool log) {
   using A = acc_t<T>;
   using V = vec_t<A>;
   bool once = !log && std::is_same_v<T, A> && n * (int64_t)sizeof(A) <= tuning::kCachedRowBytes;
   if (once) {
     // Exponentiate into y, then scale y while it is still in cache.
     if constexpr (std::is_same_v<T, A>) {
-      A m = block_max(x, n);
-      V vm = set1(m), sum = set1(A(0));
+      V vm = set1(block_max(x, n));
+      double total = 0;
       int64_t j = 0;
-      for (; j + V::size <= n; j += V::size) {
-        V e = exp(load(x + j) - vm);
-        store(y + j, e);
-        sum = sum + e;
+      for (int64_t end = 0; end < n;) {
+        end = std::min(n, end + kBlock);
+        V sum = set1(A(0));
+        for (; j + V::size <= end; j += V::size) {
+          V e = exp(load(x + j) - vm);
+          store(y + j, e);
+          sum = sum + e;
+        }
+        if (j < end) {
+          V e = exp(first_n(load_n(x + j, end - j) - vm, end - j, set1(minus_infinity<A>())));
+          store_n(y + j, e, end - j);
+          sum = sum + e;
+        }
+        total += reduce_add(sum);
       }
-      if (j < n) {
-        V e = exp(first_n(load_n(x + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
-        store_n(y + j, e, n - j);
-        sum = sum + e;
-      }
-      V scale = set1(A(1) / reduce_add(sum));
+      V scale = set1(A(1 / total));
       for (j = 0; j + V::size <= n; j += V::size) store(y + j, load(y + j) * scale);
       if (j < n) store_n(y + j, load_n(y + j, n - j) * scale, n - j);
     }
     return;
   }
   RowStats<A> stats = row_stats(x, n);
-  V m = set1(stats.max), log_sum = set1(stats.log_sum);
+  V m = set1(stats.max), log_sum = set1(A(stats.log_sum));
   int64_t j = 0;
   if (log) {
     for (; j + V::size <= n; j += V::size) store(y + j, load(x + j) - m - log_sum);
@@ -112,14 +133,21 @@ template <class T> inline void softmax_row(const T* x, T* y, int64_t n, bool log
 }
 
 // softmax: dx = y (g - sum g y); log-softmax: dx = g - exp(y) sum g.
-template <class T> inline void softmax_backward_row(const T* g, const T* y, T* dx, int64_t n, bool log) {
+template <class T>
+inline void softmax_backward_row(const T* g, const T* y, T* dx, int64_t n, bool log) {
   using A = acc_t<T>;
   using V = vec_t<A>;
-  V s = set1(A(0));
+  double total = 0;
   int64_t j = 0;
-  for (; j + V::size <= n; j += V::size) s = log ? s + load(g + j) : fma(load(g + j), load(y + j), s);
-  if (j < n) s = log ? s + load_n(g + j, n - j) : fma(load_n(g + j, n - j), load_n(y + j, n - j), s);
-  V sum = set1(reduce_add(s));
+  for (int64_t end = 0; end < n;) {
+    end = std::min(n, end + kBlock);
+    V s = set1(A(0));
+    for (; j + V::size <= end; j += V::size) s = log ? s + load(g + j) : fma(load(g + j), load(y + j), s);
+    if (j < end) s = log ? s + load_n(g + j, end - j) : fma(load_n(g + j, end - j), load_n(y + j, end - j), s);
+    total += reduce_add(s);
+    j = end;
+  }
+  V sum = set1(A(total));
   for (j = 0; j + V::size <= n; j += V::size) {
     V gv = load(g + j), yv = load(y + j);
     store(dx + j, log ? gv - exp(yv) * sum : yv * (gv - sum));
@@ -131,7 +159,8 @@ template <class T> inline void softmax_backward_row(const T* g, const T* y, T* d
 }
 
 // Log-sum-exp: dx = g exp(x - lse). A row of -inf has the gradient of its limit, zero times g.
-template <class T> inline void logsumexp_backward_row(const T* x, T* dx, int64_t n, acc_t<T> g, acc_t<T> lse) {
+template <class T>
+inline void logsumexp_backward_row(const T* x, T* dx, int64_t n, acc_t<T> g, acc_t<T> lse) {
   using V = vec_t<T>;
   V gv = set1(g), lv = set1(lse);
   int64_t j = 0;

@@ -6,17 +6,18 @@
 
 namespace rf::tuning {
 
-// Softmax family: elements handled at a time. 2048 floats are 8 KiB: the maximum's pass leaves them in L1 for the
-// exponentials' pass, together with a staged copy of half-precision or soft-capped logits and one of weights.
-constexpr int64_t kBlock = 2048;
+// Softmax family: vectors of a row handled at a time. On AVX-512 they are 8 KiB of floats: the maximum's pass leaves
+// them in L1 for the exponentials' pass, together with a staged copy of half-precision or soft-capped logits and one of
+// weights. A lane's sum is put aside in double precision after as many additions.
+constexpr int64_t kBlockVectors = 128;
 
 // Rows gathered at a time when classes are not adjacent in memory: one 64-byte line of floats.
 constexpr int64_t kTileRows = 16;
 // Room for a tile each of logits, probabilities and the probabilities' gradient, in either accumulator type.
 constexpr int64_t tile_scratch_bytes(int64_t classes) { return 3 * kTileRows * classes * 8; }
 
-// Rows of up to this many classes are handled a vector of rows at a time: one of 10 classes would leave a vector's lanes
-// idle and pay for two reductions (37 ns a row, against 12).
+// Rows of up to this many classes are handled a vector of rows at a time: one of 10 classes would leave a vector's
+// lanes idle and pay for two reductions (37 ns a row, against 12).
 constexpr int64_t kNarrowClasses = 32;
 
 // A row up to this many accumulator bytes is exponentiated once and scaled while still in L2; longer rows are cheaper
@@ -50,14 +51,18 @@ constexpr int64_t kStreamBytes = 64 << 20;
 // Register tiles of the GEMM: rows x vectors accumulators, one row of B and a broadcast of A fill the registers (16 on
 // AVX2; 32 on AVX-512 and NEON). The scalar tile only bounds the loop overhead.
 // dot_rows: rows of the longer side that a dot product of unpacked rows keeps in registers, times 4 of the shorter one.
-struct RegisterTile { int rows, vectors, dot_rows; };
+struct RegisterTile {
+  int rows, vectors, dot_rows;
+};
 constexpr RegisterTile kTileScalar = {4, 4, 2}, kTileAvx2 = {6, 2, 2}, kTileAvx512 = {14, 2, 4}, kTileNeon = {8, 3, 4};
 
 // GEMM blocks. A panel of A (rows x KC, 14 KiB at most) stays in L1 while a group of B's panels (KC x group, 256 KiB)
 // streams past it from L2, again for each panel of A; MC bounds a thread's packed A (a multiple of every tile's rows);
 // a panel of B (KC x NC) stays in the last-level cache. On Sapphire Rapids (2 MiB L2) 192 to 512 for KC and 256 to 1024
 // for the group are within 10%; with B's panel in L1 and A streaming it was 10 to 20% slower.
-struct GemmBlocks { int64_t mc, kc, nc, group; };
+struct GemmBlocks {
+  int64_t mc, kc, nc, group;
+};
 constexpr GemmBlocks kGemmBlocks = {168, 256, 4096, 256};
 
 // Up to this many rows on one side, and a multiple of the register tile wasted on padding, dot products of unpacked

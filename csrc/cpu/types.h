@@ -4,17 +4,28 @@
 
 namespace rf {
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 enum class DType { f32, f64, bf16, f16 };
 constexpr int kDTypes = 4;
 constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 // The type that arithmetic on T is done in: half types compute in float and are rounded once, when stored.
-template <class T> struct accumulator { using type = float; };
-template <> struct accumulator<double> { using type = double; };
-template <class T> using acc_t = typename accumulator<T>::type;
+template <class T>
+struct accumulator {
+  using type = float;
+};
+template <>
+struct accumulator<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename accumulator<T>::type;
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
 
@@ -22,20 +33,31 @@ enum class Activation { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
 enum class Saved { nothing, output, preactivation };
 constexpr Saved saved_for(Activation a) {
   switch (a) {
-    case Activation::none: return Saved::nothing;
-    case Activation::relu: case Activation::sigmoid: case Activation::tanh: return Saved::output;
-    default: return Saved::preactivation;
+    case Activation::none:
+      return Saved::nothing;
+    case Activation::relu:
+    case Activation::sigmoid:
+    case Activation::tanh:
+      return Saved::output;
+    default:
+      return Saved::preactivation;
   }
 }
 
 // The outputs of cross_entropy as bits, in the order in which ops return them.
 enum CrossEntropyOutput : int64_t {
-  kOutputLoss = 1, kOutputLse = 2, kOutputEntropy = 4, kOutputLogprob = 8, kOutputArgmax = 16
+  kOutputLoss = 1,
+  kOutputLse = 2,
+  kOutputEntropy = 4,
+  kOutputLogprob = 8,
+  kOutputArgmax = 16
 };
 
 // A row's statistics as rows of the tensor that is saved for backward; the later ones exist only where they are needed.
 enum CrossEntropyStat { kMax, kLogSum, kEntropy, kMass, kTargetMass };
-constexpr int64_t cross_entropy_stat_rows(bool probabilities, bool entropy) { return probabilities ? 5 : entropy ? 3 : 2; }
+constexpr int64_t cross_entropy_stat_rows(bool probabilities, bool entropy) {
+  return probabilities ? 5 : entropy ? 3 : 2;
+}
 
 // Rows of a tensor whose class (or reduced) dimension lies anywhere: row r starts at
 // (r / inner) * outer_stride + (r % inner) * inner_stride and its elements are class_stride apart.
@@ -46,7 +68,8 @@ struct RowLayout {
   }
 };
 
-// A two-dimensional operand. Its rows may be a collapsed pair of dimensions, as in RowLayout; columns are col_stride apart.
+// A two-dimensional operand. Its rows may be a collapsed pair of dimensions, as in RowLayout; columns are col_stride
+// apart.
 struct MatrixView {
   const void* data;
   int64_t inner, outer_stride, row_stride, col_stride;

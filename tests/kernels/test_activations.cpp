@@ -133,7 +133,7 @@ template <class T> void any_number_of_threads() {
 }
 
 template <class T> void all() {
-  Random random(10);
+  Random random(1000 + (int)Format<T>::dtype);
   for (Activation a : kActivations) {
     forward<T>(a, random);
     special_values<T>(a);

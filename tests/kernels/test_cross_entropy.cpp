@@ -252,9 +252,9 @@ template <class T> void random_call(int64_t classes, bool plain, Random& random)
 }
 
 template <class T> void all() {
-  Random random(3);
+  Random random(300 + (int)Format<T>::dtype);  // other cases for each type
   for (int64_t classes : kClasses)
-    for (int i = 0, calls = fewer(classes > 1000 ? 16 : 32); i < calls; ++i) random_call<T>(classes, i % 4 == 0, random);
+    for (int i = 0, calls = fewer(classes > 1000 ? 24 : 32); i < calls; ++i) random_call<T>(classes, i % 4 == 0, random);
 }
 
 }  // namespace

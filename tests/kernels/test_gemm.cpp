@@ -197,7 +197,7 @@ template <class T> void any_number_of_threads() {
 }
 
 template <class T> void all() {
-  Random random(13);
+  Random random(1300 + (int)Format<T>::dtype);
   random_products<T>(fewer(250), random);
   chosen_products<T>(random);
   special_values<T>(40, 40, 40);

@@ -176,7 +176,7 @@ template <class T> void special_values(double special, int64_t classes, int64_t 
 }
 
 template <class T> void all_softmax() {
-  Random random(1);
+  Random random(100 + (int)Format<T>::dtype);
   for (int64_t classes : kClasses)
     for (int from = 0; from <= kOutputArrangements; ++from)
       for (int variant = 0; variant < fewer(3); ++variant) {
@@ -194,7 +194,7 @@ template <class T> void all_softmax() {
 }
 
 template <class T> void all_logsumexp() {
-  Random random(2);
+  Random random(200 + (int)Format<T>::dtype);
   for (int64_t classes : kClasses)
     for (int from = 0; from <= kOutputArrangements; ++from) {
       const Arrangement a = kArrangements[from];

@@ -1,0 +1,150 @@
+// Gradients of cross-entropy's row kernels: one read of the logits and of the row's statistics, one write.
+
+// Probabilities below exp of this count as 0 in gradients: times 1/N they would be subnormal, and every product that
+// the layers below form with a subnormal costs a microcode assist (a 10-class layer's backward took 5 times as long).
+template <class A>
+constexpr A kLeastLogProbability = A(sizeof(A) == 4 ? -69 : -690);
+
+// The gradient at a vector of logits: p (a + b log p) - w spread - q(t), through the soft cap.
+template <class T>
+struct LogitGradient {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A m, log_sum, a, b;
+  A spread, keep, logprob;  // q = w (keep t + spread) - logprob t
+  const A *z, *t, *weight;  // of the block; t and weight may be null
+  A scale, cap;
+
+  template <bool full>
+  V at(int64_t j, int64_t n) const {
+    V zv = full ? load(z + j) : load_n(z + j, n);
+    V log_p = zv - set1(m) - set1(log_sum);
+    V p = exp(log_p, kLeastLogProbability<A>), g;
+    if (b != A(0))
+      g = p * fma(set1(b), max(set1(kLeastExponent<A>), log_p), set1(a));
+    else
+      g = p * set1(a);
+    if (t || spread != A(0)) {
+      V w = !weight ? set1(A(1)) : full ? load(weight + j) : load_n(weight + j, n);
+      if (t) {
+        V tv = full ? load(t + j) : load_n(t + j, n);
+        g = g - (w * fma(set1(keep), tv, set1(spread)) - set1(logprob) * tv);
+      } else {
+        g = g - w * set1(spread);
+      }
+    }
+    if (cap != A(0)) {
+      V u = zv / set1(cap);
+      g = g * (set1(A(1)) - u * u);
+    }
+    return g * set1(scale);
+  }
+};
+
+// The common case: class indices, no smoothing, no soft cap. dz = a p.
+template <class T>
+struct PlainGradient {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A m, log_sum, a;
+  const A* z;
+  template <bool full>
+  V at(int64_t j, int64_t n) const {
+    V zv = full ? load(z + j) : load_n(z + j, n);
+    return exp(zv - set1(m) - set1(log_sum), kLeastLogProbability<A>) * set1(a);
+  }
+};
+
+// d loss / d t_j = log p_j (logprob - loss w_j)
+template <class T>
+struct ProbabilityGradient {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A m, log_sum, loss, logprob;
+  const A *z, *weight;
+  template <bool full>
+  V at(int64_t j, int64_t n) const {
+    V log_p = (full ? load(z + j) : load_n(z + j, n)) - set1(m) - set1(log_sum);
+    V w = !weight ? set1(A(1)) : full ? load(weight + j) : load_n(weight + j, n);
+    return log_p * (set1(logprob) - set1(loss) * w);
+  }
+};
+
+// Write n values of f to p; past the caches when asked, between a head and a tail that reach alignment.
+template <class T, class F>
+inline void write_block(T* p, int64_t n, const F& f, bool past_caches) {
+  using V = vec_t<T>;
+  int64_t j = 0;
+  if (past_caches) {
+    constexpr int64_t bytes = V::size * sizeof(T);
+    const int64_t head = std::min<int64_t>(n, (bytes - (int64_t)((uintptr_t)p % bytes)) % bytes / (int64_t)sizeof(T));
+    if (head) store_n(p, f.template at<false>(0, head), head);
+    for (j = head; j + V::size <= n; j += V::size) stream(p + j, f.template at<true>(j, V::size));
+  }
+  for (; j + V::size <= n; j += V::size) store(p + j, f.template at<true>(j, V::size));
+  if (j < n) store_n(p + j, f.template at<false>(j, n - j), n - j);
+}
+
+template <class T>
+inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx, T* dt, const CrossEntropyArgs& a,
+                                       const CrossEntropyGrads& g, int64_t row) {
+  using A = acc_t<T>;
+  const LogitTransform<A> transform = {A(a.logit_scale), A(a.softcap)};
+  const A* weight = (const A*)a.class_weight;
+  const bool by_class = a.target != nullptr, ignored = by_class && a.target[row] == a.ignore_index;
+  const int64_t y = by_class && !ignored ? a.target[row] : -1;
+  const A m = ((const A*)a.row_max)[row], log_sum = ((const A*)a.row_log_sum)[row];
+  const A loss = g.loss && !ignored ? ((const A*)g.loss)[row * g.loss_stride] * A(g.loss_scale) : A(0);
+  const A lse = g.lse ? ((const A*)g.lse)[row] : A(0), entropy = g.entropy ? ((const A*)g.entropy)[row] : A(0);
+  const A logprob = g.logprob && !ignored ? ((const A*)g.logprob)[row] : A(0);
+  const A keep = loss * A(1 - a.label_smoothing), spread = loss * A(a.label_smoothing / (double)a.classes);
+
+  A mass = 0, target_mass = 0, hot = 0;
+  if (probabilities) {
+    mass = loss * ((const A*)a.row_mass)[row];
+    target_mass = ((const A*)a.row_target_mass)[row];
+  } else if (y >= 0) {
+    hot = keep * (weight ? weight[y] : A(1)) - logprob;
+    mass = keep * (weight ? weight[y] : A(1)) + spread * A(a.class_weight_sum);
+    target_mass = 1;
+  }
+  A coefficient = mass + lse - logprob * target_mass;
+  if (a.z_loss != 0) coefficient += loss * A(2 * a.z_loss) * (m + log_sum);
+  if (entropy != A(0)) coefficient -= entropy * ((const A*)a.row_entropy)[row];
+
+  const bool nothing = ignored && lse == A(0) && entropy == A(0);
+  A zbuf[kBlock], tbuf[kBlock];
+  for (int64_t j = 0; j < a.classes; j += kBlock) {
+    const int64_t count = std::min<int64_t>(kBlock, a.classes - j);
+    if (nothing) {
+      std::memset((void*)(dx + j), 0, count * sizeof(T));
+      continue;
+    }
+    const A* z = staged_logits(x + j, count, zbuf, transform);
+    const A* w = weight ? weight + j : nullptr;
+    if (dt) {
+      ProbabilityGradient<T> f = {m, log_sum, keep, logprob, z, w};
+      write_block(dt + j, count, f, false);
+    }
+    if (!dx) continue;
+    const bool has_target = y >= j && y < j + count;
+    const A zy = has_target ? z[y - j] : A(0);  // before dx, which may be x, is written
+    if (!probabilities && spread == A(0) && entropy == A(0) && transform.identity()) {
+      PlainGradient<T> f = {m, log_sum, coefficient, z};
+      write_block(dx + j, count, f, g.stream);
+      if (has_target) store_one(dx + y, coefficient * exp_one(zy - m - log_sum) - hot);
+    } else {
+      const A* t = probabilities ? staged(probabilities + j, count, tbuf) : nullptr;
+      LogitGradient<T> f = {m,       log_sum, coefficient, -entropy, spread,          keep,
+                            logprob, z,       t,           w,        transform.scale, transform.cap};
+      write_block(dx + j, count, f, g.stream);
+      if (has_target) {
+        // The class's own entry again, with the one-hot term inside, so that it is rounded once.
+        A log_p = zy - m - log_sum, u = transform.cap == A(0) ? A(0) : zy / transform.cap;
+        A value = exp_one(log_p) * (coefficient - entropy * std::max(kLeastExponent<A>, log_p));
+        value -= spread * (weight ? weight[y] : A(1)) + hot;
+        store_one(dx + y, value * (1 - u * u) * transform.scale);
+      }
+    }
+  }
+}

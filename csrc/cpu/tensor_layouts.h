@@ -1,0 +1,65 @@
+// How the kernels see tensors: rows, classes and matrices as strides, copied only where no strides describe them.
+#pragma once
+#include "../torch_api.h"
+#include "drivers.h"
+
+namespace rf {
+
+// Dimensions [from, to) as one: their common stride, or none when they do not collapse.
+inline std::optional<int64_t> collapsed_stride(const Tensor& t, int64_t from, int64_t to) {
+  int64_t stride = 1, expected = -1;
+  for (int64_t d = to - 1; d >= from; --d) {
+    if (t.size(d) == 1) continue;
+    if (expected < 0)
+      stride = t.stride(d);
+    else if (t.stride(d) != expected)
+      return std::nullopt;
+    expected = t.stride(d) * t.size(d);
+  }
+  return stride;
+}
+
+inline int64_t product(at::IntArrayRef sizes, int64_t from, int64_t to) {
+  return from < to ? c10::multiply_integers(sizes.begin() + from, sizes.begin() + to) : 1;
+}
+
+inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
+  const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
+  if (!outer || !inner) return std::nullopt;
+  const int64_t classes = t.dim() ? t.size(dim) : 1;
+  return RowLayout{std::max<int64_t>(1, product(t.sizes(), dim + 1, t.dim())), *outer, *inner,
+                   classes == 1 ? 1 : t.stride(dim)};
+}
+
+// The tensor itself where its rows can be walked, else a contiguous copy.
+inline Tensor walkable(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
+
+inline MatrixView matrix_view(const Tensor& t) {
+  const int64_t last = t.dim() - 1;
+  for (int64_t split = last; split >= 0; --split) {
+    const auto outer = collapsed_stride(t, 0, split), inner = collapsed_stride(t, split, last);
+    if (!outer || !inner) continue;
+    const int64_t columns = t.size(last) == 1 ? 1 : t.stride(last);
+    return {t.const_data_ptr(), std::max<int64_t>(1, product(t.sizes(), split, last)), *outer, *inner, columns};
+  }
+  return {nullptr, 0, 0, 0, 0};
+}
+
+struct Operand {
+  Tensor keep;  // holds the memory that view points to
+  MatrixView view;
+};
+inline Operand operand(const Tensor& t) {
+  MatrixView v = matrix_view(t);
+  if (v.data || t.numel() == 0) return {t, v};
+  Tensor copy = t.contiguous();
+  return {copy, matrix_view(copy)};
+}
+
+// Fresh memory that a kernel is about to fill.
+inline Tensor advised(Tensor t) {
+  advise_huge_pages(t.mutable_data_ptr(), (int64_t)t.nbytes());
+  return t;
+}
+
+}  // namespace rf
