@@ -1,5 +1,5 @@
-// The GEMM engine's loops (five around the micro-kernel, as in BLIS) and the choice of path. Each panel of B is packed
-// by all threads together, then blocks of C are computed in parallel, each thread packing its own block of A.
+// The GEMM engine's loops (five around the micro-kernel, as in BLIS), the division of C among threads, and the choice
+// of path.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -16,59 +16,76 @@ namespace {
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-void packed(DType dtype, const Gemm& g) {
+// Rows [i0, i1) and columns [j0, j1) of C by one thread.
+void packed_part(DType dtype, const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
   const Kernels& kern = kernels();
   const int t = (int)dtype;
   const int64_t acc = dtype == DType::f64 ? 8 : 4, mr = kern.mr[t], nr = kern.nr[t];
   const tuning::GemmBlocks blocks = tuning::kGemmBlocks;
   // K in equal parts, so that the last is not a sliver.
-  const int64_t k_parts = std::max<int64_t>(1, ceil_div(g.k, blocks.kc)),
-                kc = std::max<int64_t>(1, ceil_div(g.k, k_parts));
-  const int64_t threads = thread_count();
+  const int64_t k_parts = std::max<int64_t>(1, ceil_div(g.k, blocks.kc));
+  const int64_t kc = std::max<int64_t>(1, ceil_div(g.k, k_parts));
+  // Between K blocks sums wait in C itself where it has their precision, else in scratch for NC columns at a time.
+  const bool in_c = dtype == DType::f32 || dtype == DType::f64;
+  const int64_t mc = round_up(blocks.mc, mr), nc = in_c || k_parts == 1 ? j1 - j0 : blocks.nc;
+  Epilogue e = g.epilogue;
+  char* a = (char*)scratch(Slot::packed_a, std::min(mc, round_up(i1 - i0, mr)) * kc * acc);
+  char* b = (char*)scratch(Slot::packed_b, round_up(std::min(blocks.group, j1 - j0), nr) * kc * acc);
 
-  for (int64_t jc = 0; jc < g.n; jc += blocks.nc) {
-    const int64_t n = std::min(blocks.nc, g.n - jc), n_panels = ceil_div(n, nr);
-    // Blocks of C: rows first, in multiples of the tile, then columns where rows are too few for all threads.
-    const int64_t mc = std::min(blocks.mc / mr * mr, round_up(ceil_div(g.m, threads), mr));
-    const int64_t m_blocks = ceil_div(g.m, mc);
-    const int64_t wanted_groups = std::max<int64_t>(ceil_div(n, blocks.group), ceil_div(2 * threads, m_blocks));
-    const int64_t group_panels = ceil_div(n_panels, std::min(n_panels, wanted_groups));
-    const int64_t n_groups = ceil_div(n_panels, group_panels);
-
-    Epilogue e = g.epilogue;
-    if (k_parts > 1) {
-      // Between K blocks sums wait in C itself where it has their precision, else in scratch.
-      if (dtype == DType::f32 || dtype == DType::f64) {
-        e.partial = e.c;
-        e.partial_stride = e.c_stride;
-      } else {
-        e.partial = (char*)scratch(Slot::partial, g.m * n * acc) - jc * acc;
-        e.partial_stride = n;
-      }
+  for (int64_t jc = j0; jc < j1; jc += nc) {
+    const int64_t jc_end = std::min(jc + nc, j1);
+    if (in_c) {
+      e.partial = e.c;
+      e.partial_stride = e.c_stride;
+    } else if (k_parts > 1) {
+      e.partial_stride = jc_end - jc;
+      e.partial =
+          (char*)scratch(Slot::partial, (i1 - i0) * e.partial_stride * acc) - (i0 * e.partial_stride + jc) * acc;
     }
     for (int64_t part = 0; part < k_parts; ++part) {
-      const int64_t pc = part * kc, k = std::max<int64_t>(0, std::min(kc, g.k - pc));
-      char* b = (char*)scratch(Slot::packed_b, n_panels * nr * kc * acc);
-      parallel_for(n_panels, std::max<int64_t>(1, tuning::kParallelElements / (nr * std::max<int64_t>(k, 1))),
-                   [&](int64_t first, int64_t last) {
-                     kern.pack_b[t]({g.b, !g.b_transposed, jc + first * nr, std::min(last * nr, n) - first * nr, pc, k,
-                                     b + first * nr * k * acc});
-                   });
-      parallel_for(m_blocks * n_groups, 1, [&](int64_t first, int64_t last) {
-        char* a = (char*)scratch(Slot::packed_a, mc * kc * acc);
-        int64_t in_a = -1;
-        for (int64_t task = first; task < last; ++task) {
-          const int64_t block = task / n_groups, group = task % n_groups;
-          const int64_t ic = block * mc, m = std::min(mc, g.m - ic);
-          const int64_t panel = group * group_panels, end = std::min(n_panels, panel + group_panels);
-          if (in_a != block) kern.pack_a[t]({g.a, g.a_transposed, ic, m, pc, k, a});
-          in_a = block;
-          kern.gemm_block[t]({m, std::min(end * nr, n) - panel * nr, k, a, b + panel * nr * k * acc, ic,
-                              jc + panel * nr, part == 0, part == k_parts - 1, e});
+      const int64_t pc = part * kc, k = std::min(kc, g.k - pc);
+      for (int64_t ic = i0; ic < i1; ic += mc) {
+        const int64_t m = std::min(mc, i1 - ic);
+        kern.pack_a[t]({g.a, g.a_transposed, ic, m, pc, k, a});
+        for (int64_t jg = jc; jg < jc_end; jg += blocks.group) {
+          const int64_t n = std::min(blocks.group, jc_end - jg);
+          kern.pack_b[t]({g.b, !g.b_transposed, jg, n, pc, k, b});
+          kern.gemm_block[t]({m, n, k, a, b, ic, jg, part == 0, part == k_parts - 1, e});
         }
-      });
+      }
     }
   }
+}
+
+// C as a grid of one rectangle for each thread, chosen so that the least is packed twice. No thread waits for another
+// before the end: on a busy machine each barrier costs a time slice.
+void packed(DType dtype, const Gemm& g) {
+  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t tiles = ceil_div(g.m, mr), panels = ceil_div(g.n, nr);
+  const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
+  const int64_t threads = std::min<int64_t>(thread_count(), 1 + (int64_t)(products / tuning::kProductsPerThread));
+  int64_t down = 1, across = 1;
+  double least = -1;
+  for (int64_t d = 1; d <= threads; ++d) {
+    const int64_t rows = std::min(d, tiles), columns = std::min(threads / d, panels);
+    // The longest thread's products, and what all pack between them, in products' worth of time.
+    const double largest = (double)ceil_div(tiles, rows) * (double)mr * (double)ceil_div(panels, columns) * (double)nr;
+    const double cost =
+        largest + tuning::kPackCost * ((double)g.m * (double)columns + (double)g.n * (double)rows) / (double)threads;
+    if (least < 0 || cost < least) {
+      least = cost;
+      down = rows;
+      across = columns;
+    }
+  }
+  parallel_for(down * across, 1, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const int64_t y = r / across, x = r % across;
+      const auto row = [&](int64_t i) { return std::min(g.m, i * tiles / down * mr); };
+      const auto column = [&](int64_t i) { return std::min(g.n, i * panels / across * nr); };
+      packed_part(dtype, g, row(y), row(y + 1), column(x), column(x + 1));
+    }
+  });
 }
 
 void dot(DType dtype, const Gemm& g, bool few_rows) {

@@ -1,5 +1,5 @@
-// The CPU kernels of the ops: tensors to plain structs, allocation, threads. The only file of this folder that knows
-// torch. Arguments were checked above.
+// The CPU kernels of the ops: tensors to plain structs, allocation, threads. With tensor_layouts.h the only part of
+// this folder that knows torch. Arguments were checked above.
 #include <torch/csrc/stable/c/shim.h>
 
 #include "../checks.h"

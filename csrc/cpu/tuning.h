@@ -42,8 +42,10 @@ constexpr int64_t kSumElements = 16 * 1024;
 constexpr int64_t kChain = 128;
 constexpr int64_t kColumnSumRows = 32;
 
-// Outputs from this size on are advised onto huge pages before first touch: page faults cost more than the kernel.
-constexpr int64_t kHugePageBytes = 4 << 20;
+// Outputs from this size on are advised onto huge pages before first touch: page faults then cost half (first touch of
+// 500 MB: 45 against 96 ms). Below, it is a gamble: where a hypervisor takes back free huge pages, 32 MB took 8 to 42
+// ms against 6.
+constexpr int64_t kHugePageBytes = 64 << 20;
 
 // Outputs from this size on are written past the caches. Smaller ones are likely to be read from them next.
 constexpr int64_t kStreamBytes = 64 << 20;
@@ -57,13 +59,18 @@ struct RegisterTile {
 constexpr RegisterTile kTileScalar = {4, 4, 2}, kTileAvx2 = {6, 2, 2}, kTileAvx512 = {14, 2, 4}, kTileNeon = {8, 3, 4};
 
 // GEMM blocks. A panel of A (rows x KC, 14 KiB at most) stays in L1 while a group of B's panels (KC x group, 256 KiB)
-// streams past it from L2, again for each panel of A; MC bounds a thread's packed A (a multiple of every tile's rows);
-// a panel of B (KC x NC) stays in the last-level cache. On Sapphire Rapids (2 MiB L2) 192 to 512 for KC and 256 to 1024
-// for the group are within 10%; with B's panel in L1 and A streaming it was 10 to 20% slower.
+// streams past it from L2, again for each panel of A; MC rows of A are packed at a time (1 MiB), enough to pay for
+// packing B's group; NC bounds the scratch of half types. On Sapphire Rapids (2 MiB L2) 192 to 512 for KC and 256 to
+// 1024 for the group are within 10%; with B's panel in L1 and A streaming it was 10 to 20% slower.
 struct GemmBlocks {
   int64_t mc, kc, nc, group;
 };
-constexpr GemmBlocks kGemmBlocks = {168, 256, 4096, 256};
+constexpr GemmBlocks kGemmBlocks = {1008, 256, 1024, 256};
+
+// Multiplications that are worth another thread (it does 100 a nanosecond, and takes about 3 us to join), and how many
+// multiplications packing one element costs.
+constexpr double kProductsPerThread = 400e3;
+constexpr double kPackCost = 30;
 
 // Up to this many rows on one side, and a multiple of the register tile wasted on padding, dot products of unpacked
 // rows beat packing.

@@ -8,8 +8,8 @@
 namespace test {
 
 using rf::Activation;
-constexpr Activation kActivations[] = {Activation::none,      Activation::relu, Activation::gelu,   Activation::gelu_tanh,
-                                       Activation::silu,      Activation::sigmoid, Activation::tanh};
+constexpr Activation kActivations[] = {Activation::none, Activation::relu,    Activation::gelu, Activation::gelu_tanh,
+                                       Activation::silu, Activation::sigmoid, Activation::tanh};
 constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
 
 constexpr double kPi = 3.14159265358979323846;
@@ -18,14 +18,21 @@ inline double logistic(double x) { return 1 / (1 + std::exp(-x)); }
 
 inline double activate(Activation a, double x) {
   switch (a) {
-    case Activation::none: return x;
-    case Activation::relu: return x > 0 || x != x ? x : 0;
-    case Activation::gelu: return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return x > 0 || x != x ? x : 0;
+    case Activation::gelu:
+      return x * 0.5 * std::erfc(-x / std::sqrt(2.0));
     // 1 + tanh(u) = 2 logistic(2 u), which does not cancel
-    case Activation::gelu_tanh: return x * logistic(2 * gelu_tanh_argument(x));
-    case Activation::silu: return x * logistic(x);
-    case Activation::sigmoid: return logistic(x);
-    case Activation::tanh: return std::tanh(x);
+    case Activation::gelu_tanh:
+      return x * logistic(2 * gelu_tanh_argument(x));
+    case Activation::silu:
+      return x * logistic(x);
+    case Activation::sigmoid:
+      return logistic(x);
+    case Activation::tanh:
+      return std::tanh(x);
   }
   return 0;
 }
@@ -35,21 +42,31 @@ inline double activate(Activation a, double x) {
 inline double activate_units(Activation a, double x) {
   const double y = std::fabs(activate(a, x));
   switch (a) {
-    case Activation::none: case Activation::relu: return 0;
-    case Activation::gelu: return std::isfinite(x) ? y * (8 + 4 * x * x) : 0;
-    case Activation::gelu_tanh: return std::isfinite(x) ? y * (8 + 8 * std::fabs(gelu_tanh_argument(x))) : 0;
-    default: return 8 * y;
+    case Activation::none:
+    case Activation::relu:
+      return 0;
+    case Activation::gelu:
+      return std::isfinite(x) ? y * (8 + 4 * x * x) : 0;
+    case Activation::gelu_tanh:
+      return std::isfinite(x) ? y * (8 + 8 * std::fabs(gelu_tanh_argument(x))) : 0;
+    default:
+      return 8 * y;
   }
 }
 
 // act'(z), from the output for relu, sigmoid and tanh, else from z.
 inline double derivative(Activation a, double s) {
   switch (a) {
-    case Activation::none: return 1;
-    case Activation::relu: return s > 0;
-    case Activation::sigmoid: return s * (1 - s);
-    case Activation::tanh: return 1 - s * s;
-    case Activation::silu: return logistic(s) * (1 + s * logistic(-s));
+    case Activation::none:
+      return 1;
+    case Activation::relu:
+      return s > 0;
+    case Activation::sigmoid:
+      return s * (1 - s);
+    case Activation::tanh:
+      return 1 - s * s;
+    case Activation::silu:
+      return logistic(s) * (1 + s * logistic(-s));
     case Activation::gelu:
       if (std::isinf(s)) return s > 0;
       return 0.5 * std::erfc(-s / std::sqrt(2.0)) + s * std::exp(-s * s / 2) / std::sqrt(2 * kPi);
@@ -66,17 +83,30 @@ inline double derivative_units(Activation a, double s) {
   const double x = std::fabs(s);
   if (!std::isfinite(s)) return 0;
   switch (a) {
-    case Activation::none: case Activation::relu: return 0;
-    case Activation::sigmoid: return 4 * x;
-    case Activation::tanh: return 4;
-    case Activation::silu: return 8 * logistic(s) * (1 + x);
-    case Activation::gelu: return (0.5 * std::erfc(-s / std::sqrt(2.0)) + x * std::exp(-s * s / 2)) * (8 + s * s);
+    case Activation::none:
+    case Activation::relu:
+      return 0;
+    case Activation::sigmoid:
+      return 4 * x;
+    case Activation::tanh:
+      return 4;
+    case Activation::silu:
+      return 8 * logistic(s) * (1 + x);
+    case Activation::gelu:
+      return (0.5 * std::erfc(-s / std::sqrt(2.0)) + x * std::exp(-s * s / 2)) * (8 + s * s);
     case Activation::gelu_tanh: {
       const double u = 2 * gelu_tanh_argument(s), du = 2 * std::sqrt(2 / kPi) * (1 + 3 * 0.044715 * s * s);
       return logistic(u) * (1 + x * du * (logistic(-u) + kUnit<float>)) * (8 + 4 * std::fabs(u));
     }
   }
   return 0;
+}
+
+// The kernels end the logistic function's lower tail at exp(-85), where derivatives have long ceased to matter.
+inline double derivative_tail(Activation a, double s) {
+  const double x = std::fmin(std::fabs(s), 40), end = std::exp(-85);
+  if (a == Activation::silu) return end * (1 + std::fabs(s));
+  return a == Activation::gelu_tanh ? end * x * (1.6 + 0.22 * x * x) : 0;
 }
 
 }  // namespace test

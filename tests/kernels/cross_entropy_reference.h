@@ -29,7 +29,7 @@ struct Result {
   std::vector<double> z, log_p;
   double max, log_sum, lse, entropy, logprob, loss, denominator;
   int64_t argmax;
-  double z_units;      // error of a logit z
+  double z_units;  // error of a logit z
   double loss_units, lse_units, entropy_units, logprob_units;
 };
 
@@ -79,11 +79,13 @@ inline Result cross_entropy_row(const Row& r, const Options& o) {
     out.entropy_units += p == 0 ? 0 : p * (sums + size) * (2 + std::fabs(log_p));
     if (q != 0) {
       loss -= q * log_p;
-      out.loss_units += std::fabs(q) * (2 * sums + 2 * size + sum_error((int64_t)n) * (std::fabs(out.z[j] - out.max) + out.log_sum));
+      out.loss_units +=
+          std::fabs(q) * (2 * sums + 2 * size + sum_error((int64_t)n) * (std::fabs(out.z[j] - out.max) + out.log_sum));
     }
     if (!r.ignored && r.t[j] != 0) {
       logprob += r.t[j] * log_p;
-      out.logprob_units += std::fabs(r.t[j]) * (2 * sums + 2 * size + sum_error((int64_t)n) * (std::fabs(out.z[j] - out.max) + out.log_sum));
+      out.logprob_units += std::fabs(r.t[j]) * (2 * sums + 2 * size +
+                                                sum_error((int64_t)n) * (std::fabs(out.z[j] - out.max) + out.log_sum));
     }
   }
   out.loss = (double)loss;
@@ -121,15 +123,18 @@ inline Gradient cross_entropy_gradient(const Row& r, const Options& o, const Res
     dz += up.entropy * -p * (log_p + f.entropy);
     dz += up.logprob * (t - t_sum * p);
     // Every product above with its factors' errors.
-    double size = std::fabs(loss_up) * (q_size + 2 * std::fabs(o.z_loss * f.lse)) + std::fabs(up.lse) + std::fabs(up.logprob) * t_size;
-    double units = p * (sums + 2 * own + sum_error((int64_t)n)) * size + 8 * (std::fabs(loss_up * q) + std::fabs(up.logprob * t));
+    double size = std::fabs(loss_up) * (q_size + 2 * std::fabs(o.z_loss * f.lse)) + std::fabs(up.lse) +
+                  std::fabs(up.logprob) * t_size;
+    double units =
+        p * (sums + 2 * own + sum_error((int64_t)n)) * size + 8 * (std::fabs(loss_up * q) + std::fabs(up.logprob * t));
     units += p * std::fabs(loss_up * 2 * o.z_loss) * f.lse_units;
     units += p * std::fabs(up.entropy) * ((sums + 2 * own) * (1 + own + f.entropy) + f.entropy_units);
     if (f.log_p[j] < least_log_p) units += p * (size + std::fabs(up.entropy) * (own + f.entropy)) / kUnit<double>;
     const double u = o.softcap != 0 ? f.z[j] / o.softcap : 0, slope = (1 - u * u) * o.logit_scale;
     g.x.push_back(dz * slope);
     // 1 - u^2 errs by units of one, however small it is; so does a z that rounding moved.
-    units = units * std::fabs(slope) + std::fabs(dz * o.logit_scale) * (o.softcap != 0 ? 8 * (1 + f.z_units / o.softcap) : 2);
+    units = units * std::fabs(slope) +
+            std::fabs(dz * o.logit_scale) * (o.softcap != 0 ? 8 * (1 + f.z_units / o.softcap) : 2);
     g.x_units.push_back(units);
 
     const double slope_t = loss_up * (1 - o.smoothing) * r.w[j] - up.logprob;

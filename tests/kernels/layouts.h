@@ -28,26 +28,33 @@ struct RowShape {
 inline rf::RowLayout arrange(Arrangement a, const RowShape& s) {
   const int64_t c = s.classes, d = s.inner;
   switch (a) {
-    case Arrangement::rows: return {d, d * c, c, 1};
-    case Arrangement::padded: return {d, d * (c + 3) + 5, c + 3, 1};
-    case Arrangement::inner: return {d, c * d, 1, d};
-    case Arrangement::gaps: return {d, c * (2 * d + 1) + 3, 2, 2 * d + 1};
-    case Arrangement::transposed: return {d, d, 1, s.outer * d};
-    case Arrangement::expanded: return {d, d, 1, 0};
+    case Arrangement::rows:
+      return {d, d * c, c, 1};
+    case Arrangement::padded:
+      return {d, d * (c + 3) + 5, c + 3, 1};
+    case Arrangement::inner:
+      return {d, c * d, 1, d};
+    case Arrangement::gaps:
+      return {d, c * (2 * d + 1) + 3, 2, 2 * d + 1};
+    case Arrangement::transposed:
+      return {d, d, 1, s.outer * d};
+    case Arrangement::expanded:
+      return {d, d, 1, 0};
   }
   return {};
 }
 
 // One tensor of rows and where it lies.
-template <class T> struct Rows {
+template <class T>
+struct Rows {
   RowShape shape;
   rf::RowLayout layout;
   Buffer<T> memory;
 
   Rows(const RowShape& s, Arrangement a, Guard guard, int64_t shift = 0)
       : shape(s), layout(arrange(a, s)), memory(elements(s, layout), guard, shift) {}
-  template <class F> Rows(const RowShape& s, Arrangement a, Guard guard, int64_t shift, F&& generate)
-      : Rows(s, a, guard, shift) {
+  template <class F>
+  Rows(const RowShape& s, Arrangement a, Guard guard, int64_t shift, F&& generate) : Rows(s, a, guard, shift) {
     for (int64_t i = 0; i < memory.count(); ++i) memory[i] = from_double<T>(generate());
   }
 

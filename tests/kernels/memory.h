@@ -18,7 +18,8 @@ namespace test {
 
 enum class Guard { behind, before };
 
-template <class T> class Buffer {
+template <class T>
+class Buffer {
  public:
   // `shift` elements are left between the guard page and the data, to vary the data's alignment.
   explicit Buffer(int64_t count, Guard guard = Guard::behind, int64_t shift = 0) : count_(count) {
@@ -36,8 +37,13 @@ template <class T> class Buffer {
     if (base_) munmap(base_, total_);
   }
   Buffer(Buffer&& b) noexcept
-      : base_(std::exchange(b.base_, nullptr)), start_(b.start_), data_(b.data_), count_(b.count_), inside_(b.inside_),
-        total_(b.total_), written_(std::move(b.written_)) {}
+      : base_(std::exchange(b.base_, nullptr)),
+        start_(b.start_),
+        data_(b.data_),
+        count_(b.count_),
+        inside_(b.inside_),
+        total_(b.total_),
+        written_(std::move(b.written_)) {}
   Buffer(const Buffer&) = delete;
   void operator=(const Buffer&) = delete;
 
@@ -85,7 +91,8 @@ Buffer<T> filled(int64_t count, F&& generate, Guard guard = Guard::behind, int64
   for (int64_t i = 0; i < count; ++i) b[i] = from_double<T>(generate());
   return b;
 }
-template <class T, class F> Buffer<T> input(int64_t count, F&& generate, Guard guard = Guard::behind, int64_t shift = 0) {
+template <class T, class F>
+Buffer<T> input(int64_t count, F&& generate, Guard guard = Guard::behind, int64_t shift = 0) {
   Buffer<T> b = filled<T>(count, generate, guard, shift);
   b.read_only();
   return b;

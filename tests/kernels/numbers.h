@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "check.h"
+#include "tuning.h"
 #include "types.h"
 
 namespace test {
@@ -21,26 +22,31 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 // digits of the significand, exponent of the least subnormal, largest finite value
-template <class T> struct Format;
-template <> struct Format<float> {
+template <class T>
+struct Format;
+template <>
+struct Format<float> {
   static constexpr const char* name = "f32";
   static constexpr rf::DType dtype = rf::DType::f32;
   static constexpr int digits = 24, least = -149;
   static constexpr double largest = FLT_MAX;
 };
-template <> struct Format<double> {
+template <>
+struct Format<double> {
   static constexpr const char* name = "f64";
   static constexpr rf::DType dtype = rf::DType::f64;
   static constexpr int digits = 53, least = -1074;
   static constexpr double largest = DBL_MAX;
 };
-template <> struct Format<bf16> {
+template <>
+struct Format<bf16> {
   static constexpr const char* name = "bf16";
   static constexpr rf::DType dtype = rf::DType::bf16;
   static constexpr int digits = 8, least = -133;
   static constexpr double largest = 0x1.fep127;
 };
-template <> struct Format<f16> {
+template <>
+struct Format<f16> {
   static constexpr const char* name = "f16";
   static constexpr rf::DType dtype = rf::DType::f16;
   static constexpr int digits = 11, least = -24;
@@ -48,13 +54,15 @@ template <> struct Format<f16> {
 };
 
 // Exponent of the unit in the last place of x.
-template <class T> int ulp_exponent(double x) {
+template <class T>
+int ulp_exponent(double x) {
   if (x == 0) return Format<T>::least;
   return std::max(std::ilogb(x) + 1 - Format<T>::digits, Format<T>::least);
 }
 
 // The nearest value of T, ties to even.
-template <class T> double rounded(double x) {
+template <class T>
+double rounded(double x) {
   if (x == 0 || !std::isfinite(x)) return x;
   const int e = ulp_exponent<T>(x);
   const double y = std::ldexp(std::nearbyint(std::ldexp(x, -e)), e);
@@ -72,12 +80,14 @@ inline double to_double(bf16 x) {
 }
 inline double to_double(f16 x) {
   const int sign = x.bits >> 15, exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
-  const double magnitude = exponent == 31 ? (mantissa ? kNaN : kInfinity)
-                           : exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(1024 + mantissa, exponent - 25);
+  const double magnitude = exponent == 31  ? (mantissa ? kNaN : kInfinity)
+                           : exponent == 0 ? std::ldexp(mantissa, -24)
+                                           : std::ldexp(1024 + mantissa, exponent - 25);
   return sign ? -magnitude : magnitude;
 }
 
-template <class T> T from_double(double x) {
+template <class T>
+T from_double(double x) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double> || std::is_same_v<T, int64_t>) {
     return (T)x;
   } else if constexpr (std::is_same_v<T, bf16>) {
@@ -110,7 +120,10 @@ class Random {
   double between(double a, double b) { return a + (b - a) * uniform(); }
   int64_t integer(int64_t a, int64_t b) { return a + (int64_t)(next() % (uint64_t)(b - a + 1)); }  // both included
   bool chance(double p) { return uniform() < p; }
-  template <class T, int64_t n> T pick(const T (&from)[n]) { return from[integer(0, n - 1)]; }
+  template <class T, int64_t n>
+  T pick(const T (&from)[n]) {
+    return from[integer(0, n - 1)];
+  }
   // Roughly normal, with a few values that stand out: else every probability is nearly zero and nothing is tested.
   double spiky() {
     double x = 2 * (uniform() + uniform() + uniform()) - 3;
@@ -122,20 +135,30 @@ class Random {
 };
 
 // Half an ulp of the arithmetic that kernels do for T.
-template <class T> constexpr double kUnit = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
-// Relative error bound of adding n terms of that unit: chains of additions err like a random walk.
-inline double sum_error(int64_t n) { return 8 + 3 * std::sqrt((double)n); }
+template <class T>
+constexpr double kUnit = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
+// Relative error bound, in units, of adding n terms a lane at a time: terms that are all rounded the same way lose half
+// a unit each, up to tuning::kChain of them, when the sum is put aside.
+inline double sum_error(int64_t n) {
+  const double chain = (double)std::min<int64_t>(n, rf::tuning::kChain), chains = (double)n / rf::tuning::kChain;
+  return 8 + (chain + chains) / 2;
+}
+// The same without that limit, for terms whose rounding errors go either way.
+inline double long_sum_error(int64_t n) { return 8 + 3 * std::sqrt((double)n); }
 
 // Compares the elements of one result and counts as one check. `units` bound the error of the arithmetic; the result's
 // own rounding to T is allowed besides, and what underflow may cost: exp gives zero instead of subnormal numbers.
-template <class T> class Comparison {
+template <class T>
+class Comparison {
  public:
   explicit Comparison(const char* what) : what_(what) {}
   Comparison(const Comparison&) = delete;
   ~Comparison() {
-    if (bad_ == 0) check(true, "%s", "");
-    else check(false, "%s: %lld of %lld wrong, first [%lld]: got %.17g, expected %.17g +- %.3g", what_, (long long)bad_,
-               (long long)seen_, (long long)index_, got_, expected_, bound_);
+    if (bad_ == 0)
+      check(true, "%s", "");
+    else
+      check(false, "%s: %lld of %lld wrong, first [%lld]: got %.17g, expected %.17g +- %.3g", what_, (long long)bad_,
+            (long long)seen_, (long long)index_, got_, expected_, bound_);
   }
   void add(double got, double expected, double units, int64_t index) {
     ++seen_;

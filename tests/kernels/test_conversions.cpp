@@ -9,7 +9,8 @@ namespace test {
 namespace {
 
 // Packing a row of B's with K = 1 widens it; count ends in a partial vector.
-template <class T> void every_pattern_read() {
+template <class T>
+void every_pattern_read() {
   describe("%s read", Format<T>::name);
   constexpr int64_t count = 65536 + 65535;
   Buffer<T> from(count);
@@ -22,14 +23,16 @@ template <class T> void every_pattern_read() {
   int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double expected = from.value(i), got = to.value(i);
-    const bool same = expected != expected ? got != got : got == expected && std::signbit(got) == std::signbit(expected);
+    const bool same =
+        expected != expected ? got != got : got == expected && std::signbit(got) == std::signbit(expected);
     if (!same && wrong++ == 0) CHECK(!"pattern" && i < 0);
   }
   CHECK(wrong == 0);
 }
 
 // A product with 1 writes its factor rounded.
-template <class T> void every_pattern_written() {
+template <class T>
+void every_pattern_written() {
   describe("%s written", Format<T>::name);
   const int t = (int)Format<T>::dtype;
   const int64_t mr = rf::kernels().mr[t], nr = rf::kernels().nr[t], patterns = 65536, per_pattern = 6;
@@ -65,17 +68,20 @@ template <class T> void every_pattern_written() {
 }
 
 // The sign of zero and of NaN is kept: dx = g (x - y) with a negative g makes the negative zeros.
-template <class T> void signs() {
+template <class T>
+void signs() {
   describe("%s signs", Format<T>::name);
   const Buffer<T> x = input<T>(21, [] { return 1.0; }), g = input<T>(1, [] { return -1.0; });
   Buffer<T> dx(21);
-  rf::kernels().squared_error_backward[(int)Format<T>::dtype](x.data(), x.data(), g.data(), false, 1.0, dx.data(), nullptr, 21);
+  rf::kernels().squared_error_backward[(int)Format<T>::dtype](x.data(), x.data(), g.data(), false, 1.0, dx.data(),
+                                                              nullptr, 21);
   bool negative = true;
   for (int64_t i = 0; i < 21; ++i) negative = negative && dx.data()[i].bits == 0x8000;
   CHECK(negative);
 }
 
-template <class T> void all() {
+template <class T>
+void all() {
   every_pattern_read<T>();
   every_pattern_written<T>();
   signs<T>();

@@ -21,21 +21,32 @@ struct Call {
   int64_t loss_stride;
 };
 
-template <class T> class Problem {
+template <class T>
+class Problem {
   using A = rf::acc_t<T>;
 
  public:
   Problem(const Call& call, const Options& options, Random& random)
-      : c(call), o(options), guard(random.chance(0.7) ? Guard::behind : Guard::before), rows(call.shape.rows()),
-        shift(random.integer(0, 7)), x(c.shape, c.logits, guard, shift, [&] { return 3 * random.spiky(); }),
-        w(c.shape.classes, guard), target(rows, guard), max(rows, guard), log_sum(rows, guard), entropy(rows, guard),
-        mass(rows, guard), target_mass(rows, guard) {
+      : c(call),
+        o(options),
+        guard(random.chance(0.7) ? Guard::behind : Guard::before),
+        rows(call.shape.rows()),
+        shift(random.integer(0, 7)),
+        x(c.shape, c.logits, guard, shift, [&] { return 3 * random.spiky(); }),
+        w(c.shape.classes, guard),
+        target(rows, guard),
+        max(rows, guard),
+        log_sum(rows, guard),
+        entropy(rows, guard),
+        mass(rows, guard),
+        target_mass(rows, guard) {
     for (int64_t j = 0; j < w.count(); ++j) w[j] = (A)(random.chance(0.1) ? 0 : random.between(0.2, 2));
     for (int64_t r = 0; r < rows; ++r)
       target[r] = random.chance(0.2) ? o.ignore_index : random.integer(0, c.shape.classes - 1);
     if (o.probabilities) {
       const double scale = 2.0 / (double)c.shape.classes;
-      t.reset(new Rows<T>(c.shape, c.probabilities, guard, 0, [&] { return random.chance(0.2) ? 0 : scale * random.uniform(); }));
+      t.reset(new Rows<T>(c.shape, c.probabilities, guard, 0,
+                          [&] { return random.chance(0.2) ? 0 : scale * random.uniform(); }));
       t->memory.read_only();
     }
     if (!c.in_place) x.memory.read_only();
@@ -120,8 +131,9 @@ template <class T> class Problem {
         if (c.argmax) {
           const int64_t i = (int64_t)argmax.result(r);
           // Exactly the first maximum where z is x itself; otherwise rounding may tie or swap neighbours.
-          const bool right = e.z_units == 0 ? i == e.argmax
-                                            : i >= 0 && i < c.shape.classes && e.z[i] >= e.max - 4 * e.z_units * kUnit<T>;
+          const bool right = e.z_units == 0
+                                 ? i == e.argmax
+                                 : i >= 0 && i < c.shape.classes && e.z[i] >= e.max - 4 * e.z_units * kUnit<T>;
           wrong_argmax += !right;
         }
         if (t) {
@@ -140,7 +152,7 @@ template <class T> class Problem {
       Comparison<double> of_total("sum of losses"), of_weight("denominator");
       const double scale = kUnit<T> / kUnit<double>;
       of_total.add(sums.loss, (double)total, (total_units + 2 * total_size) * scale, 0);
-      of_weight.add(sums.weight, (double)denominator, sum_error(rows) * (double)denominator, 0);
+      of_weight.add(sums.weight, (double)denominator, long_sum_error(rows) * (double)denominator, 0);
     }
     CHECK(loss.rest_untouched() && lse.rest_untouched() && logprob.rest_untouched() && argmax.rest_untouched());
     CHECK(max.rest_untouched() && log_sum.rest_untouched() && entropy.rest_untouched());
@@ -180,7 +192,8 @@ template <class T> class Problem {
         if (c.lse) up.lse = g_lse.value(r);
         if (c.entropy) up.entropy = g_entropy.value(r);
         if (c.logprob) up.logprob = g_logprob.value(r);
-        const Gradient e = cross_entropy_gradient(inputs[r], o, results[r], up, std::is_same_v<A, double> ? -689.9 : -68.9);
+        const Gradient e =
+            cross_entropy_gradient(inputs[r], o, results[r], up, std::is_same_v<A, double> ? -689.9 : -68.9);
         for (int64_t j = 0; j < c.shape.classes; ++j) {
           if (dx) of_dx.add(dx->result(r, j), e.x[j], e.x_units[j], dx->at(r, j));
           if (dt) of_dt.add(dt->result(r, j), e.t[j], e.t_units[j], dt->at(r, j));
@@ -206,7 +219,8 @@ template <class T> class Problem {
 };
 
 // A plain call is that of an ordinary training step, which kernels treat specially.
-template <class T> void random_call(int64_t classes, bool plain, Random& random) {
+template <class T>
+void random_call(int64_t classes, bool plain, Random& random) {
   const auto output = [&] { return kArrangements[random.integer(0, kOutputArrangements - 1)]; };
   Options o;
   o.probabilities = random.chance(0.35);
@@ -242,19 +256,23 @@ template <class T> void random_call(int64_t classes, bool plain, Random& random)
     c.want_dx = c.loss = true;
     c.entropy = c.argmax = false;
   }
-  describe("cross_entropy %s outer=%lld inner=%lld classes=%lld %s%s prob=%d(%s) grad=%s,%s w=%d smooth=%d zloss=%d "
-           "cap=%d scale=%d stream=%d outputs=%d%d%d%d%d ignore=%lld", Format<T>::name, (long long)c.shape.outer,
-           (long long)c.shape.inner, (long long)classes, kArrangementNames[(int)c.logits], c.in_place ? " in place" : "",
-           o.probabilities, kArrangementNames[(int)c.probabilities], kArrangementNames[(int)c.grad],
-           kArrangementNames[(int)c.grad_t], o.weighted, o.smoothing != 0, o.z_loss != 0, o.softcap != 0,
-           o.logit_scale != 1, c.stream, c.loss, c.lse, c.entropy, c.logprob, c.argmax, (long long)o.ignore_index);
+  describe(
+      "cross_entropy %s outer=%lld inner=%lld classes=%lld %s%s prob=%d(%s) grad=%s,%s w=%d smooth=%d zloss=%d "
+      "cap=%d scale=%d stream=%d outputs=%d%d%d%d%d ignore=%lld",
+      Format<T>::name, (long long)c.shape.outer, (long long)c.shape.inner, (long long)classes,
+      kArrangementNames[(int)c.logits], c.in_place ? " in place" : "", o.probabilities,
+      kArrangementNames[(int)c.probabilities], kArrangementNames[(int)c.grad], kArrangementNames[(int)c.grad_t],
+      o.weighted, o.smoothing != 0, o.z_loss != 0, o.softcap != 0, o.logit_scale != 1, c.stream, c.loss, c.lse,
+      c.entropy, c.logprob, c.argmax, (long long)o.ignore_index);
   Problem<T>(c, o, random).run(random);
 }
 
-template <class T> void all() {
+template <class T>
+void all() {
   Random random(300 + (int)Format<T>::dtype);  // other cases for each type
   for (int64_t classes : kClasses)
-    for (int i = 0, calls = fewer(classes > 1000 ? 24 : 32); i < calls; ++i) random_call<T>(classes, i % 4 == 0, random);
+    for (int i = 0, calls = fewer(classes > 1000 ? 24 : 32); i < calls; ++i)
+      random_call<T>(classes, i % 4 == 0, random);
 }
 
 }  // namespace

@@ -11,9 +11,10 @@
 namespace test {
 namespace {
 
-// Adjacent rows with class indices, all outputs, and the gradient. `plain`: without the outputs that an ordinary training
-// step has no use for, entropy and argmax; kernels treat that case specially.
-template <class T> struct Simple {
+// Adjacent rows with class indices, all outputs, and the gradient. `plain`: without the outputs that an ordinary
+// training step has no use for, entropy and argmax; kernels treat that case specially.
+template <class T>
+struct Simple {
   using A = rf::acc_t<T>;
   RowShape shape;
   Rows<T> x;
@@ -23,14 +24,24 @@ template <class T> struct Simple {
   bool plain = false;
 
   Simple(int64_t rows, int64_t classes, Guard guard = Guard::behind, int64_t shift = 0)
-      : shape{rows, 1, classes}, x(shape, Arrangement::rows, guard, shift), target(rows), argmax(rows), max(rows),
-        log_sum(rows), entropy(rows), loss(rows), lse(rows), logprob(rows), ones(rows) {
+      : shape{rows, 1, classes},
+        x(shape, Arrangement::rows, guard, shift),
+        target(rows),
+        argmax(rows),
+        max(rows),
+        log_sum(rows),
+        entropy(rows),
+        loss(rows),
+        lse(rows),
+        logprob(rows),
+        ones(rows) {
     for (int64_t r = 0; r < rows; ++r) {
       target[r] = r % classes;
       ones[r] = 1;
     }
   }
-  template <class F> void fill(F&& f) {
+  template <class F>
+  void fill(F&& f) {
     for (int64_t i = 0; i < x.memory.count(); ++i) x.memory[i] = from_double<T>(f(i));
   }
   rf::CrossEntropyArgs arguments(double softcap = 0) {
@@ -50,7 +61,8 @@ template <class T> struct Simple {
   }
   void forward(double softcap = 0) {
     sums = rf::cross_entropy_forward(Format<T>::dtype, arguments(softcap),
-                                     {loss.data(), lse.data(), logprob.data(), plain ? nullptr : argmax.data()}, shape.rows());
+                                     {loss.data(), lse.data(), logprob.data(), plain ? nullptr : argmax.data()},
+                                     shape.rows());
   }
   void backward(Rows<T>& dx, double softcap = 0, bool stream = false, bool through_entropy = false) {
     rf::CrossEntropyGrads g = {};
@@ -92,7 +104,7 @@ void reference_against_differences() {
     const Gradient g = cross_entropy_gradient(r, o, cross_entropy_row(r, o), up);
     for (size_t j = 0; j < 5; ++j) {
       constexpr double h = 1e-5;
-      const auto difference = [&](std::vector<double> Row::*member) {
+      const auto difference = [&](std::vector<double> Row::* member) {
         Row above = r, below = r;
         (above.*member)[j] += h;
         (below.*member)[j] -= h;
@@ -104,9 +116,10 @@ void reference_against_differences() {
   }
 }
 
-template <class T> void infinite_and_nan_logits(int64_t classes, int64_t at, bool plain) {
-  describe("cross_entropy %s: special logits at %lld of %lld, plain=%d", Format<T>::name, (long long)at, (long long)classes,
-           plain);
+template <class T>
+void infinite_and_nan_logits(int64_t classes, int64_t at, bool plain) {
+  describe("cross_entropy %s: special logits at %lld of %lld, plain=%d", Format<T>::name, (long long)at,
+           (long long)classes, plain);
   const int64_t other = at == 0 ? classes - 1 : 0;
   const auto ordinary = [](int64_t i) { return 0.25 * (double)(i % 7); };
   Simple<T> s(1, classes);
@@ -117,7 +130,8 @@ template <class T> void infinite_and_nan_logits(int64_t classes, int64_t at, boo
   s.fill([&](int64_t i) { return i == at ? -kInfinity : ordinary(i); });
   s.target[0] = other;
   s.forward();
-  CHECK(std::isfinite(s.loss.value(0)) && std::isfinite(s.lse.value(0)) && (plain || std::isfinite(s.entropy.value(0))));
+  CHECK(std::isfinite(s.loss.value(0)) && std::isfinite(s.lse.value(0)) &&
+        (plain || std::isfinite(s.entropy.value(0))));
   for (bool through_entropy : {false, true}) {
     s.backward(dx, 0, false, through_entropy && !plain);
     bool finite = true;
@@ -151,7 +165,8 @@ template <class T> void infinite_and_nan_logits(int64_t classes, int64_t at, boo
   CHECK(dx.value(0, at) == 0 && dx.value(0, other) == 0);
 }
 
-template <class T> void nothing_but_minus_infinity(int64_t classes, bool plain) {
+template <class T>
+void nothing_but_minus_infinity(int64_t classes, bool plain) {
   describe("cross_entropy %s: a row of -inf, plain=%d", Format<T>::name, plain);
   Simple<T> s(3, classes);
   s.plain = plain;
@@ -162,7 +177,8 @@ template <class T> void nothing_but_minus_infinity(int64_t classes, bool plain) 
 }
 
 // The logarithm keeps its digits next to a large maximum.
-template <class T> void huge_logits(bool plain) {
+template <class T>
+void huge_logits(bool plain) {
   describe("cross_entropy %s: huge logits, plain=%d", Format<T>::name, plain);
   const double big = std::is_same_v<T, f16> ? 60000 : 0x1p100;
   Simple<T> s(1, 20);
@@ -178,7 +194,8 @@ template <class T> void huge_logits(bool plain) {
   for (int64_t j = 0; j < 20; ++j) CHECK(dx.value(0, j) == 0);
 }
 
-template <class T> void ignored_rows(int64_t classes, bool plain) {
+template <class T>
+void ignored_rows(int64_t classes, bool plain) {
   describe("cross_entropy %s: all rows ignored, plain=%d", Format<T>::name, plain);
   Simple<T> s(70, classes);
   s.plain = plain;
@@ -190,12 +207,14 @@ template <class T> void ignored_rows(int64_t classes, bool plain) {
   s.backward(dx);
   bool zero = true;
   for (int64_t r = 0; r < 70; ++r)
-    for (int64_t j = 0; j < classes; ++j) zero = zero && s.loss.value(r) == 0 && s.logprob.value(r) == 0 && dx.result(r, j) == 0;
+    for (int64_t j = 0; j < classes; ++j)
+      zero = zero && s.loss.value(r) == 0 && s.logprob.value(r) == 0 && dx.result(r, j) == 0;
   CHECK(zero);
   CHECK(dx.memory.rest_untouched());
 }
 
-template <class T> void classes_out_of_range() {
+template <class T>
+void classes_out_of_range() {
   describe("cross_entropy %s: classes out of range", Format<T>::name);
   constexpr int64_t rows = 5000, classes = 10;
   for (int64_t wrong : {classes, int64_t(-1), int64_t(1) << 62, std::numeric_limits<int64_t>::min()})
@@ -210,12 +229,14 @@ template <class T> void classes_out_of_range() {
 }
 
 // Non-temporal stores want alignment, which rows do not have.
-template <class T> void streaming() {
+template <class T>
+void streaming() {
   Random random(5);
   for (int64_t classes : {1, 3, 16, 17, 40, 100})
     for (int64_t shift = 0; shift < 64 / (int64_t)sizeof(T); ++shift)
       for (Guard guard : {Guard::behind, Guard::before}) {
-        describe("cross_entropy %s: streaming %lld classes, shifted by %lld", Format<T>::name, (long long)classes, (long long)shift);
+        describe("cross_entropy %s: streaming %lld classes, shifted by %lld", Format<T>::name, (long long)classes,
+                 (long long)shift);
         Simple<T> s(3, classes);
         s.fill([&](int64_t) { return random.spiky(); });
         s.plain = random.chance(0.5);
@@ -231,7 +252,8 @@ template <class T> void streaming() {
       }
 }
 
-template <class T> void any_number_of_threads() {
+template <class T>
+void any_number_of_threads() {
   describe("cross_entropy %s: the same bits with any number of threads", Format<T>::name);
   Random random(6);
   for (int64_t classes : {10, 37}) {
@@ -249,7 +271,8 @@ template <class T> void any_number_of_threads() {
   }
 }
 
-template <class T> void all() {
+template <class T>
+void all() {
   for (bool plain : {false, true}) {
     for (int64_t classes : {2, 9, 16, 33, 2100, 4500})
       for (int64_t at : {int64_t(0), classes / 2, classes - 1}) infinite_and_nan_logits<T>(classes, at, plain);

@@ -13,8 +13,10 @@ namespace test {
 namespace {
 
 // float's reference is double; double's is long double, which takes long where it is emulated.
-template <class T> using Exact = std::conditional_t<std::is_same_v<T, float>, double, long double>;
-template <class T> constexpr int64_t kPoints = std::is_same_v<T, double> && LDBL_MANT_DIG > 64 ? 20000 : 400000;
+template <class T>
+using Exact = std::conditional_t<std::is_same_v<T, float>, double, long double>;
+template <class T>
+constexpr int64_t kPoints = std::is_same_v<T, double> && LDBL_MANT_DIG > 64 ? 20000 : 400000;
 
 template <class T, class F>
 void accuracy(const char* name, const std::vector<T>& x, const T* got, F&& exact, double allowed) {
@@ -22,7 +24,8 @@ void accuracy(const char* name, const std::vector<T>& x, const T* got, F&& exact
   double worst = 0, at = 0;
   for (size_t i = 0; i < x.size(); ++i) {
     const Exact<T> expected = exact((Exact<T>)x[i]);
-    const double error = std::ldexp(std::fabs((double)((Exact<T>)got[i] - expected)), -ulp_exponent<T>((double)expected));
+    const double error =
+        std::ldexp(std::fabs((double)((Exact<T>)got[i] - expected)), -ulp_exponent<T>((double)expected));
     if (error <= worst) continue;
     worst = error;
     at = x[i];
@@ -31,16 +34,19 @@ void accuracy(const char* name, const std::vector<T>& x, const T* got, F&& exact
   check(worst <= allowed, "%.3f ulp at %.17g, expected at most %.2f", worst, at, allowed);
 }
 
-template <class T> std::vector<T> grid(double from, double to) {
+template <class T>
+std::vector<T> grid(double from, double to) {
   Random random(15);
   std::vector<T> x;
   const int64_t n = kPoints<T>;
-  for (int64_t i = 0; i <= n; ++i) x.push_back((T)(from + (to - from) * ((double)i + random.uniform() - 0.5) / (double)n));
+  for (int64_t i = 0; i <= n; ++i)
+    x.push_back((T)(from + (to - from) * ((double)i + random.uniform() - 0.5) / (double)n));
   for (T& v : x) v = (T)std::fmin(to, std::fmax(from, v));
   return x;
 }
 
-template <class T> std::vector<T> exp_of(const std::vector<T>& x) {
+template <class T>
+std::vector<T> exp_of(const std::vector<T>& x) {
   std::vector<T> y(x.size());
   T lse = 0, one = 1;
   rf::SoftmaxArgs a = {};
@@ -54,7 +60,8 @@ template <class T> std::vector<T> exp_of(const std::vector<T>& x) {
   return y;
 }
 
-template <class T> std::vector<T> activated(const std::vector<T>& x, rf::Activation activation) {
+template <class T>
+std::vector<T> activated(const std::vector<T>& x, rf::Activation activation) {
   std::vector<T> y(x.size());
   const T one = 1;
   rf::Gemm g = {};
@@ -69,7 +76,8 @@ template <class T> std::vector<T> activated(const std::vector<T>& x, rf::Activat
   return y;
 }
 
-template <class T> void functions() {
+template <class T>
+void functions() {
   using E = Exact<T>;
   constexpr bool is_double = std::is_same_v<T, double>;
   const auto exact_exp = [](E x) { return std::exp(x); };
@@ -89,11 +97,13 @@ template <class T> void functions() {
   for (double from : {-1.0, -5.0, -12.0}) {
     const std::vector<T> t = grid<T>(from, -from);
     const char* name = from == -1 ? "x Phi(x), |x| <= 1" : from == -5 ? "x Phi(x), |x| <= 5" : "x Phi(x), |x| <= 12";
-    accuracy<T>(name, t, activated(t, rf::Activation::gelu).data(), exact_gelu, is_double ? 5 + 2 * from * from : 7 + from * from / 2);
+    accuracy<T>(name, t, activated(t, rf::Activation::gelu).data(), exact_gelu,
+                is_double ? 5 + 2 * from * from : 7 + from * from / 2);
   }
 }
 
-template <class T> void ends_of_exp() {
+template <class T>
+void ends_of_exp() {
   describe("exp %s: its ends", Format<T>::name);
   const T infinity = std::numeric_limits<T>::infinity(), huge = std::numeric_limits<T>::max();
   for (int64_t width : {1, 40}) {  // in a tail, and in whole vectors

@@ -8,8 +8,8 @@ namespace test {
 namespace {
 
 template <class T>
-void pack(void (*kernel)(const rf::PackArgs&), int64_t width, bool transposed, rf::MatrixView view, int64_t i0, int64_t count,
-          int64_t k0, int64_t k, int64_t elements, Random& random) {
+void pack(void (*kernel)(const rf::PackArgs&), int64_t width, bool transposed, rf::MatrixView view, int64_t i0,
+          int64_t count, int64_t k0, int64_t k, int64_t elements, Random& random) {
   using A = rf::acc_t<T>;
   const Buffer<T> from = input<T>(elements, [&] { return random.spiky(); });
   view.data = from.data();
@@ -20,7 +20,8 @@ void pack(void (*kernel)(const rf::PackArgs&), int64_t width, bool transposed, r
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t j = 0; j < k; ++j)
       for (int64_t i = 0; i < width; ++i) {
-        const int64_t index = p * width + i, row = transposed ? k0 + j : i0 + index, column = transposed ? i0 + index : k0 + j;
+        const int64_t index = p * width + i, row = transposed ? k0 + j : i0 + index,
+                      column = transposed ? i0 + index : k0 + j;
         const double expected = index < count ? from.value(view.row_offset(row) + column * view.col_stride) : 0;
         right = right && to.result((p * k + j) * width + i) == expected;
       }
@@ -28,7 +29,8 @@ void pack(void (*kernel)(const rf::PackArgs&), int64_t width, bool transposed, r
   CHECK(to.rest_untouched());
 }
 
-template <class T> void all() {
+template <class T>
+void all() {
   Random random(1400 + (int)Format<T>::dtype);
   const rf::Kernels& kernels = rf::kernels();
   const int t = (int)Format<T>::dtype;
@@ -46,7 +48,8 @@ template <class T> void all() {
                                           {nullptr, 3, 3 * columns, columns, 1}};
           const rf::MatrixView view = views[arrangement];
           describe("pack %s of %s%s, arrangement %d, [%lld, +%lld) x [%lld, +%lld)", is_a ? "a" : "b", Format<T>::name,
-                   transposed ? " transposed" : "", arrangement, (long long)i0, (long long)count, (long long)k0, (long long)k);
+                   transposed ? " transposed" : "", arrangement, (long long)i0, (long long)count, (long long)k0,
+                   (long long)k);
           pack<T>(is_a ? kernels.pack_a[t] : kernels.pack_b[t], width, transposed, view, i0, count, k0, k,
                   view.row_offset(rows - 1) + (columns - 1) * view.col_stride + 1, random);
         }

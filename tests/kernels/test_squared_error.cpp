@@ -8,7 +8,8 @@
 namespace test {
 namespace {
 
-template <class T> void squared_error(int64_t n, Random& random) {
+template <class T>
+void squared_error(int64_t n, Random& random) {
   const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
   describe("squared_error %s n=%lld", Format<T>::name, (long long)n);
   const auto spiky = [&] { return random.spiky(); };
@@ -35,8 +36,8 @@ template <class T> void squared_error(int64_t n, Random& random) {
     for (int wanted = 1; wanted <= 3; ++wanted) {
       Buffer<T> dx(n, guard, random.integer(0, 3)), dy(n, guard, random.integer(0, 3));
       const Buffer<T> one = input<T>(1, spiky, guard);
-      rf::squared_error_backward(Format<T>::dtype, x.data(), y.data(), each_grad ? g.data() : one.data(), each_grad, scale,
-                                 wanted & 1 ? dx.data() : nullptr, wanted & 2 ? dy.data() : nullptr, n);
+      rf::squared_error_backward(Format<T>::dtype, x.data(), y.data(), each_grad ? g.data() : one.data(), each_grad,
+                                 scale, wanted & 1 ? dx.data() : nullptr, wanted & 2 ? dy.data() : nullptr, n);
       {
         Comparison<T> of_dx("dx"), of_dy("dy");
         for (int64_t i = 0; i < n; ++i) {
@@ -49,7 +50,8 @@ template <class T> void squared_error(int64_t n, Random& random) {
     }
 }
 
-template <class T> void special_values() {
+template <class T>
+void special_values() {
   describe("squared_error %s: special values", Format<T>::name);
   for (double special : {kNaN, kInfinity, -kInfinity})
     for (int64_t at : {0, 20, 36}) {
@@ -67,7 +69,8 @@ template <class T> void special_values() {
     }
 }
 
-template <class T> void any_number_of_threads() {
+template <class T>
+void any_number_of_threads() {
   describe("squared_error %s: the same bits with any number of threads", Format<T>::name);
   Random random(8);
   const int64_t n = 200001;
@@ -81,9 +84,11 @@ template <class T> void any_number_of_threads() {
   for (double s : sums) CHECK(s == sums[0]);
 }
 
-template <class T> void all() {
+template <class T>
+void all() {
   Random random(700 + (int)Format<T>::dtype);
-  for (int64_t n : {0, 1, 2, 7, 15, 16, 17, 31, 33, 2047, 2048, 2049, 5000, 16384, 16385, 100003}) squared_error<T>(n, random);
+  for (int64_t n : {0, 1, 2, 7, 15, 16, 17, 31, 33, 2047, 2048, 2049, 5000, 16384, 16385, 100003})
+    squared_error<T>(n, random);
   special_values<T>();
   any_number_of_threads<T>();
 }

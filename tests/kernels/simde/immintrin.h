@@ -1,5 +1,6 @@
-// Stands in for the compiler's <immintrin.h> when isa_avx512.cpp is compiled for a CPU without AVX-512: SIMDe's portable
-// versions under the intrinsics' own names, and below, lane by lane, those that its version 0.7.4 lacks or gets wrong.
+// Stands in for the compiler's <immintrin.h> when isa_avx512.cpp is compiled for a CPU without AVX-512: SIMDe's
+// portable versions under the intrinsics' own names, and below, lane by lane, those that its version 0.7.4 lacks or
+// gets wrong.
 #pragma once
 #define SIMDE_NO_NATIVE
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -19,14 +20,17 @@ typedef uint16_t __mmask16;
 namespace lane_by_lane {
 
 // A register as an array, and back.
-template <class E, int n> struct Lanes {
+template <class E, int n>
+struct Lanes {
   E lane[n];
   Lanes() : lane() {}
-  template <class V> explicit Lanes(const V& v) {
+  template <class V>
+  explicit Lanes(const V& v) {
     static_assert(sizeof(V) == sizeof(lane), "as many lanes as the register has");
     std::memcpy(lane, &v, sizeof lane);
   }
-  template <class V> V as() const {
+  template <class V>
+  V as() const {
     static_assert(sizeof(V) == sizeof(lane), "as many lanes as the register has");
     V v;
     std::memcpy(&v, lane, sizeof lane);
@@ -34,25 +38,29 @@ template <class E, int n> struct Lanes {
   }
 };
 
-template <class V, class E, int n> V load(unsigned mask, const void* p) {
+template <class V, class E, int n>
+V load(unsigned mask, const void* p) {
   Lanes<E, n> r;
   for (int i = 0; i < n; ++i)
     if (mask >> i & 1) std::memcpy(&r.lane[i], (const E*)p + i, sizeof(E));
   return r.template as<V>();
 }
-template <class E, int n, class V> void store(void* p, unsigned mask, V v) {
+template <class E, int n, class V>
+void store(void* p, unsigned mask, V v) {
   const Lanes<E, n> r(v);
   for (int i = 0; i < n; ++i)
     if (mask >> i & 1) std::memcpy((E*)p + i, &r.lane[i], sizeof(E));
 }
 // In the compiler's order, halves on halves: the kernels count on it (see gemm_small.inl.h).
-template <class E, int n, class V> E sum(V v) {
+template <class E, int n, class V>
+E sum(V v) {
   Lanes<E, n> r(v);
   for (int half = n / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) r.lane[i] += r.lane[i + half];
   return r.lane[0];
 }
-template <class E, int n, class V> E maximum(V v) {
+template <class E, int n, class V>
+E maximum(V v) {
   const Lanes<E, n> r(v);
   E m = r.lane[0];
   for (E x : r.lane) m = x > m ? x : m;

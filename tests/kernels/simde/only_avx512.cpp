@@ -2,7 +2,9 @@
 #include "drivers.h"
 
 namespace rf {
-namespace avx512 { extern const Kernels table; }
+namespace avx512 {
+extern const Kernels table;
+}
 
 const Kernels* const* available_kernels() {
   static const Kernels* const only[] = {&avx512::table, nullptr};
