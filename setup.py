@@ -26,7 +26,9 @@ setup(
         CppExtension(
             "regfast._C",
             sorted(
-                os.path.relpath(path) for folder in ("csrc", "csrc/autograd", "csrc/cpu") for path in glob.glob(f"{folder}/*.cpp")
+                os.path.relpath(path)
+                for folder in ("csrc", "csrc/autograd", "csrc/cpu")
+                for path in glob.glob(f"{folder}/*.cpp")
             ),
             extra_compile_args={"cxx": CXX_FLAGS},
         )

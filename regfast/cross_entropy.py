@@ -66,7 +66,8 @@ def cross_entropy(
             that of the target class, 0 where ignored; ``sum(target * log p)`` for probabilities. All but a reduced loss
             have one number per row.
         inplace_backward: let backward write the gradient over input, whose version counter moves: a training step then
-            needs no second buffer of input's size. input must not be a leaf that requires grad. Ignored while compiling.
+            needs no second buffer of input's size. input must not be a leaf that requires grad. Compiled code ignores
+            it.
         loss_dtype: of all floating outputs; input's dtype by default. Half types are computed in float32 either way.
 
     Returns:
@@ -80,7 +81,9 @@ def cross_entropy(
     probabilities the target's mass, where these are used): no probabilities of input's size. Backward recomputes
     ``softmax - target`` from them in one pass (one read, one write).
     """
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))):
+    if not (
+        isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
+    ):
         raise not_a_tensor("cross_entropy", input=input, target=target, weight=weight)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)

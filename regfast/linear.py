@@ -28,10 +28,10 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         ValueError: for an unknown activation.
         RuntimeError: for shapes, dtypes or devices that do not fit, as ``F.linear`` does.
 
-    Saved for backward: input if weight needs a gradient, weight if input does (with an activation both, and bias), and the
-    output (relu, sigmoid, tanh) or the pre-activation (gelu, gelu_tanh, silu).
-    Gradients are computed only for the inputs that need them. The products follow Goto and van de Geijn, "Anatomy of
-    high-performance matrix multiplication" (2008).
+    Saved for backward: input if weight needs a gradient, weight if input does (with an activation both, and bias), and
+    the output (relu, sigmoid, tanh) or the pre-activation (gelu, gelu_tanh, silu). Gradients are computed only for the
+    inputs that need them. The products follow Goto and van de Geijn, "Anatomy of high-performance matrix
+    multiplication" (2008).
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
         raise not_a_tensor("linear", input=input, weight=weight, bias=bias)
@@ -56,7 +56,9 @@ class Linear(nn.Linear):
         activation: str = "none",
     ) -> None:
         if activation not in ACTIVATIONS:
-            raise ValueError(f"regfast.Linear: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(
+                f"regfast.Linear: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
         super().__init__(in_features, out_features, bias, device, dtype)
         self.activation = activation
 

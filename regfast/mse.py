@@ -29,8 +29,8 @@ def mse_loss(
         weight: of each element, or None; weighted losses are computed by torch's own operators.
 
     Returns:
-        A scalar, or with reduction none a tensor of input's shape; input's dtype. Sums are kept in float64 over blocks of
-        fixed size, so they have the same bits with any number of threads.
+        A scalar, or with reduction none a tensor of input's shape; input's dtype. Sums are kept in float64 over
+        blocks of fixed size, so they have the same bits with any number of threads.
 
     Raises:
         ValueError: for an unknown reduction. RuntimeError: for shapes that do not broadcast.

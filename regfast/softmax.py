@@ -18,7 +18,8 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
     """``exp(input - m) / sum(exp(input - m))`` along ``dim``, m the maximum, as :func:`torch.softmax`.
 
     Args:
-        input: any shape and strides; float32, float64, bfloat16 and float16 have kernels (half types compute in float32).
+        input: any shape and strides; float32, float64, bfloat16 and float16 have kernels, half types computing in
+            float32.
         dim: the dimension whose entries sum to one.
         dtype: input is cast to it first.
 
