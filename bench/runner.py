@@ -22,12 +22,14 @@ ENVIRONMENTS = {
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
         "MKL_ENABLE_INSTRUCTIONS": "AVX512",
         "REGFAST_ISA": "avx512",
+        "REGFAST_GEMM": "own",
     },
     "avx2": {
         "ONEDNN_MAX_CPU_ISA": "AVX2",
         "MKL_ENABLE_INSTRUCTIONS": "AVX2",
         "ATEN_CPU_CAPABILITY": "avx2",
         "REGFAST_ISA": "avx2",
+        "REGFAST_GEMM": "own",
     },
 }
 

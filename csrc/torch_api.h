@@ -59,11 +59,6 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
-// Gradients of the differentiable outputs of cross_entropy; absent where an output was not asked for or not used.
-struct CrossEntropyUpstream {
-  OptionalTensor loss, lse, entropy, logprob;
-};
-
 // A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through
 // the composite, whose own derivatives and batching rules are torch's.
 inline bool backward_takes_composite() { return at::GradMode::is_enabled() || inside_transform(); }

@@ -306,6 +306,11 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
   return results;
 }
 
+// Gradients of the differentiable outputs of cross_entropy; absent where an output was not asked for or not used.
+struct CrossEntropyUpstream {
+  OptionalTensor loss, lse, entropy, logprob;
+};
+
 // Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
 Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyUpstream& up, const Tensor& input,
                                    const Tensor& target, const OptionalTensor& weight, const Tensor& stats,

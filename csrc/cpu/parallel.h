@@ -9,7 +9,7 @@
 namespace rf {
 
 // Runs fn(ctx, begin, end) over a partition of [0, n) into ranges of at least `grain`, on as many threads as there are.
-// Defined by torch_parallel.cpp on torch's own pool, and by the kernel tests without torch.
+// Defined by ops.cpp on torch's own pool, and by the kernel tests without torch.
 void run_parallel(int64_t n, int64_t grain, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx);
 int64_t thread_count();
 

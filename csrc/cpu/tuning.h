@@ -72,8 +72,9 @@ constexpr GemmBlocks kGemmBlocks = {1008, 256, 1024, 256};
 constexpr double kProductsPerThread = 400e3;
 constexpr double kPackCost = 30;
 
-// Up to this many rows on one side, and a multiple of the register tile wasted on padding, dot products of unpacked
-// rows beat packing.
+// Up to so many outputs (kSkinny) or rows (kFewRows), dot products of unpacked rows beat packing: it would cost more
+// than the product, and the register tile would be padded. The same bound on M or K sends the backward products to B in
+// place.
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
 
