@@ -30,8 +30,11 @@ CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, co
                                           int64_t rows) {
   const auto kernel = kernels().cross_entropy_forward[(int)dtype];
   const int64_t block = tuning::rows_per_sum(args.classes);
+  const bool tiles = needs_tiles(args);
+  if (tiles)
+    for (RowLayout* l : {&args.layout, &args.probability_layout}) *l = as_inner_rows(*l, rows);
   std::vector<CrossEntropyPartial> partial((rows + block - 1) / block);
-  for_row_blocks(args, needs_tiles(args), rows, [&](const CrossEntropyArgs& a, int64_t b, int64_t begin, int64_t end) {
+  for_row_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t b, int64_t begin, int64_t end) {
     partial[b] = kernel(a, out, begin, end);
   });
   CrossEntropyPartial total = {0, 0, -1};
@@ -43,10 +46,13 @@ CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, co
   return total;
 }
 
-void cross_entropy_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyGrads& grads, int64_t rows) {
+void cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows) {
   const auto kernel = kernels().cross_entropy_backward[(int)dtype];
   const bool tiles = needs_tiles(args) || (grads.grad_logits && grads.grad_layout.class_stride != 1) ||
                      (grads.grad_probabilities && grads.grad_probability_layout.class_stride != 1);
+  if (tiles)
+    for (RowLayout* l : {&args.layout, &args.probability_layout, &grads.grad_layout, &grads.grad_probability_layout})
+      *l = as_inner_rows(*l, rows);
   for_row_blocks(args, tiles, rows,
                  [&](const CrossEntropyArgs& a, int64_t, int64_t begin, int64_t end) { kernel(a, grads, begin, end); });
 }

@@ -216,8 +216,8 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
     transpose(block);
     for (int64_t c = 0; c < W; ++c) z[c0 + c] = block[c];
   }
-  V m = z[0];
-  for (int64_t c = 1; c < a.classes; ++c) m = max(z[c], m);
+  V m = set1(minus_infinity<float>());
+  for (int64_t c = 0; c < a.classes; ++c) m = max(z[c], m);
   const V origin = select_lt(m, set1(std::numeric_limits<float>::lowest()), set1(0.0f), m);  // a row of -inf sums to 0
   V sum = set1(0.0f);
   for (int64_t c = 0; c < a.classes; ++c) sum = sum + exp(z[c] - origin);

@@ -117,7 +117,7 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
   for (int64_t j = 0; j < a.classes; j += kBlock) {
     const int64_t count = std::min<int64_t>(kBlock, a.classes - j);
     if (nothing) {
-      std::memset((void*)(dx + j), 0, count * sizeof(T));
+      if (dx) std::memset((void*)(dx + j), 0, count * sizeof(T));
       continue;
     }
     const A* z = staged_logits(x + j, count, zbuf, transform);

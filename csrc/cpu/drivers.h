@@ -11,7 +11,7 @@ void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows);
 // Sums over all rows. With bad_row >= 0 the outputs are undefined and nothing was read out of bounds.
 CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
                                           int64_t rows);
-void cross_entropy_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyGrads& grads, int64_t rows);
+void cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows);
 
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows);
 double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n);

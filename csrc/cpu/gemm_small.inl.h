@@ -2,7 +2,8 @@
 
 // ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
 
-// Lane i of the result is the sum of v[i]'s lanes: one transposition instead of a reduction for each.
+// Lane i of the result is the sum of v[i]'s lanes: one transposition instead of a reduction for each. Halves are added
+// to halves, as reduce_add does: a row's sum must not depend on whether it came in a group.
 template <class V>
 inline V reduce_each(V (&v)[V::size]) {
   transpose(v);

@@ -13,6 +13,8 @@ void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows) {
                                                            : k.logsumexp_backward;
   const auto kernel = entry[(int)dtype];
   const bool tiles = args.in.class_stride != 1 || args.out.class_stride != 1 || args.grad_in.class_stride != 1;
+  if (tiles)
+    for (RowLayout* l : {&args.in, &args.grad_in, &args.out}) *l = as_inner_rows(*l, rows);
   const int64_t grain = tuning::kParallelElements / (args.classes > 0 ? args.classes : 1) + 1;
   parallel_for(rows, tiles && grain < tuning::kTileRows ? tuning::kTileRows : grain, [&](int64_t begin, int64_t end) {
     SoftmaxArgs mine = args;

@@ -158,7 +158,7 @@ inline void softmax_backward_row(const T* g, const T* y, T* dx, int64_t n, bool 
   }
 }
 
-// Log-sum-exp: dx = g exp(x - lse). A row of -inf has the gradient of its limit, zero times g.
+// Log-sum-exp: dx = g exp(x - lse); NaN for a row of -inf, as torch's.
 template <class T>
 inline void logsumexp_backward_row(const T* x, T* dx, int64_t n, acc_t<T> g, acc_t<T> lse) {
   using V = vec_t<T>;

@@ -68,6 +68,12 @@ struct RowLayout {
   }
 };
 
+// Rows one dimension deep as the inner dimension of a single outer step: then many of them are `inner` neighbours, and
+// tiles of them can be transposed.
+constexpr RowLayout as_inner_rows(const RowLayout& l, int64_t rows) {
+  return l.inner == 1 ? RowLayout{rows, 0, l.outer_stride, l.class_stride} : l;
+}
+
 // A two-dimensional operand. Its rows may be a collapsed pair of dimensions, as in RowLayout; columns are col_stride
 // apart.
 struct MatrixView {
