@@ -1,4 +1,5 @@
 // Threads over blocks of rows of cross-entropy. Blocks depend on the shape alone and their sums are added in order.
+#include <initializer_list>
 #include <vector>
 
 #include "drivers.h"

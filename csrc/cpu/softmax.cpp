@@ -1,4 +1,6 @@
 // Threads over the rows of the softmax family.
+#include <initializer_list>
+
 #include "drivers.h"
 #include "parallel.h"
 #include "tuning.h"
