@@ -198,23 +198,25 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
   return denominator;
 }
 
-// Class indices without options, few classes: lanes are rows. Loss and statistics of `rows` <= size rows of classes
-// that are adjacent in memory; returns their losses and denominators as sums.
+// Class indices without options, few classes: lanes are rows. Loss and statistics of `rows` <= size rows, of which
+// either the classes or the rows are adjacent in memory; their losses and denominators are added to the sums.
 template <class T>
 inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
                                       int64_t row, int64_t rows, CrossEntropyPartial* partial) {
   using V = f32v;
   constexpr int64_t W = V::size;
   V z[tuning::kNarrowClasses + W];
-  for (int64_t c0 = 0; c0 < a.classes; c0 += W) {
-    const int64_t count = std::min<int64_t>(W, a.classes - c0);
-    V block[W];
-    for (int64_t r = 0; r < W; ++r) {
-      const T* p = x + a.layout.offset(row + (r < rows ? r : 0)) + c0;
-      block[r] = count == W ? load(p) : load_n(p, count);
+  const int64_t step = a.layout.class_stride;
+  if (step != 1) {
+    for (int64_t c = 0; c < a.classes; ++c) z[c] = load_lanes(x + a.layout.offset(row) + c * step, rows);
+  } else {
+    for (int64_t c0 = 0; c0 < a.classes; c0 += W) {
+      const int64_t count = std::min<int64_t>(W, a.classes - c0);
+      V block[W];
+      for (int64_t r = 0; r < W; ++r) block[r] = load_lanes(x + a.layout.offset(row + (r < rows ? r : 0)) + c0, count);
+      transpose(block);
+      for (int64_t c = 0; c < W; ++c) z[c0 + c] = block[c];
     }
-    transpose(block);
-    for (int64_t c = 0; c < W; ++c) z[c0 + c] = block[c];
   }
   V m = set1(minus_infinity<float>());
   for (int64_t c = 0; c < a.classes; ++c) m = max(z[c], m);
@@ -230,7 +232,7 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
     const int64_t y = a.target[row + r];
     const bool ignored = y == a.ignore_index;
     const float w = ignored ? 0.0f : weight ? weight[y] : 1.0f;
-    const float logprob = ignored ? 0.0f : (load_one(x + a.layout.offset(row + r) + y) - lane_max[r]) - log_sum;
+    const float logprob = ignored ? 0.0f : (load_one(x + a.layout.offset(row + r) + y * step) - lane_max[r]) - log_sum;
     float loss = -w * logprob;
     if (a.z_loss != 0 && !ignored) loss += (float)a.z_loss * lse * lse;
     ((float*)a.row_max)[row + r] = lane_max[r];

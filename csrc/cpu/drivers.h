@@ -34,8 +34,8 @@ void gemm(DType dtype, Gemm g);
 // Whether a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements;
 // REGFAST_GEMM=own or aten forces either side.
 bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
-// Whether the CPU multiplies this type without converting it.
-bool has_native_gemm(DType dtype);
+// Whether the library under ATen's GEMM was measured to be faster than ours on CPUs like this one.
+bool library_gemm_wins(DType dtype);
 
 void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activation activation);
 

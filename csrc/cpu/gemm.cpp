@@ -131,8 +131,8 @@ bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
     throw std::runtime_error(std::string("REGFAST_GEMM: expected auto, own or aten, got ") + v);
   }();
   if (force != Force::neither) return force == Force::aten;
-  if (n <= tuning::kSkinny || m <= tuning::kFewRows) return false;
-  return has_native_gemm(dtype) && m * n * k >= tuning::kNativeGemmProducts;
+  if (n <= tuning::kSkinny || m <= tuning::kFewRows || k <= tuning::kSkinny) return false;
+  return m * n * k >= tuning::kLibraryProducts && library_gemm_wins(dtype);
 }
 
 void gemm(DType dtype, Gemm g) {

@@ -81,6 +81,14 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) softmax_row(x + a.in.offset(r), y + a.out.offset(r), a.classes, a.log);
     return;
   }
+  if (vec_t<T>::size > 1 && a.classes <= tuning::kLaneClasses && a.in.inner_stride == 1 && a.out.inner_stride == 1) {
+    for (int64_t r = begin, lanes; r < end; r += lanes) {
+      lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      softmax_lanes(x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes, lanes,
+                    a.log);
+    }
+    return;
+  }
   A* tile = (A*)a.scratch;
   for (int64_t r = begin, rows; r < end; r += rows) {
     rows = tile_rows(a.in, r, end);
@@ -98,6 +106,15 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   if (a.in.class_stride == 1 && a.grad_in.class_stride == 1 && a.out.class_stride == 1) {
     for (int64_t r = begin; r < end; ++r)
       softmax_backward_row(g + a.grad_in.offset(r), y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
+    return;
+  }
+  if (vec_t<T>::size > 1 && a.classes <= tuning::kLaneClasses && a.in.inner_stride == 1 &&
+      a.grad_in.inner_stride == 1 && a.out.inner_stride == 1) {
+    for (int64_t r = begin, lanes; r < end; r += lanes) {
+      lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      softmax_backward_lanes(g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r), a.in.class_stride,
+                             dx + a.out.offset(r), a.out.class_stride, a.classes, lanes, a.log);
+    }
     return;
   }
   A *y_tile = (A*)a.scratch, *g_tile = y_tile + tuning::kTileRows * a.classes;
@@ -180,9 +197,11 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
   if constexpr (!std::is_same_v<T, double> && f32v::size > 1) {
     const bool plain =
         !t && !a.row_entropy && !out.argmax && a.label_smoothing == 0 && a.softcap == 0 && a.logit_scale == 1;
-    if (direct && plain && a.classes > 0 && a.classes <= tuning::kNarrowClasses) {
-      for (int64_t r = begin; r < end; r += f32v::size)
-        cross_entropy_narrow_rows(x, a, out, r, std::min<int64_t>(f32v::size, end - r), &partial);
+    if (plain && (direct || a.layout.inner_stride == 1) && a.classes <= tuning::kNarrowClasses) {
+      for (int64_t r = begin, rows; r < end; r += rows) {
+        rows = std::min<int64_t>(f32v::size, direct ? end - r : tile_rows(a.layout, r, end));
+        cross_entropy_narrow_rows(x, a, out, r, rows, &partial);
+      }
       return partial;
     }
   }

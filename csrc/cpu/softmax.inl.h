@@ -167,3 +167,61 @@ inline void logsumexp_backward_row(const T* x, T* dx, int64_t n, acc_t<T> g, acc
   for (; j + V::size <= n; j += V::size) store(dx + j, gv * exp(load(x + j) - lv));
   if (j < n) store_n(dx + j, gv * exp(load_n(x + j, n - j) - lv), n - j);
 }
+
+// ---- classes far apart, rows adjacent: lanes are rows
+// ----------------------------------------------------------------
+
+template <class T>
+inline vec_t<T> load_lanes(const T* p, int64_t lanes) {
+  return lanes == vec_t<T>::size ? load(p) : load_n(p, lanes);
+}
+template <class T>
+inline void store_lanes(T* p, vec_t<T> x, int64_t lanes) {
+  if (lanes == vec_t<T>::size)
+    store(p, x);
+  else
+    store_n(p, x, lanes);
+}
+
+// Softmax of `lanes` rows whose classes are x_step and y_step apart.
+template <class T>
+inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes, bool log) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  V m = set1(minus_infinity<A>()), sum = set1(A(0));
+  for (int64_t c = 0; c < n; ++c) m = max(load_lanes(x + c * x_step, lanes), m);
+  for (int64_t c = 0; c < n; c += tuning::kChain) {
+    V chain = set1(A(0));
+    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i)
+      chain = chain + exp(load_lanes(x + i * x_step, lanes) - m);
+    sum = sum + chain;
+  }
+  A lane[V::size];
+  store(lane, sum);
+  for (int i = 0; i < V::size; ++i) lane[i] = log ? std::log(lane[i]) : 1 / lane[i];
+  const V finish = load(lane);
+  for (int64_t c = 0; c < n; ++c) {
+    V t = load_lanes(x + c * x_step, lanes) - m;
+    store_lanes(y + c * y_step, log ? t - finish : exp(t) * finish, lanes);
+  }
+}
+
+template <class T>
+inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64_t y_step, T* dx, int64_t dx_step,
+                                   int64_t n, int64_t lanes, bool log) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  V sum = set1(A(0));
+  for (int64_t c = 0; c < n; c += tuning::kChain) {
+    V chain = set1(A(0));
+    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
+      V gv = load_lanes(g + i * g_step, lanes);
+      chain = log ? chain + gv : fma(gv, load_lanes(y + i * y_step, lanes), chain);
+    }
+    sum = sum + chain;
+  }
+  for (int64_t c = 0; c < n; ++c) {
+    V gv = load_lanes(g + c * g_step, lanes), yv = load_lanes(y + c * y_step, lanes);
+    store_lanes(dx + c * dx_step, log ? gv - exp(yv) * sum : yv * (gv - sum), lanes);
+  }
+}

@@ -16,6 +16,10 @@ constexpr int64_t kTileRows = 16;
 // Room for a tile each of logits, probabilities and the probabilities' gradient, in either accumulator type.
 constexpr int64_t tile_scratch_bytes(int64_t classes) { return 3 * kTileRows * classes * 8; }
 
+// Classes that are not adjacent in memory, while rows are: up to this many, softmax takes a vector of rows at a time
+// where they lie; more would be read again from memory, and tiles are transposed into scratch instead.
+constexpr int64_t kLaneClasses = 512;
+
 // Rows of up to this many classes are handled a vector of rows at a time: one of 10 classes would leave a vector's
 // lanes idle and pay for two reductions (37 ns a row, against 12).
 constexpr int64_t kNarrowClasses = 32;
@@ -78,8 +82,12 @@ constexpr double kPackCost = 30;
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
 
-// Where the CPU has bf16 instructions (AVX512-BF16, AMX), ATen's GEMM uses them and ours converts: 1024^3 forward on
-// Sapphire Rapids, 2 cores: ATen 1050, ours 340 GFLOP/s. Below this many products the call costs more than it saves.
-constexpr int64_t kNativeGemmProducts = 1 << 20;
+// Products that are left to ATen's GEMM, from this many multiplications on (below, the call costs more than it saves)
+// and where neither side is skinny. On Sapphire Rapids, 2 cores, ours as a multiple of PyTorch's speed:
+//   float32, Intel with AVX-512 (MKL)     2048 x 1024 x 4096 forward 0.83, 1024^3 0.91
+//   bf16, AVX512-BF16 or AMX (oneDNN)     1024^3 forward 0.25
+//   fp16, AVX512-FP16 (oneDNN)            1024^3 forward 0.94, forward + backward 0.90
+// Elsewhere ours was measured faster (bf16 without instructions: 4 to 60 times) or there is no measurement.
+constexpr int64_t kLibraryProducts = 1 << 20;
 
 }  // namespace rf::tuning

@@ -11,6 +11,6 @@ const Kernels* const* available_kernels() {
   return only;
 }
 const Kernels& kernels() { return avx512::table; }
-bool has_native_gemm(DType) { return false; }
+bool library_gemm_wins(DType) { return false; }
 
 }  // namespace rf
