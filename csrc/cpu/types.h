@@ -63,7 +63,7 @@ constexpr int64_t cross_entropy_stat_rows(bool probabilities, bool entropy) {
 // (r / inner) * outer_stride + (r % inner) * inner_stride and its elements are class_stride apart.
 struct RowLayout {
   int64_t inner, outer_stride, inner_stride, class_stride;
-  int64_t offset(int64_t r) const {
+  constexpr int64_t offset(int64_t r) const {
     return inner == 1 ? r * outer_stride : (r / inner) * outer_stride + (r % inner) * inner_stride;
   }
 };
@@ -79,7 +79,7 @@ constexpr RowLayout as_inner_rows(const RowLayout& l, int64_t rows) {
 struct MatrixView {
   const void* data;
   int64_t inner, outer_stride, row_stride, col_stride;
-  int64_t row_offset(int64_t r) const {
+  constexpr int64_t row_offset(int64_t r) const {
     return inner == 1 ? r * outer_stride : (r / inner) * outer_stride + (r % inner) * row_stride;
   }
 };
