@@ -39,4 +39,25 @@ void launch_squared_error_backward(DType dtype, const void* x, const void* y, co
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
+// C = op(A) op(B) with an epilogue, as csrc/cpu/drivers.h has it: all strides of A and B, C's columns adjacent.
+struct Gemm {
+  int64_t m, n, k;
+  MatrixView a;  // a(i, k), or a(k, i) where transposed
+  bool a_transposed;
+  MatrixView b;  // b(k, j), or b(j, k) where transposed, as in X W^T
+  bool b_transposed;
+  void* c;
+  int64_t c_stride;
+  const void* bias;  // n of `dtype`, or null
+  Activation activation;
+  void* preactivation;  // laid out as c, or null
+  void* workspace;      // gemm_workspace bytes
+};
+// tf32: whether float32 may be multiplied in tf32; no meaning for other types.
+int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& gemm);
+void launch_gemm(DType dtype, bool tf32, const Gemm& gemm, cudaStream_t stream);
+// Whether a product is left to ATen's GEMM (and its epilogue to launch_activation_forward) on the current device, by
+// tuning.h's table; REGFAST_CUDA_GEMM=own or aten forces either side.
+bool gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k);
+
 }  // namespace rf::cuda
