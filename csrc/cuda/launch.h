@@ -37,6 +37,73 @@ void launch_squared_error_backward(DType dtype, const void* x, const void* y, co
 
 // ---- softmax family, cross-entropy ---------------------------------------------------------------------------------
 
+// Rows are those of a tensor's reduced dimension, anywhere in it; see RowLayout.
+struct SoftmaxRows {
+  int64_t rows, classes;
+  const void* input;  // x; in the backward launchers the forward's output (softmax) or input (logsumexp)
+  const void* grad;   // upstream gradient of softmax; null forward
+  void* output;       // y or dx; null in logsumexp forward
+  RowLayout in, grad_in, out;
+  bool log;              // log-softmax
+  void* row_result;      // logsumexp, acc, one per row: written forward, read backward
+  const void* row_grad;  // logsumexp backward, acc, one per row
+};
+void launch_softmax_forward(DType dtype, const SoftmaxRows& args, cudaStream_t stream);
+void launch_softmax_backward(DType dtype, const SoftmaxRows& args, cudaStream_t stream);
+void launch_logsumexp_forward(DType dtype, const SoftmaxRows& args, cudaStream_t stream);
+void launch_logsumexp_backward(DType dtype, const SoftmaxRows& args, cudaStream_t stream);
+
+struct CrossEntropyRows {
+  int64_t rows, classes;
+  const void* logits;
+  RowLayout layout;
+  const int64_t* target;  // class of each row in row order; null when there are probabilities
+  const void* probabilities;
+  RowLayout probability_layout;
+  const void* class_weight;      // acc, one per class, or null
+  const void* class_weight_sum;  // acc, their sum; needed with weights and label smoothing, else null
+  int64_t ignore_index;
+  double label_smoothing, z_loss, logit_scale;
+  double softcap;  // 0: none
+  // acc, one per row, written forward and read backward: maximum and log of the sum of exp(z - maximum), and null where
+  // not needed: the entropy (where it is an output), the sums of effective target weights and of probabilities (where
+  // there are probabilities). A row that is ignored may have 0 in all of them.
+  void *row_max, *row_log_sum, *row_entropy, *row_mass, *row_target_mass;
+};
+
+struct CrossEntropyResults {
+  void *loss, *lse, *logprob;  // acc, one per row, null where not asked for
+  int64_t* argmax;             // or null
+  // The sum of the losses, or with `mean` that over weight_sum, one element of total_dtype, or null (needs loss); and
+  // the sum of the rows' terms of the mean's denominator, or null.
+  void* total;
+  DType total_dtype;
+  bool mean;
+  double* weight_sum;
+  void* workspace;  // cross_entropy_workspace bytes; null without total and weight_sum
+};
+
+struct CrossEntropyUpstream {  // acc
+  const void* loss;            // of row r at r * loss_stride; null: 1, or in launch_cross_entropy_backward none
+  int64_t loss_stride;
+  const double* weight_sum;             // a mean's denominator, which divides loss; or null
+  const void *lse, *entropy, *logprob;  // one per row, or null
+  void* grad_logits;                    // laid out by grad_layout, may be the logits themselves; or null
+  RowLayout grad_layout;
+  void* grad_probabilities;  // or null
+  RowLayout grad_probability_layout;
+  // With loss_stride 0: do nothing if *loss is 1, because launch_cross_entropy_forward_backward has written grad_logits.
+  bool unless_one;
+};
+int64_t cross_entropy_workspace(int64_t rows);
+void launch_cross_entropy_forward(DType dtype, const CrossEntropyRows& args, const CrossEntropyResults& results,
+                                  cudaStream_t stream);
+void launch_cross_entropy_backward(DType dtype, const CrossEntropyRows& args, const CrossEntropyUpstream& upstream,
+                                   cudaStream_t stream);
+// Both from one read of the logits: results, and grad_logits for an upstream gradient of 1 of the total.
+void launch_cross_entropy_forward_backward(DType dtype, const CrossEntropyRows& args, const CrossEntropyResults& results,
+                                           void* grad_logits, const RowLayout& grad_layout, cudaStream_t stream);
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
 // C = op(A) op(B) with an epilogue, as csrc/cpu/drivers.h has it: all strides of A and B, C's columns adjacent.
