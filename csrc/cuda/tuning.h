@@ -7,6 +7,51 @@
 
 namespace rf::cuda::tuning {
 
+// The largest power of two that is at most x, within [least, most], themselves powers of two.
+constexpr int64_t power_of_two(int64_t x, int64_t least, int64_t most) {
+  int64_t p = least;
+  while (p < most && 2 * p <= x) p *= 2;
+  return p;
+}
+
+// ---- rows: softmax and cross-entropy -------------------------------------------------------------------------------
+
+// A row of up to 32 x 4 vectors of 16 bytes (1024 half-precision classes) is kept in the registers of a warp's lanes: 16
+// registers of 64, and four loads in flight per lane, 64 KiB per SM at half occupancy, where 3.3 TB/s times 700 ns over
+// 132 SMs needs 18.
+constexpr int kVectorsPerLane = 4;
+constexpr int kLanesThreads = 128;
+
+// Vectors that a thread of a longer row loads before it uses the first: the same four.
+constexpr int kLoadsAhead = 4;
+
+// Threads of a block per row: one for each 8 of its vectors, so that a thread has something to add up between the two
+// barriers of a row, and so many that 64 KiB of a row take 512 threads.
+constexpr int kMostThreads = 1024, kLeastThreads = 128;
+constexpr int64_t kVectorsPerThread = 8;
+
+// A part of a row that is kept in shared memory: with 64 KiB at most, three blocks share an SM (227 KiB on sm_90), one
+// loading while another waits at its barrier and a third writes. Longer rows are cut among a cluster's blocks.
+constexpr int64_t kSharedPart = 64 << 10;
+constexpr int kMostParts = 16, kMostPortableParts = 8;
+
+// Few long rows are cut among a cluster's blocks as well, until there is a block for each SM or a part is so short that
+// the cluster's two barriers (about 1 us) would take longer than it.
+constexpr int64_t kLeastPartVectors = 1024;
+
+// Vectors of a row for a block that writes without reducing: 64 KiB, so that reading the row's numbers first (two
+// dependent loads, 1 us) is a tenth of its time even if nothing else ran on the SM.
+constexpr int64_t kMapVectors = 4096;
+
+// Rows of which the elements lie far apart: a warp's lanes are neighbouring rows, so that each load is of 64 or 128
+// adjacent bytes; up to 16 warps divide a row's classes, and blocks have 128 threads at least.
+constexpr int kColumnsThreads = 512, kColumnsBlock = 128;
+
+// Rows of losses that a block adds up, so that the second kernel, over the blocks' sums, has few to add; one block does
+// up to so many alone.
+constexpr int kTotalThreads = 512;
+constexpr int64_t kTotalRows = 8192;
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
 // Bytes of K in a stage: two steps of the tensor core instructions, so that fragments of one are loaded while those of
