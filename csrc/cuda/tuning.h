@@ -25,10 +25,11 @@ constexpr int kLanesThreads = 128;
 // Vectors that a thread of a longer row loads before it uses the first: the same four.
 constexpr int kLoadsAhead = 4;
 
-// Threads of a block per row: one for each 8 of its vectors, so that a thread has something to add up between the two
-// barriers of a row, and so many that 64 KiB of a row take 512 threads.
-constexpr int kMostThreads = 1024, kLeastThreads = 128;
-constexpr int64_t kVectorsPerThread = 8;
+// Threads of a block per row: one for each 16 of its vectors, so that a thread has something to add up between the two
+// barriers of a row; 64 KiB of a row take 256 threads of 64 registers, which fit an SM as often as 64 KiB do. With 512
+// threads, all that a row of the whole shared memory gets, half of an SM's threads keep 32 KiB in flight.
+constexpr int kMostThreads = 512, kLeastThreads = 128;
+constexpr int64_t kVectorsPerThread = 16;
 
 // A part of a row that is kept in shared memory: with 64 KiB at most, three blocks share an SM (227 KiB on sm_90), one
 // loading while another waits at its barrier and a third writes. Longer rows are cut among a cluster's blocks.
@@ -58,15 +59,20 @@ constexpr int64_t kTotalRows = 8192;
 // the other are multiplied.
 constexpr int kGemmDepthBytes = 64;
 
-// Tiles of C for a block and for a warp. Large: 4 warps of 64 x 64 read 4 KiB of shared memory for 32 instructions, half
-// of what it delivers while an A100 executes them; 128 sums and 64 fragment registers a thread allow two blocks on an SM,
-// and 3 stages (48 KiB) fit twice in the 100 KiB of sm_86, sm_89 and sm_120. Small: when large tiles would leave SMs
-// idle; a fourth stage, since a block has a quarter of the arithmetic to hide a load behind.
+// Tiles of C for a block and for a warp, stages of K, blocks that share an SM. Large: 4 warps of 64 x 64 read 4 KiB of
+// shared memory for 32 instructions, half of what it delivers while an A100 executes them; 128 sums and 64 fragment
+// registers a thread allow two blocks on an SM, and 3 stages (48 KiB) fit twice in the 100 KiB of sm_86, sm_89 and
+// sm_120. In tf32 the fragments' conversion and, across K, their addresses need more registers than are left: 8 warps of
+// 64 x 32 in one block instead, with the shared memory of two. Small: when large tiles would leave SMs idle; a fourth
+// stage, since a block has a quarter of the arithmetic to hide a load behind.
 struct GemmLarge {
-  static constexpr int M = 128, N = 128, WarpM = 64, WarpN = 64, Stages = 3;
+  static constexpr int M = 128, N = 128, WarpM = 64, WarpN = 64, Stages = 3, Blocks = 2;
+};
+struct GemmLargeTf32 {
+  static constexpr int M = 128, N = 128, WarpM = 64, WarpN = 32, Stages = 5, Blocks = 1;
 };
 struct GemmSmall {
-  static constexpr int M = 64, N = 64, WarpM = 32, WarpN = 32, Stages = 4;
+  static constexpr int M = 64, N = 64, WarpM = 32, WarpN = 32, Stages = 4, Blocks = 2;
 };
 
 // The same without tensor cores (float32 without tf32, float64): 16 x 16 threads, an eighth of M or N each way.

@@ -1,0 +1,164 @@
+// Which kernel takes a product, in what tiles and in how many parts of K; and the kernel that adds up the parts.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include <device/launch_kernel.cuh>
+
+#include "device/epilogue.cuh"
+#include "gemm.h"
+#include "tuning.h"
+
+namespace rf::cuda {
+namespace {
+
+using tuning::GemmKernel;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- operands ------------------------------------------------------------------------------------------------------
+
+// Rows of memory are what lies adjacent in it, where anything does, however the matrix is named.
+GemmOperand operand(MatrixView view, bool across_k, int64_t mn, int64_t k) {
+  if (view.inner == 1 && view.outer_stride == 1 && view.col_stride != 1) {
+    view.outer_stride = view.col_stride;
+    view.col_stride = 1;
+    across_k = !across_k;
+  }
+  if (view.inner == 1 && (across_k ? k : mn) == 1) view.outer_stride = 0;  // never used, and it may be odd
+  return {view, across_k};
+}
+
+// Whether all its rows can be copied 16 bytes at a time.
+bool copyable(const GemmOperand& o, int64_t element_size) {
+  return o.view.inner == 1 && o.view.col_stride == 1 && o.view.outer_stride * element_size % 16 == 0 &&
+         reinterpret_cast<uintptr_t>(o.view.data) % 16 == 0;
+}
+
+GemmLoad load_of(const GemmOperand& a, const GemmOperand& b, int64_t element_size) {
+  // A across K with B along it needs X to be stored by columns: not worth a kernel of its own.
+  if (!copyable(a, element_size) || !copyable(b, element_size) || (a.across_k && !b.across_k))
+    return GemmLoad::elements;
+  return a.across_k ? GemmLoad::across_across : b.across_k ? GemmLoad::along_across : GemmLoad::along_along;
+}
+
+bool on_tensor_cores(DType dtype, bool tf32) {
+  return dtype == DType::bf16 || dtype == DType::f16 || (dtype == DType::f32 && tf32);
+}
+
+// ---- the plan ------------------------------------------------------------------------------------------------------
+
+// Large tiles if they fill the SMs, with K split if need be; then K in as many parts as fill them once.
+GemmPlan plan_tiles(const Gemm& g, bool large_exists, int large_m, int large_n, int small_m, int small_n, int depth) {
+  const int64_t sms = device().sms, stages = std::max<int64_t>(1, ceil_div(g.k, depth));
+  const int64_t most = std::clamp<int64_t>(stages / tuning::kGemmLeastStages, 1, tuning::kGemmMostSplits);
+  const auto tiles = [&](int m, int n) { return ceil_div(g.m, m) * ceil_div(g.n, n); };
+  const bool large = large_exists && g.m > small_m && g.n > small_n && tiles(large_m, large_n) * most >= sms;
+  GemmPlan p = large ? GemmPlan{large_m, large_n, 0, 1} : GemmPlan{small_m, small_n, 0, 1};
+  const int64_t parts = std::clamp<int64_t>(sms * tuning::kGemmBlocksPerSm / tiles(p.tile_m, p.tile_n), 1, most);
+  p.k_per_split = ceil_div(stages, parts) * depth;
+  p.splits = (int)std::max<int64_t>(1, ceil_div(g.k, p.k_per_split));
+  return p;
+}
+
+GemmPlan plan_of(DType dtype, bool tf32, const Gemm& g, GemmLoad load) {
+  using tuning::GemmLarge, tuning::GemmSmall, tuning::SimtLarge, tuning::SimtSmall;
+  if (on_tensor_cores(dtype, tf32))
+    return plan_tiles(g, load != GemmLoad::elements, GemmLarge::M, GemmLarge::N, GemmSmall::M, GemmSmall::N,
+                      tuning::kGemmDepthBytes / (int)size_of(dtype));
+  return plan_tiles(g, dtype == DType::f32, SimtLarge::M, SimtLarge::N, SimtSmall::M, SimtSmall::N, SimtSmall::Depth);
+}
+static_assert(tuning::SimtLarge::Depth == tuning::SimtSmall::Depth, "K is divided before the tile is chosen");
+
+// What REGFAST_CUDA_GEMM asks for, if anything.
+std::optional<GemmKernel> forced_kernel() {
+  static const std::optional<GemmKernel> forced = []() -> std::optional<GemmKernel> {
+    const char* v = std::getenv("REGFAST_CUDA_GEMM");
+    if (!v || !*v || !std::strcmp(v, "auto")) return std::nullopt;
+    if (!std::strcmp(v, "aten")) return GemmKernel::aten;
+    if (!std::strcmp(v, "sm80")) return GemmKernel::sm80;
+    if (!std::strcmp(v, "sm90")) return GemmKernel::sm90;
+    throw std::runtime_error(std::string("REGFAST_CUDA_GEMM: expected auto, aten, sm80 or sm90, got ") + v);
+  }();
+  return forced;
+}
+
+GemmKernel kernel_for(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k) {
+  const auto forced = forced_kernel();
+  return forced ? *forced : tuning::gemm_kernel(device().arch, dtype, tf32, m, n, k);
+}
+
+// ---- split sums ----------------------------------------------------------------------------------------------------
+
+constexpr int kFinishThreads = 256;
+
+// C from the parts' sums, added in the order of the parts; a vector of C for a thread.
+template <class T>
+__global__ void __launch_bounds__(kFinishThreads) finish_split(GemmTask task, int splits) {
+  using A = acc_t<T>;
+  const int64_t vectors = (task.n + kWidth<T> - 1) / kWidth<T>;
+  const int64_t index = (int64_t)blockIdx.x * kFinishThreads + threadIdx.x;
+  if (index >= task.m * vectors) return;
+  const int64_t row = index / vectors, column = index % vectors * kWidth<T>;
+  A x[kWidth<T>] = {}, bias[kWidth<T>];
+  for (int s = 0; s < splits; ++s) {
+    const A* part = (const A*)task.partial + (s * task.m + row) * task.n;
+#pragma unroll
+    for (int i = 0; i < kWidth<T>; i += kWidth<A>) {
+      A piece[kWidth<A>];
+      widen(load_vec(part, 1, column + i, task.n, A(0)), piece);
+#pragma unroll
+      for (int j = 0; j < kWidth<A>; ++j) x[i + j] += piece[j];
+    }
+  }
+  load_bias<T>(task.out, column, task.n, bias);
+  finish<T>(task.out, row, column, task.n, bias, x);
+}
+
+}  // namespace
+
+bool gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k) {
+  return kernel_for(dtype, tf32, m, n, k) == GemmKernel::aten;
+}
+
+int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& g) {
+  const GemmOperand a = operand(g.a, g.a_transposed, g.m, g.k), b = operand(g.b, !g.b_transposed, g.n, g.k);
+  const GemmPlan plan = plan_of(dtype, tf32, g, load_of(a, b, size_of(dtype)));
+  return plan.splits > 1 ? plan.splits * g.m * g.n * (dtype == DType::f64 ? 8 : 4) : 0;
+}
+
+void launch_gemm(DType dtype, bool tf32, const Gemm& g, cudaStream_t stream) {
+  if (g.m == 0 || g.n == 0) return;
+  GemmTask task = {};
+  task.m = g.m;
+  task.n = g.n;
+  task.k = g.k;
+  task.a = operand(g.a, g.a_transposed, g.m, g.k);
+  task.b = operand(g.b, !g.b_transposed, g.n, g.k);
+  task.out = {g.c, g.c_stride, g.bias, g.activation, g.preactivation};
+  if (kernel_for(dtype, tf32, g.m, g.n, g.k) == GemmKernel::sm90 && launch_gemm_sm90(dtype, task, stream)) return;
+
+  const GemmLoad load = load_of(task.a, task.b, size_of(dtype));
+  const GemmPlan plan = plan_of(dtype, tf32, g, load);
+  task.k_per_split = plan.k_per_split;
+  task.partial = plan.splits > 1 ? g.workspace : nullptr;
+  if (on_tensor_cores(dtype, tf32))
+    launch_gemm_sm80(dtype, task, plan, load, stream);
+  else
+    launch_gemm_simt(dtype, task, plan, stream);
+  if (!task.partial) return;
+  with_type(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const int64_t blocks = ceil_div(task.m * ceil_div(task.n, kWidth<T>), kFinishThreads);
+    launch(finish_split<T>, dim3((unsigned)blocks), dim3(kFinishThreads), 0, stream, task, plan.splits);
+  });
+}
+
+}  // namespace rf::cuda

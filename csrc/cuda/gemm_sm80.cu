@@ -1,0 +1,314 @@
+// The matrix product on tensor cores since sm_80: bf16, fp16 and tf32. A pipeline of cp.async stages brings 64 bytes of
+// K at a time to shared memory, swizzled so that neither the copies nor ldmatrix conflict; warps multiply with mma.sync
+// from fragments loaded one step ahead; sums leave through shared memory in 16-byte pieces. Operands that cannot be
+// copied 16 bytes at a time (alignment, strides) are gathered element by element into the same layout.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <device/launch_kernel.cuh>
+#include <device/ptx.cuh>
+
+#include "device/epilogue.cuh"
+#include "gemm.h"
+#include "tuning.h"
+
+namespace rf::cuda {
+namespace {
+
+constexpr int kChunkBytes = 16;
+constexpr int kDepthBytes = tuning::kGemmDepthBytes;  // of K in a stage
+constexpr int kDepthChunks = kDepthBytes / kChunkBytes;
+constexpr int kStepBytes = 32;  // of K in a tensor core instruction: 16 half elements, 8 of tf32
+static_assert(kDepthChunks == 4, "the swizzle of tiles along K is for rows of 64 bytes");
+
+template <class T>
+constexpr int kDepth = kDepthBytes / (int)sizeof(T);
+
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], float) {
+  ptx::mma_tf32(d, a, b);
+}
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __half) {
+  ptx::mma_f16(d, a, b);
+}
+__device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], __nv_bfloat16) {
+  ptx::mma_bf16(d, a, b);
+}
+
+// ---- an operand's tile ---------------------------------------------------------------------------------------------
+
+enum class Memory { elements, along_k, across_k };
+
+// `Span` rows of A (columns of B) by kDepth of K in shared memory: a row of 64 bytes for each of the former or, where
+// memory runs across K, a row of Span elements for each k. 16-byte chunks of a row are permuted by its number.
+template <class T, int Span, Memory memory, int Threads>
+struct Tile {
+  static constexpr int kBytes = Span * kDepthBytes, kChunks = kBytes / kChunkBytes, kEach = kChunks / Threads;
+  static constexpr int kRowChunks = memory == Memory::across_k ? Span * (int)sizeof(T) / kChunkBytes : kDepthChunks;
+  static_assert(kChunks % Threads == 0, "every thread copies the same number of chunks");
+
+  // Eight neighbouring rows put a chunk in eight different groups of four banks, as ldmatrix reads them. Across K tf32
+  // has no ldmatrix: lanes read single elements of four rows, eight neighbours each, which must not share banks either.
+  static __device__ __forceinline__ int place(int row, int chunk) {
+    if constexpr (memory != Memory::across_k)
+      return (row * kRowChunks + (chunk ^ ((row >> 1) & 3))) * kChunkBytes;
+    else if constexpr (sizeof(T) == 2)
+      return (row * kRowChunks + (chunk ^ (row & 7))) * kChunkBytes;
+    else
+      return (row * kRowChunks + (chunk ^ ((row & 3) << 1))) * kChunkBytes;
+  }
+
+  static_assert(Threads % kRowChunks == 0, "a thread's chunks lie below one another");
+
+  const GemmOperand& operand;
+  const int64_t first;  // row (column) of the matrix
+  const int count;      // of the rows (columns) from there on, those that exist, up to Span
+  const T* const from;  // the thread's first chunk, of the tile at k = 0
+
+  __device__ __forceinline__ Tile(const GemmOperand& o, int64_t begin, int64_t end)
+      : operand(o), first(begin), count((int)(end - begin < Span ? end - begin : Span)), from(start(o, begin)) {}
+
+  static __device__ __forceinline__ const T* start(const GemmOperand& o, int64_t begin) {
+    const T* data = (const T*)o.view.data;
+    if constexpr (memory == Memory::elements) return data;
+    const int64_t r = (int)threadIdx.x / kRowChunks, c = (int)threadIdx.x % kRowChunks * kWidth<T>;
+    return memory == Memory::along_k ? data + (begin + r) * o.view.outer_stride + c
+                                     : data + r * o.view.outer_stride + begin + c;
+  }
+
+  // The tile of K from k on, zeros past `end`: copies that are under way when this returns, or for single elements done.
+  __device__ __forceinline__ void fetch(char* tile, int64_t k, int64_t end) const {
+    const int depth = (int)(end - k < kDepth<T> ? end - k : kDepth<T>);
+    if constexpr (memory == Memory::elements) {
+#pragma unroll 1
+      for (int i = 0; i < kEach; ++i) gather(tile, (int)threadIdx.x + i * Threads, k, depth);
+    } else {
+      const int rows = memory == Memory::along_k ? count : depth, columns = memory == Memory::along_k ? depth : count;
+      const int r = (int)threadIdx.x / kRowChunks, c = (int)threadIdx.x % kRowChunks;
+      const int left = (columns - c * kWidth<T>)*(int)sizeof(T);
+      const int valid = left < 0 ? 0 : left < kChunkBytes ? left : kChunkBytes;
+      constexpr int kStep = Threads / kRowChunks;
+      const T* p = from + (memory == Memory::along_k ? k : k * operand.view.outer_stride);
+#pragma unroll
+      for (int i = 0; i < kEach; ++i, p += kStep * operand.view.outer_stride) {
+        const int bytes = r + i * kStep < rows ? valid : 0;
+        ptx::cp_async16(tile + place(r + i * kStep, c), bytes ? p : (const T*)operand.view.data, bytes);
+      }
+    }
+  }
+
+  // One chunk along K. Neighbouring threads take neighbours in memory: chunks of a row, or rows where it runs across K.
+  __device__ __forceinline__ void gather(char* tile, int index, int64_t k, int depth) const {
+    const int r = operand.across_k ? index % Span : index / kDepthChunks;
+    const int c = operand.across_k ? index / Span : index % kDepthChunks;
+    T lane[kWidth<T>];
+#pragma unroll
+    for (int j = 0; j < kWidth<T>; ++j) {
+      const int kk = c * kWidth<T> + j;
+      lane[j] = r < count && kk < depth ? from[operand.offset(first + r, k + kk)] : narrowed<T>(0);
+    }
+    memcpy(tile + place(r, c), lane, kChunkBytes);
+  }
+
+  // The fragments of 16 rows (columns) from `at` on for one step of K: rows 0-7 and 8-15 of its first half, then of its
+  // second.
+  static __device__ __forceinline__ void load(uint32_t (&r)[4], const char* tile, int at, int step) {
+    const int lane = (int)threadIdx.x % 32;
+    if constexpr (memory != Memory::across_k) {
+      ptx::ldmatrix_x4(r, tile + place(at + lane % 16, step * (kStepBytes / kChunkBytes) + lane / 16));
+    } else if constexpr (sizeof(T) == 2) {
+      const int k = step * 16 + lane % 8 + lane / 16 * 8;
+      ptx::ldmatrix_x4_trans(r, tile + place(k, at / 8 + lane / 8 % 2));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int k = step * 8 + lane % 4 + i / 2 * 4, mn = at + lane / 4 + i % 2 * 8;
+        memcpy(&r[i], tile + place(k, mn / 4) + mn % 4 * 4, 4);
+      }
+    }
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) r[i] = ptx::to_tf32(__uint_as_float(r[i]));
+    }
+  }
+};
+
+// ---- the kernel ----------------------------------------------------------------------------------------------------
+
+// Shape: one of tuning.h's.
+template <class T, class Shape, GemmLoad load>
+struct Config {
+  static constexpr int kThreads = Shape::M / Shape::WarpM * (Shape::N / Shape::WarpN) * 32;
+  static constexpr Memory kMemoryA = load == GemmLoad::elements        ? Memory::elements
+                                     : load == GemmLoad::across_across ? Memory::across_k
+                                                                       : Memory::along_k;
+  static constexpr Memory kMemoryB = load == GemmLoad::elements      ? Memory::elements
+                                     : load == GemmLoad::along_along ? Memory::along_k
+                                                                     : Memory::across_k;
+  using TileA = Tile<T, Shape::M, kMemoryA, kThreads>;
+  using TileB = Tile<T, Shape::N, kMemoryB, kThreads>;
+  static constexpr int kStageBytes = TileA::kBytes + TileB::kBytes;
+  // Rows of a warp's tile that leave at a time; two words between rows of lanes keep the banks apart.
+  static constexpr int kRoundRows = 32, kStagingStride = Shape::WarpN + 8;
+  static constexpr int kStagingFloats = kRoundRows * kStagingStride;
+  static constexpr int kSharedBytes = Shape::Stages * kStageBytes;
+  static_assert(Shape::WarpM % kRoundRows == 0 && Shape::WarpN % 16 == 0, "warp tiles are loaded 16 wide, stored 32");
+  static_assert(kThreads / 32 * kStagingFloats * 4 <= kSharedBytes, "staging takes the place of the stages");
+  static_assert(Shape::Blocks * (kSharedBytes + 1024) <= 100 << 10, "the SM with the least shared memory, sm_86's");
+};
+
+template <class T, class Shape, GemmLoad load>
+__global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Blocks) gemm_sm80(GemmTask task) {
+  using C = Config<T, Shape, load>;
+  using TileA = typename C::TileA;
+  using TileB = typename C::TileB;
+  constexpr int kRowTiles = Shape::WarpM / 16, kColumnTiles = Shape::WarpN / 16;
+  constexpr int kSteps = kDepthBytes / kStepBytes, kStages = Shape::Stages;
+  char* const shared = ptx::dynamic_shared<char>();
+
+  const auto [tile_row, tile_column] = tile_position<tuning::kGemmGroup>(
+      blockIdx.x, (task.m + Shape::M - 1) / Shape::M, (task.n + Shape::N - 1) / Shape::N);
+  const int64_t row0 = tile_row * Shape::M, column0 = tile_column * Shape::N;
+  const int64_t k_begin = blockIdx.y * task.k_per_split;
+  const int64_t k_end = k_begin + task.k_per_split < task.k ? k_begin + task.k_per_split : task.k;
+  const int64_t k_tiles = (k_end - k_begin + kDepth<T> - 1) / kDepth<T>;
+  const TileA a(task.a, row0, task.m);
+  const TileB b(task.b, column0, task.n);
+  const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+  const int warp_row = warp % (Shape::M / Shape::WarpM) * Shape::WarpM;
+  const int warp_column = warp / (Shape::M / Shape::WarpM) * Shape::WarpN;
+
+  float sum[kRowTiles][2 * kColumnTiles][4] = {};
+  uint32_t fragment_a[2][kRowTiles][4], fragment_b[2][kColumnTiles][4];
+  const auto fetch = [&](int64_t t) {
+    char* stage = shared + t % kStages * C::kStageBytes;
+    if (t < k_tiles) {
+      a.fetch(stage, k_begin + t * kDepth<T>, k_end);
+      b.fetch(stage + TileA::kBytes, k_begin + t * kDepth<T>, k_end);
+    }
+    ptx::cp_async_commit();  // empty groups too: the count of groups tells which tile has arrived
+  };
+  const auto load_fragments = [&](int64_t t, int step) {
+    const char* stage = shared + t % kStages * C::kStageBytes;
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i) TileA::load(fragment_a[step % 2][i], stage, warp_row + i * 16, step);
+#pragma unroll
+    for (int j = 0; j < kColumnTiles; ++j)
+      TileB::load(fragment_b[step % 2][j], stage + TileA::kBytes, warp_column + j * 16, step);
+  };
+
+  for (int t = 0; t < kStages - 1; ++t) fetch(t);
+  ptx::cp_async_wait<kStages - 2>();
+  __syncthreads();
+  if (k_tiles > 0) load_fragments(0, 0);
+  for (int64_t t = 0; t < k_tiles; ++t) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (step + 1 < kSteps) {
+        load_fragments(t, step + 1);
+      } else {
+        // Tile t + 1 is here, and no one reads the stage of tile t any more but from registers.
+        ptx::cp_async_wait<kStages - 2>();
+        __syncthreads();
+        if (t + 1 < k_tiles) load_fragments(t + 1, 0);
+      }
+      if (step == 0) fetch(t + kStages - 1);
+#pragma unroll
+      for (int i = 0; i < kRowTiles; ++i)
+#pragma unroll
+        for (int j = 0; j < 2 * kColumnTiles; ++j) {
+          const uint32_t(&both)[4] = fragment_b[step % 2][j / 2];
+          const uint32_t column[2] = {both[j % 2], both[2 + j % 2]};
+          multiply(sum[i][j], fragment_a[step % 2][i], column, T());
+        }
+    }
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+
+  // Through shared memory, so that a lane holds neighbouring columns: its own warp's part, 32 rows at a time.
+  constexpr int kLanesPerRow = Shape::WarpN / kWidth<T>;
+  float* staging = (float*)shared + warp * C::kStagingFloats;
+  const int lane_column = lane % kLanesPerRow * kWidth<T>;
+  const int64_t column = column0 + warp_column + lane_column;
+  float bias[kWidth<T>];
+  load_bias<T>(task.out, column, task.n, bias);
+#pragma unroll
+  for (int round = 0; round < Shape::WarpM / C::kRoundRows; ++round) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int j = 0; j < 2 * kColumnTiles; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* pair = sum[round * 2 + i][j] + 2 * half;
+          float* to = staging + (i * 16 + half * 8 + lane / 4) * C::kStagingStride + j * 8 + lane % 4 * 2;
+          *(float2*)to = make_float2(pair[0], pair[1]);
+        }
+    __syncwarp();
+#pragma unroll 1
+    for (int r = lane / kLanesPerRow; r < C::kRoundRows; r += 32 / kLanesPerRow) {
+      const int64_t row = row0 + warp_row + round * C::kRoundRows + r;
+      if (row >= task.m || column >= task.n) continue;
+      const float4* from = (const float4*)(staging + r * C::kStagingStride + lane_column);
+      float x[kWidth<T>];
+#pragma unroll
+      for (int i = 0; i < kWidth<T> / 4; ++i) {
+        const float4 four = from[i];
+        memcpy(x + 4 * i, &four, sizeof four);
+      }
+      if (task.partial)
+        keep_partial<T>((float*)task.partial + blockIdx.y * task.m * task.n, row, column, task.n, x);
+      else
+        finish<T>(task.out, row, column, task.n, bias, x);
+    }
+    __syncwarp();
+  }
+}
+
+// ---- launcher ------------------------------------------------------------------------------------------------------
+
+template <class T, class Shape, GemmLoad load>
+void start(const GemmTask& task, const GemmPlan& plan, cudaStream_t stream) {
+  using C = Config<T, Shape, load>;
+  const int64_t tiles = ((task.m + Shape::M - 1) / Shape::M) * ((task.n + Shape::N - 1) / Shape::N);
+  launch(gemm_sm80<T, Shape, load>, dim3((unsigned)tiles, (unsigned)plan.splits), dim3(C::kThreads), C::kSharedBytes,
+         stream, task);
+}
+
+template <class T, GemmLoad load>
+void start_shape(const GemmTask& task, const GemmPlan& plan, cudaStream_t stream) {
+  using Large = std::conditional_t<sizeof(T) == 4, tuning::GemmLargeTf32, tuning::GemmLarge>;
+  if constexpr (load != GemmLoad::elements)
+    if (plan.tile_m == Large::M) return start<T, Large, load>(task, plan, stream);
+  start<T, tuning::GemmSmall, load>(task, plan, stream);
+}
+
+template <class T>
+void start_load(const GemmTask& task, const GemmPlan& plan, GemmLoad load, cudaStream_t stream) {
+  switch (load) {
+    case GemmLoad::elements:
+      return start_shape<T, GemmLoad::elements>(task, plan, stream);
+    case GemmLoad::along_along:
+      return start_shape<T, GemmLoad::along_along>(task, plan, stream);
+    case GemmLoad::along_across:
+      return start_shape<T, GemmLoad::along_across>(task, plan, stream);
+    case GemmLoad::across_across:
+      return start_shape<T, GemmLoad::across_across>(task, plan, stream);
+  }
+}
+
+}  // namespace
+
+void launch_gemm_sm80(DType dtype, const GemmTask& task, const GemmPlan& plan, GemmLoad load, cudaStream_t stream) {
+  switch (dtype) {
+    case DType::bf16:
+      return start_load<__nv_bfloat16>(task, plan, load, stream);
+    case DType::f16:
+      return start_load<__half>(task, plan, load, stream);
+    default:
+      return start_load<float>(task, plan, load, stream);
+  }
+}
+
+}  // namespace rf::cuda
