@@ -26,8 +26,8 @@ constexpr int kLanesThreads = 128;
 constexpr int kLoadsAhead = 4;
 
 // Threads of a block per row: one for each 16 of its vectors, so that a thread has something to add up between the two
-// barriers of a row; 64 KiB of a row take 256 threads of 64 registers, which fit an SM as often as 64 KiB do. With 512
-// threads, all that a row of the whole shared memory gets, half of an SM's threads keep 32 KiB in flight.
+// barriers of a row; 64 KiB of a row take 256 threads, of which 80 registers each would fit an SM as often as 64 KiB do.
+// 512 threads, all that a row of the whole shared memory gets, keep 32 KiB in flight.
 constexpr int kMostThreads = 512, kLeastThreads = 128;
 constexpr int64_t kVectorsPerThread = 16;
 
@@ -46,7 +46,8 @@ constexpr int64_t kMapVectors = 4096;
 
 // Rows of which the elements lie far apart: a warp's lanes are neighbouring rows, so that each load is of 64 or 128
 // adjacent bytes; up to 16 warps divide a row's classes, and blocks have 128 threads at least.
-constexpr int kColumnsThreads = 512, kColumnsBlock = 128;
+// A thread loads 8 elements before it uses the first: 16 or 32 KiB in flight for half of an SM's threads.
+constexpr int kColumnsThreads = 512, kColumnsBlock = 128, kElementsAhead = 8;
 
 // Rows of losses that a block adds up, so that the second kernel, over the blocks' sums, has few to add; one block does
 // up to so many alone.

@@ -1,0 +1,68 @@
+// What the threads of a row have gathered, combined in an order that depends on the launch alone, so that every run gives
+// the same bits, and every thread of the row gets the same result. A State is trivially copyable, its default value is
+// that of no elements, and merge(into, other) adds what comes after `into`.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include <device/ptx.cuh>
+
+namespace rf::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Applies one shuffle to each 32-bit word of a state.
+template <class State, class Shuffle>
+__device__ __forceinline__ State shuffled(const State& s, Shuffle&& shuffle) {
+  static_assert(sizeof(State) % 4 == 0, "a state is shuffled in words of 32 bits");
+  unsigned word[sizeof(State) / 4];
+  memcpy(word, &s, sizeof(State));
+#pragma unroll
+  for (unsigned& w : word) w = shuffle(w);
+  State result;
+  memcpy(&result, word, sizeof(State));
+  return result;
+}
+
+// Over each group of `lanes` (a power of two) neighbouring lanes; all lanes of the warp take part.
+template <class State>
+__device__ __forceinline__ State reduce_lanes(State s, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2)
+    merge(s, shuffled(s, [&](unsigned w) { return __shfl_down_sync(kAllLanes, w, offset, lanes); }));
+  return shuffled(s, [&](unsigned w) { return __shfl_sync(kAllLanes, w, 0, lanes); });
+}
+
+// Over a block of whole warps, once per `scratch`, which holds a state for each of 32 warps.
+template <class State>
+__device__ __forceinline__ State reduce_block(State s, State* scratch) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  s = reduce_lanes(s, kWarp);
+  if (lane == 0) scratch[warp] = s;
+  __syncthreads();
+  return reduce_lanes(lane < warps ? scratch[lane] : State(), kWarp);
+}
+
+// Over the blocks of a cluster, given the block's state; `slot` lies in dynamic shared memory, and no block may leave
+// before a further cluster_sync.
+template <class State>
+__device__ __forceinline__ State reduce_cluster(State s, State* slot) {
+  const int lane = threadIdx.x % kWarp;
+  if (threadIdx.x == 0) *slot = s;
+  ptx::cluster_sync();
+  return reduce_lanes(lane < (int)ptx::cluster_size() ? *ptx::cluster_map(slot, lane) : State(), kWarp);
+}
+
+// Over the threads of a block that share threadIdx.x, once per `scratch`, which holds a state for each thread.
+template <class State>
+__device__ __forceinline__ State reduce_columns(const State& s, State* scratch) {
+  scratch[threadIdx.y * blockDim.x + threadIdx.x] = s;
+  __syncthreads();
+  State result = scratch[threadIdx.x];
+  for (int y = 1; y < (int)blockDim.y; ++y) merge(result, scratch[y * blockDim.x + threadIdx.x]);
+  return result;
+}
+
+}  // namespace rf::cuda
