@@ -16,10 +16,13 @@ inline void check(cudaError_t error, const char* what) {
 
 // What launchers ask about the current device.
 struct Device {
-  int arch;  // 80 for compute capability 8.0
+  int arch;  // what the code in use was compiled for: 80 for compute capability 8.0
   int sms;
   int64_t shared_per_block;  // bytes, the most that a kernel can opt in to
 };
+
+template <class>
+__global__ void nothing() {}
 
 // Read once per device; attributes of a device never need its queue to be empty.
 inline const Device& device() {
@@ -36,7 +39,12 @@ inline const Device& device() {
       return value;
     };
     // Two threads here at once write the same values; sms, which tells that the others are there, comes last.
-    d.arch = 10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    const int capability =
+        10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+    // A build for older devices runs here as PTX, without what newer ones have: there are no clusters in it.
+    cudaFuncAttributes code;
+    check(cudaFuncGetAttributes(&code, (const void*)nothing<void>), "cudaFuncGetAttributes");
+    d.arch = capability < code.ptxVersion ? capability : code.ptxVersion;
     d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     __atomic_store_n(&d.sms, attribute(cudaDevAttrMultiProcessorCount), __ATOMIC_RELEASE);
   }

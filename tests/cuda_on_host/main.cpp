@@ -1,0 +1,116 @@
+// Runs every test on every kind of device that launchers tell apart, under every schedule; what kernels leave in memory
+// must not depend on the schedule.
+#include <chrono>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "device_memory.h"
+#include "tests.h"
+
+namespace test {
+
+int64_t passed = 0, failed = 0;
+bool quick = false;
+static char current[256];
+
+struct Result {
+  uint64_t digest;
+  std::string of;
+};
+static std::vector<Result> results;
+
+void describe(const char* format, ...) {
+  va_list args;
+  va_start(args, format);
+  std::vsnprintf(current, sizeof current, format, args);
+  va_end(args);
+}
+const char* description() { return current; }
+
+bool check(bool ok, const char* format, ...) {
+  if (ok) {
+    ++passed;
+    return true;
+  }
+  constexpr int64_t kPrinted = 12;
+  if (++failed <= kPrinted) {
+    std::printf("FAILED [%s] ", current);
+    va_list args;
+    va_start(args, format);
+    std::vprintf(format, args);
+    va_end(args);
+    std::printf("\n");
+  }
+  return false;
+}
+
+void note_result(const void* p, size_t bytes) {
+  uint64_t digest = 14695981039346656037u;  // FNV-1a
+  for (size_t i = 0; i < bytes; ++i) digest = (digest ^ ((const unsigned char*)p)[i]) * 1099511628211u;
+  results.push_back({digest, current});
+}
+
+}  // namespace test
+
+namespace {
+
+struct Test {
+  const char* name;
+  void (*run)();
+};
+const Test tests[] = {
+    {"faults", test::test_faults}, {"instructions", test::test_instructions}, {"elementwise", test::test_elementwise},
+    {"gemm", test::test_gemm}};
+
+void run_test(const Test& t) {
+  try {
+    t.run();
+  } catch (const std::exception& e) {
+    test::check(false, "%s", e.what());
+  }
+}
+
+// What the kernels of one test left in memory, under one schedule against the first.
+void compare(const std::vector<test::Result>& first, const std::vector<test::Result>& now, const char* schedule) {
+  test::check(first.size() == now.size(), "%zu results, %zu in order %s", first.size(), now.size(), schedule);
+  for (size_t i = 0; i < first.size() && i < now.size(); ++i) {
+    test::describe("%s", first[i].of.c_str());
+    if (!test::check(first[i].digest == now[i].digest, "other results when threads run in order %s", schedule)) return;
+  }
+}
+
+}  // namespace
+
+int main() {
+  const char* only = std::getenv("ONLY");  // part of a name, for debugging
+  for (const int arch : {80, 90}) {
+    cuda_on_host::set_device(arch);
+    for (const Test& t : tests) {
+      if (only && !std::strstr(t.name, only)) continue;
+      const auto start = std::chrono::steady_clock::now();
+      const int64_t before = test::passed + test::failed;
+      std::vector<test::Result> first;
+      for (const auto schedule : cuda_on_host::kSchedules) {
+        cuda_on_host::set_schedule(schedule);
+        test::results.clear();
+        test::describe("%s", t.name);
+        run_test(t);
+        if (schedule == cuda_on_host::kSchedules[0])
+          first = test::results;
+        else
+          compare(first, test::results, cuda_on_host::name(schedule));
+      }
+      const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      std::printf("  sm_%d %-20s %8lld checks %6.2f s\n", arch, t.name,
+                  (long long)(test::passed + test::failed - before), seconds);
+      std::fflush(stdout);
+    }
+  }
+  std::printf("%lld passed, %lld failed\n", (long long)test::passed, (long long)test::failed);
+  return test::failed == 0 && test::passed > 0 ? 0 : 1;
+}

@@ -1,0 +1,396 @@
+// Every access of a kernel's thread is checked: which memory, whose, written before, ordered after the accesses of
+// others. At the end the functions that the compiler calls at each load and store.
+#include <link.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+#include "fibers.h"
+#include "machine.h"
+
+namespace cuda_on_host {
+namespace {
+
+constexpr int kPoison = 0xff;  // a NaN in every floating-point type, -1 in every integer
+constexpr int64_t kDynamicAlignment = 1024;
+
+// ---- buffers on the device -----------------------------------------------------------------------------------------
+
+struct Buffer {
+  uintptr_t begin, end;
+  bool writable;
+};
+std::vector<Buffer> buffers;  // by address, apart from one another
+std::mutex buffers_mutex;
+size_t last_found = 0;
+
+size_t first_buffer_after(uintptr_t p) {
+  return std::upper_bound(buffers.begin(), buffers.end(), p, [](uintptr_t x, const Buffer& b) { return x < b.begin; }) -
+         buffers.begin();
+}
+
+const Buffer* buffer_with(uintptr_t p) {
+  if (last_found < buffers.size() && p - buffers[last_found].begin < buffers[last_found].end - buffers[last_found].begin)
+    return &buffers[last_found];
+  const size_t after = first_buffer_after(p);
+  if (after == 0 || p >= buffers[after - 1].end) return nullptr;
+  last_found = after - 1;
+  return &buffers[last_found];
+}
+
+// "8 bytes at 4 past the end of a buffer of 400"
+std::string where_outside(uintptr_t p, int64_t bytes) {
+  const size_t after = first_buffer_after(p);
+  char text[160];
+  const uintptr_t past = after > 0 ? p - buffers[after - 1].end : ~uintptr_t(0);
+  const uintptr_t before = after < buffers.size() ? buffers[after].begin - p : ~uintptr_t(0);
+  if (after > 0 && p < buffers[after - 1].end)
+    std::snprintf(text, sizeof text, "%lld bytes at %lld of a buffer of %lld", (long long)bytes,
+                  (long long)(p - buffers[after - 1].begin),
+                  (long long)(buffers[after - 1].end - buffers[after - 1].begin));
+  else if (past == ~uintptr_t(0) && before == ~uintptr_t(0))
+    std::snprintf(text, sizeof text, "%lld bytes at %p, and there are no buffers", (long long)bytes, (void*)p);
+  else if (past <= before)
+    std::snprintf(text, sizeof text, "%lld bytes at %lld past the end of a buffer of %lld", (long long)bytes,
+                  (long long)past, (long long)(buffers[after - 1].end - buffers[after - 1].begin));
+  else
+    std::snprintf(text, sizeof text, "%lld bytes at %lld before a buffer of %lld", (long long)bytes, (long long)before,
+                  (long long)(buffers[after].end - buffers[after].begin));
+  return text;
+}
+
+// ---- this module's own data ----------------------------------------------------------------------------------------
+
+// Its thread-local memory is the kernels' static shared memory: nothing in the emulator but this lives there.
+thread_local char fixed_anchor;
+
+struct Module {
+  std::vector<std::pair<uintptr_t, uintptr_t>> segments;
+  char* fixed = nullptr;
+  int64_t fixed_bytes = 0;
+} module_data;
+
+int look_at_module(dl_phdr_info* info, size_t, void*) {
+  const uintptr_t self = (uintptr_t)&look_at_module;
+  std::vector<std::pair<uintptr_t, uintptr_t>> segments;
+  bool mine = false;
+  char* fixed = nullptr;
+  int64_t bytes = 0;
+  for (int i = 0; i < info->dlpi_phnum; ++i) {
+    const auto& h = info->dlpi_phdr[i];
+    if (h.p_type == PT_LOAD) {
+      const uintptr_t begin = info->dlpi_addr + h.p_vaddr;
+      segments.push_back({begin, begin + h.p_memsz});
+      mine = mine || (begin <= self && self < begin + h.p_memsz);
+    } else if (h.p_type == PT_TLS) {
+      fixed = (char*)info->dlpi_tls_data;
+      bytes = (int64_t)h.p_memsz;
+    }
+  }
+  if (!mine) return 0;
+  module_data = {segments, fixed, bytes};
+  return 1;
+}
+
+// ---- shared memory -------------------------------------------------------------------------------------------------
+
+Stamp now(const Thread& t) { return {t.number, t.time, t.block->epoch, machine.cluster_epoch}; }
+
+// Whether an access lies before the thread's present, whatever the order in which threads run.
+bool ordered(const Thread& t, const Stamp& s) {
+  if (s.thread < 0 || s.thread == t.number) return true;
+  const Block& b = *t.block;
+  if (s.thread / machine.block_threads != b.rank) return s.cluster_epoch < machine.cluster_epoch;
+  if (s.epoch < b.epoch) return true;
+  const int local = s.thread - b.rank * machine.block_threads;
+  return local < (int)t.seen.size() && t.seen[local] >= s.time;
+}
+
+std::string whom(const Stamp& s) { return "thread " + std::to_string(s.thread % machine.block_threads); }
+
+[[noreturn]] void race(const Stamp& other, const char* mine, const char* theirs, int64_t offset, const void* address) {
+  fault(Kind::race,
+        std::string(mine) + " of shared memory (byte " + std::to_string(offset) + ") and a " + theirs + " by " +
+            whom(other) + " with no barrier between them",
+        address);
+}
+
+void note_read(Thread& t, Cell& c) {
+  const Stamp mine = now(t);
+  if (!ordered(t, c.read)) {
+    if (c.more_reads < 0) {
+      c.more_reads = (int32_t)machine.more_reads.size();
+      machine.more_reads.emplace_back();
+    }
+    auto& more = machine.more_reads[c.more_reads];
+    bool listed = false;
+    for (Stamp& s : more)
+      if (s.thread == mine.thread) s = mine, listed = true;
+    if (!listed) more.push_back(mine);
+    return;
+  }
+  c.read = mine;
+}
+
+void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, int64_t bytes, Access access,
+                  const void* address) {
+  const int64_t offset = p - range.begin;
+  if (offset + bytes > range.bytes)
+    fault(Kind::out_of_bounds, "shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
+                                   " of " + std::to_string(range.bytes),
+          address);
+  const bool writes = access != Access::read, atomic = access == Access::atomic;
+  for (int64_t i = offset; i < offset + bytes; ++i) {
+    Cell& c = range.cells[i];
+    if (c.generation != owner.generation) {
+      c = Cell();
+      c.generation = owner.generation;
+    }
+    if (c.copy_under_way)
+      fault(Kind::copy_under_way, "shared memory (byte " + std::to_string(i) + ") used before the wait for the copy of " +
+                                      whom(c.write) + " into it",
+            address);
+    if (access != Access::write && c.write.thread < 0)
+      fault(Kind::unwritten, "shared memory (byte " + std::to_string(i) + ") read before it was written", address);
+    const bool both_atomic = atomic && c.by_atomic;
+    if (!both_atomic && !ordered(t, c.write)) race(c.write, writes ? "write" : "read", "write", i, address);
+    if (writes) {
+      if (!ordered(t, c.read)) race(c.read, "write", "read", i, address);
+      if (c.more_reads >= 0)
+        for (const Stamp& s : machine.more_reads[c.more_reads])
+          if (!ordered(t, s)) race(s, "write", "read", i, address);
+      c.write = now(t);
+      c.by_atomic = atomic;
+      c.read = Stamp();
+      c.more_reads = -1;
+    } else {
+      note_read(t, c);
+    }
+  }
+}
+
+}  // namespace
+
+bool inside_stack(const Thread& t, const void* p) {
+  return (uintptr_t)p - (uintptr_t)stack_of(t.number) < (uintptr_t)kStackBytes;
+}
+
+void check_access(const void* p, int64_t bytes, Access access, const void* address) {
+  Thread& t = *machine.current;
+  if (inside_stack(t, p)) return;
+  step(t);
+  Block& b = *t.block;
+  if (b.dynamic.contains(p)) return check_shared(t, b, b.dynamic, (const char*)p, bytes, access, address);
+  if (b.fixed.contains(p)) return check_shared(t, b, b.fixed, (const char*)p, bytes, access, address);
+  const uintptr_t at = (uintptr_t)p;
+  Buffer found = {0, 0, false};
+  {
+    // A fault leaves this function without unwinding it, so none is found while the lock is held.
+    const std::lock_guard<std::mutex> lock(buffers_mutex);
+    if (const Buffer* b = buffer_with(at)) found = *b;
+  }
+  if (at + (uintptr_t)bytes <= found.end) {
+    if (access == Access::read || found.writable) return;
+    fault(Kind::read_only, "a write to an input, at byte " + std::to_string(at - found.begin), address);
+  }
+  for (Block& other : machine.blocks)
+    if (other.dynamic.contains(p)) {
+      if (other.live == 0) fault(Kind::out_of_bounds, "shared memory of a block that has ended", address);
+      return check_shared(t, other, other.dynamic, (const char*)p, bytes, access, address);
+    }
+  const Launch& l = *machine.launch;
+  if (access == Access::read) {
+    if (at - (uintptr_t)l.parameters < l.parameter_bytes) return;
+    for (const auto& s : module_data.segments)
+      if (s.first <= at && at < s.second) return;
+  }
+  std::string text = std::string(access == Access::read ? "read" : "write") + " out of bounds: ";
+  for (const Thread& other : machine.threads)
+    if (inside_stack(other, p)) fault(Kind::out_of_bounds, text + "a local variable of another thread", address);
+  fault(Kind::out_of_bounds, text + where_outside(at, bytes), address);
+}
+
+void add_buffer(const void* p, size_t bytes, bool writable) {
+  if (bytes == 0) return;
+  const std::lock_guard<std::mutex> lock(buffers_mutex);
+  const Buffer added = {(uintptr_t)p, (uintptr_t)p + bytes, writable};
+  buffers.insert(buffers.begin() + (long)first_buffer_after(added.begin), added);
+}
+
+void remove_buffer(const void* p) {
+  const std::lock_guard<std::mutex> lock(buffers_mutex);
+  const size_t after = first_buffer_after((uintptr_t)p);
+  if (after > 0 && buffers[after - 1].begin == (uintptr_t)p) buffers.erase(buffers.begin() + (long)after - 1);
+}
+
+void prepare_memory(int64_t shared_bytes, int cluster) {
+  fixed_anchor = 0;  // so that this thread has its copy
+  dl_iterate_phdr(look_at_module, nullptr);
+  static std::vector<std::vector<char>> memory;
+  memory.resize(std::max<size_t>(memory.size(), (size_t)cluster));
+  for (int rank = 0; rank < cluster; ++rank) {
+    Block& b = machine.blocks[rank];
+    // Unused space all around, so that an index just out of range does not meet another block's memory.
+    const int64_t wanted = shared_bytes + 4 * kDynamicAlignment;
+    if ((int64_t)memory[rank].size() < wanted) memory[rank].resize(wanted);
+    const uintptr_t base = (uintptr_t)memory[rank].data() + kDynamicAlignment;
+    b.dynamic.begin = (char*)((base + kDynamicAlignment - 1) / kDynamicAlignment * kDynamicAlignment);
+    b.dynamic.bytes = shared_bytes;
+    b.dynamic.cells.resize(shared_bytes);
+    b.fixed.begin = module_data.fixed;
+    b.fixed.bytes = module_data.fixed_bytes;
+    b.fixed.cells.resize(module_data.fixed_bytes);
+    b.fixed_data.assign(cluster > 1 ? module_data.fixed_bytes : 0, 0);
+  }
+}
+
+void start_block_memory(Block& b) { std::memset(b.dynamic.begin, kPoison, b.dynamic.bytes); }
+
+void load_fixed(Block& b) {
+  if (machine.loaded == &b) return;
+  if (machine.loaded && !machine.loaded->fixed_data.empty())
+    std::memcpy(machine.loaded->fixed_data.data(), b.fixed.begin, b.fixed.bytes);
+  if (!b.fixed_data.empty()) std::memcpy(b.fixed.begin, b.fixed_data.data(), b.fixed.bytes);
+  machine.loaded = &b;
+}
+
+void* dynamic_shared() { return machine.current->block->dynamic.begin; }
+
+void* cluster_map(void* shared, unsigned rank, Site site) {
+  const Block& b = *machine.current->block;
+  if (rank >= machine.blocks.size()) fault(Kind::out_of_bounds, "cluster_map: a rank beyond the cluster", site);
+  if (!b.dynamic.contains(shared))
+    fault(Kind::out_of_bounds, "cluster_map: a pointer that is not to dynamic shared memory", site);
+  return machine.blocks[rank].dynamic.begin + ((char*)shared - b.dynamic.begin);
+}
+
+// ---- asynchronous copies: made when they are waited for, so that whoever uses them earlier is found out ------------
+
+namespace {
+SharedRange& range_of(Block& b, const void* p, Site site) {
+  if (b.dynamic.contains(p)) return b.dynamic;
+  if (b.fixed.contains(p)) return b.fixed;
+  fault(Kind::out_of_bounds, "cp.async: a destination that is not in shared memory", site);
+}
+void mark_copy(Thread& t, char* to, int64_t bytes, bool under_way, Site site) {
+  SharedRange& range = range_of(*t.block, to, site);
+  for (int64_t i = to - range.begin, end = i + bytes; i < end; ++i) {
+    range.cells[i].copy_under_way = under_way;
+    range.cells[i].write = now(t);
+  }
+}
+}  // namespace
+
+void copy_async(void* shared, const void* global, int bytes, int valid, Site site) {
+  Thread& t = *machine.current;
+  const void* address = __builtin_return_address(0);
+  if (valid < 0 || valid > bytes) fault(Kind::out_of_bounds, "cp.async: more valid bytes than bytes", site);
+  if ((uintptr_t)shared % (uintptr_t)bytes || (uintptr_t)global % (uintptr_t)bytes)
+    fault(Kind::misaligned, "cp.async: both addresses are aligned to the " + std::to_string(bytes) + " bytes", site);
+  range_of(*t.block, shared, site);
+  check_access(shared, bytes, Access::write, address);
+  if (valid) check_access(global, valid, Access::read, address);
+  mark_copy(t, (char*)shared, bytes, true, site);
+  t.copies.push_back({(char*)shared, (const char*)global, bytes, valid});
+}
+
+void copy_async_commit() {
+  Thread& t = *machine.current;
+  size_t grouped = 0;
+  for (size_t n : t.copy_groups) grouped += n;
+  t.copy_groups.push_back(t.copies.size() - grouped);
+}
+
+void copy_async_wait(int pending) {
+  Thread& t = *machine.current;
+  while ((int)t.copy_groups.size() > pending) {
+    const auto end = t.copies.begin() + (long)t.copy_groups.front();
+    for (auto c = t.copies.begin(); c != end; ++c) {
+      std::memcpy(c->to, c->from, (size_t)c->valid);
+      std::memset(c->to + c->valid, 0, (size_t)(c->bytes - c->valid));
+      mark_copy(t, c->to, c->bytes, false, Site::here());
+    }
+    t.copies.erase(t.copies.begin(), end);
+    t.copy_groups.erase(t.copy_groups.begin());
+  }
+}
+
+AtomicAccess::AtomicAccess(void* p, size_t size) : memory(p), size(size) {
+  if (!running()) return;
+  if ((uintptr_t)p % size) fault(Kind::misaligned, "an atomic operation", __builtin_return_address(0));
+  check_access(p, (int64_t)size, Access::atomic, __builtin_return_address(0));
+}
+void AtomicAccess::load(void* value) { std::memcpy(value, memory, size); }
+void AtomicAccess::store(const void* value) { std::memcpy(memory, value, size); }
+
+}  // namespace cuda_on_host
+
+// ---- what the compiler calls ---------------------------------------------------------------------------------------
+
+using cuda_on_host::Access;
+using cuda_on_host::Kind;
+
+namespace {
+
+void on_access(const void* p, int64_t bytes, Access access, const void* address) {
+  if (cuda_on_host::running() && bytes > 0) cuda_on_host::check_access(p, bytes, access, address);
+}
+
+// As libubsan passes them.
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+struct OutOfBoundsData {
+  SourceLocation location;
+  const void *array_type, *index_type;
+};
+struct TypeMismatchData {
+  SourceLocation location;
+  const void* type;
+  unsigned char log_alignment, kind;
+};
+
+}  // namespace
+
+extern "C" {
+
+#define RF_HOOK(name, bytes, access) \
+  void name(void* p) { on_access(p, bytes, access, __builtin_return_address(0)); }
+#define RF_HOOKS(bytes)                                              \
+  RF_HOOK(__tsan_read##bytes, bytes, Access::read)                   \
+  RF_HOOK(__tsan_write##bytes, bytes, Access::write)                 \
+  RF_HOOK(__tsan_volatile_read##bytes, bytes, Access::read)          \
+  RF_HOOK(__tsan_volatile_write##bytes, bytes, Access::write)
+RF_HOOKS(1)
+RF_HOOKS(2)
+RF_HOOKS(4)
+RF_HOOKS(8)
+RF_HOOKS(16)
+void __tsan_read_range(void* p, size_t n) { on_access(p, (int64_t)n, Access::read, __builtin_return_address(0)); }
+void __tsan_write_range(void* p, size_t n) { on_access(p, (int64_t)n, Access::write, __builtin_return_address(0)); }
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_read(void*) {}
+void __tsan_vptr_update(void*, void*) {}
+
+void __ubsan_handle_out_of_bounds(void* data, uintptr_t index) {
+  const auto* d = (const OutOfBoundsData*)data;
+  if (!cuda_on_host::running()) std::abort();
+  cuda_on_host::fault(Kind::out_of_bounds, "index " + std::to_string((intptr_t)index) + " of an array",
+                      cuda_on_host::Site{d->location.file, (int)d->location.line});
+}
+
+void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t p) {
+  const auto* d = (const TypeMismatchData*)data;
+  if (!cuda_on_host::running()) std::abort();
+  cuda_on_host::fault(Kind::misaligned,
+                      "an access that needs alignment to " + std::to_string(1 << d->log_alignment) + " bytes, at " +
+                          std::to_string(p % (uintptr_t(1) << d->log_alignment)) + " beyond one",
+                      cuda_on_host::Site{d->location.file, (int)d->location.line});
+}
+
+}  // extern "C"

@@ -1,0 +1,257 @@
+// The matrix product through launch_gemm: every kernel, every arrangement of the operands, tails, split K, epilogues.
+#include <cmath>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "activation_reference.h"
+#include "device_memory.h"
+#include "gemm.h"
+#include "tests.h"
+#include "../../csrc/cuda/tuning.h"
+
+namespace test {
+namespace {
+
+using rf::cuda::GemmLoad;
+using rf::cuda::GemmPlan;
+
+// aligned has rows padded to 16 bytes, which contiguous ones may be by chance; expanded repeats its first row.
+enum class Layout { aligned, contiguous, column_major, aligned_columns, strided, collapsed, expanded };
+constexpr Layout kLayouts[] = {Layout::aligned, Layout::contiguous, Layout::column_major, Layout::aligned_columns,
+                               Layout::strided, Layout::collapsed,  Layout::expanded};
+constexpr const char* kLayoutNames[] = {"aligned", "contiguous", "column_major", "aligned_columns",
+                                        "strided", "collapsed",  "expanded"};
+
+template <class T>
+rf::MatrixView arrange(Layout layout, int64_t rows, int64_t columns) {
+  const auto padded = [](int64_t n) { return (n + 16) / 16 * 16; };
+  switch (layout) {
+    case Layout::aligned:
+      return {nullptr, 1, padded(columns), 0, 1};
+    case Layout::contiguous:
+      return {nullptr, 1, columns, 0, 1};
+    case Layout::column_major:
+      return {nullptr, 1, 1, 0, rows + 1};
+    case Layout::aligned_columns:
+      return {nullptr, 1, 1, 0, padded(rows)};
+    case Layout::strided:
+      return {nullptr, 1, 2 * columns + 1, 0, 2};
+    case Layout::collapsed:
+      return {nullptr, 4, 4 * columns + 7, columns + 1, 1};
+    case Layout::expanded:
+      return {nullptr, 1, 0, 0, 1};
+  }
+  return {};
+}
+
+template <class T>
+struct Matrix {
+  rf::MatrixView view;
+  Buffer<T> memory;
+  Lent lent;
+
+  template <class F>
+  Matrix(Layout layout, int64_t rows, int64_t columns, F&& generate)
+      : view(arrange<T>(layout, rows, columns)),
+        memory(input<T>(elements(rows, columns), generate, aligned(layout) ? Guard::before : Guard::behind)),
+        lent(static_cast<const Buffer<T>&>(memory)) {
+    view.data = memory.data();
+  }
+  double value(int64_t r, int64_t c) const { return memory.value(view.row_offset(r) + c * view.col_stride); }
+
+ private:
+  static bool aligned(Layout l) { return l == Layout::aligned || l == Layout::aligned_columns; }
+  int64_t elements(int64_t rows, int64_t columns) const {
+    if (rows == 0 || columns == 0) return 0;
+    int64_t last = 0;
+    for (int64_t r = 0; r < rows; ++r) last = std::max(last, view.row_offset(r));
+    return last + (columns - 1) * view.col_stride + 1;
+  }
+};
+
+struct Call {
+  int64_t m, n, k;
+  Layout a, b;
+  bool a_transposed, b_transposed, bias, preactivation;
+  Activation activation;
+  bool tf32;
+};
+
+// To 11 significant bits, ties away from zero, as operands become tf32.
+double rounded_to_tf32(double x) {
+  if (x == 0 || !std::isfinite(x)) return x;
+  const int e = std::ilogb(x) - 10;
+  return std::ldexp(std::round(std::ldexp(x, -e)), e);
+}
+
+std::set<std::string> kernels_run;
+
+template <class T>
+void product(const Call& c, Random& random) {
+  const bool tf32 = c.tf32 && std::is_same_v<T, float>;
+  const auto value = [&] { return random.spiky() / 2; };
+  Matrix<T> a(c.a, c.a_transposed ? c.k : c.m, c.a_transposed ? c.m : c.k, value);
+  Matrix<T> b(c.b, c.b_transposed ? c.n : c.k, c.b_transposed ? c.k : c.n, value);
+  const Buffer<T> bias = input<T>(c.n, value, Guard::behind);
+  const int64_t stride = random.chance(0.5) ? (c.n + 7) / 8 * 8 : c.n + random.integer(0, 2);
+  const int64_t size = (c.m - 1) * stride + c.n, shift = random.chance(0.5) ? 0 : random.integer(0, 3);
+  Buffer<T> y(size, Guard::before, shift), z(size, Guard::before, shift);
+
+  rf::cuda::Gemm g = {};
+  g.m = c.m;
+  g.n = c.n;
+  g.k = c.k;
+  g.a = a.view;
+  g.a_transposed = c.a_transposed;
+  g.b = b.view;
+  g.b_transposed = c.b_transposed;
+  g.c = y.data();
+  g.c_stride = stride;
+  g.bias = c.bias ? bias.data() : nullptr;
+  g.activation = c.activation;
+  g.preactivation = c.preactivation ? z.data() : nullptr;
+  const rf::DType dtype = Format<T>::dtype;
+  const GemmPlan plan = rf::cuda::gemm_plan(dtype, c.tf32, g);
+  // Its first contents are NaN bits: a sum that is read before it is written would show.
+  Buffer<char> workspace(rf::cuda::gemm_workspace(dtype, c.tf32, g));
+  g.workspace = workspace.data();
+  char name[80];
+  std::snprintf(name, sizeof name, "%s%s tile %d load %d %s", Format<T>::name, tf32 ? " tf32" : "", plan.tile_m,
+                plan.tensor_cores ? (int)plan.load : -1, plan.splits > 1 ? "split" : "whole");
+  kernels_run.insert(name);
+  describe("gemm %s m=%lld n=%lld k=%lld a=%s%s b=%s%s bias=%d pre=%d %s: %s", Format<T>::name, (long long)c.m,
+           (long long)c.n, (long long)c.k, kLayoutNames[(int)c.a], c.a_transposed ? "^T" : "", kLayoutNames[(int)c.b],
+           c.b_transposed ? "^T" : "", c.bias, c.preactivation, kActivationNames[(int)c.activation], name);
+  {
+    Lent lent_bias(bias), lent_workspace(workspace), lent_y(y), lent_z(z);
+    rf::cuda::launch_gemm(dtype, c.tf32, g, nullptr);
+  }
+
+  std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
+  const auto operand = [&](double x) { return tf32 ? rounded_to_tf32(x) : x; };
+  for (int64_t i = 0; i < c.m; ++i)
+    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = operand(c.a_transposed ? a.value(k, i) : a.value(i, k));
+  for (int64_t j = 0; j < c.n; ++j)
+    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = operand(c.b_transposed ? b.value(j, k) : b.value(k, j));
+  {
+    Comparison<T> of_y("c"), of_z("pre-activation");
+    for (int64_t i = 0; i < c.m; ++i)
+      for (int64_t j = 0; j < c.n; ++j) {
+        double sum = 0, units = 0;
+        const double *p = rows.data() + i * c.k, *q = columns.data() + j * c.k;
+        for (int64_t k = 0; k < c.k; ++k) {
+          sum += p[k] * q[k];
+          units += std::fabs(p[k] * q[k]);
+        }
+        units *= long_sum_error(c.k);
+        if (c.bias) {
+          sum += bias.value(j);
+          units += 2 * (std::fabs(sum) + std::fabs(bias.value(j)));
+        }
+        const int64_t at = i * stride + j;
+        if (c.preactivation) of_z.add(z.result(at), sum, units, at);
+        // No activation here is steeper than 1.13.
+        const double through =
+            c.activation == Activation::none ? units : 1.13 * units + activate_units(c.activation, sum);
+        of_y.add(y.result(at), activate(c.activation, sum), through, at);
+      }
+  }
+  CHECK(y.rest_untouched() && z.rest_untouched());
+}
+
+template <class T>
+void random_products(int count, Random& random, bool tf32) {
+  constexpr int64_t kExtents[] = {1, 2, 3, 7, 8, 9, 15, 16, 17, 32, 33, 40, 63, 64, 65, 72, 100};
+  constexpr int64_t kDepths[] = {0, 1, 2, 7, 8, 15, 16, 17, 31, 32, 33, 64, 65, 100, 130};
+  for (int i = 0; i < count; ++i) {
+    Call c = {};
+    c.m = random.pick(kExtents);
+    c.n = random.pick(kExtents);
+    c.k = random.pick(kDepths);
+    const auto layout = [&] { return random.chance(0.3) ? Layout::aligned : random.pick(kLayouts); };
+    c.a = layout();
+    c.b = layout();
+    c.a_transposed = random.chance(0.4);
+    c.b_transposed = random.chance(0.5);
+    c.bias = random.chance(0.5);
+    c.preactivation = random.chance(0.3);
+    c.activation = random.chance(0.4) ? Activation::none : random.pick(kActivations);
+    c.tf32 = tf32;
+    product<T>(c, random);
+  }
+}
+
+// Each kernel by name: operands along and across K, tiles of both sizes with ragged edges, K whole and split.
+template <class T>
+void chosen_products(Random& random, bool tf32) {
+  // Two parts of K and a ragged end, whatever the stages' depth.
+  namespace tuning = rf::cuda::tuning;
+  const bool tensor_cores = tf32 || sizeof(T) == 2;
+  const int64_t depth = tensor_cores ? tuning::kGemmDepthBytes / (int64_t)sizeof(T) : tuning::SimtSmall::Depth;
+  const int64_t deep = 2 * tuning::kGemmLeastStages * depth + 5;
+  for (bool split : {false, true})
+    for (bool large : {false, true}) {
+      // Large tiles are taken if they fill the three SMs of the emulated device; four of them leave nothing to split.
+      const int64_t m = large && !split ? 200 : large ? 100 : 50, n = large ? 150 : 70, k = split ? deep : 75;
+      for (auto [at, bt] : {std::pair(false, true), {false, false}, {true, false}})
+        product<T>({m, n, k, Layout::aligned, Layout::aligned, at, bt, true, true, Activation::gelu, tf32}, random);
+      product<T>({m, n, k, Layout::strided, Layout::aligned, false, true, true, false, Activation::none, tf32}, random);
+    }
+}
+
+// A block reads its operands' NaN as they are, and nothing of them where it pads.
+template <class T>
+void special_values(bool tf32) {
+  for (bool b_transposed : {false, true})
+    for (Layout layout : {Layout::aligned, Layout::contiguous}) {
+      constexpr int64_t m = 21, n = 37, k = 45, bad = 9;
+      describe("gemm %s: NaN stays in its row", Format<T>::name);
+      int64_t at = 0;
+      Matrix<T> a(Layout::contiguous, m, k, [&] { return at++ == bad * k + 20 ? kNaN : 0.5; });
+      Matrix<T> b(layout, b_transposed ? n : k, b_transposed ? k : n, [] { return 1.0; });
+      Buffer<T> y(m * n);
+      rf::cuda::Gemm g = {};
+      g.m = m;
+      g.n = n;
+      g.k = k;
+      g.a = a.view;
+      g.b = b.view;
+      g.b_transposed = b_transposed;
+      g.c = y.data();
+      g.c_stride = n;
+      g.activation = Activation::relu;
+      {
+        Lent lent(y);
+        rf::cuda::launch_gemm(Format<T>::dtype, tf32, g, nullptr);
+      }
+      bool right = true;
+      for (int64_t i = 0; i < m * n; ++i)
+        right = right && (i / n == bad ? std::isnan(y.value(i)) : y.value(i) == 0.5 * (double)k);
+      CHECK(right);
+    }
+}
+
+template <class T>
+void all(bool tf32) {
+  Random random(1700 + (int)Format<T>::dtype + (tf32 ? 10 : 0));
+  random_products<T>(25, random, tf32);
+  chosen_products<T>(random, tf32);
+  special_values<T>(tf32);
+}
+
+}  // namespace
+
+void test_gemm() {
+  all<float>(false);
+  all<float>(true);
+  all<double>(false);
+  all<bf16>(false);
+  all<f16>(false);
+  describe("gemm: kernels run");
+  // Tensor cores: three types, whole and split; three ways to copy in two tiles, single elements in one. Without them:
+  // float32 in two tiles, float64 in one.
+  CHECK(kernels_run.size() == 3 * 2 * (3 * 2 + 1) + 2 * (2 + 1));
+}
+
+}  // namespace test

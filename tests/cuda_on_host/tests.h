@@ -1,0 +1,11 @@
+// The tests, one function per file.
+#pragma once
+
+namespace test {
+
+void test_faults();
+void test_instructions();
+void test_elementwise();
+void test_gemm();
+
+}  // namespace test
