@@ -48,8 +48,9 @@ void warp_call(unsigned mask, const char* what, void* payload, Finish finish, Si
   if (!(mask >> t.lane & 1)) fault(Kind::divergence, std::string(what) + " by a lane that its mask leaves out", site);
   for (int l = 0; l < count; ++l) {
     const WarpCall& other = lanes[l].call;
-    if (!other.pending || !(other.mask >> t.lane & 1)) continue;  // else it does not wait for this lane
-    if (other.mask != mask || other.site.line != site.line || !same_text(other.what, what) ||
+    // One that waits with another mask may find this lane there later, or never: then nobody can go on.
+    if (!other.pending || other.mask != mask) continue;
+    if (other.site.line != site.line || !same_text(other.what, what) ||
         !same_text(other.site.file, site.file))
       fault(Kind::divergence,
             std::string(what) + " while lane " + std::to_string(l) + " waits at " + other.what + ", " + place(other.site),
