@@ -54,6 +54,20 @@ constexpr int kColumnsThreads = 512, kColumnsBlock = 128, kElementsAhead = 8;
 constexpr int kTotalThreads = 512;
 constexpr int64_t kTotalRows = 8192;
 
+// ---- elementwise ---------------------------------------------------------------------------------------------------
+
+// A vector of 16 bytes per thread: at full occupancy 32 KiB per SM are in flight, and 18 suffice (above).
+constexpr int kElementwiseThreads = 256;
+
+// Vectors that a thread adds up before its block does: 64 additions in float32 at most, each a load of its own, and a
+// block's reduction (2 barriers, 1 us) for 32 KiB of each operand.
+constexpr int kSumThreads = 256, kSumVectors = 8;
+
+// Column sums: blocks for each SM (256 threads of 64 registers: four fill it); rows that a thread adds up at least, so
+// that reducing over a block's threads is a small part; parts at most, which a column's second sum goes through in 32
+// steps.
+constexpr int kColumnSumBlocksPerSm = 4, kColumnSumLeastRows = 8, kColumnSumMostParts = 256;
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
 // Bytes of K in a stage: two steps of the tensor core instructions, so that fragments of one are loaded while those of
