@@ -18,11 +18,11 @@ int64_t passed = 0, failed = 0;
 bool quick = false;
 static char current[256];
 
-struct Result {
+struct Digest {
   uint64_t digest;
   std::string of;
 };
-static std::vector<Result> results;
+static std::vector<Digest> results;
 
 void describe(const char* format, ...) {
   va_list args;
@@ -65,7 +65,7 @@ struct Test {
 };
 const Test tests[] = {
     {"faults", test::test_faults}, {"instructions", test::test_instructions}, {"elementwise", test::test_elementwise},
-    {"gemm", test::test_gemm}};
+    {"softmax", test::test_softmax}, {"cross_entropy", test::test_cross_entropy}, {"gemm", test::test_gemm}};
 
 void run_test(const Test& t) {
   try {
@@ -76,7 +76,7 @@ void run_test(const Test& t) {
 }
 
 // What the kernels of one test left in memory, under one schedule against the first.
-void compare(const std::vector<test::Result>& first, const std::vector<test::Result>& now, const char* schedule) {
+void compare(const std::vector<test::Digest>& first, const std::vector<test::Digest>& now, const char* schedule) {
   test::check(first.size() == now.size(), "%zu results, %zu in order %s", first.size(), now.size(), schedule);
   for (size_t i = 0; i < first.size() && i < now.size(); ++i) {
     test::describe("%s", first[i].of.c_str());
@@ -94,7 +94,7 @@ int main() {
       if (only && !std::strstr(t.name, only)) continue;
       const auto start = std::chrono::steady_clock::now();
       const int64_t before = test::passed + test::failed;
-      std::vector<test::Result> first;
+      std::vector<test::Digest> first;
       for (const auto schedule : cuda_on_host::kSchedules) {
         cuda_on_host::set_schedule(schedule);
         test::results.clear();

@@ -6,6 +6,8 @@ namespace test {
 void test_faults();
 void test_instructions();
 void test_elementwise();
+void test_softmax();
+void test_cross_entropy();
 void test_gemm();
 
 }  // namespace test
