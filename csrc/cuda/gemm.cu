@@ -49,33 +49,17 @@ GemmLoad load_of(const GemmOperand& a, const GemmOperand& b, int64_t element_siz
   return a.across_k ? GemmLoad::across_across : b.across_k ? GemmLoad::along_across : GemmLoad::along_along;
 }
 
-bool on_tensor_cores(DType dtype, bool tf32) {
-  return dtype == DType::bf16 || dtype == DType::f16 || (dtype == DType::f32 && tf32);
-}
-
 // ---- the plan ------------------------------------------------------------------------------------------------------
 
-// Large tiles if they fill the SMs, with K split if need be; then K in as many parts as fill them once.
-GemmPlan plan_tiles(const Gemm& g, bool large_exists, int large_m, int large_n, int small_m, int small_n, int depth) {
-  const int64_t sms = device().sms, stages = std::max<int64_t>(1, ceil_div(g.k, depth));
-  const int64_t most = std::clamp<int64_t>(stages / tuning::kGemmLeastStages, 1, tuning::kGemmMostSplits);
-  const auto tiles = [&](int m, int n) { return ceil_div(g.m, m) * ceil_div(g.n, n); };
-  const bool large = large_exists && g.m > small_m && g.n > small_n && tiles(large_m, large_n) * most >= sms;
-  GemmPlan p = large ? GemmPlan{large_m, large_n, 0, 1} : GemmPlan{small_m, small_n, 0, 1};
-  const int64_t parts = std::clamp<int64_t>(sms * tuning::kGemmBlocksPerSm / tiles(p.tile_m, p.tile_n), 1, most);
-  p.k_per_split = ceil_div(stages, parts) * depth;
-  p.splits = (int)std::max<int64_t>(1, ceil_div(g.k, p.k_per_split));
-  return p;
+struct Tiles {
+  int large_m, large_n, small_m, small_n, depth;
+};
+using tuning::GemmLarge, tuning::GemmSmall, tuning::SimtLarge, tuning::SimtSmall;
+constexpr Tiles kSimtTiles = {SimtLarge::M, SimtLarge::N, SimtSmall::M, SimtSmall::N, SimtSmall::Depth};
+static_assert(SimtLarge::Depth == SimtSmall::Depth, "K is divided before the tile is chosen");
+constexpr Tiles tensor_core_tiles(DType dtype) {
+  return {GemmLarge::M, GemmLarge::N, GemmSmall::M, GemmSmall::N, tuning::kGemmDepthBytes / (int)size_of(dtype)};
 }
-
-GemmPlan plan_of(DType dtype, bool tf32, const Gemm& g, GemmLoad load) {
-  using tuning::GemmLarge, tuning::GemmSmall, tuning::SimtLarge, tuning::SimtSmall;
-  if (on_tensor_cores(dtype, tf32))
-    return plan_tiles(g, load != GemmLoad::elements, GemmLarge::M, GemmLarge::N, GemmSmall::M, GemmSmall::N,
-                      tuning::kGemmDepthBytes / (int)size_of(dtype));
-  return plan_tiles(g, dtype == DType::f32, SimtLarge::M, SimtLarge::N, SimtSmall::M, SimtSmall::N, SimtSmall::Depth);
-}
-static_assert(tuning::SimtLarge::Depth == tuning::SimtSmall::Depth, "K is divided before the tile is chosen");
 
 // What REGFAST_CUDA_GEMM asks for, if anything.
 std::optional<GemmKernel> forced_kernel() {
@@ -124,13 +108,33 @@ __global__ void __launch_bounds__(kFinishThreads) finish_split(GemmTask task, in
 
 }  // namespace
 
+// Large tiles if they fill the SMs, with K split if need be; then K in as many parts as fill them once.
+GemmPlan gemm_plan(DType dtype, bool tf32, const Gemm& g) {
+  GemmPlan p = {};
+  p.tensor_cores = dtype == DType::bf16 || dtype == DType::f16 || (dtype == DType::f32 && tf32);
+  p.load = load_of(operand(g.a, g.a_transposed, g.m, g.k), operand(g.b, !g.b_transposed, g.n, g.k), size_of(dtype));
+  const Tiles t = p.tensor_cores ? tensor_core_tiles(dtype) : kSimtTiles;
+  const bool large_exists = p.tensor_cores ? p.load != GemmLoad::elements : dtype == DType::f32;
+
+  const int64_t sms = device().sms, stages = std::max<int64_t>(1, ceil_div(g.k, t.depth));
+  const int64_t most = std::clamp<int64_t>(stages / tuning::kGemmLeastStages, 1, tuning::kGemmMostSplits);
+  const auto tiles = [&](int m, int n) { return ceil_div(g.m, m) * ceil_div(g.n, n); };
+  const bool large =
+      large_exists && g.m > t.small_m && g.n > t.small_n && tiles(t.large_m, t.large_n) * most >= sms;
+  p.tile_m = large ? t.large_m : t.small_m;
+  p.tile_n = large ? t.large_n : t.small_n;
+  const int64_t full = sms * tuning::kGemmBlocksPerSm / std::max<int64_t>(1, tiles(p.tile_m, p.tile_n));
+  p.k_per_split = ceil_div(stages, std::clamp<int64_t>(full, 1, most)) * t.depth;
+  p.splits = (int)std::max<int64_t>(1, ceil_div(g.k, p.k_per_split));
+  return p;
+}
+
 bool gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k) {
   return kernel_for(dtype, tf32, m, n, k) == GemmKernel::aten;
 }
 
 int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& g) {
-  const GemmOperand a = operand(g.a, g.a_transposed, g.m, g.k), b = operand(g.b, !g.b_transposed, g.n, g.k);
-  const GemmPlan plan = plan_of(dtype, tf32, g, load_of(a, b, size_of(dtype)));
+  const GemmPlan plan = gemm_plan(dtype, tf32, g);
   return plan.splits > 1 ? plan.splits * g.m * g.n * (dtype == DType::f64 ? 8 : 4) : 0;
 }
 
@@ -145,12 +149,11 @@ void launch_gemm(DType dtype, bool tf32, const Gemm& g, cudaStream_t stream) {
   task.out = {g.c, g.c_stride, g.bias, g.activation, g.preactivation};
   if (kernel_for(dtype, tf32, g.m, g.n, g.k) == GemmKernel::sm90 && launch_gemm_sm90(dtype, task, stream)) return;
 
-  const GemmLoad load = load_of(task.a, task.b, size_of(dtype));
-  const GemmPlan plan = plan_of(dtype, tf32, g, load);
+  const GemmPlan plan = gemm_plan(dtype, tf32, g);
   task.k_per_split = plan.k_per_split;
   task.partial = plan.splits > 1 ? g.workspace : nullptr;
-  if (on_tensor_cores(dtype, tf32))
-    launch_gemm_sm80(dtype, task, plan, load, stream);
+  if (plan.tensor_cores)
+    launch_gemm_sm80(dtype, task, plan, stream);
   else
     launch_gemm_simt(dtype, task, plan, stream);
   if (!task.partial) return;

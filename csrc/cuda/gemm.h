@@ -31,20 +31,23 @@ struct GemmTask {
   void* partial;
 };
 
-// How a kernel is launched: the C tile of a block, and how K is divided.
+// Element by element every operand can be read; 16 bytes at a time those that are aligned for it.
+enum class GemmLoad { elements, along_along, along_across, across_across };  // A's memory and B's
+
+// How a product is computed: the kernels, the C tile of a block, and how K is divided.
 struct GemmPlan {
+  bool tensor_cores;  // else gemm_simt
+  GemmLoad load;      // of the former
   int tile_m, tile_n;
   int64_t k_per_split;
   int splits;
 };
+GemmPlan gemm_plan(DType dtype, bool tf32, const Gemm& gemm);
 
-// Element by element every operand can be read; 16 bytes at a time those that are aligned for it.
-enum class GemmLoad { elements, along_along, along_across, across_across };  // A's memory and B's
-
-void launch_gemm_sm80(DType dtype, const GemmTask& task, const GemmPlan& plan, GemmLoad load, cudaStream_t stream);
+void launch_gemm_sm80(DType dtype, const GemmTask& task, const GemmPlan& plan, cudaStream_t stream);
 void launch_gemm_simt(DType dtype, const GemmTask& task, const GemmPlan& plan, cudaStream_t stream);
 
-// The product as Hopper's own kernel takes it, or false where it does not: tensor maps need 16-byte alignment.
+// False where Hopper's own kernel does not take the product: tensor maps need 16-byte alignment.
 bool launch_gemm_sm90(DType dtype, const GemmTask& task, cudaStream_t stream);
 
 // A block's tile of C, in an order in which blocks that run together share rows of A and columns of B in L2: down

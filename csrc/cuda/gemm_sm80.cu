@@ -285,8 +285,8 @@ void start_shape(const GemmTask& task, const GemmPlan& plan, cudaStream_t stream
 }
 
 template <class T>
-void start_load(const GemmTask& task, const GemmPlan& plan, GemmLoad load, cudaStream_t stream) {
-  switch (load) {
+void start_load(const GemmTask& task, const GemmPlan& plan, cudaStream_t stream) {
+  switch (plan.load) {
     case GemmLoad::elements:
       return start_shape<T, GemmLoad::elements>(task, plan, stream);
     case GemmLoad::along_along:
@@ -300,14 +300,14 @@ void start_load(const GemmTask& task, const GemmPlan& plan, GemmLoad load, cudaS
 
 }  // namespace
 
-void launch_gemm_sm80(DType dtype, const GemmTask& task, const GemmPlan& plan, GemmLoad load, cudaStream_t stream) {
+void launch_gemm_sm80(DType dtype, const GemmTask& task, const GemmPlan& plan, cudaStream_t stream) {
   switch (dtype) {
     case DType::bf16:
-      return start_load<__nv_bfloat16>(task, plan, load, stream);
+      return start_load<__nv_bfloat16>(task, plan, stream);
     case DType::f16:
-      return start_load<__half>(task, plan, load, stream);
+      return start_load<__half>(task, plan, stream);
     default:
-      return start_load<float>(task, plan, load, stream);
+      return start_load<float>(task, plan, stream);
   }
 }
 
