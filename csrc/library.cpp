@@ -68,7 +68,9 @@ pybind11::dict build_info() {
   info["cxx_standard"] = (long)__cplusplus;
   info["isas"] = isas();
   info["isa"] = rf::kernels().isa;
-  info["cuda"] = false;
+  info["cuda"] = c10::Dispatcher::singleton()
+                     .findSchemaOrThrow("regfast::linear_forward", "")
+                     .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
   return info;
 }
 

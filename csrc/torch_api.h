@@ -29,6 +29,12 @@ inline bool inside_transform() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Whether the CUDA kernels are used for a CUDA tensor: set by csrc/cuda, where that is built.
+inline bool (*cuda_kernels_enabled)(const Tensor&) = nullptr;
+inline bool device_has_kernels(const Tensor& t) {
+  return t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda_kernels_enabled && cuda_kernels_enabled(t));
+}
+
 // Whether a call has to take the plain composite: inside a torch.func transform, with a forward-mode tangent, for a
 // dtype without kernels or on a device that has none.
 inline bool takes_composite(std::initializer_list<const Tensor*> tensors) {
@@ -36,7 +42,7 @@ inline bool takes_composite(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* t : tensors) {
     if (!t->defined()) continue;
     if (t->_fw_grad(0).defined()) return true;
-    if (!t->is_cpu() && !t->is_meta()) return true;
+    if (!device_has_kernels(*t)) return true;
   }
   return !has_kernel((*tensors.begin())->scalar_type());
 }

@@ -41,8 +41,6 @@ Tensor number(double value, at::ScalarType type) {
 
 // ---- linear --------------------------------------------------------------------------------------------------------
 
-int64_t rows_of(const Tensor& x) { return product(x.sizes(), 0, x.dim() - 1); }
-
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                                           string_view activation, bool save_preactivation) {
   auto sizes = x.sizes().vec();
@@ -125,10 +123,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
 }
 
 // ---- softmax family ------------------------------------------------------------------------------------------------
-
-int64_t rows_without(const Tensor& t, int64_t dim) {
-  return product(t.sizes(), 0, dim) * product(t.sizes(), dim + 1, t.dim());
-}
 
 Tensor softmax_cpu(const Tensor& input, int64_t dim, bool log) {
   const Tensor x = walkable(input, dim);

@@ -23,6 +23,12 @@ inline int64_t product(at::IntArrayRef sizes, int64_t from, int64_t to) {
   return from < to ? c10::multiply_integers(sizes.begin() + from, sizes.begin() + to) : 1;
 }
 
+// Rows of a matrix with leading dimensions, and of a tensor whose dimension `dim` they run along.
+inline int64_t rows_of(const Tensor& t) { return product(t.sizes(), 0, t.dim() - 1); }
+inline int64_t rows_without(const Tensor& t, int64_t dim) {
+  return product(t.sizes(), 0, dim) * product(t.sizes(), dim + 1, t.dim());
+}
+
 inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
   const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
   if (!outer || !inner) return std::nullopt;

@@ -14,6 +14,10 @@ constexpr int64_t power_of_two(int64_t x, int64_t least, int64_t most) {
   return p;
 }
 
+// Architectures (compute capability times ten) that `make gpu` has passed on, each with its file in bench/results/. The
+// kernels are off elsewhere unless REGFAST_CUDA_KERNELS=1 turns them on. None yet.
+constexpr bool proven(int /*arch*/) { return false; }
+
 // ---- rows: softmax and cross-entropy -------------------------------------------------------------------------------
 
 // A row of up to 32 x 4 vectors of 16 bytes (1024 half-precision classes) is kept in the registers of a warp's lanes: 16
