@@ -117,21 +117,33 @@ std::string whom(const Stamp& s) { return "thread " + std::to_string(s.thread % 
         address);
 }
 
+// One reader is kept in the cell; others that are not ordered with it in a list, which the next write has to be ordered
+// after as well. Reads from before the block's last barrier are forgotten.
 void note_read(Thread& t, Cell& c) {
   const Stamp mine = now(t);
-  if (!ordered(t, c.read)) {
-    if (c.more_reads < 0) {
-      c.more_reads = (int32_t)machine.more_reads.size();
-      machine.more_reads.emplace_back();
-    }
-    auto& more = machine.more_reads[c.more_reads];
-    bool listed = false;
-    for (Stamp& s : more)
-      if (s.thread == mine.thread) s = mine, listed = true;
-    if (!listed) more.push_back(mine);
+  if (ordered(t, c.read)) {
+    if (c.more_reads >= 0 && machine.blocks.size() == 1 && c.read.epoch < t.block->epoch)
+      machine.more_reads[c.more_reads].clear();
+    c.read = mine;
     return;
   }
-  c.read = mine;
+  if (c.more_reads < 0) {
+    c.more_reads = (int32_t)machine.more_reads.size();
+    machine.more_reads.emplace_back();
+  }
+  auto& more = machine.more_reads[c.more_reads];
+  if (!more.empty() && more.back().thread == mine.thread) {
+    more.back() = mine;
+    return;
+  }
+  if (more.size() >= 4 * machine.threads.size()) {  // a thread's last read stands for its earlier ones
+    std::vector<Stamp> last(machine.threads.size());
+    for (const Stamp& s : more) last[s.thread] = s;
+    more.clear();
+    for (const Stamp& s : last)
+      if (s.thread >= 0) more.push_back(s);
+  }
+  more.push_back(mine);
 }
 
 void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, int64_t bytes, Access access,
