@@ -63,6 +63,7 @@ class Problem {
     w_sum[0] = (A)sum;
     for (int64_t r = 0; r < rows; ++r)
       target[r] = random.chance(0.2) ? o.ignore_index : random.integer(0, c.shape.classes - 1);
+    if (c.reduction == Reduction::mean && !o.probabilities) make_mean_finite();
     if (o.probabilities) {
       const double scale = 2.0 / (double)c.shape.classes;
       t.emplace(c.shape, c.probabilities, guard, 0, [&] { return random.chance(0.2) ? 0 : scale * random.uniform(); });
@@ -107,6 +108,13 @@ class Problem {
     a.row_mass = t ? mass.data() : nullptr;
     a.row_target_mass = t ? target_mass.data() : nullptr;
     return a;
+  }
+
+  // A row that counts, of a class that weighs something.
+  void make_mean_finite() {
+    target[0] = o.ignore_index == 0 ? c.shape.classes - 1 : 0;
+    w_sum[0] += (A)1 - w[target[0]];
+    w[target[0]] = 1;
   }
 
   Row row(int64_t r) const {
@@ -358,7 +366,7 @@ void random_call(const RowShape& shape, bool plain, Random& random) {
   c.pass = random.chance(0.4) ? Pass::one : Pass::separate;
   c.reduction = (Reduction)random.integer(c.pass == Pass::one ? 1 : 0, 2);
   o.weighted = random.chance(0.4);
-  o.ignore_index = random.chance(0.5) ? -100 : shape.classes / 2;
+  o.ignore_index = random.chance(0.5) || shape.classes == 1 ? -100 : shape.classes / 2;
   o.z_loss = random.chance(0.3) ? 0.01 : 0;
   c.in_place = random.chance(0.25);
   c.logits = random.chance(0.5) ? Arrangement::rows : output();

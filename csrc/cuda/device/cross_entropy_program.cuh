@@ -176,7 +176,10 @@ struct CrossEntropyProgram {
     }
     if constexpr (!plain) {
 #pragma unroll
-      for (int i = 0; i < kW; ++i) g[i] *= (A(1) - z[i] * per_cap * (z[i] * per_cap)) * scale;  // dz / dx
+      for (int i = 0; i < kW; ++i) {
+        const A u = cap == A(0) ? A(0) : z[i] * per_cap;
+        g[i] *= (A(1) - u * u) * scale;  // dz / dx
+      }
     }
     store_vec(row.dx, up.grad_layout.class_stride, j, classes, narrowed_vec<T>(g));
   }

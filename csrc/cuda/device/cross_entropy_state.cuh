@@ -14,11 +14,12 @@ template <class A>
 struct CrossEntropyState {
   static constexpr int64_t kNowhere = INT64_MAX, kNan = INT64_MIN / 2;
 
-  int64_t where = kNowhere;                         // of the maximum; of the first NaN, plus kNan
-  A max = minus_infinity<A>(), sum = A(0);          // sum of e = exp(z - max)
-  A weighted = A(0);                                // of e (z - max)
-  A q_dot = A(0), q_mass = A(0);                    // of q (z - max) and of q, the effective target weights
-  A t_dot = A(0), t_mass = A(0);                    // the same of the probabilities
+  int64_t where = kNowhere;                 // of the maximum; of the first NaN, plus kNan
+  A max = minus_infinity<A>(), sum = A(0);  // sum of e = exp(z - max)
+  A weighted = A(0);                        // of e (z - max)
+  A q_dot = A(0), q_mass = A(0);            // of q (z - max) and of q, the effective target weights
+  A t_dot = A(0), t_mass = A(0);            // the same of the probabilities
+  A unused = A(0);                          // all bytes of a state are shuffled, so none is left out
 
   // Counts from a maximum that is not less.
   __device__ void shift_to(A to) {
