@@ -1,6 +1,12 @@
-"""Builds the one extension, regfast._C, against the torch of the environment (no build isolation)."""
+"""Builds the one extension, regfast._C, against the torch of the environment (no build isolation).
+
+REGFAST_CUDA=auto|0|1: with the CUDA kernels where this torch has CUDA and nvcc is at hand, never, or else it is an error.
+REGFAST_CUDA_ARCHS="80 90a": for these architectures only. csrc/cuda/kernels.py compiles the kernels: they are free of
+torch, and what ptxas says of them is kept.
+"""
 
 import glob
+import importlib.util
 import os
 
 import torch
@@ -9,8 +15,29 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 # No -m flags: each ISA file opens its own target region, so that one binary runs everywhere.
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
+JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 
-os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+
+def cuda_toolkit():
+    """The module that compiles the kernels and the toolkit to do it with, or None where there is to be no CUDA."""
+    wanted = os.environ.get("REGFAST_CUDA") or "auto"
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"regfast: REGFAST_CUDA: expected auto, 0 or 1, got {wanted}")
+    if wanted == "0" or not os.path.exists("csrc/cuda"):
+        return None
+    spec = importlib.util.spec_from_file_location("kernels", "csrc/cuda/kernels.py")
+    kernels = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(kernels)
+    try:
+        return kernels, kernels.Toolkit(torch.version.cuda)
+    except kernels.NoToolkit as reason:
+        if wanted == "1":
+            raise SystemExit(f"regfast: REGFAST_CUDA=1, but {reason}") from None
+        print(f"regfast: built without CUDA kernels: {reason}")
+        return None
+
+
+CUDA = cuda_toolkit()
 
 
 class Build(BuildExtension):
@@ -18,19 +45,33 @@ class Build(BuildExtension):
 
     def finalize_options(self):
         super().finalize_options()
-        self.build_temp = f"build/torch-{torch.__version__}"
+        self.force = True  # to link: what lies in the library's place may be of another torch
+        self.build_temp = f"build/torch-{torch.__version__}" + ("-cuda" if CUDA else "")
 
+    def build_extensions(self):
+        if CUDA:
+            kernels, toolkit = CUDA
+            self.extensions[0].extra_objects = kernels.build(toolkit, self.build_temp, JOBS)
+        super().build_extensions()
+
+
+FOLDERS = ["csrc", "csrc/autograd", "csrc/cpu"] + (["csrc/cuda"] if CUDA else [])
+cuda_options = {}
+if CUDA:
+    toolkit = CUDA[1]
+    cuda_options = {
+        "include_dirs": [os.path.abspath("csrc/cuda"), toolkit.include],
+        "library_dirs": toolkit.libraries,
+        "libraries": ["cudart", "c10_cuda"],
+    }
 
 setup(
     ext_modules=[
         CppExtension(
             "regfast._C",
-            sorted(
-                os.path.relpath(path)
-                for folder in ("csrc", "csrc/autograd", "csrc/cpu")
-                for path in glob.glob(f"{folder}/*.cpp")
-            ),
+            sorted(os.path.relpath(path) for folder in FOLDERS for path in glob.glob(f"{folder}/*.cpp")),
             extra_compile_args={"cxx": CXX_FLAGS},
+            **cuda_options,
         )
     ],
     cmdclass={"build_ext": Build},

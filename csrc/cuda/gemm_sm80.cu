@@ -63,42 +63,42 @@ struct Tile {
   const GemmOperand& operand;
   const int64_t first;  // row (column) of the matrix
   const int count;      // of the rows (columns) from there on, those that exist, up to Span
-  const T* const from;  // the thread's first chunk, of the tile at k = 0
+  int64_t k;            // of the next tile to fetch
+  const T* from;        // the thread's first chunk of it
 
-  __device__ __forceinline__ Tile(const GemmOperand& o, int64_t begin, int64_t end)
-      : operand(o), first(begin), count((int)(end - begin < Span ? end - begin : Span)), from(start(o, begin)) {}
-
-  static __device__ __forceinline__ const T* start(const GemmOperand& o, int64_t begin) {
-    const T* data = (const T*)o.view.data;
-    if constexpr (memory == Memory::elements) return data;
+  __device__ __forceinline__ Tile(const GemmOperand& o, int64_t begin, int64_t end, int64_t k_begin)
+      : operand(o), first(begin), count((int)(end - begin < Span ? end - begin : Span)), k(k_begin) {
     const int64_t r = (int)threadIdx.x / kRowChunks, c = (int)threadIdx.x % kRowChunks * kWidth<T>;
-    return memory == Memory::along_k ? data + (begin + r) * o.view.outer_stride + c
-                                     : data + r * o.view.outer_stride + begin + c;
+    from = (const T*)o.view.data;
+    if constexpr (memory == Memory::along_k) from += (begin + r) * o.view.outer_stride + k + c;
+    if constexpr (memory == Memory::across_k) from += (k + r) * o.view.outer_stride + begin + c;
   }
 
-  // The tile of K from k on, zeros past `end`: copies that are under way when this returns, or for single elements done.
-  __device__ __forceinline__ void fetch(char* tile, int64_t k, int64_t end) const {
-    const int depth = (int)(end - k < kDepth<T> ? end - k : kDepth<T>);
+  // The next tile of K, of which the first `depth` are there and the others zero. Chunks are under way when this returns;
+  // single elements have arrived.
+  __device__ __forceinline__ void fetch(char* tile, int depth) {
     if constexpr (memory == Memory::elements) {
 #pragma unroll 1
-      for (int i = 0; i < kEach; ++i) gather(tile, (int)threadIdx.x + i * Threads, k, depth);
+      for (int i = 0; i < kEach; ++i) gather(tile, (int)threadIdx.x + i * Threads, depth);
+      k += kDepth<T>;
     } else {
       const int rows = memory == Memory::along_k ? count : depth, columns = memory == Memory::along_k ? depth : count;
       const int r = (int)threadIdx.x / kRowChunks, c = (int)threadIdx.x % kRowChunks;
       const int left = (columns - c * kWidth<T>)*(int)sizeof(T);
       const int valid = left < 0 ? 0 : left < kChunkBytes ? left : kChunkBytes;
       constexpr int kStep = Threads / kRowChunks;
-      const T* p = from + (memory == Memory::along_k ? k : k * operand.view.outer_stride);
+      const T* p = from;
 #pragma unroll
       for (int i = 0; i < kEach; ++i, p += kStep * operand.view.outer_stride) {
         const int bytes = r + i * kStep < rows ? valid : 0;
         ptx::cp_async16(tile + place(r + i * kStep, c), bytes ? p : (const T*)operand.view.data, bytes);
       }
+      from += memory == Memory::along_k ? kDepth<T> : kDepth<T> * operand.view.outer_stride;
     }
   }
 
   // One chunk along K. Neighbouring threads take neighbours in memory: chunks of a row, or rows where it runs across K.
-  __device__ __forceinline__ void gather(char* tile, int index, int64_t k, int depth) const {
+  __device__ __forceinline__ void gather(char* tile, int index, int depth) const {
     const int r = operand.across_k ? index % Span : index / kDepthChunks;
     const int c = operand.across_k ? index / Span : index % kDepthChunks;
     T lane[kWidth<T>];
@@ -170,57 +170,61 @@ __global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Block
       blockIdx.x, (task.m + Shape::M - 1) / Shape::M, (task.n + Shape::N - 1) / Shape::N);
   const int64_t row0 = tile_row * Shape::M, column0 = tile_column * Shape::N;
   const int64_t k_begin = blockIdx.y * task.k_per_split;
-  const int64_t k_end = k_begin + task.k_per_split < task.k ? k_begin + task.k_per_split : task.k;
-  const int64_t k_tiles = (k_end - k_begin + kDepth<T> - 1) / kDepth<T>;
-  const TileA a(task.a, row0, task.m);
-  const TileB b(task.b, column0, task.n);
+  const int64_t k_count = task.k - k_begin < task.k_per_split ? task.k - k_begin : task.k_per_split;
+  const int k_tiles = (int)((k_count + kDepth<T> - 1) / kDepth<T>);
+  const int last_depth = (int)(k_count - (int64_t)(k_tiles - 1) * kDepth<T>);
+  TileA a(task.a, row0, task.m, k_begin);
+  TileB b(task.b, column0, task.n, k_begin);
   const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
   const int warp_row = warp % (Shape::M / Shape::WarpM) * Shape::WarpM;
   const int warp_column = warp / (Shape::M / Shape::WarpM) * Shape::WarpN;
 
   float sum[kRowTiles][2 * kColumnTiles][4] = {};
-  uint32_t fragment_a[2][kRowTiles][4], fragment_b[2][kColumnTiles][4];
-  const auto fetch = [&](int64_t t) {
-    char* stage = shared + t % kStages * C::kStageBytes;
+  uint32_t fragment_a[2][kRowTiles][4], fragment_b[kColumnTiles][4];  // A's are loaded a step ahead; B's would spill
+  const auto fetch = [&](char* stage, int t) {
     if (t < k_tiles) {
-      a.fetch(stage, k_begin + t * kDepth<T>, k_end);
-      b.fetch(stage + TileA::kBytes, k_begin + t * kDepth<T>, k_end);
+      const int depth = t + 1 < k_tiles ? kDepth<T> : last_depth;
+      a.fetch(stage, depth);
+      b.fetch(stage + TileA::kBytes, depth);
     }
     ptx::cp_async_commit();  // empty groups too: the count of groups tells which tile has arrived
   };
-  const auto load_fragments = [&](int64_t t, int step) {
-    const char* stage = shared + t % kStages * C::kStageBytes;
+  const auto load_a = [&](const char* stage, int step) {
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i) TileA::load(fragment_a[step % 2][i], stage, warp_row + i * 16, step);
+  };
+  const auto load_b = [&](const char* stage, int step) {
 #pragma unroll
     for (int j = 0; j < kColumnTiles; ++j)
-      TileB::load(fragment_b[step % 2][j], stage + TileA::kBytes, warp_column + j * 16, step);
+      TileB::load(fragment_b[j], stage + TileA::kBytes, warp_column + j * 16, step);
   };
 
-  for (int t = 0; t < kStages - 1; ++t) fetch(t);
+  for (int t = 0; t < kStages - 1; ++t) fetch(shared + t * C::kStageBytes, t);
   ptx::cp_async_wait<kStages - 2>();
   __syncthreads();
-  if (k_tiles > 0) load_fragments(0, 0);
-  for (int64_t t = 0; t < k_tiles; ++t) {
+  int reading = 0, filling = (kStages - 1) * C::kStageBytes;  // stages, as offsets
+  if (k_tiles > 0) load_a(shared, 0);
+  for (int t = 0; t < k_tiles; ++t) {
+    fetch(shared + filling, t + kStages - 1);
+    filling = reading;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      load_b(shared + reading, step);
       if (step + 1 < kSteps) {
-        load_fragments(t, step + 1);
+        load_a(shared + reading, step + 1);
       } else {
         // Tile t + 1 is here, and no one reads the stage of tile t any more but from registers.
         ptx::cp_async_wait<kStages - 2>();
         __syncthreads();
-        if (t + 1 < k_tiles) load_fragments(t + 1, 0);
+        reading = reading == (kStages - 1) * C::kStageBytes ? 0 : reading + C::kStageBytes;
+        if (t + 1 < k_tiles) load_a(shared + reading, 0);
       }
-      if (step == 0) fetch(t + kStages - 1);
 #pragma unroll
-      for (int i = 0; i < kRowTiles; ++i)
+      for (int j = 0; j < 2 * kColumnTiles; ++j) {
+        const uint32_t column[2] = {fragment_b[j / 2][j % 2], fragment_b[j / 2][2 + j % 2]};
 #pragma unroll
-        for (int j = 0; j < 2 * kColumnTiles; ++j) {
-          const uint32_t(&both)[4] = fragment_b[step % 2][j / 2];
-          const uint32_t column[2] = {both[j % 2], both[2 + j % 2]};
-          multiply(sum[i][j], fragment_a[step % 2][i], column, T());
-        }
+        for (int i = 0; i < kRowTiles; ++i) multiply(sum[i][j], fragment_a[step % 2][i], column, T());
+      }
     }
   }
   ptx::cp_async_wait<0>();
