@@ -43,7 +43,7 @@ __device__ __forceinline__ void for_vectors(const P& p, const typename P::Row& r
 }
 
 template <class P>
-__global__ void __launch_bounds__(tuning::kLanesThreads) lanes_kernel(P p, int lanes) {
+__global__ void __launch_bounds__(tuning::kLanesThreads, 1) lanes_kernel(P p, int lanes) {
   constexpr int kMost = tuning::kVectorsPerLane, kW = kWidth<typename P::Element>;
   if (p.idle()) return;
   const int64_t r = (int64_t)blockIdx.x * (blockDim.x / lanes) + threadIdx.x / lanes;
@@ -97,7 +97,7 @@ __device__ __forceinline__ typename P::Item kept_item(const P& p, const int4* ke
 
 // `parts` blocks to a row: a cluster where there is a reduction. resident: vectors of a plane that fit shared memory.
 template <class P>
-__global__ void __launch_bounds__(tuning::kMostThreads) block_kernel(P p, int parts, int64_t resident) {
+__global__ void __launch_bounds__(tuning::kMostThreads, 1) block_kernel(P p, int parts, int64_t resident) {
   using Item = typename P::Item;
   using State = typename P::State;
   constexpr int kW = kWidth<typename P::Element>, kAhead = tuning::kLoadsAhead / P::kPlanes;
@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(tuning::kMostThreads) block_kernel(P p, int pa
 }
 
 template <class P>
-__global__ void __launch_bounds__(tuning::kColumnsThreads) columns_kernel(P p) {
+__global__ void __launch_bounds__(tuning::kColumnsThreads, 1) columns_kernel(P p) {
   using Item = typename P::Item;
   using State = typename P::State;
   constexpr int kW = kWidth<typename P::Element>, kAhead = std::max(1, tuning::kElementsAhead / kW / P::kPlanes);
