@@ -1,5 +1,10 @@
 """Devices, dtypes and seeds of all tests; what they share stands in util.py."""
 
+import importlib.machinery
+import importlib.util
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -7,9 +12,27 @@ from util import DTYPES
 
 import regfast
 
+
+def load_emulator():
+    """cuda_on_host/extension.cpp, if it was built for this torch (make test does)."""
+    build = Path(__file__).parent / "cuda_on_host" / "build" / f"torch-{torch.__version__}"
+    path = build / "cuda_on_host.so"
+    if not path.exists():
+        return None
+    loader = importlib.machinery.ExtensionFileLoader("cuda_on_host", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("cuda_on_host", loader))
+    loader.exec_module(module)
+    return module
+
+
+EMULATOR = load_emulator()
+
 DEVICES = ["cpu"]
-if regfast.build_info().get("cuda") and torch.cuda.is_available():
+if regfast.build_info()["cuda"] and torch.cuda.is_available():
     DEVICES.append("cuda")
+if EMULATOR:
+    # The CUDA kernels on the CPU. Tensors are CPU tensors; the threads run in this order, as if on this architecture.
+    DEVICES += ["cuda_on_host-forward-80", "cuda_on_host-reverse-90", "cuda_on_host-shuffled-90"]
 
 # Examples are few and the same on every run: the suite is a gate, not a search.
 settings.register_profile(
@@ -28,8 +51,17 @@ def seed():
 
 
 @pytest.fixture(params=DEVICES)
-def device(request):
-    return request.param
+def device(request, monkeypatch):
+    if not request.param.startswith("cuda_on_host"):
+        yield request.param
+        return
+    _, schedule, arch = request.param.split("-")
+    monkeypatch.setenv("REGFAST_CUDA_GEMM", "sm80")  # ATen's product would leave ours untested
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, about overridden kernels
+        EMULATOR.enable(schedule, int(arch))
+    yield "cpu"
+    EMULATOR.disable()
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
