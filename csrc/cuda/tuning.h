@@ -94,6 +94,10 @@ struct GemmSmall {
   static constexpr int M = 64, N = 64, WarpM = 32, WarpN = 32, Stages = 4, Blocks = 2;
 };
 
+// Hopper's own kernel: a stage is 48 KiB of operands for its 128 x 256 tile, and 4 of them leave room for 20 KiB through
+// which sums leave.
+constexpr int kHopperStages = 4;
+
 // The same without tensor cores (float32 without tf32, float64): 16 x 16 threads, an eighth of M or N each way.
 struct SimtLarge {
   static constexpr int M = 128, N = 128, Depth = 8, Stages = 3;

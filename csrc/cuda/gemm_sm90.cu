@@ -1,0 +1,240 @@
+// The matrix product on Hopper, for bf16 and fp16. A block stays on its SM and takes one 128 x 256 tile of C after
+// another: one thread has the copy engine bring stages of both operands, two warpgroups multiply them with wgmma, and the
+// stages of the next tile arrive while the sums of this one leave. Off until it has been measured (tuning.h): the host
+// cannot run it.
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <climits>
+
+#include <device/launch_kernel.cuh>
+
+#include "device/epilogue.cuh"
+#include "device/ptx_sm90.cuh"
+#include "gemm.h"
+#include "tuning.h"
+
+namespace rf::cuda {
+namespace {
+
+constexpr int kTileM = 128, kTileN = 256, kDepth = 64;  // 64 half elements: the 128 bytes that the swizzle is over
+constexpr int kStages = tuning::kHopperStages;
+constexpr int kWarpgroup = 128, kConsumers = kTileM / 64, kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kBytesA = kTileM * kDepth * 2, kBytesB = kTileN * kDepth * 2, kStageBytes = kBytesA + kBytesB;
+constexpr int kBlockBytes = 64 * kDepth * 2;  // 64 rows (columns) of an operand, whichever way its memory runs
+// Sums leave a warp 16 rows x 32 columns at a time; eight words between rows keep the banks apart.
+constexpr int kColumnsOut = 32, kStagingStride = kColumnsOut + 8, kStagingFloats = 16 * kStagingStride;
+constexpr int kStagingBytes = kConsumers * 4 * kStagingFloats * 4;
+constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + 2 * kStages * (int)sizeof(uint64_t);
+static_assert(kSharedBytes <= 227 << 10, "all of Hopper's shared memory that a block can have");
+// Of 65536: launch bounds give each thread 168, which the producers hand over.
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+
+// Stages in turn; the parity of the current use of each of them.
+struct Ring {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+template <class T, bool a_across, bool b_across>
+__device__ __forceinline__ void multiply(float (&sum)[128], uint64_t a, uint64_t b, bool add) {
+  if constexpr (std::is_same_v<T, __half>)
+    ptx::wgmma_f16<a_across, b_across>(sum, a, b, add);
+  else
+    ptx::wgmma_bf16<a_across, b_across>(sum, a, b, add);
+}
+
+// Rows (columns) from `mn` on by the stage's K. Across K a box is 64 elements wide: one for each block.
+template <bool across, int Span>
+__device__ __forceinline__ void copy_operand(char* to, const CUtensorMap* map, int mn, int k, uint64_t* arrived) {
+  if constexpr (across) {
+    for (int block = 0; block < Span / 64; ++block)
+      ptx::copy_box(to + block * kBlockBytes, map, mn + block * 64, k, arrived);
+  } else {
+    ptx::copy_box(to, map, k, mn, arrived);
+  }
+}
+
+// 16 of K in the operand's stage from `tile` on, 8 rows of whose memory are 1024 bytes.
+template <bool across>
+__device__ __forceinline__ uint64_t descriptor(const char* tile, int step) {
+  return ptx::wgmma_descriptor(tile + step * (across ? 16 * 128 : 32), across ? kBlockBytes : 16, 1024);
+}
+
+// What a warp of a consumer has summed, through its own part of shared memory, so that a lane holds neighbouring columns.
+template <class T>
+__device__ __forceinline__ void write_out(const GemmTask& task, const float (&sum)[128], float* staging, int64_t row0,
+                                          int64_t column0) {
+  constexpr int kLanesPerRow = kColumnsOut / kWidth<T>;
+  const int lane = (int)threadIdx.x % 32;
+#pragma unroll
+  for (int part = 0; part < kTileN / kColumnsOut; ++part) {
+#pragma unroll
+    for (int j = 0; j < kColumnsOut / 8; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float* pair = sum + (part * (kColumnsOut / 8) + j) * 4 + half * 2;
+        *(float2*)(staging + (half * 8 + lane / 4) * kStagingStride + j * 8 + lane % 4 * 2) =
+            make_float2(pair[0], pair[1]);
+      }
+    __syncwarp();
+    const int64_t column = column0 + part * kColumnsOut + lane % kLanesPerRow * kWidth<T>;
+    if (column < task.n) {
+      float bias[kWidth<T>];
+      load_bias<T>(task.out, column, task.n, bias);
+#pragma unroll 1
+      for (int r = lane / kLanesPerRow; r < 16; r += 32 / kLanesPerRow) {
+        if (row0 + r >= task.m) break;
+        const float4* from = (const float4*)(staging + r * kStagingStride + lane % kLanesPerRow * kWidth<T>);
+        const float4 low = from[0], high = from[1];
+        float x[kWidth<T>] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+        finish<T>(task.out, row0 + r, column, task.n, bias, x);
+      }
+    }
+    __syncwarp();
+  }
+}
+
+template <class T, bool a_across, bool b_across>
+__global__ void __launch_bounds__(kThreads, 1) gemm_sm90(const __grid_constant__ CUtensorMap map_a,
+                                                         const __grid_constant__ CUtensorMap map_b, GemmTask task) {
+  if constexpr (ptx::kHopper) {
+    char* const shared = ptx::dynamic_shared<char>();
+    float* const all_staging = (float*)(shared + kStages * kStageBytes);
+    uint64_t* const arrived = (uint64_t*)(shared + kStages * kStageBytes + kStagingBytes);
+    uint64_t* const consumed = arrived + kStages;
+    if (threadIdx.x == 0) {
+      ptx::prefetch_map(&map_a);
+      ptx::prefetch_map(&map_b);
+      for (int s = 0; s < kStages; ++s) {
+        ptx::mbarrier_init(arrived + s, 1);
+        ptx::mbarrier_init(consumed + s, kConsumers * 4);  // one thread of each warp
+      }
+      ptx::fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    const int64_t tiles_m = (task.m + kTileM - 1) / kTileM, tiles_n = (task.n + kTileN - 1) / kTileN;
+    const int k_tiles = (int)((task.k + kDepth - 1) / kDepth);
+    const int warpgroup = (int)threadIdx.x / kWarpgroup;
+    Ring ring;
+    if (warpgroup == 0) {
+      ptx::fewer_registers<kProducerRegisters>();
+      if (threadIdx.x != 0) return;
+      for (int64_t index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
+        const TilePosition tile = tile_position<tuning::kGemmGroup>(index, tiles_m, tiles_n);
+        for (int t = 0; t < k_tiles; ++t, ring.advance()) {
+          ptx::mbarrier_wait(consumed + ring.stage, ring.parity ^ 1);  // the first time round it is free
+          ptx::mbarrier_arrive_expect(arrived + ring.stage, kStageBytes);
+          char* stage = shared + ring.stage * kStageBytes;
+          copy_operand<a_across, kTileM>(stage, &map_a, (int)tile.row * kTileM, t * kDepth, arrived + ring.stage);
+          copy_operand<b_across, kTileN>(stage + kBytesA, &map_b, (int)tile.column * kTileN, t * kDepth,
+                                         arrived + ring.stage);
+        }
+      }
+    } else {
+      ptx::more_registers<kConsumerRegisters>();
+      const int warp = (int)threadIdx.x / 32 - kWarpgroup / 32, first_row = (warpgroup - 1) * 64;
+      const bool signals = threadIdx.x % 32 == 0;
+      for (int64_t index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
+        const TilePosition tile = tile_position<tuning::kGemmGroup>(index, tiles_m, tiles_n);
+        float sum[128];
+        int previous = 0;
+        for (int t = 0; t < k_tiles; ++t, ring.advance()) {
+          ptx::mbarrier_wait(arrived + ring.stage, ring.parity);
+          const char* stage = shared + ring.stage * kStageBytes;
+          ptx::wgmma_fence();
+#pragma unroll
+          for (int step = 0; step < kDepth / 16; ++step)
+            multiply<T, a_across, b_across>(sum, descriptor<a_across>(stage + (warpgroup - 1) * kBlockBytes, step),
+                                            descriptor<b_across>(stage + kBytesA, step), t > 0 || step > 0);
+          ptx::wgmma_commit();
+          // The products of the stage before this one are complete, those of this one may go on.
+          ptx::wgmma_wait<1>();
+          if (t > 0 && signals) ptx::mbarrier_arrive(consumed + previous);
+          previous = ring.stage;
+        }
+        ptx::wgmma_wait<0>();
+        if (signals) ptx::mbarrier_arrive(consumed + previous);
+        write_out<T>(task, sum, all_staging + warp * kStagingFloats, tile.row * kTileM + first_row + warp % 4 * 16,
+                     tile.column * kTileN);
+      }
+    }
+  }
+}
+
+// ---- launcher ------------------------------------------------------------------------------------------------------
+
+// Whether code for sm_90a is in this build. kernels.py adds no PTX of 9.0 without it.
+constexpr bool built_for_hopper() {
+#ifdef __CUDA_ARCH_LIST__
+  for (int arch : {__CUDA_ARCH_LIST__})
+    if (arch == 900) return true;
+#endif
+  return false;
+}
+
+using EncodeTiled = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function by its name, so that the library needs no driver to be loaded.
+EncodeTiled encode_tiled() {
+  static const EncodeTiled function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+    constexpr unsigned kFirstVersion = 12000;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kFirstVersion,
+                                                               cudaEnableDefault, &result);
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? (EncodeTiled)found : nullptr;
+  }();
+  return function;
+}
+
+// How the copy engine sees an operand: rows of memory, in boxes that are 128 bytes wide. False where it cannot.
+template <class T>
+bool make_map(const GemmOperand& o, int64_t mn, int64_t k, int span, CUtensorMap* map) {
+  const int64_t size = sizeof(T), rows = o.across_k ? k : mn, columns = o.across_k ? mn : k;
+  const bool aligned = o.view.outer_stride * size % 16 == 0 && (uintptr_t)o.view.data % 16 == 0;
+  if (o.view.inner != 1 || o.view.col_stride != 1 || !aligned || o.view.outer_stride < columns) return false;
+  const cuuint64_t extent[] = {(cuuint64_t)columns, (cuuint64_t)rows};
+  const cuuint64_t stride[] = {(cuuint64_t)(o.view.outer_stride * size)};
+  const cuuint32_t box[] = {64, (cuuint32_t)(o.across_k ? kDepth : span)}, every[] = {1, 1};
+  constexpr auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  return encode_tiled()(map, type, 2, const_cast<void*>(o.view.data), extent, stride, box, every,
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+template <class T>
+bool start(const GemmTask& task, cudaStream_t stream) {
+  CUtensorMap a, b;
+  if (!make_map<T>(task.a, task.m, task.k, kTileM, &a) || !make_map<T>(task.b, task.n, task.k, kTileN, &b))
+    return false;
+  const int64_t tiles = ((task.m + kTileM - 1) / kTileM) * ((task.n + kTileN - 1) / kTileN);
+  const dim3 grid((unsigned)std::min<int64_t>(tiles, device().sms));
+  const auto kernel = task.a.across_k ? (task.b.across_k ? gemm_sm90<T, true, true> : gemm_sm90<T, true, false>)
+                                      : (task.b.across_k ? gemm_sm90<T, false, true> : gemm_sm90<T, false, false>);
+  launch(kernel, grid, dim3(kThreads), kSharedBytes, stream, a, b, task);
+  return true;
+}
+
+}  // namespace
+
+bool launch_gemm_sm90(DType dtype, const GemmTask& task, cudaStream_t stream) {
+  if (!built_for_hopper() || device().arch != 90 || !encode_tiled()) return false;
+  // Coordinates are of 32 bits.
+  if (task.k == 0 || std::max({task.m, task.n, task.k}) > INT_MAX - kTileN) return false;
+  if (dtype == DType::bf16) return start<__nv_bfloat16>(task, stream);
+  if (dtype == DType::f16) return start<__half>(task, stream);
+  return false;
+}
+
+}  // namespace rf::cuda
