@@ -13,11 +13,11 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels sanitize bench lint format wheel clean FORCE
+.PHONY: help build demo test kernels sanitize bench lint format wheel cuda clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | kernels | sanitize | bench | lint | format | wheel | clean"
+	@echo "make demo | test | kernels | sanitize | bench | lint | format | wheel | cuda | clean"
 
 build: $(VENV)/built
 
@@ -55,6 +55,22 @@ format: $(VENV)/linters
 
 wheel: $(VENV)/torch
 	pip wheel --no-build-isolation --no-deps --wheel-dir dist .
+
+# The CUDA kernels on any machine with nvcc, for all architectures or those of REGFAST_CUDA_ARCHS="80 90a": the wheel,
+# used by all tests of the CPU where no sources lie beside it; what ptxas says of a build for all goes into KERNELS.md.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+CUDA_BIN := $(abspath $(CUDA_VENV))/bin
+cuda:
+	rm -f dist/regfast-*.whl
+	REGFAST_CUDA=1 $(MAKE) wheel VENV=$(CUDA_VENV) TORCH='$(CUDA_TORCH)'
+	$(CUDA_BIN)/pip install --force-reinstall --no-deps dist/regfast-*.whl
+	$(CUDA_BIN)/pip install "$$(echo dist/regfast-*.whl)[test]"
+	test -n "$(REGFAST_CUDA_ARCHS)" || python3 csrc/cuda/kernels.py build/torch-*-cuda/kernels/*.ptxas --into KERNELS.md
+	rm -rf build/cuda && mkdir -p build/cuda && cp -r tests examples pyproject.toml build/cuda
+	rm -rf build/cuda/tests/*/build
+	cd build/cuda && $(CUDA_BIN)/python -P -c 'import regfast; info = regfast.build_info(); print(info); assert info["cuda"]'
+	cd build/cuda && $(CUDA_BIN)/pytest -q -m "not slow"
 
 clean:
 	$(MAKE) -C tests/kernels clean

@@ -23,6 +23,9 @@ ARCHITECTURES = {"80": (11, 0), "86": (11, 1), "89": (11, 8), "90a": (12, 0), "1
 # Bytes that a kernel may spill to memory for each thread, with the reason. None at present.
 SPILLS: dict[str, int] = {}
 
+# Asked for its attributes, never launched (device/launch_kernel.cuh).
+PROBE = "nothing"
+
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
 
 
@@ -146,6 +149,7 @@ def check_spills(rows: list[dict]) -> None:
 
 def table(rows: list[dict]) -> str:
     """One line a kernel: its instances, and the range of what they use on each architecture."""
+    rows = [row for row in rows if row["kernel"] != PROBE]
     archs = [name for name in ARCHITECTURES if any(row["arch"] == name for row in rows)]
     lines = [
         "| file | kernel | instances | static shared memory | " + " | ".join(f"registers, sm_{a}" for a in archs) + " |",
