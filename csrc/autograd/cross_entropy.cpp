@@ -1,4 +1,5 @@
-// regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities.
+// regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or, on
+// devices that compute it in the pass that gives the loss, the gradient itself.
 #include "../checks.h"
 #include "../torch_api.h"
 
@@ -42,18 +43,54 @@ using BackwardSignature = Result(const OptionalTensor&, const OptionalTensor&, c
                                  const Tensor&, const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
                                  std::optional<double>, Mask);
 
+using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
+    const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double, double, std::optional<double>,
+    std::optional<double>, std::optional<at::ScalarType>);
+using UnlessOneSignature = void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
+                                std::optional<double>, const Tensor&);
+
+const auto& forward_backward_op() {
+  static const auto op = find_op<ForwardBackwardSignature>("regfast::cross_entropy_forward_backward");
+  return op;
+}
+
+// When the gradient is written: by backward into memory of its own, by backward over the input, or by forward, for the
+// upstream gradient of 1 that loss.backward() has.
+enum class Way : int64_t { backward, in_place, forward };
+
+// Whether forward may write the gradient: a number as its only output, whose upstream gradient is one number, and a
+// device that can. A compiler that traces decides by itself what to compute when.
+bool may_write_in_forward(const Tensor& x, const Tensor& t, const Options& o) {
+  return o.outputs == kOutputLoss && o.reduction != at::Reduction::None && !any_requires_grad({&t}) &&
+         !x.unsafeGetTensorImpl()->is_python_dispatch() &&
+         forward_backward_op().hasKernelForDispatchKey(x.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
+}
+
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& t, const OptionalTensor& w,
-                               const Options& o, bool inplace) {
-    std::vector<Tensor> results = rf::forward(x, t, w, o);
-    const Tensor weight_sum = results.back();
-    results.pop_back();
-    const Tensor stats = results.back();
-    results.pop_back();
-    ctx->save_for_backward({x, t, value_or_undefined(w), stats, weight_sum});
+                               const Options& o, Way way) {
+    std::vector<Tensor> results;
+    Tensor stats, weight_sum;
     auto& d = ctx->saved_data;
+    if (way == Way::forward) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      auto [loss, s, sum, grad] = forward_backward_op().call(x, t, w, o.ignore_index, o.reduction, o.label_smoothing,
+                                                             o.z_loss, o.softcap, o.logit_scale, o.loss_dtype);
+      results = {loss};
+      stats = s;
+      weight_sum = sum;
+      d["grad"] = grad;
+    } else {
+      results = rf::forward(x, t, w, o);
+      weight_sum = results.back();
+      results.pop_back();
+      stats = results.back();
+      results.pop_back();
+    }
+    ctx->save_for_backward({x, t, value_or_undefined(w), stats, weight_sum});
     d["ignore_index"] = o.ignore_index;
     d["reduction"] = o.reduction;
     d["label_smoothing"] = o.label_smoothing;
@@ -62,7 +99,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     d["logit_scale"] = o.logit_scale;
     d["outputs"] = o.outputs;
     d["loss_dtype"] = o.loss_dtype;
-    d["inplace"] = inplace;
+    d["inplace"] = way == Way::in_place;
     ctx->set_materialize_grads(false);
     if (o.outputs & kOutputArgmax) ctx->mark_non_differentiable({results.back()});
     return results;
@@ -98,6 +135,16 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       if (o.outputs & (int64_t(1) << bit)) up[bit] = optional(grads[next++]);
 
     const bool need_x = ctx->needs_input_grad(0), need_t = ctx->needs_input_grad(1);
+    if (const auto written = d.find("grad"); written != d.end()) {
+      // It is given away, so a second backward through a retained graph computes its own.
+      Tensor dx = written->second.toTensor();
+      d.erase(written);
+      static const auto op = find_op<UnlessOneSignature>("regfast::cross_entropy_backward_unless_one_");
+      op.call(*up[0], x, t, optional(w), saved[3], saved[4], o.ignore_index, o.reduction, o.label_smoothing, o.z_loss,
+              o.softcap, o.logit_scale, dx);
+      result[0] = dx;
+      return result;
+    }
     if (d["inplace"].toBool() && need_x) {
       static const auto op = find_op<BackwardSignature<Tensor, bool>>("regfast::cross_entropy_backward_");
       Tensor dt = op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index,
@@ -135,8 +182,8 @@ std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const O
     return composite(x, t, weight, o);
   check_cross_entropy(x, t, w, ignore_index, label_smoothing);
   if (any_requires_grad({&x, &t})) {
-    bool inplace = inplace_backward && x.requires_grad();
-    if (inplace) {
+    Way way = may_write_in_forward(x, t, o) ? Way::forward : Way::backward;
+    if (inplace_backward && x.requires_grad()) {
       TORCH_CHECK(!x.is_leaf(),
                   "regfast.cross_entropy: inplace_backward: expected an input that is not a leaf, got a leaf "
                   "that requires grad, whose data its gradient would replace");
@@ -144,9 +191,9 @@ std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const O
                   "regfast.cross_entropy: inplace_backward: expected "
                   "an input whose elements have memory of their own, got overlapping ones (expanded?)");
       // While tracing, buffers are the compiler's to reuse.
-      inplace = !x.unsafeGetTensorImpl()->is_python_dispatch();
+      way = x.unsafeGetTensorImpl()->is_python_dispatch() ? Way::backward : Way::in_place;
     }
-    return CrossEntropyFunction::apply(x, t, weight, o, inplace);
+    return CrossEntropyFunction::apply(x, t, weight, o, way);
   }
   auto results = forward(x, t, weight, o);
   results.resize(results.size() - 2);
@@ -200,6 +247,15 @@ std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t,
   return results;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward_meta(
+    const Tensor& x, const Tensor& t, const OptionalTensor& w, int64_t ignore_index, int64_t reduction,
+    double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
+    std::optional<at::ScalarType> loss_dtype) {
+  const auto r = cross_entropy_forward_meta(x, t, w, ignore_index, reduction, label_smoothing, z_loss, softcap,
+                                            logit_scale, kOutputLoss, loss_dtype);
+  return {r[0], r[1], r[2], at::empty_like(x)};
+}
+
 std::tuple<Tensor, Tensor> cross_entropy_backward_meta(const OptionalTensor&, const OptionalTensor&,
                                                        const OptionalTensor&, const OptionalTensor&, const Tensor& x,
                                                        const Tensor& t, const OptionalTensor&, const Tensor&,
@@ -227,6 +283,10 @@ TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("cross_entropy", cross_entr
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {
   m.impl("cross_entropy_forward", cross_entropy_forward_meta);
+  m.impl("cross_entropy_forward_backward", cross_entropy_forward_backward_meta);
+  m.impl("cross_entropy_backward_unless_one_",
+         [](const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, int64_t,
+            int64_t, double, double, std::optional<double>, std::optional<double>, const Tensor&) {});
   m.impl("cross_entropy_backward", cross_entropy_backward_meta);
   m.impl("cross_entropy_backward_", cross_entropy_backward_inplace_meta);
 }

@@ -259,11 +259,13 @@ void point_to_stats(CrossEntropyRows& a, const Tensor& stats) {
   a.row_target_mass = row(kTargetMass);
 }
 
-std::vector<Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+// The outputs asked for, then the rows' statistics and the mean's denominator; with `grad` also the gradient for an
+// upstream gradient of 1, from the same read of the logits.
+std::vector<Tensor> cross_entropy_results(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                           int64_t ignore_index, int64_t reduction, double label_smoothing,
                                           double z_loss, std::optional<double> softcap,
                                           std::optional<double> logit_scale, int64_t outputs,
-                                          std::optional<at::ScalarType> loss_dtype) {
+                                          std::optional<at::ScalarType> loss_dtype, const Tensor* grad) {
   const OnDevice device(input);
   CrossEntropyTensors t =
       cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
@@ -293,7 +295,15 @@ std::vector<Tensor> cross_entropy_forward(const Tensor& input, const Tensor& tar
   }
   out.weight_sum = weight_sum.mutable_data_ptr<double>();
   out.workspace = workspace.data();
-  launch_cross_entropy_forward(t.dtype, t.args, out, device.stream);
+  if (grad) {
+    const int64_t dim = class_dim(input);
+    Tensor dx = walkable(*grad, dim);
+    launch_cross_entropy_forward_backward(t.dtype, t.args, out, dx.mutable_data_ptr(), *row_layout(dx, dim),
+                                          device.stream);
+    if (!dx.is_same(*grad)) grad->copy_(dx);
+  } else {
+    launch_cross_entropy_forward(t.dtype, t.args, out, device.stream);
+  }
 
   std::vector<Tensor> results;
   if (outputs & kOutputLoss) results.push_back(reduced ? total : loss.to(result_type));
@@ -306,6 +316,25 @@ std::vector<Tensor> cross_entropy_forward(const Tensor& input, const Tensor& tar
   return results;
 }
 
+std::vector<Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
+                                          int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                          double z_loss, std::optional<double> softcap,
+                                          std::optional<double> logit_scale, int64_t outputs,
+                                          std::optional<at::ScalarType> loss_dtype) {
+  return cross_entropy_results(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
+                               logit_scale, outputs, loss_dtype, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
+    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
+    double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
+    std::optional<at::ScalarType> loss_dtype) {
+  Tensor grad = at::empty_like(input);
+  const auto r = cross_entropy_results(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
+                                       logit_scale, kOutputLoss, loss_dtype, &grad);
+  return {r[0], r[1], r[2], grad};
+}
+
 // Gradients of the differentiable outputs of cross_entropy; absent where an output was not asked for or not used.
 struct OutputGrads {
   OptionalTensor loss, lse, entropy, logprob;
@@ -316,7 +345,7 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const OutputGrads& 
                                    const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
                                    const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
                                    double label_smoothing, double z_loss, std::optional<double> softcap,
-                                   std::optional<double> logit_scale, bool grad_target) {
+                                   std::optional<double> logit_scale, bool grad_target, bool unless_one = false) {
   const OnDevice device(input);
   CrossEntropyTensors t =
       cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
@@ -332,6 +361,7 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const OutputGrads& 
   up.loss = rows_in_order(grads.loss, loss);
   up.loss_stride = reduction == at::Reduction::None ? 1 : 0;
   up.weight_sum = reduction == at::Reduction::Mean ? weight_sum.const_data_ptr<double>() : nullptr;
+  up.unless_one = unless_one;
   up.lse = rows_in_order(grads.lse, lse);
   up.entropy = rows_in_order(grads.entropy, entropy);
   up.logprob = rows_in_order(grads.logprob, logprob);
@@ -378,6 +408,15 @@ Tensor cross_entropy_backward_inplace(const OptionalTensor& grad_loss, const Opt
                                      logit_scale, grad_target);
 }
 
+void cross_entropy_backward_unless_one(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
+                                       const OptionalTensor& weight, const Tensor& stats, const Tensor& weight_sum,
+                                       int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
+                                       std::optional<double> softcap, std::optional<double> logit_scale,
+                                       const Tensor& grad) {
+  cross_entropy_backward_into(&grad, {grad_loss, {}, {}, {}}, input, target, weight, stats, weight_sum, ignore_index,
+                              reduction, label_smoothing, z_loss, softcap, logit_scale, false, /*unless_one=*/true);
+}
+
 // ---- mse_loss ------------------------------------------------------------------------------------------------------
 
 Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduction) {
@@ -417,6 +456,8 @@ RF_CUDA_OPS(m) {
   m.impl("logsumexp_forward", logsumexp_forward);
   m.impl("logsumexp_backward", logsumexp_backward);
   m.impl("cross_entropy_forward", cross_entropy_forward);
+  m.impl("cross_entropy_forward_backward", cross_entropy_forward_backward);
+  m.impl("cross_entropy_backward_unless_one_", cross_entropy_backward_unless_one);
   m.impl("cross_entropy_backward", cross_entropy_backward);
   m.impl("cross_entropy_backward_", cross_entropy_backward_inplace);
   m.impl("mse_loss_forward", mse_loss_forward);
