@@ -10,10 +10,10 @@
 
 namespace cuda_on_host {
 
-// An access: by which thread of the cluster, at which of its times, after how many barriers of its block and cluster.
+// An access: by which thread of the cluster, at which of its times, after how many barriers of its block.
 struct Stamp {
   int32_t thread = -1;
-  uint32_t time = 0, epoch = 0, cluster_epoch = 0;
+  uint32_t time = 0, epoch = 0;
 };
 
 // One byte of shared memory. Everything in it is about the block whose generation it holds; others have not used it.
@@ -81,7 +81,8 @@ struct Barrier {
 struct Block {
   uint3 index;
   int rank, live;
-  uint32_t generation, epoch;
+  uint32_t generation, epoch;  // epoch: barriers of all its threads so far
+  uint32_t cluster_epoch;      // its epoch after the last barrier of the cluster
   Thread* threads;
   Barrier barriers[16];
   SharedRange dynamic, fixed;   // fixed: the module's thread-local memory while this block is current
@@ -95,10 +96,11 @@ struct Machine {
   std::vector<Block> blocks;
   Thread* current = nullptr;
   Block* loaded = nullptr;  // whose static shared memory is in place
-  uint32_t cluster_epoch = 0, generations = 0;
+  uint32_t generations = 0;
   Barrier cluster_barrier;
   std::vector<uint64_t> ready;  // bits
-  std::vector<std::vector<Stamp>> more_reads;
+  std::vector<std::vector<Stamp>> more_reads;  // lists, the first of them in use
+  int32_t more_reads_used = 0;
   std::unique_ptr<Fault> fault;
   const void* fault_address = nullptr;
   jmp_buf scheduler;

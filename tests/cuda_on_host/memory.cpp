@@ -96,15 +96,18 @@ int look_at_module(dl_phdr_info* info, size_t, void*) {
 
 // ---- shared memory -------------------------------------------------------------------------------------------------
 
-Stamp now(const Thread& t) { return {t.number, t.time, t.block->epoch, machine.cluster_epoch}; }
+Stamp now(const Thread& t) { return {t.number, t.time, t.block->epoch}; }
 
 // Whether an access lies before the thread's present, whatever the order in which threads run.
 bool ordered(const Thread& t, const Stamp& s) {
   if (s.thread < 0 || s.thread == t.number) return true;
   const Block& b = *t.block;
-  if (s.thread / machine.block_threads != b.rank) return s.cluster_epoch < machine.cluster_epoch;
-  if (s.epoch < b.epoch) return true;
   const int local = s.thread - b.rank * machine.block_threads;
+  if (local < 0 || local >= machine.block_threads) {
+    const Block& other = machine.blocks[s.thread / machine.block_threads];
+    return s.epoch < other.cluster_epoch;
+  }
+  if (s.epoch < b.epoch) return true;
   return local < (int)t.seen.size() && t.seen[local] >= s.time;
 }
 
@@ -128,8 +131,9 @@ void note_read(Thread& t, Cell& c) {
     return;
   }
   if (c.more_reads < 0) {
-    c.more_reads = (int32_t)machine.more_reads.size();
-    machine.more_reads.emplace_back();
+    c.more_reads = machine.more_reads_used++;
+    if (c.more_reads == (int32_t)machine.more_reads.size()) machine.more_reads.emplace_back();
+    machine.more_reads[c.more_reads].clear();
   }
   auto& more = machine.more_reads[c.more_reads];
   if (!more.empty() && more.back().thread == mine.thread) {

@@ -119,10 +119,9 @@ std::string waiting_threads() {
 void run_cluster(int64_t first_block) {
   const Launch& l = *machine.launch;
   const int n = machine.block_threads;
-  machine.cluster_epoch = 0;
   machine.cluster_barrier = {};
   std::fill(machine.ready.begin(), machine.ready.end(), 0);
-  machine.more_reads.clear();
+  machine.more_reads_used = 0;
   machine.loaded = nullptr;
   for (int rank = 0; rank < l.cluster; ++rank) {
     Block& b = machine.blocks[rank];
@@ -130,7 +129,7 @@ void run_cluster(int64_t first_block) {
     b.index = {(unsigned)(at % l.grid.x), (unsigned)(at / l.grid.x % l.grid.y), (unsigned)(at / l.grid.x / l.grid.y)};
     b.rank = rank;
     b.live = n;
-    b.epoch = 0;
+    b.epoch = b.cluster_epoch = 0;
     b.generation = ++machine.generations;
     b.threads = machine.threads.data() + rank * n;
     for (Barrier& barrier : b.barriers) barrier = {};
@@ -297,8 +296,7 @@ void release(Block& b, Barrier& barrier, bool whole_block) {
 }
 
 void release_cluster() {
-  ++machine.cluster_epoch;
-  for (Block& b : machine.blocks) ++b.epoch;
+  for (Block& b : machine.blocks) b.cluster_epoch = ++b.epoch;
   std::vector<Thread*> waiting;
   waiting.swap(machine.cluster_barrier.waiting);
   machine.cluster_barrier = {};
