@@ -13,11 +13,11 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels sanitize bench lint format wheel cuda clean FORCE
+.PHONY: help build demo test kernels sanitize bench lint format wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | kernels | sanitize | bench | lint | format | wheel | cuda | clean"
+	@echo "make demo | test | kernels | sanitize | bench | lint | format | wheel | cuda | gpu | clean"
 
 build: $(VENV)/built
 
@@ -41,7 +41,7 @@ bench: $(VENV)/built
 	pytest bench --benchmark-only --benchmark-json=build/bench.json
 	python bench/report.py build/bench.json
 
-CPP_FILES = $(shell find csrc tests/kernels -name '*.h' -o -name '*.cpp')
+CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 lint: $(VENV)/linters
 	ruff check .
@@ -71,6 +71,11 @@ cuda:
 	rm -rf build/cuda/tests/*/build
 	cd build/cuda && $(CUDA_BIN)/python -P -c 'import regfast; info = regfast.build_info(); print(info); assert info["cuda"]'
 	cd build/cuda && $(CUDA_BIN)/pytest -q -m "not slow"
+
+# On a machine with an NVIDIA GPU, by the python3 that has torch, without network: builds, proves and measures.
+gpu: export PATH := $(subst $(BIN):,,$(PATH))
+gpu:
+	$(PYTHON) bench/gpu.py
 
 clean:
 	$(MAKE) -C tests/kernels clean

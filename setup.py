@@ -1,8 +1,8 @@
 """Builds the one extension, regfast._C, against the torch of the environment (no build isolation).
 
-REGFAST_CUDA=auto|0|1: with the CUDA kernels where this torch has CUDA and nvcc is at hand, never, or else it is an error.
-REGFAST_CUDA_ARCHS="80 90a": for these architectures only. csrc/cuda/kernels.py compiles the kernels: they are free of
-torch, and what ptxas says of them is kept.
+REGFAST_CUDA=auto: with the CUDA kernels where this torch has CUDA and there is an nvcc of its release; 0: without;
+1: with them, or an error. REGFAST_CUDA_ARCHS="80 90a": for these architectures only. csrc/cuda/kernels.py compiles the
+kernels: they are free of torch, and what ptxas says of them is kept.
 """
 
 import glob

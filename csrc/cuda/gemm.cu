@@ -119,8 +119,7 @@ GemmPlan gemm_plan(DType dtype, bool tf32, const Gemm& g) {
   const int64_t sms = device().sms, stages = std::max<int64_t>(1, ceil_div(g.k, t.depth));
   const int64_t most = std::clamp<int64_t>(stages / tuning::kGemmLeastStages, 1, tuning::kGemmMostSplits);
   const auto tiles = [&](int m, int n) { return ceil_div(g.m, m) * ceil_div(g.n, n); };
-  const bool large =
-      large_exists && g.m > t.small_m && g.n > t.small_n && tiles(t.large_m, t.large_n) * most >= sms;
+  const bool large = large_exists && g.m > t.small_m && g.n > t.small_n && tiles(t.large_m, t.large_n) * most >= sms;
   p.tile_m = large ? t.large_m : t.small_m;
   p.tile_n = large ? t.large_n : t.small_n;
   const int64_t full = sms * tuning::kGemmBlocksPerSm / std::max<int64_t>(1, tiles(p.tile_m, p.tile_n));

@@ -38,7 +38,8 @@ __device__ __forceinline__ void fetch(T* tile, const GemmOperand& operand, int64
   }
 }
 
-// A thread's part of a row of the tile: groups of 16 bytes, kSide of them apart, so that a warp reads without conflicts.
+// A thread's part of a row of the tile: groups of 16 bytes, kSide of them apart, so that a warp reads without
+// conflicts.
 template <class T, int Each>
 __device__ __forceinline__ void load(T (&x)[Each], const T* row, int thread) {
 #pragma unroll
@@ -124,8 +125,8 @@ __global__ void __launch_bounds__(kThreads, 2) gemm_simt(GemmTask task) {
 template <class T, class Shape>
 void start(const GemmTask& task, const GemmPlan& plan, cudaStream_t stream) {
   const int64_t tiles = ((task.m + Shape::M - 1) / Shape::M) * ((task.n + Shape::N - 1) / Shape::N);
-  launch(gemm_simt<T, Shape>, dim3((unsigned)tiles, (unsigned)plan.splits), dim3(kThreads), Config<T, Shape>::kSharedBytes,
-         stream, task);
+  launch(gemm_simt<T, Shape>, dim3((unsigned)tiles, (unsigned)plan.splits), dim3(kThreads),
+         Config<T, Shape>::kSharedBytes, stream, task);
 }
 
 }  // namespace

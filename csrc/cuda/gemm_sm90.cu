@@ -1,7 +1,7 @@
 // The matrix product on Hopper, for bf16 and fp16. A block stays on its SM and takes one 128 x 256 tile of C after
-// another: one thread has the copy engine bring stages of both operands, two warpgroups multiply them with wgmma, and the
-// stages of the next tile arrive while the sums of this one leave. Off until it has been measured (tuning.h): the host
-// cannot run it.
+// another: one thread has the copy engine bring stages of both operands, two warpgroups multiply them with wgmma, and
+// the stages of the next tile arrive while the sums of this one leave. Off until it has been measured (tuning.h): the
+// host cannot run it.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -70,7 +70,8 @@ __device__ __forceinline__ uint64_t descriptor(const char* tile, int step) {
   return ptx::wgmma_descriptor(tile + step * (across ? 16 * 128 : 32), across ? kBlockBytes : 16, 1024);
 }
 
-// What a warp of a consumer has summed, through its own part of shared memory, so that a lane holds neighbouring columns.
+// What a warp of a consumer has summed, through its own part of shared memory, so that a lane holds neighbouring
+// columns.
 template <class T>
 __device__ __forceinline__ void write_out(const GemmTask& task, const float (&sum)[128], float* staging, int64_t row0,
                                           int64_t column0) {
@@ -105,8 +106,8 @@ __device__ __forceinline__ void write_out(const GemmTask& task, const float (&su
 }
 
 template <class T, bool a_across, bool b_across>
-__global__ void __launch_bounds__(kThreads, 1) gemm_sm90(const __grid_constant__ CUtensorMap map_a,
-                                                         const __grid_constant__ CUtensorMap map_b, GemmTask task) {
+__global__ void __launch_bounds__(kThreads, 1)
+    gemm_sm90(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, GemmTask task) {
   if constexpr (ptx::kHopper) {
     char* const shared = ptx::dynamic_shared<char>();
     float* const all_staging = (float*)(shared + kStages * kStageBytes);
@@ -191,8 +192,8 @@ EncodeTiled encode_tiled() {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
     constexpr unsigned kFirstVersion = 12000;
-    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kFirstVersion,
-                                                               cudaEnableDefault, &result);
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, kFirstVersion, cudaEnableDefault, &result);
     return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? (EncodeTiled)found : nullptr;
   }();
   return function;
@@ -209,8 +210,8 @@ bool make_map(const GemmOperand& o, int64_t mn, int64_t k, int span, CUtensorMap
   const cuuint32_t box[] = {64, (cuuint32_t)(o.across_k ? kDepth : span)}, every[] = {1, 1};
   constexpr auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   return encode_tiled()(map, type, 2, const_cast<void*>(o.view.data), extent, stride, box, every,
-                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                        CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                        CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
+                        CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 template <class T>

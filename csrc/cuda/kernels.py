@@ -1,7 +1,7 @@
 """Compiles the kernels (*.cu) with nvcc for setup.py, and reports what ptxas says of them.
 
-`python csrc/cuda/kernels.py LOG... --into KERNELS.md` writes registers, shared memory and spills into its table. A build
-ends with an error when a kernel spills that SPILLS does not list.
+`python csrc/cuda/kernels.py LOG... --into KERNELS.md` writes registers, shared memory and spills into its table. A
+build ends with an error when a kernel spills that SPILLS does not list.
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ class Toolkit:
         asked = os.environ.get("REGFAST_CUDA_ARCHS", "").replace(",", " ").split()
         for name in asked:
             if name not in ARCHITECTURES:
-                raise SystemExit(
-                    f"regfast: REGFAST_CUDA_ARCHS: expected some of {' '.join(ARCHITECTURES)}, got {name}"
-                )
+                raise SystemExit(f"regfast: REGFAST_CUDA_ARCHS: expected some of {' '.join(ARCHITECTURES)}, got {name}")
         return [name for name, first in ARCHITECTURES.items() if self.release >= first and (not asked or name in asked)]
 
     def code_flags(self) -> list[str]:
@@ -111,8 +109,8 @@ def resources(logs: list[Path]) -> list[dict]:
     rows = []
     pattern = re.compile(
         r"Compiling entry function '(?P<symbol>\S+)' for 'sm_(?P<arch>\w+)'\n"
-        r"(?:.*\n)*?\s+(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill "
-        r"loads\nptxas info\s+: Used (?P<registers>\d+) registers(?P<rest>.*)"
+        r"(?:.*\n)*?\s+\d+ bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
+        r"ptxas info\s+: Used (?P<registers>\d+) registers(?P<rest>.*)"
     )
     for log in logs:
         for found in pattern.finditer(log.read_text()):
@@ -144,7 +142,7 @@ def check_spills(rows: list[dict]) -> None:
     bad = [row for row in rows if row["spills"] > SPILLS.get(row["kernel"], 0)]
     if bad:
         lines = [f"  {row['file']} {row['symbol']} on sm_{row['arch']}: {row['spills']} bytes" for row in bad]
-        raise SystemExit("\n".join(["regfast: registers spill to memory in kernels that SPILLS does not list:", *lines]))
+        raise SystemExit("\n".join(["regfast: kernels that SPILLS does not list spill registers to memory:", *lines]))
 
 
 def table(rows: list[dict]) -> str:
@@ -152,7 +150,9 @@ def table(rows: list[dict]) -> str:
     rows = [row for row in rows if row["kernel"] != PROBE]
     archs = [name for name in ARCHITECTURES if any(row["arch"] == name for row in rows)]
     lines = [
-        "| file | kernel | instances | static shared memory | " + " | ".join(f"registers, sm_{a}" for a in archs) + " |",
+        "| file | kernel | instances | static shared memory | "
+        + " | ".join(f"registers, sm_{a}" for a in archs)
+        + " |",
         "|---" * (4 + len(archs)) + "|",
     ]
     for file, kernel in sorted({(row["file"], row["kernel"]) for row in rows}):
