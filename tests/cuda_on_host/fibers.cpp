@@ -7,20 +7,20 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <memory>
 #include <vector>
 
 namespace cuda_on_host {
 namespace {
 
-std::vector<char*> stacks;
-jmp_buf* starting;
+std::vector<std::unique_ptr<Fiber>> fibers;
+Fiber* starting;
 void (*starting_body)();
 ucontext_t creator;
 
 void enter() {
   void (*const body)() = starting_body;
-  ucontext_t* const back = &creator;
-  if (!_setjmp(*starting)) setcontext(back);
+  if (!_setjmp(starting->context)) setcontext(&creator);
   body();
   std::abort();
 }
@@ -29,24 +29,26 @@ void enter() {
 
 void make_fibers(int count) {
   const long page = sysconf(_SC_PAGESIZE);
-  while ((int)stacks.size() < count) {
+  while ((int)fibers.size() < count) {
     void* memory = mmap(nullptr, kStackBytes + page, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE)) std::abort();
-    stacks.push_back((char*)memory + page);
+    fibers.push_back(std::make_unique<Fiber>());
+    fibers.back()->stack = (char*)memory + page;
   }
 }
 
-void* stack_of(int fiber) { return stacks[fiber]; }
+Fiber& fiber(int number) { return *fibers[number]; }
 
-void reset_fiber(int fiber, jmp_buf context, void (*body)()) {
+void start_fiber(Fiber& f, void (*body)()) {
+  f.parked = false;
   ucontext_t entry;
   getcontext(&entry);
-  entry.uc_stack.ss_sp = stacks[fiber];
+  entry.uc_stack.ss_sp = f.stack;
   entry.uc_stack.ss_size = kStackBytes;
   entry.uc_link = nullptr;
   makecontext(&entry, enter, 0);
-  starting = (jmp_buf*)context;
+  starting = &f;
   starting_body = body;
   swapcontext(&creator, &entry);
 }

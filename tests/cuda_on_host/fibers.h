@@ -6,11 +6,17 @@ namespace cuda_on_host {
 
 constexpr long kStackBytes = 256 << 10;
 
+struct Fiber {
+  char* stack;
+  jmp_buf context;
+  bool parked;  // between two runs of its body, so that it goes on with the next when switched to
+};
+
 // Makes sure that fibers [0, count) exist.
 void make_fibers(int count);
-// Lets `context` continue at body(), on the stack of the given fiber, when jumped to. body never returns.
-void reset_fiber(int fiber, jmp_buf context, void (*body)());
-void* stack_of(int fiber);
+Fiber& fiber(int number);
+// Lets the fiber start its body when it is next switched to, whatever it was in the middle of. The body never returns.
+void start_fiber(Fiber& f, void (*body)());
 
 // Saves where the caller is and goes on elsewhere; returns when someone switches back.
 inline void switch_fibers(jmp_buf from, jmp_buf to) {

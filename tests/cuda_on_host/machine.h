@@ -1,12 +1,12 @@
 // The inside of the emulator: threads, blocks, what they know of one another's accesses, the launch under way.
 #pragma once
-#include <csetjmp>
 #include <cstdint>
 #include <memory>
 #include <random>
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "fibers.h"
 
 namespace cuda_on_host {
 
@@ -66,7 +66,7 @@ struct Thread {
   std::vector<size_t> copy_groups;  // how many copies each committed group has
   int64_t steps;                    // accesses since it last waited
   WarpCall call;
-  jmp_buf context;
+  Fiber* fiber;
 };
 
 struct Barrier {
@@ -137,6 +137,5 @@ void end_copy(void* p, int64_t bytes);
 void prepare_memory(int64_t shared_bytes, int cluster);
 void start_block_memory(Block& b);
 void load_fixed(Block& b);
-bool inside_stack(const Thread& t, const void* p);
 
 }  // namespace cuda_on_host

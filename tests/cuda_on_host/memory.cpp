@@ -7,7 +7,6 @@
 #include <cstring>
 #include <mutex>
 
-#include "fibers.h"
 #include "machine.h"
 
 namespace cuda_on_host {
@@ -187,11 +186,11 @@ void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, in
   }
 }
 
-}  // namespace
-
 bool inside_stack(const Thread& t, const void* p) {
-  return (uintptr_t)p - (uintptr_t)stack_of(t.number) < (uintptr_t)kStackBytes;
+  return (uintptr_t)p - (uintptr_t)t.fiber->stack < (uintptr_t)kStackBytes;
 }
+
+}  // namespace
 
 void check_access(const void* p, int64_t bytes, Access access, const void* address) {
   Thread& t = *machine.current;

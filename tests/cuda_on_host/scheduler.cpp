@@ -7,7 +7,6 @@
 #include <cstring>
 #include <mutex>
 
-#include "fibers.h"
 #include "machine.h"
 
 namespace cuda_on_host {
@@ -67,15 +66,20 @@ std::string source_of(const void* address) {
   return found;
 }
 
-// Runs on the fiber of a thread: the kernel, then the thread's end.
+// Runs on the fiber of a thread: the kernel, the thread's end, and the same for the thread that comes next.
 void thread_body() {
-  machine.launch->call(machine.launch->kernel, machine.launch->parameters);
-  Thread& t = *machine.current;
-  t.state = State::done;
-  --t.block->live;
-  finish_warp_calls_after_exit(t);
-  finish_barriers_after_exit(*t.block);
-  _longjmp(machine.scheduler, 1);
+  for (;;) {
+    machine.launch->call(machine.launch->kernel, machine.launch->parameters);
+    Thread& t = *machine.current;
+    t.state = State::done;
+    --t.block->live;
+    finish_warp_calls_after_exit(t);
+    finish_barriers_after_exit(*t.block);
+    Fiber& mine = *t.fiber;
+    mine.parked = true;
+    switch_fibers(mine.context, machine.scheduler);
+    mine.parked = false;
+  }
 }
 
 Thread* next_thread() {
@@ -147,14 +151,15 @@ void run_cluster(int64_t first_block) {
       t.copy_groups.clear();
       t.steps = 0;
       t.call.pending = false;
-      reset_fiber(t.number, t.context, thread_body);
+      t.fiber = &fiber(t.number);
+      if (!t.fiber->parked) start_fiber(*t.fiber, thread_body);
       make_ready(t);
     }
   }
   while (Thread* t = next_thread()) {
     machine.current = t;
     load_fixed(*t->block);
-    switch_fibers(machine.scheduler, t->context);
+    switch_fibers(machine.scheduler, t->fiber->context);
     machine.current = nullptr;
     if (machine.fault) {
       Fault f = *machine.fault;
@@ -255,13 +260,13 @@ void wait_for(const char* what, Site site) {
   t.waits_for = what;
   t.site = site;
   t.steps = 0;
-  switch_fibers(t.context, machine.scheduler);
+  switch_fibers(t.fiber->context, machine.scheduler);
 }
 
 void step(Thread& t) {
   if (++t.steps > kMostSteps) fault(Kind::hang, "a loop that does not end");
   if (schedule == Schedule::shuffled && random_numbers() % kInterruptionOdds == 0)
-    switch_fibers(t.context, machine.scheduler);
+    switch_fibers(t.fiber->context, machine.scheduler);
 }
 
 // ---- barriers ------------------------------------------------------------------------------------------------------
