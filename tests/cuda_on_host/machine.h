@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 #include <random>
+#include <type_traits>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -19,9 +20,16 @@ struct Stamp {
 // One byte of shared memory. Everything in it is about the block whose generation it holds; others have not used it.
 struct Cell {
   uint32_t generation = 0;
-  bool by_atomic = false, copy_under_way = false;
+  uint16_t by_atomic = false, copy_under_way = false;
   Stamp write, read;
-  int32_t more_reads = -1;  // list of further readers since the write
+  int32_t more_reads = -1;  // the last of further readers since the write, among machine.reads
+};
+static_assert(std::has_unique_object_representations_v<Cell>, "cells are compared by their bytes");
+
+// A reader in a list of them. Lists do not change once made, so bytes with the same history share one.
+struct Read {
+  Stamp stamp;
+  int32_t earlier, count;  // the list that it was added to, or -1; how long it made it
 };
 
 // A range of shared memory with its cells.
@@ -99,8 +107,7 @@ struct Machine {
   uint32_t generations = 0;
   Barrier cluster_barrier;
   std::vector<uint64_t> ready;  // bits
-  std::vector<std::vector<Stamp>> more_reads;  // lists, the first of them in use
-  int32_t more_reads_used = 0;
+  std::vector<Read> reads;
   std::unique_ptr<Fault> fault;
   const void* fault_address = nullptr;
   jmp_buf scheduler;

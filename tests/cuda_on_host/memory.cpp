@@ -120,33 +120,37 @@ std::string whom(const Stamp& s) { return "thread " + std::to_string(s.thread % 
 }
 
 // One reader is kept in the cell; others that are not ordered with it in a list, which the next write has to be ordered
-// after as well. Reads from before the block's last barrier are forgotten.
+// after as well.
+int32_t reads_with(int32_t list, const Stamp& mine) {
+  auto& reads = machine.reads;
+  if (list >= 0 && reads[list].stamp.thread == mine.thread) list = reads[list].earlier;
+  if (list >= 0 && reads[list].count >= 4 * (int)machine.threads.size()) {
+    // A thread's last read stands for its earlier ones.
+    std::vector<bool> known(machine.threads.size());
+    int32_t shorter = -1;
+    for (int32_t i = list; i >= 0; i = reads[i].earlier) {
+      if (known[reads[i].stamp.thread]) continue;
+      known[reads[i].stamp.thread] = true;
+      reads.push_back({reads[i].stamp, shorter, shorter < 0 ? 1 : reads[shorter].count + 1});
+      shorter = (int32_t)reads.size() - 1;
+    }
+    list = shorter;
+  }
+  reads.push_back({mine, list, list < 0 ? 1 : reads[list].count + 1});
+  return (int32_t)reads.size() - 1;
+}
+
+// Where the block's barriers order everything, readers from before the last one are of no interest: a cell's list is of
+// the same time as the reader in it.
+void forget_reads(const Thread& t, Cell& c) {
+  if (machine.blocks.size() == 1 && c.read.epoch < t.block->epoch) c.more_reads = -1;
+}
+
 void note_read(Thread& t, Cell& c) {
-  const Stamp mine = now(t);
-  if (ordered(t, c.read)) {
-    if (c.more_reads >= 0 && machine.blocks.size() == 1 && c.read.epoch < t.block->epoch)
-      machine.more_reads[c.more_reads].clear();
-    c.read = mine;
-    return;
-  }
-  if (c.more_reads < 0) {
-    c.more_reads = machine.more_reads_used++;
-    if (c.more_reads == (int32_t)machine.more_reads.size()) machine.more_reads.emplace_back();
-    machine.more_reads[c.more_reads].clear();
-  }
-  auto& more = machine.more_reads[c.more_reads];
-  if (!more.empty() && more.back().thread == mine.thread) {
-    more.back() = mine;
-    return;
-  }
-  if (more.size() >= 4 * machine.threads.size()) {  // a thread's last read stands for its earlier ones
-    std::vector<Stamp> last(machine.threads.size());
-    for (const Stamp& s : more) last[s.thread] = s;
-    more.clear();
-    for (const Stamp& s : last)
-      if (s.thread >= 0) more.push_back(s);
-  }
-  more.push_back(mine);
+  if (ordered(t, c.read))
+    c.read = now(t);
+  else
+    c.more_reads = reads_with(c.more_reads, now(t));
 }
 
 void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, int64_t bytes, Access access,
@@ -157,8 +161,15 @@ void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, in
                                    " of " + std::to_string(range.bytes),
           address);
   const bool writes = access != Access::read, atomic = access == Access::atomic;
+  Cell before, after;  // the last byte's
   for (int64_t i = offset; i < offset + bytes; ++i) {
     Cell& c = range.cells[i];
+    if (i > offset && !std::memcmp(&c, &before, sizeof c)) {
+      c = after;
+      continue;
+    }
+    before = c;
+    forget_reads(t, c);
     if (c.generation != owner.generation) {
       c = Cell();
       c.generation = owner.generation;
@@ -173,9 +184,8 @@ void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, in
     if (!both_atomic && !ordered(t, c.write)) race(c.write, writes ? "write" : "read", "write", i, address);
     if (writes) {
       if (!ordered(t, c.read)) race(c.read, "write", "read", i, address);
-      if (c.more_reads >= 0)
-        for (const Stamp& s : machine.more_reads[c.more_reads])
-          if (!ordered(t, s)) race(s, "write", "read", i, address);
+      for (int32_t r = c.more_reads; r >= 0; r = machine.reads[r].earlier)
+        if (!ordered(t, machine.reads[r].stamp)) race(machine.reads[r].stamp, "write", "read", i, address);
       c.write = now(t);
       c.by_atomic = atomic;
       c.read = Stamp();
@@ -183,6 +193,7 @@ void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, in
     } else {
       note_read(t, c);
     }
+    after = c;
   }
 }
 

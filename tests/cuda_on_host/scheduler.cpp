@@ -125,7 +125,7 @@ void run_cluster(int64_t first_block) {
   const int n = machine.block_threads;
   machine.cluster_barrier = {};
   std::fill(machine.ready.begin(), machine.ready.end(), 0);
-  machine.more_reads_used = 0;
+  machine.reads.clear();
   machine.loaded = nullptr;
   for (int rank = 0; rank < l.cluster; ++rank) {
     Block& b = machine.blocks[rank];
@@ -277,6 +277,7 @@ namespace {
 void release(Block& b, Barrier& barrier, bool whole_block) {
   if (whole_block) {
     ++b.epoch;
+    if (machine.blocks.size() == 1) machine.reads.clear();  // nobody goes back to them: see forget_reads
   } else {
     std::vector<int> lanes((machine.block_threads + 31) / 32);
     for (int i : barrier.arrivals) ++lanes[i / 32];
