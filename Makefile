@@ -13,11 +13,11 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels sanitize bench lint format wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels cuda_on_host sanitize bench lint format wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | kernels | sanitize | bench | lint | format | wheel | cuda | gpu | clean"
+	@echo "make demo | test | kernels | cuda_on_host | sanitize | bench | lint | format | wheel | cuda | gpu | clean"
 
 build: $(VENV)/built
 
@@ -27,11 +27,16 @@ demo: $(VENV)/built
 	@echo "The pictures are in $(CURDIR)/examples/figures:" && ls examples/figures
 
 # The kernels alone first: they need no torch and fail with less around them. pytest's last line closes the output.
-test: kernels $(VENV)/built
+test: kernels cuda_on_host $(VENV)/built
 	pytest
 
 kernels:
 	$(MAKE) -C tests/kernels test
+
+# The CUDA kernels on the CPU: alone, then as a module through which pytest runs the ops' tests on one more device.
+cuda_on_host: $(VENV)/torch
+	$(MAKE) -C tests/cuda_on_host test
+	$(MAKE) -C tests/cuda_on_host extension PYTHON=$(BIN)/python
 
 sanitize:
 	$(MAKE) -C tests/kernels sanitize
@@ -79,6 +84,7 @@ gpu:
 
 clean:
 	$(MAKE) -C tests/kernels clean
+	$(MAKE) -C tests/cuda_on_host clean
 	rm -rf build dist *.egg-info regfast/*.so examples/figures
 
 # The files below are stamps: what they stand for is done if they are newer than what they depend on.
