@@ -1,0 +1,246 @@
+"""`make gpu`: builds for the GPU found, proves the kernels on it, measures them, and writes bench/results/<gpu>.json.
+
+It takes the python3 that has torch, no network, and at most nine minutes on 16 cores. Each part runs in a process of
+its own, so that the failure of one does not stop the others; the exit status tells whether all of them succeeded. When
+they have, tuning.h's `proven` may list the architecture, and `gemm_kernel` what the table shows to win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "gpu"
+SECONDS = 525  # of the nine minutes
+BENCHMARKS = 200  # of these, kept for the benchmarks whatever the proofs take
+# Where code for an architecture alone has instructions that its plain code lacks (csrc/cuda/kernels.py).
+LETTERS = {90: "90a", 100: "100a"}
+COLUMNS = ("eager", "compile", "liger", "quack", "cce")  # whom gpu_cases.py compares with
+CHECKS = [sys.executable, "-P", "tests/gpu_checks.py"]
+
+
+@dataclass
+class Part:
+    name: str
+    ok: bool
+    seconds: float
+    detail: str
+
+
+@dataclass
+class Run:
+    """Runs parts and keeps what became of them."""
+
+    environment: dict[str, str]
+    begin: float = field(default_factory=time.perf_counter)
+    parts: list[Part] = field(default_factory=list)
+
+    def part(self, name: str, command: list[str], limit: float, keep: float = 0, **environment: str) -> None:
+        """At most `limit` seconds, and of those left all but `keep`. The detail is the output's last line."""
+        limit = min(limit, SECONDS - keep - (time.perf_counter() - self.begin))
+        if limit < 1:
+            self.parts.append(Part(name, False, 0.0, "not run: the time is over"))
+            return
+        print(f"\n=== {name}: {' '.join(command)}", flush=True)
+        log, start = BUILD / (re.sub(r"\W+", "_", name) + ".log"), time.perf_counter()
+        try:
+            with open(log, "w") as out:
+                process = subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env={**os.environ, **self.environment, **environment},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # what it starts ends with it
+                )
+                try:
+                    status = process.wait(limit)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+                    status = f"stopped after {limit:.0f} s"
+                    process.wait()
+            text = log.read_text(errors="replace").rstrip()
+        except OSError as error:
+            status, text = 1, str(error)
+        print(text[-6000:], flush=True)
+        lines = text.splitlines() or [""]
+        detail = lines[-1][:160] if isinstance(status, int) else status
+        self.parts.append(Part(name, status == 0, round(time.perf_counter() - start, 1), detail))
+
+
+def describe() -> dict:
+    """The machine, for the results file; nothing that names a person or a host."""
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "architecture": 10 * properties.major + properties.minor,
+        "sms": properties.multi_processor_count,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "l2_mib": round(properties.L2_cache_size / 2**20, 1),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def slug(name: str) -> str:
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def prove(run: Run) -> None:
+    """Building, then correctness: all checks, the products by each kernel, the op tests, and compute-sanitizer."""
+    build = ["setup.py", "build", "--build-base", "build/gpu", "--build-lib", "build/gpu/lib"]
+    run.part("build", [sys.executable, *build], 240, REGFAST_CUDA="1", PYTHONPATH="")
+    run.part("checks", CHECKS, 150, BENCHMARKS)
+    for kernel in ["sm80", "sm90"] if torch.cuda.get_device_capability()[0] == 9 else ["sm80"]:
+        run.part(f"checks of gemm_{kernel}", [*CHECKS, "linear", "same_bits"], 60, BENCHMARKS, REGFAST_CUDA_GEMM=kernel)
+    if all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
+        tests = [f"tests/test_{name}.py" for name in ("linear", "softmax", "cross_entropy", "mse", "failure_modes")]
+        only = ["-k", "cuda and not cuda_on_host", "-m", "not slow", "-x"]
+        run.part("op tests", [sys.executable, "-P", "-m", "pytest", "-q", *only, *tests], 90, BENCHMARKS)
+    else:
+        print("\nThe op tests need pytest and hypothesis; gpu_checks.py has covered the ops without them.")
+    if not shutil.which("compute-sanitizer"):
+        print("\ncompute-sanitizer is not installed: memcheck and racecheck are left out.")
+        return
+    for tool in ("memcheck", "racecheck"):
+        # Without torch's cache each tensor is an allocation, so that what lies beyond it is nobody's.
+        sanitizer = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        names = ["softmax", "cross_entropy", "linear", "mse_loss"]
+        run.part(tool, [*sanitizer, *CHECKS, "--small", *names], 60, BENCHMARKS, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+
+
+def benchmark(run: Run) -> tuple[dict, list[dict]]:
+    """The ceilings and all cases that were measured, also those of a part that failed later."""
+    ceilings, cases = {}, []
+    sm90 = torch.cuda.get_device_capability()[0] == 9
+    for what, kernel, seconds in [
+        ("rows", "aten", 110),
+        ("linear", "aten", 40),
+        ("linear", "sm80", 20),
+        *([("linear", "sm90", 20)] if sm90 else []),
+    ]:
+        out = BUILD / f"{what}_{kernel}.jsonl"
+        out.unlink(missing_ok=True)
+        name = f"benchmarks: {what}" + (f", gemm {kernel}" if what == "linear" else "")
+        command = [sys.executable, "-P", "bench/gpu_cases.py", what, str(out), "--seconds", str(seconds)]
+        run.part(name, command, seconds + 40, REGFAST_CUDA_GEMM=kernel)
+        for line in out.read_text().splitlines() if out.exists() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the part was stopped while it wrote this
+                continue
+            if "ceilings" in entry:
+                ceilings = ceilings or entry["ceilings"]
+            else:
+                cases.append(entry)
+    return ceilings, cases
+
+
+HEADER = ["case", "GEMM", "regfast", *COLUMNS, "ceiling"]
+
+
+def rows(cases: list[dict]) -> list[list[str]]:
+    def time_of(seconds: float) -> str:
+        return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
+
+    return [
+        [
+            case["name"],
+            case["gemm"],
+            time_of(case["median_s"]["regfast"]),
+            *(f"{case['ratio'][name]:.2f}x" if name in case["ratio"] else "" for name in COLUMNS),
+            f"{case['share']:.0%} of {case['bound'].removesuffix('_gb_s')}",
+        ]
+        for case in cases
+    ]
+
+
+def print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
+    """By rich if it is installed, else in plain columns."""
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
+        print(f"\n{title}")
+        for line in [header, *lines]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        return
+    table = Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    console = Console()
+    console.width = max(console.width, 150)  # the table needs it, in a pipe too
+    console.print(table)
+
+
+def report(machine: dict, run: Run, ceilings: dict, cases: list[dict]) -> None:
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in ceilings.items())
+    print_table("Parts", ["part", "ok", "seconds", "last line"], [
+        [part.name, "yes" if part.ok else "NO", f"{part.seconds:.0f}", part.detail] for part in run.parts
+    ])  # fmt: skip
+    title = (
+        f"{machine['gpu']}, torch {machine['torch']}; measured ceilings: {measured}. "
+        "How many times longer the others take than regfast, L2 cold; share of the ceiling"
+    )
+    print_table(title, HEADER, rows(cases))
+
+
+def rounded(value):
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the JSON")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print(f"make gpu: torch {torch.__version__} of {sys.executable} finds no NVIDIA GPU")
+        return 2
+    machine = describe()
+    arch = machine["architecture"]
+    print(f"{machine['gpu']} (sm_{arch}), torch {machine['torch']}, {os.cpu_count()} cores")
+    shutil.rmtree(BUILD, ignore_errors=True)
+    BUILD.mkdir(parents=True)
+    run = Run(
+        {
+            "PYTHONPATH": str(BUILD / "lib"),
+            "REGFAST_CUDA_KERNELS": "1",
+            "REGFAST_CUDA_ARCHS": LETTERS.get(arch, str(arch)),
+        }
+    )
+    prove(run)
+    ceilings, cases = benchmark(run)
+    ok = all(part.ok for part in run.parts)
+    result = {"machine": machine, "passed": ok, "parts": [asdict(part) for part in run.parts], "ceilings": ceilings}
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{slug(machine['gpu'])}.json"
+    path.write_text(json.dumps(rounded({**result, "cases": cases}), indent=1) + "\n")
+    print(f"\nWrote {path.name} in {args.out.name}/; " + ("all parts passed" if ok else "NOT all parts passed"))
+    report(machine, run, ceilings, cases)
+    return 0 if ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

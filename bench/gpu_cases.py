@@ -1,0 +1,348 @@
+"""What is timed on a GPU, against whom, and how: CUDA events around single calls, with the caches emptied before each.
+
+gpu.py runs it, once for the kernels of rows and once for each matrix product, which REGFAST_CUDA_GEMM chooses:
+
+    python bench/gpu_cases.py rows|linear OUT [--seconds N]     writes ceilings and cases to OUT, a line of JSON each
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+import regfast
+
+GIB = 1 << 30
+
+
+@dataclass
+class Case:
+    """One op in one mode. A contestant maps the tensors to what is differentiated; those named here take part."""
+
+    op: str
+    mode: str  # fwd | bwd | fwd_bwd
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], list[torch.Tensor]]  # fresh inputs; those that require grad get one
+    contestants: dict[str, Callable]  # regfast, eager, and peers
+    bytes: int = 0  # least traffic
+    flops: int = 0
+    formula: str = ""
+    compile: bool = False
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(self.dtype).removeprefix("torch.")]
+        return " ".join(filter(None, [self.op, self.label, shape, dtype, self.mode.replace("_", "+")]))
+
+
+@dataclass
+class Clock:
+    """Times calls one at a time: an empty L2 cache, then an event, the call, an event."""
+
+    flush: torch.Tensor = field(init=False)
+
+    def __post_init__(self):
+        size = torch.cuda.get_device_properties(0).L2_cache_size
+        self.flush = torch.empty(max(2 * size, 64 << 20) // 4, dtype=torch.float32, device="cuda")
+
+    def once(self, prepare: Callable[[], Callable]) -> float:
+        """Seconds of what prepare() returns."""
+        call = prepare()
+        self.flush.zero_()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        # The host runs ahead meanwhile, so that the device does not wait between the events for what it is to do.
+        torch.cuda._sleep(400_000)
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) / 1e3
+
+    def interleaved(self, calls: dict[str, Callable], rounds: int = 15, seconds: float = 1.5) -> dict[str, list[float]]:
+        """Samples of all calls in turn, in rotating order; three rounds at least, more while there is time."""
+        for prepare in calls.values():  # loads, compiles, allocates
+            self.once(prepare)
+            self.once(prepare)
+        samples = {name: [] for name in calls}
+        names, begin = list(calls), time.perf_counter()
+        for i in range(rounds):
+            if i >= 3 and time.perf_counter() - begin > seconds:
+                break
+            for name in names[i % len(names) :] + names[: i % len(names)]:
+                samples[name].append(self.once(calls[name]))
+        return samples
+
+
+def preparation(fn: Callable, tensors: list[torch.Tensor], mode: str) -> Callable:
+    """For Clock.once: what goes before the clock starts, and returns what is timed."""
+    leaves = [t for t in tensors if t.requires_grad]
+    if mode == "fwd":
+        constants = [t.detach() for t in tensors]
+        return lambda: lambda: fn(*constants)
+
+    def clear():
+        for leaf in leaves:
+            leaf.grad = None
+
+    # A loss has its usual implicit gradient of 1; other outputs a random one.
+    with torch.no_grad():
+        out = fn(*tensors)
+    upstream = None if out.dim() == 0 else torch.randn_like(out)
+    del out
+
+    def both():
+        clear()
+        return lambda: fn(*tensors).backward(upstream)
+
+    def backward():
+        clear()
+        out = fn(*tensors)
+        return lambda: out.backward(upstream)
+
+    return both if mode == "fwd_bwd" else backward
+
+
+def ceilings(clock: Clock) -> dict[str, float]:
+    """Measured here: bytes per second of a copy and of a read, products per second of PyTorch's GEMM."""
+
+    def seconds(fn: Callable, *tensors: torch.Tensor) -> float:
+        return statistics.median(clock.once(lambda: lambda: fn(*tensors)) for _ in range(12))
+
+    source = torch.ones(GIB // 4, device="cuda")
+    target = torch.empty_like(source)
+    found = {
+        "copy_gb_s": 2 * source.nbytes / seconds(target.copy_, source) / 1e9,
+        "read_gb_s": source.nbytes / seconds(torch.sum, source) / 1e9,
+    }
+    del source, target
+    for name, dtype, n in (
+        ("bf16", torch.bfloat16, 8192),
+        ("tf32", torch.float32, 8192),
+        ("fp32", torch.float32, 4096),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+        x, y = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
+        found[f"gemm_{name}_tflop_s"] = 2 * n**3 / seconds(torch.mm, x, y) / 1e12
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return found
+
+
+# Peers, each where it is installed: from the name of a package and of a function in it to one that is called as ours.
+PEERS = {
+    "cross_entropy": {
+        # Liger writes its gradient over the logits.
+        "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy", lambda f: lambda x, t: f(x, t)),
+        "quack": ("quack.cross_entropy", "cross_entropy", lambda f: lambda x, t: f(x, t, reduction="mean")),
+    },
+    "softmax": {"quack": ("quack.softmax", "softmax", lambda f: f)},
+    "linear_cross_entropy": {
+        "cce": ("cut_cross_entropy", "linear_cross_entropy", lambda f: lambda x, w, t: f(x, w, t)),
+    },
+}
+
+
+def peers(op: str) -> dict[str, Callable]:
+    found = {}
+    for name, (module, function, adapt) in PEERS[op].items():
+        try:
+            found[name] = adapt(getattr(importlib.import_module(module), function))
+        except Exception as error:  # not installed, or not for this GPU: whatever it says, it does not take part
+            print(f"  {name}'s {op} does not take part: {type(error).__name__}: {str(error)[:100]}")
+    return found
+
+
+def row_cases() -> list[Case]:
+    """Cross-entropy and the softmax family: logits of 0.5 GiB, from the shortest rows to the longest."""
+    cases, others = [], {op: peers(op) for op in ("cross_entropy", "softmax")}
+    for dtype in (torch.bfloat16, torch.float32):
+        size = torch.empty((), dtype=dtype).element_size()
+        for v in (1024, 4096, 32768, 131072, 262144):
+            n = GIB // 2 // size // v
+
+            def logits(n=n, v=v, dtype=dtype):
+                return [3 * torch.randn(n, v, device="cuda", dtype=dtype), torch.randint(v, (n,), device="cuda")]
+
+            def leaf(make=logits):
+                x, t = make()
+                return [x.requires_grad_(), t]
+
+            fns = {"regfast": regfast.cross_entropy, "eager": F.cross_entropy}
+            nv = n * v * size
+            every = {**fns, **others["cross_entropy"]}
+            compiled = v == 131072
+            cases += [
+                Case("cross_entropy", "fwd", dtype, (n, v), logits, fns, nv, formula="NVs", compile=compiled),
+                Case("cross_entropy", "fwd_bwd", dtype, (n, v), leaf, every, 2 * nv, formula="2NVs", compile=compiled),
+            ]
+            # With lse as an output too, forward leaves the gradient to backward.
+            ours = {
+                "regfast": lambda x, t: regfast.cross_entropy(x, t, outputs=("loss", "lse")).loss,
+                "eager": F.cross_entropy,
+            }
+            cases.append(Case("cross_entropy", "bwd", dtype, (n, v), leaf, ours, 2 * nv, formula="2NVs"))
+
+            def softmax_input(make=logits):
+                return make()[:1]
+
+            def softmax_leaf(make=logits):
+                return [make()[0].requires_grad_()]
+
+            fns = {"regfast": regfast.softmax, "eager": lambda x: torch.softmax(x, -1), **others["softmax"]}
+            cases += [
+                Case("softmax", "fwd", dtype, (n, v), softmax_input, fns, 2 * nv, formula="2NVs", compile=compiled),
+                Case("softmax", "bwd", dtype, (n, v), softmax_leaf, fns, 3 * nv, formula="3NVs"),
+            ]
+    dtype, shape = torch.float32, (8, 21, 512, 512)
+    n = math.prod(shape) * 4
+
+    def pixels():
+        x = 3 * torch.randn(shape, device="cuda")
+        return [x.requires_grad_(), torch.randint(21, (8, 512, 512), device="cuda")]
+
+    fns = {"regfast": regfast.cross_entropy, "eager": F.cross_entropy}
+    cases.append(Case("cross_entropy", "fwd_bwd", dtype, shape, pixels, fns, 2 * n, formula="2NVs", label="pixels"))
+
+    def pair():
+        return [torch.randn(1 << 27, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
+
+    fns = {"regfast": regfast.mse_loss, "eager": F.mse_loss}
+    cases.append(Case("mse_loss", "fwd_bwd", torch.bfloat16, (1 << 27,), pair, fns, 6 << 28, formula="6ns"))
+    return cases
+
+
+def linear_cases() -> list[Case]:
+    cases = []
+    for dtype, shapes in (
+        (torch.bfloat16, [(4096, 4096, 4096), (8192, 8192, 8192), (256, 784, 10), (4096, 1003, 2051)]),
+        (torch.float32, [(4096, 4096, 4096), (256, 784, 10)]),
+    ):
+        for n, d, v in shapes:
+
+            def make(n=n, d=d, v=v, dtype=dtype):
+                return [torch.randn(s, device="cuda", dtype=dtype).mul_(d**-0.25) for s in ((n, d), (v, d), (v,))]
+
+            def leaves(make=make):
+                return [t.requires_grad_() for t in make()]
+
+            fns = {
+                "regfast": lambda x, w, b: regfast.linear(x, w, b, activation="gelu"),
+                "eager": lambda x, w, b: F.gelu(F.linear(x, w, b)),
+            }
+            flops, square = 2 * n * d * v, n == d == v
+            size = torch.empty((), dtype=dtype).element_size()
+            bytes_ = (n * d + v * d + n * v) * size
+            cases += [
+                Case("linear", "fwd", dtype, (n, d, v), make, fns, bytes_, flops, "2NDV", square, "gelu"),
+                Case("linear", "fwd_bwd", dtype, (n, d, v), leaves, fns, 3 * bytes_, 3 * flops, "6NDV", square, "gelu"),
+            ]
+    n, d, v = 8192, 2048, 32768
+
+    def head():
+        x, w = (torch.randn(s, device="cuda", dtype=torch.bfloat16).mul_(d**-0.25) for s in ((n, d), (v, d)))
+        return [x.requires_grad_(), w.requires_grad_(), torch.randint(v, (n,), device="cuda")]
+
+    fns = {
+        "regfast": lambda x, w, t: regfast.cross_entropy(regfast.linear(x, w), t),
+        "eager": lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
+        **peers("linear_cross_entropy"),
+    }
+    cases.append(
+        Case("linear + cross_entropy", "fwd_bwd", torch.bfloat16, (n, d, v), head, fns, 0, 6 * n * d * v, "6NDV", True)
+    )
+    return cases
+
+
+def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
+    """The case's times, its ratios to the others within each round, and its share of the ceiling."""
+    torch.manual_seed(0)
+    tensors = case.make()
+    fns = dict(case.contestants)
+    if case.compile:
+        torch._dynamo.reset()
+        fns["compile"] = torch.compile(fns["eager"], dynamic=False)
+    calls, failures = {}, {}
+    for name, fn in fns.items():
+        try:
+            # Who writes over the logits gets logits of its own.
+            own = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors] if name == "liger" else tensors
+            prepare = preparation(fn, own, case.mode)
+            clock.once(prepare)
+            calls[name] = prepare
+        except Exception as error:
+            if name == "regfast":
+                raise
+            failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
+    samples = clock.interleaved(calls)
+    median = {name: statistics.median(values) for name, values in samples.items()}
+    mine = samples["regfast"]
+    ratio = {
+        name: statistics.median(a / b for a, b in zip(values, mine, strict=True))
+        for name, values in samples.items()
+        if name != "regfast"
+    }
+    rate = "read_gb_s" if case.mode == "fwd" and case.op == "cross_entropy" else "copy_gb_s"
+    bounds = {rate: case.bytes / limits[rate] / 1e9}
+    if case.flops:
+        kind = "bf16" if case.dtype == torch.bfloat16 else "fp32"
+        bounds[f"gemm_{kind}"] = case.flops / limits[f"gemm_{kind}_tflop_s"] / 1e12
+    bound = max(bounds, key=bounds.get)
+    return {
+        "name": case.name,
+        "shape": case.shape,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "mode": case.mode,
+        "formula": case.formula,
+        "median_s": median,
+        "ratio": ratio,
+        "bound": bound,
+        "share": bounds[bound] / median["regfast"],
+        "gemm": os.environ.get("REGFAST_CUDA_GEMM", "auto") if case.op == "linear" else "",
+        "failures": failures,
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("rows", "linear"))
+    parser.add_argument("out")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="cases that would begin later are left out")
+    args = parser.parse_args()
+    begin, clock, failed = time.perf_counter(), Clock(), 0
+    limits = ceilings(clock)
+    with open(args.out, "w", buffering=1) as out:
+        out.write(json.dumps({"ceilings": limits}) + "\n")
+        for case in row_cases() if args.what == "rows" else linear_cases():
+            if time.perf_counter() - begin > args.seconds:
+                failed += 1
+                print(f"  {case.name}: not measured, the time is over", flush=True)
+                continue
+            try:
+                result = measure(case, clock, limits)
+                out.write(json.dumps(result) + "\n")
+                print(f"  {case.name}: {result['share']:.0%} of {result['bound']}", flush=True)
+            except Exception:
+                failed += 1
+                print(f"  {case.name}: FAILED", flush=True)
+                traceback.print_exc()
+            torch.cuda.empty_cache()
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,404 @@
+"""What only a GPU can show, for `make gpu`, compute-sanitizer and pytest (test_gpu.py). It needs torch alone:
+
+    python tests/gpu_checks.py [--small] [NAME...]     runs all checks, or those whose names contain a NAME
+
+--small: the shapes for compute-sanitizer, a few of each kernel, since it slows kernels down a hundredfold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import regfast
+from regfast import reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATING = ("loss", "lse", "entropy", "logprob")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+
+class Skip(Exception):
+    """Why a check has nothing to do on this machine."""
+
+
+def assert_as_good(ours: Tensor, theirs: Tensor, exact: Tensor, what: str) -> None:
+    """The tests' contract: an error against float64 of twice PyTorch's, in the same dtype, plus an epsilon.
+
+    One tensor alone may be unlucky, hence twice that. What is not finite stands where the exact result has it.
+    """
+    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.device == theirs.device, what
+    if not ours.is_floating_point():
+        assert torch.equal(ours, theirs), what
+        return
+    rounded = exact.to(ours.dtype)
+    finite = rounded.isfinite()
+    same = torch.where(rounded.isnan(), ours.isnan(), ours == rounded)
+    assert same[~finite].all(), f"{what}: infinities or NaNs where there should be others"
+    if not finite.any():
+        return
+    info = torch.finfo(ours.dtype)
+    size = exact[finite].abs().max().clamp(min=info.smallest_normal)
+    error = (ours.double() - exact)[finite].abs().max()
+    theirs_error = (theirs.double() - exact)[finite].abs().max()
+    allowed = 4 * theirs_error + (64 if ours.dtype == torch.float64 else 4) * info.eps * size
+    assert error <= allowed, f"{what}: error {error:.3g}, PyTorch's {theirs_error:.3g}, allowed {allowed:.3g}"
+
+
+def evaluate(fn: Callable, tensors: list[Tensor | None], grads: list[Tensor] | None, dtype: torch.dtype | None):
+    leaves = []
+    for t in tensors:
+        leaf = t
+        if t is not None and t.is_floating_point():
+            leaf = (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_(t.requires_grad)
+        leaves.append(leaf)
+    outputs = fn(*leaves)
+    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    if grads is None:  # not ones, and not one number for all: backward passes treat those specially
+        grads = [torch.randn(o.shape, device=o.device) for o in outputs]
+    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
+    roots = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
+    results = []
+    if wanted and roots:
+        results = torch.autograd.grad([r[0] for r in roots], wanted, [r[1] for r in roots], materialize_grads=True)
+    return [o.detach() for o in outputs], list(results), grads
+
+
+def compare(ours: Callable, theirs: Callable, *tensors: Tensor | None, what: str, grads=None) -> None:
+    """Values and gradients of `ours` against those of `theirs`, in the tensors' dtype and in float64."""
+    out, grad, grads = evaluate(ours, list(tensors), grads, None)
+    their_out, their_grad, _ = evaluate(theirs, list(tensors), grads, None)
+    true_out, true_grad, _ = evaluate(theirs, list(tensors), grads, torch.float64)
+    for i, (a, b, c) in enumerate(zip(out + grad, their_out + their_grad, true_out + true_grad, strict=True)):
+        name = f"output {i}" if i < len(out) else f"gradient {i - len(out)}"
+        assert_as_good(a, b, c, f"{what}: {name}")
+
+
+def spiky(*shape: int, dtype=torch.float32, device="cuda") -> Tensor:
+    """Normal values of which one in ten is large: flat logits make every probability 1/V and hide errors."""
+    values = torch.randn(shape, device=device)
+    return (values + 4 * (torch.rand(shape, device=device) < 0.1) * torch.randn(shape, device=device)).to(dtype)
+
+
+def classes_of(shape: tuple[int, ...], classes: int, ignored: float = 0.2, device="cuda") -> Tensor:
+    target = torch.randint(classes, shape, device=device)
+    return torch.where(torch.rand(shape, device=device) < ignored, -100, target)
+
+
+def layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same values aligned, at an odd address, with gaps between rows, and with rows adjacent."""
+    odd = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+    gaps = x.new_empty(*x.shape[:-1], x.shape[-1] + 3)[..., 1:-2].copy_(x)
+    return {"aligned": x, "odd": odd, "gaps": gaps, "transposed": x.transpose(0, -1).contiguous().transpose(0, -1)}
+
+
+# ---- checks: each takes `small` ------------------------------------------------------------------------------------
+
+# Rows of some lanes, of a block, of a cluster (or read twice where there are none), and longer than all of them hold.
+ROWS = [(1, 1), (37, 10), (64, 1000), (9, 1025), (33, 4099), (7, 50257), (5, 131072), (3, 300001), (2, 1100003)]
+SMALL_ROWS = [(37, 10), (5, 1025), (2, 70001)]
+
+
+def check_softmax(small: bool) -> None:
+    for dtype, shape in itertools.product(DTYPES[: 2 if small else 4], SMALL_ROWS if small else ROWS):
+        for name, x in layouts(spiky(*shape, dtype=dtype)).items():
+            for ours, theirs in (
+                (regfast.softmax, torch.softmax),
+                (regfast.log_softmax, torch.log_softmax),
+                (regfast.logsumexp, lambda x, dim: torch.logsumexp(x, dim)),
+            ):
+                compare(
+                    lambda x, f=ours: f(x, -1),
+                    lambda x, f=theirs: f(x, -1),
+                    x.requires_grad_(),
+                    what=f"{ours.__name__} {shape} {dtype} {name}",
+                )
+    x = spiky(3, 21, 40, 33).requires_grad_()
+    for dim in (0, 1, 2):
+        compare(lambda x, d=dim: regfast.softmax(x, d), lambda x, d=dim: torch.softmax(x, d), x, what=f"dim {dim}")
+
+
+def check_cross_entropy(small: bool) -> None:
+    for dtype, (n, c) in itertools.product(DTYPES[: 2 if small else 4], SMALL_ROWS if small else ROWS):
+        target = classes_of((n,), c)
+        target[0] = c - 1
+        for name, x in layouts(spiky(n, c, dtype=dtype)).items():
+            for reduction in ("mean", "none"):
+                compare(
+                    lambda x, t, r=reduction: regfast.cross_entropy(x, t, reduction=r),
+                    lambda x, t, r=reduction: F.cross_entropy(x, t, reduction=r),
+                    x.requires_grad_(),
+                    target,
+                    what=f"cross_entropy {(n, c)} {dtype} {name} {reduction}",
+                )
+
+
+def check_cross_entropy_options(small: bool) -> None:
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 15.0, "logit_scale": 0.7}
+    shapes = [(20, 33), (4, 2051)] if small else [(20, 33), (4, 2051), (3, 33, 40), (2, 70003)]
+    for dtype, shape in itertools.product(DTYPES[: 1 if small else 4], shapes):
+        n, c, *rest = shape
+        x = spiky(*shape, dtype=dtype).requires_grad_()
+        target = classes_of((n, *rest), c)
+        probabilities = spiky(*shape).softmax(1).to(dtype).requires_grad_()
+        weight = (torch.rand(c, device="cuda") + 0.1).to(dtype)
+        for use_weight, outputs in itertools.product((None, weight), (("loss",), FLOATING)):
+            for t in (target, probabilities):
+                compare(
+                    lambda x, t, w=use_weight, o=outputs: regfast.cross_entropy(x, t, w, outputs=o, **options),
+                    lambda x, t, w=use_weight, o=outputs: reference.cross_entropy(
+                        x, t, None if w is None else w.to(x.dtype), outputs=o, **options
+                    ),
+                    x,
+                    t,
+                    what=f"cross_entropy {shape} {dtype} {outputs} weights={use_weight is not None}",
+                )
+        argmax = regfast.cross_entropy(x, target, outputs="argmax")
+        assert torch.equal(argmax, x.argmax(1)), f"argmax {shape} {dtype}"
+
+
+def check_backward_again(small: bool) -> None:
+    """The gradient that forward wrote is given away once; other upstream gradients replace it."""
+    x, target = spiky(65, 3001, dtype=torch.bfloat16).requires_grad_(), classes_of((65,), 3001)
+    loss = regfast.cross_entropy(x, target)
+    exact = x.detach().float().requires_grad_()
+    (true,) = torch.autograd.grad(F.cross_entropy(exact, target), exact)
+    for factor in (1.0, 0.25, 1.0, 3.0):
+        (grad,) = torch.autograd.grad(loss, x, loss.new_full((), factor), retain_graph=True)
+        torch.testing.assert_close(grad.float(), true * factor, rtol=2**-7, atol=1e-7)
+        grad.fill_(float("nan"))  # whoever got it may do as they like
+
+
+def check_linear(small: bool) -> None:
+    shapes = [(17, 30, 10), (130, 65, 131)]
+    shapes += [] if small else [(256, 784, 10), (1, 1024, 1024), (1000, 1003, 517), (2048, 4096, 1024)]
+    activations = ("none", "gelu") if small else ACTIVATIONS
+    for dtype, (n, d, v), activation in itertools.product(DTYPES[: 2 if small else 4], shapes, activations):
+        x, w, b = (spiky(*s, dtype=dtype).mul(d**-0.25).requires_grad_() for s in ((n, d), (v, d), (v,)))
+        compare(
+            lambda x, w, b, a=activation: regfast.linear(x, w, b, activation=a),
+            lambda x, w, b, a=activation: reference.linear(x, w, b, activation=a),
+            x,
+            w,
+            b,
+            what=f"linear {(n, d, v)} {dtype} {activation}",
+        )
+
+
+def check_mse_loss(small: bool) -> None:
+    for dtype, reduction in itertools.product(DTYPES, ("none", "mean", "sum")):
+        x, y = (spiky(129, 1001, dtype=dtype).requires_grad_() for _ in range(2))
+        compare(
+            lambda x, y, r=reduction: regfast.mse_loss(x, y, reduction=r),
+            lambda x, y, r=reduction: reference.mse_loss(x, y, reduction=r),
+            x,
+            y,
+            what=f"mse_loss {dtype} {reduction}",
+        )
+
+
+def everything(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> list[Tensor]:
+    z = regfast.linear(x, w, b, activation="gelu")
+    return [
+        z,
+        regfast.softmax(z, -1),
+        regfast.log_softmax(z, 0),
+        regfast.logsumexp(z, 1),
+        regfast.mse_loss(z, z.detach() * 2),
+        regfast.cross_entropy(z, target),
+        *regfast.cross_entropy(z, target, outputs=FLOATING, label_smoothing=0.1, z_loss=0.01),
+    ]
+
+
+def arguments(device="cuda", dtype=torch.bfloat16) -> list[Tensor]:
+    torch.manual_seed(4)
+    x, w, b = (spiky(*s, dtype=dtype, device=device).requires_grad_() for s in ((200, 96), (1700, 96), (1700,)))
+    return [x, w, b, classes_of((200,), 1700, device=device)]
+
+
+def step(tensors: list[Tensor]) -> list[Tensor]:
+    """All results and gradients; sums of losses, so that no gradient needs a number from the device."""
+    out = everything(*tensors)
+    loss = sum(o.float().square().sum() for o in out)
+    return [*out, *torch.autograd.grad(loss, tensors[:3])]
+
+
+def check_same_bits(small: bool) -> None:
+    first = step(arguments())
+    for _ in range(1 if small else 20):
+        assert all(torch.equal(a, b) for a, b in zip(first, step(arguments()), strict=True))
+
+
+def check_no_synchronisation(small: bool) -> None:
+    tensors = arguments()
+    step(tensors)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def check_graph_capture(small: bool) -> None:
+    tensors = arguments()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # warms up what must not be set up while capturing
+        for _ in range(3):
+            step(tensors)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(tensors)
+    with torch.no_grad():
+        tensors[0].copy_(spiky(*tensors[0].shape, dtype=tensors[0].dtype))
+        tensors[3].copy_(classes_of((200,), 1700))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(tensors), strict=True))
+
+
+def check_streams(small: bool) -> None:
+    """Work is queued on the stream that is current: what a stream has still to write is not read before."""
+    tensors, expected = arguments(), step(arguments())
+    torch.cuda.synchronize()
+    late = [torch.full_like(t, -100) if t.dtype == torch.int64 else torch.zeros_like(t) for t in tensors]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), torch.no_grad():
+        torch.cuda._sleep(100_000_000)
+        for to, t in zip(late, tensors, strict=True):
+            to.copy_(t)
+    late = [t.requires_grad_(t.is_floating_point()) for t in late]
+    with torch.cuda.stream(stream):
+        got = step(late)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def check_devices(small: bool) -> None:
+    if torch.cuda.device_count() < 2:
+        raise Skip("one device")
+    expected = step(arguments("cuda:0"))
+    got = step(arguments("cuda:1"))  # while cuda:0 is the current one
+    assert all(t.device.index == 1 for t in got) and torch.cuda.current_device() == 0
+    for a, b in zip(expected, got, strict=True):
+        assert a.shape == b.shape
+    again = step([t.detach().to("cuda:1").requires_grad_(t.requires_grad) for t in arguments("cuda:0")])
+    for a, b in zip(expected, again, strict=True):
+        torch.testing.assert_close(a, b.to("cuda:0"))
+
+
+def check_large(small: bool) -> None:
+    """More than 2**31 elements, and strides beyond: every product of sizes has 64 bits."""
+    if small:
+        raise Skip("not small")
+    n, c = 2**16 + 5, 2**15 + 1
+    need = 3 * n * c * 2 + (2 << 30)
+    if torch.cuda.mem_get_info()[0] < need:
+        raise Skip(f"{need >> 30} GiB of memory are not free")
+    x = torch.empty(n, c, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
+    target = classes_of((n,), c, 0.1)
+    picked = [0, 1, n // 2, n - 2, n - 1]
+    loss = regfast.cross_entropy(x, target, reduction="none")
+    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
+    rows = x.detach()[picked].requires_grad_()
+    true = F.cross_entropy(rows.float(), target[picked], reduction="none")
+    (true_grad,) = torch.autograd.grad(true.sum(), rows)
+    torch.testing.assert_close(loss.detach()[picked].float(), true.detach(), rtol=2**-7, atol=1e-5)
+    torch.testing.assert_close(grad[picked], true_grad, rtol=2**-6, atol=1e-7)
+    del grad
+    total = regfast.cross_entropy(x, target, reduction="sum", loss_dtype=torch.float32)
+    (grad,) = torch.autograd.grad(total, x)
+    torch.testing.assert_close(grad[picked], true_grad, rtol=2**-6, atol=1e-7)
+    torch.testing.assert_close(total, loss.double().sum().float(), rtol=1e-3, atol=0)
+    del grad
+    y = regfast.softmax(x.detach(), -1)
+    torch.testing.assert_close(y[picked].float(), rows.detach().float().softmax(-1), rtol=2**-6, atol=1e-7)
+    del y
+    wide = x.detach().as_strided((3, 20), (2**30 + 8, 1))
+    torch.testing.assert_close(regfast.softmax(wide, 0), torch.softmax(wide, 0))
+    torch.testing.assert_close(regfast.softmax(wide, 1), torch.softmax(wide, 1))
+
+
+BAD_CLASS = """
+import sys, torch, regfast
+x = torch.randn(4, {classes}, device="cuda", requires_grad=True)
+target = torch.tensor([0, {bad}, 1, -100], device="cuda")
+try:
+    regfast.cross_entropy(x, target).backward()
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    sys.exit(0 if "device-side assert" in str(error) else f"another error: {{error}}")
+sys.exit("no error")
+"""
+
+
+def check_class_out_of_range(small: bool) -> None:
+    """An assertion on the device, as PyTorch's, which ends the process's use of it: hence processes of their own."""
+    if small:
+        raise Skip("compute-sanitizer would report the assertion")
+    for classes, bad in ((10, 10), (5000, -1), (5000, 2**62)):
+        code = BAD_CLASS.format(classes=classes, bad=bad)
+        done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"class {bad} of {classes}: {done.stderr[-500:]}"
+
+
+CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+def enabled() -> str:
+    """Why nothing would be tested, or nothing."""
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if not regfast.build_info()["cuda"]:
+        return "regfast was built without CUDA kernels"
+    if os.environ.get("REGFAST_CUDA_KERNELS") != "1":
+        return "REGFAST_CUDA_KERNELS=1 is not set"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    reason = enabled()
+    if reason:
+        print(f"gpu_checks: {reason}")
+        return 2
+    failed = 0
+    for name, check in CHECKS.items():
+        if args.names and not any(part in name for part in args.names):
+            continue
+        torch.manual_seed(0)
+        start = time.perf_counter()
+        try:
+            check(args.small)
+            torch.cuda.synchronize()
+            verdict = "ok"
+        except Skip as skip:
+            verdict = f"skipped: {skip}"
+        except Exception:
+            failed += 1
+            verdict = "FAILED"
+            traceback.print_exc()
+        torch.cuda.empty_cache()
+        print(f"  {name:24} {verdict} ({time.perf_counter() - start:.1f} s)", flush=True)
+    print(f"{failed} failed" if failed else "all passed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
