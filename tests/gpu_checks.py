@@ -33,10 +33,7 @@ class Skip(Exception):
 
 
 def assert_as_good(ours: Tensor, theirs: Tensor, exact: Tensor, what: str) -> None:
-    """The tests' contract: an error against float64 of twice PyTorch's, in the same dtype, plus an epsilon.
-
-    One tensor alone may be unlucky, hence twice that. What is not finite stands where the exact result has it.
-    """
+    """The tests' contract (twice PyTorch's error, plus an epsilon), twice over, since one tensor may be unlucky."""
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.device == theirs.device, what
     if not ours.is_floating_point():
         assert torch.equal(ours, theirs), what
@@ -374,8 +371,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--small", action="store_true")
     args = parser.parse_args()
-    reason = enabled()
-    if reason:
+    if reason := enabled():
         print(f"gpu_checks: {reason}")
         return 2
     failed = 0

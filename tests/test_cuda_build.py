@@ -97,7 +97,7 @@ def test_toolkits_that_do_not_fit_are_refused_in_words(nvcc, monkeypatch):
         with pytest.raises(kernels.NoToolkit, match=words):
             kernels.Toolkit(torch_cuda)
     monkeypatch.setenv("REGFAST_CUDA_ARCHS", "75")
-    with pytest.raises(SystemExit, match="REGFAST_CUDA_ARCHS.*expected.*80.*got 75"):
+    with pytest.raises(SystemExit, match=r"REGFAST_CUDA_ARCHS.*expected.*80.*got 75"):
         kernels.Toolkit("13.0").architectures()
     monkeypatch.setenv("CUDA_HOME", os.devnull)
     with pytest.raises(kernels.NoToolkit, match="no nvcc"):

@@ -1,5 +1,5 @@
-// regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or, on
-// devices that compute it in the pass that gives the loss, the gradient itself.
+// regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or,
+// on devices that compute it in the pass that gives the loss, the gradient itself.
 #include "../checks.h"
 #include "../torch_api.h"
 
@@ -43,9 +43,11 @@ using BackwardSignature = Result(const OptionalTensor&, const OptionalTensor&, c
                                  const Tensor&, const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
                                  std::optional<double>, Mask);
 
-using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(
-    const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t, double, double, std::optional<double>,
-    std::optional<double>, std::optional<at::ScalarType>);
+using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
+                                                                            const OptionalTensor&, int64_t, int64_t,
+                                                                            double, double, std::optional<double>,
+                                                                            std::optional<double>,
+                                                                            std::optional<at::ScalarType>);
 using UnlessOneSignature = void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
                                 const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
                                 std::optional<double>, const Tensor&);

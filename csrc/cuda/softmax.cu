@@ -1,5 +1,5 @@
-// softmax, log-softmax and log-sum-exp with their gradients, as programs of rows.cuh. The logarithm of a row's sum is kept
-// apart from its maximum, which would swallow its digits.
+// softmax, log-softmax and log-sum-exp with their gradients, as programs of rows.cuh. The logarithm of a row's sum is
+// kept apart from its maximum, which would swallow its digits.
 #include "device/math.cuh"
 #include "device/max_sum.cuh"
 #include "device/rows.cuh"
@@ -110,7 +110,8 @@ struct SoftmaxBackwardProgram {
   __device__ Item blank() const { return {}; }
   __device__ Row row(int64_t r) const {
     const T* y = output + out.offset(r);
-    return {true, first_vector(y, out.class_stride), y, grad + grad_out.offset(r), grad_input + grad_in.offset(r), A(0)};
+    return {true, first_vector(y, out.class_stride), y, grad + grad_out.offset(r), grad_input + grad_in.offset(r),
+            A(0)};
   }
   __device__ Item load(const Row& row, int64_t j) const {
     const T zero = narrowed<T>(A(0));
@@ -170,8 +171,8 @@ void launch_logsumexp_backward(DType dtype, const SoftmaxRows& a, cudaStream_t s
 void launch_softmax_backward(DType dtype, const SoftmaxRows& a, cudaStream_t stream) {
   with_type(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    SoftmaxBackwardProgram<T> p = {a.rows,          a.classes, (const T*)a.input, (const T*)a.grad, (T*)a.output, a.in,
-                                   a.grad_in, a.out,     a.log};
+    SoftmaxBackwardProgram<T> p = {
+        a.rows, a.classes, (const T*)a.input, (const T*)a.grad, (T*)a.output, a.in, a.grad_in, a.out, a.log};
     run_rows(p, a.input, a.in, stream);
   });
 }

@@ -20,9 +20,9 @@ constexpr bool proven(int /*arch*/) { return false; }
 
 // ---- rows: softmax and cross-entropy -------------------------------------------------------------------------------
 
-// A row of up to 32 x 4 vectors of 16 bytes (1024 half-precision classes) is kept in the registers of a warp's lanes: 16
-// registers of 64, and four loads in flight per lane, 64 KiB per SM at half occupancy, where 3.3 TB/s times 700 ns over
-// 132 SMs needs 18.
+// A row of up to 32 x 4 vectors of 16 bytes (1024 half-precision classes) is kept in the registers of a warp's lanes:
+// 16 registers of 64, and four loads in flight per lane, 64 KiB per SM at half occupancy, where 3.3 TB/s times 700 ns
+// over 132 SMs needs 18.
 constexpr int kVectorsPerLane = 4;
 constexpr int kLanesThreads = 128;
 
@@ -30,8 +30,8 @@ constexpr int kLanesThreads = 128;
 constexpr int kLoadsAhead = 4;
 
 // Threads of a block per row: one for each 16 of its vectors, so that a thread has something to add up between the two
-// barriers of a row; 64 KiB of a row take 256 threads, of which 80 registers each would fit an SM as often as 64 KiB do.
-// 512 threads, all that a row of the whole shared memory gets, keep 32 KiB in flight.
+// barriers of a row; 64 KiB of a row take 256 threads, of which 80 registers each would fit an SM as often as 64 KiB
+// do. 512 threads, all that a row of the whole shared memory gets, keep 32 KiB in flight.
 constexpr int kMostThreads = 512, kLeastThreads = 128;
 constexpr int64_t kVectorsPerThread = 16;
 
@@ -81,9 +81,9 @@ constexpr int kGemmDepthBytes = 64;
 // Tiles of C for a block and for a warp, stages of K, blocks that share an SM. Large: 4 warps of 64 x 64 read 4 KiB of
 // shared memory for 32 instructions, half of what it delivers while an A100 executes them; 128 sums and 64 fragment
 // registers a thread allow two blocks on an SM, and 3 stages (48 KiB) fit twice in the 100 KiB of sm_86, sm_89 and
-// sm_120. In tf32 the fragments' conversion and, across K, their addresses need more registers than are left: 8 warps of
-// 64 x 32 in one block instead, with the shared memory of two. Small: when large tiles would leave SMs idle; a fourth
-// stage, since a block has a quarter of the arithmetic to hide a load behind.
+// sm_120. In tf32 the fragments' conversion and, across K, their addresses need more registers than are left: 8 warps
+// of 64 x 32 in one block instead, with the shared memory of two. Small: when large tiles would leave SMs idle; a
+// fourth stage, since a block has a quarter of the arithmetic to hide a load behind.
 struct GemmLarge {
   static constexpr int M = 128, N = 128, WarpM = 64, WarpN = 64, Stages = 3, Blocks = 2;
 };
@@ -94,8 +94,8 @@ struct GemmSmall {
   static constexpr int M = 64, N = 64, WarpM = 32, WarpN = 32, Stages = 4, Blocks = 2;
 };
 
-// Hopper's own kernel: a stage is 48 KiB of operands for its 128 x 256 tile, and 4 of them leave room for 20 KiB through
-// which sums leave.
+// Hopper's own kernel: a stage is 48 KiB of operands for its 128 x 256 tile, and 4 of them leave room for 20 KiB
+// through which sums leave.
 constexpr int kHopperStages = 4;
 
 // The same without tensor cores (float32 without tf32, float64): 16 x 16 threads, an eighth of M or N each way.
@@ -110,14 +110,14 @@ struct SimtSmall {
 // 128 rows or columns instead of 216 / N's + all of them.
 constexpr int kGemmGroup = 8;
 
-// K is split where tiles alone do not fill the SMs, into no more parts than fill them once, with at least so many stages
-// in each: the sums of a part go through memory, 8 bytes for each of C, against 2 * kDepth * stages products.
+// K is split where tiles alone do not fill the SMs, into no more parts than fill them once, with at least so many
+// stages in each: the sums of a part go through memory, 8 bytes for each of C, against 2 * kDepth * stages products.
 constexpr int kGemmBlocksPerSm = 2;
 constexpr int64_t kGemmLeastStages = 16;
 constexpr int64_t kGemmMostSplits = 64;
 
-// Whose GEMM takes a product. A row is added here when `make gpu` has measured it, with the figure and the results file;
-// until then all products are ATen's. REGFAST_CUDA_GEMM=aten|sm80|sm90 overrides the table.
+// Whose GEMM takes a product. A row is added here when `make gpu` has measured it, with the figure and the results
+// file; until then all products are ATen's. REGFAST_CUDA_GEMM=aten|sm80|sm90 overrides the table.
 enum class GemmKernel { aten, sm80, sm90 };
 constexpr GemmKernel gemm_kernel(int /*arch*/, DType, bool /*tf32*/, int64_t /*m*/, int64_t /*n*/, int64_t /*k*/) {
   return GemmKernel::aten;

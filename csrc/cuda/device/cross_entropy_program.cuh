@@ -1,6 +1,6 @@
 // Cross-entropy as a program of rows.cuh. With z = softcap(logit_scale x), m = max z, L = log sum exp(z - m) and target
-// weights q_j (a class weight at the target, spread by label smoothing, or the probabilities), every output is a sum over
-// j, and the gradient is p_j (a + b log p_j) - q_j with two numbers a, b per row:
+// weights q_j (a class weight at the target, spread by label smoothing, or the probabilities), every output is a sum
+// over j, and the gradient is p_j (a + b log p_j) - q_j with two numbers a, b per row:
 //   loss = sum_j q_j (L - (z_j - m)) + z_loss lse^2     entropy = L - sum_j p_j (z_j - m)     lse = m + L
 // A row is reduced, or its statistics are read back (backward), and its gradient is written, or not (forward).
 #pragma once
@@ -39,12 +39,13 @@ struct CrossEntropyProgram {
   bool reduces, emits;
   int64_t rows, classes;
   int planes;
-  // Of args, in the type that they are computed with: conversions from double take as long as 64 additions on some GPUs.
-  A keep, spread;                // 1 - label_smoothing, label_smoothing / classes
+  // Of args, in the type that they are computed with: conversions from double take as long as 64 additions on some
+  // GPUs.
+  A keep, spread;                 // 1 - label_smoothing, label_smoothing / classes
   A scale, cap, per_cap, z_loss;  // cap 0: none
 
-  CrossEntropyProgram(const CrossEntropyRows& a, const CrossEntropyResults& results, const CrossEntropyUpstream& upstream,
-                      bool reduces, bool emits)
+  CrossEntropyProgram(const CrossEntropyRows& a, const CrossEntropyResults& results,
+                      const CrossEntropyUpstream& upstream, bool reduces, bool emits)
       : args(a),
         out(results),
         up(upstream),

@@ -7,8 +7,8 @@
 #include <cstdint>
 
 // As PyTorch's: the message goes to stderr and the context is lost. Not assert, which NDEBUG would remove.
-#define RF_DEVICE_ASSERT(condition, text) \
-  do {                                    \
+#define RF_DEVICE_ASSERT(condition, text)                                \
+  do {                                                                   \
     if (!(condition)) __assert_fail(text, __FILE__, __LINE__, __func__); \
   } while (0)
 

@@ -1,6 +1,6 @@
-// What the threads of a row have gathered, combined in an order that depends on the launch alone, so that every run gives
-// the same bits, and every thread of the row gets the same result. A State is trivially copyable, its default value is
-// that of no elements, and merge(into, other) adds what comes after `into`.
+// What the threads of a row have gathered, combined in an order that depends on the launch alone, so that every run
+// gives the same bits, and every thread of the row gets the same result. A State is trivially copyable, its default
+// value is that of no elements, and merge(into, other) adds what comes after `into`.
 #pragma once
 #include <cuda_runtime.h>
 

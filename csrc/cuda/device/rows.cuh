@@ -114,8 +114,7 @@ __global__ void __launch_bounds__(tuning::kMostThreads, 1) block_kernel(P p, int
     if (row.reads)
       for_vectors<kAhead>(p, row, begin + threadIdx.x, end, blockDim.x, [&](const Item& item, int64_t v) {
         p.add(s, row, item, row.first + v * kW);
-        if (resident > 0)
-          keep(p, item, kept + (v - begin), resident);
+        if (resident > 0) keep(p, item, kept + (v - begin), resident);
       });
     s = reduce_block(s, states + 1);
     if (parts > 1) s = reduce_cluster(s, states);
@@ -129,7 +128,7 @@ __global__ void __launch_bounds__(tuning::kMostThreads, 1) block_kernel(P p, int
       }
     } else {
       for_vectors<kAhead>(p, row, begin + threadIdx.x, end, blockDim.x,
-                  [&](const Item& item, int64_t v) { p.emit(row, item, row.first + v * kW); });
+                          [&](const Item& item, int64_t v) { p.emit(row, item, row.first + v * kW); });
     }
   }
   if (p.reduces && parts > 1) ptx::cluster_sync();  // others may still read this block's state
@@ -153,14 +152,14 @@ __global__ void __launch_bounds__(tuning::kColumnsThreads, 1) columns_kernel(P p
   if (p.reduces) {
     if (row.reads)
       for_vectors<kAhead>(p, row, threadIdx.y, vectors, blockDim.y,
-                  [&](const Item& item, int64_t v) { p.add(s, row, item, row.first + v * kW); });
+                          [&](const Item& item, int64_t v) { p.add(s, row, item, row.first + v * kW); });
     s = reduce_columns(s, ptx::dynamic_shared<State>());
   }
   if (!live) return;
   p.finish(row, s, r, threadIdx.y == 0);
   if (p.emits)
     for_vectors<kAhead>(p, row, threadIdx.y, vectors, blockDim.y,
-                [&](const Item& item, int64_t v) { p.emit(row, item, row.first + v * kW); });
+                        [&](const Item& item, int64_t v) { p.emit(row, item, row.first + v * kW); });
 }
 
 // ---- launching -----------------------------------------------------------------------------------------------------
@@ -200,8 +199,8 @@ inline BlockPlan plan_block(int64_t rows, int64_t vectors, int planes, bool redu
   }
   const int64_t share = ceil_div(vectors, parts);
   const bool fits = reduces && emits && state_bytes + share * planes * 16 <= d.shared_per_block;
-  const int threads = (int)tuning::power_of_two(share / tuning::kVectorsPerThread, tuning::kLeastThreads,
-                                                tuning::kMostThreads);
+  const int threads =
+      (int)tuning::power_of_two(share / tuning::kVectorsPerThread, tuning::kLeastThreads, tuning::kMostThreads);
   return {threads, parts, fits ? share : 0};
 }
 

@@ -1,6 +1,6 @@
-// 16 bytes of a row at a time, whatever its alignment, stride and length: the vector at elements j to j + width - 1 of a
-// row of n elements, of which those outside of [0, n) are filled in when loaded and left alone when stored. Rows are cut
-// at multiples of 16 bytes of memory, so that all of a contiguous row but its ragged ends moves in full vectors.
+// 16 bytes of a row at a time, whatever its alignment, stride and length: the vector at elements j to j + width - 1 of
+// a row of n elements, of which those outside of [0, n) are filled in when loaded and left alone when stored. Rows are
+// cut at multiples of 16 bytes of memory, so that all of a contiguous row but its ragged ends moves in full vectors.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
