@@ -157,6 +157,7 @@ void nothing() {
         nullptr);
     rf::cuda::launch_activation_forward(Format<T>::dtype, nullptr, nullptr, 0, Activation::relu, nullptr);
   }
+  CHECK(rf::cuda::activation_backward_workspace(Format<T>::dtype, 5, 0) == 0);
   CHECK(total.value(0) == 0);
   for (int64_t j = 0; j < 5; ++j) CHECK(sums.value(j) == 0);
 }
