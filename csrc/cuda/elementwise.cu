@@ -1,6 +1,6 @@
-// Activations on their own (the product's epilogue has them otherwise), their derivatives with the bias gradient's column
-// sums, and squared error. Sums are taken in two kernels, a block's part and then all parts in order: no atomics, the
-// same bits on every run.
+// Activations on their own (the product's epilogue has them otherwise), their derivatives with the bias gradient's
+// column sums, and squared error. Sums are taken in two kernels, a block's part and then all parts in order: no
+// atomics, the same bits on every run.
 #include <algorithm>
 
 #include <device/launch_kernel.cuh>
@@ -110,8 +110,8 @@ __device__ __forceinline__ void merge(Total& into, const Total& other) { into.su
 
 // A thread's few squares are added in the accumulator's type, all further sums are double.
 template <class T>
-__global__ void __launch_bounds__(tuning::kSumThreads) squared_error_parts(const T* x, const T* y, double* parts,
-                                                                           int64_t n) {
+__global__ void __launch_bounds__(tuning::kSumThreads)
+    squared_error_parts(const T* x, const T* y, double* parts, int64_t n) {
   __shared__ double scratch[kWarp];
   acc_t<T> sum = 0;
 #pragma unroll
@@ -130,8 +130,8 @@ __global__ void __launch_bounds__(tuning::kSumThreads) squared_error_parts(const
 }
 
 template <class T>
-__global__ void __launch_bounds__(tuning::kSumThreads) squared_error_total(const double* parts, int64_t count,
-                                                                           double scale, T* total) {
+__global__ void __launch_bounds__(tuning::kSumThreads)
+    squared_error_total(const double* parts, int64_t count, double scale, T* total) {
   __shared__ double scratch[kWarp];
   Total mine;
   for (int64_t i = threadIdx.x; i < count; i += tuning::kSumThreads) mine.sum += parts[i];
@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(tuning::kSumThreads) squared_error_total(const
 
 // ---- an activation's derivative and column sums --------------------------------------------------------------------
 
-// A vector of columns per thread and rows blockDim.y apart, of a part of the rows; the threads of a vector add their sums
-// at the end.
+// A vector of columns per thread and rows blockDim.y apart, of a part of the rows; the threads of a vector add their
+// sums at the end.
 template <class T>
 struct ColumnSums {
   acc_t<T> sum[kWidth<T>] = {};
@@ -154,9 +154,8 @@ __device__ __forceinline__ void merge(ColumnSums<T>& into, const ColumnSums<T>& 
 }
 
 template <class T>
-__global__ void __launch_bounds__(tuning::kElementwiseThreads) activation_backward_kernel(ActivationBackward p,
-                                                                                          int64_t part_rows,
-                                                                                          acc_t<T>* parts) {
+__global__ void __launch_bounds__(tuning::kElementwiseThreads)
+    activation_backward_kernel(ActivationBackward p, int64_t part_rows, acc_t<T>* parts) {
   const int64_t column = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * kWidth<T>;
   const int64_t begin = (int64_t)blockIdx.y * part_rows, end = min(p.rows, begin + part_rows);
   ColumnSums<T> sums;
@@ -192,8 +191,8 @@ struct OneSum {
 __device__ __forceinline__ void merge(OneSum& into, const OneSum& other) { into.sum += other.sum; }
 
 template <class T>
-__global__ void __launch_bounds__(tuning::kElementwiseThreads) add_parts(const acc_t<T>* parts, int64_t count,
-                                                                         int64_t columns, T* sums) {
+__global__ void __launch_bounds__(tuning::kElementwiseThreads)
+    add_parts(const acc_t<T>* parts, int64_t count, int64_t columns, T* sums) {
   const int64_t column = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   OneSum mine;
   if (column < columns)

@@ -1,7 +1,7 @@
-// What csrc/cuda/ops.cpp calls: launchers of the kernels in the .cu files, each queued on `stream` of the current device.
-// Raw pointers to device memory, sizes in int64_t, no torch. Pointers to void point to elements of `dtype`; "acc" means
-// acc_t of it. No alignment beyond the element's is assumed. A launch that fails throws std::runtime_error; nothing here
-// waits for the device.
+// What csrc/cuda/ops*.cpp call: launchers of the kernels in the .cu files, each queued on `stream` of the current
+// device. Raw pointers to device memory, sizes in int64_t, no torch. Pointers to void point to elements of `dtype`;
+// "acc" means acc_t of it. No alignment beyond the element's is assumed. A launch that fails throws std::runtime_error;
+// nothing here waits for the device.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -27,7 +27,8 @@ struct ActivationBackward {  // dz = dy * act'(saved), rows x columns
 int64_t activation_backward_workspace(DType dtype, int64_t rows, int64_t columns);
 void launch_activation_backward(DType dtype, const ActivationBackward& args, cudaStream_t stream);
 
-// each = (x - y)^2, n elements; or, with `total`, their sum times scale, one element of `dtype`. One of the two is null.
+// each = (x - y)^2, n elements; or, with `total`, their sum times scale, one element of `dtype`. One of the two is
+// null.
 int64_t squared_error_workspace(int64_t n);
 void launch_squared_error(DType dtype, const void* x, const void* y, void* each, void* total, double scale,
                           void* workspace, int64_t n, cudaStream_t stream);
@@ -92,7 +93,8 @@ struct CrossEntropyUpstream {  // acc
   RowLayout grad_layout;
   void* grad_probabilities;  // or null
   RowLayout grad_probability_layout;
-  // With loss_stride 0: do nothing if *loss is 1, because launch_cross_entropy_forward_backward has written grad_logits.
+  // With loss_stride 0: do nothing if *loss is 1, because launch_cross_entropy_forward_backward has written
+  // grad_logits.
   bool unless_one;
 };
 int64_t cross_entropy_workspace(int64_t rows);
@@ -101,8 +103,9 @@ void launch_cross_entropy_forward(DType dtype, const CrossEntropyRows& args, con
 void launch_cross_entropy_backward(DType dtype, const CrossEntropyRows& args, const CrossEntropyUpstream& upstream,
                                    cudaStream_t stream);
 // Both from one read of the logits: results, and grad_logits for an upstream gradient of 1 of the total.
-void launch_cross_entropy_forward_backward(DType dtype, const CrossEntropyRows& args, const CrossEntropyResults& results,
-                                           void* grad_logits, const RowLayout& grad_layout, cudaStream_t stream);
+void launch_cross_entropy_forward_backward(DType dtype, const CrossEntropyRows& args,
+                                           const CrossEntropyResults& results, void* grad_logits,
+                                           const RowLayout& grad_layout, cudaStream_t stream);
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 

@@ -1,5 +1,5 @@
-// What kernels use of CUDA C++, for g++: qualifiers, vector types, built-in variables, warp and block functions, atomics,
-// arithmetic. Stands in for the toolkit's header of this name; what a thread does lies behind emulator.h.
+// What kernels use of CUDA C++, for g++: qualifiers, vector types, built-in variables, warp and block functions,
+// atomics, arithmetic. Stands in for the toolkit's header of this name; what a thread does lies behind emulator.h.
 #pragma once
 #include <climits>
 #include <cmath>
@@ -30,14 +30,10 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-#define RF_VECTORS(type, name)                                                      \
-  struct alignas(2 * sizeof(type)) name##2 {                                        \
-    type x, y;                                                                      \
-  };                                                                                \
-  struct alignas(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name##4 {           \
-    type x, y, z, w;                                                                \
-  };                                                                                \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                  \
+#define RF_VECTORS(type, name)                                                                \
+  struct alignas(2 * sizeof(type)) name##2 { type x, y; };                                    \
+  struct alignas(4 * sizeof(type) < 16 ? 4 * sizeof(type) : 16) name##4 { type x, y, z, w; }; \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 RF_VECTORS(char, char)
 RF_VECTORS(unsigned char, uchar)
@@ -142,11 +138,11 @@ inline int __all_sync(unsigned mask, int value, cuda_on_host::Site site = cuda_o
   return cuda_on_host::ballot(mask, value == 0, "__all_sync", site) == 0;
 }
 
-#define RF_REDUCE(type, name, kind)                                                                      \
-  inline type __reduce_##name##_sync(unsigned mask, type value,                                          \
-                                     cuda_on_host::Site site = cuda_on_host::Site::here()) {             \
-    return (type)cuda_on_host::reduce_bits(mask, (int64_t)value, cuda_on_host::Reduce::kind, "__reduce_" #name "_sync", \
-                                           site);                                                        \
+#define RF_REDUCE(type, name, kind)                                                          \
+  inline type __reduce_##name##_sync(unsigned mask, type value,                              \
+                                     cuda_on_host::Site site = cuda_on_host::Site::here()) { \
+    return (type)cuda_on_host::reduce_bits(mask, (int64_t)value, cuda_on_host::Reduce::kind, \
+                                           "__reduce_" #name "_sync", site);                 \
   }
 RF_REDUCE(unsigned, add, add)
 RF_REDUCE(unsigned, min, min)
@@ -208,15 +204,15 @@ inline unsigned atomicInc(unsigned* p, unsigned most) {
 
 // ---- loads and stores with a hint to the caches --------------------------------------------------------------------
 
-#define RF_LOAD(name)         \
-  template <class T>          \
-  T name(const T* p) {        \
-    return *p;                \
+#define RF_LOAD(name)  \
+  template <class T>   \
+  T name(const T* p) { \
+    return *p;         \
   }
-#define RF_STORE(name)           \
-  template <class T>             \
-  void name(T* p, T v) {         \
-    *p = v;                      \
+#define RF_STORE(name)   \
+  template <class T>     \
+  void name(T* p, T v) { \
+    *p = v;              \
   }
 RF_LOAD(__ldg)
 RF_LOAD(__ldcs)
@@ -286,8 +282,8 @@ using std::isnan;
 using std::signbit;
 
 // CUDA's overloads of min and max promote as arithmetic does; a NaN loses.
-#define RF_MIN_MAX(type)                                         \
-  inline type min(type a, type b) { return b < a ? b : a; }      \
+#define RF_MIN_MAX(type)                                    \
+  inline type min(type a, type b) { return b < a ? b : a; } \
   inline type max(type a, type b) { return a < b ? b : a; }
 RF_MIN_MAX(int)
 RF_MIN_MAX(unsigned)

@@ -1,6 +1,6 @@
-// A Python module that lets the tests of the ops run the CUDA kernels: while it is enabled, calls with CPU tensors reach
-// csrc/cuda/ops.cpp in place of csrc/cpu/ops.cpp, and torch's CPU memory is the device's: each tensor a buffer of its
-// own, filled with NaNs.
+// A Python module that lets the tests of the ops run the CUDA kernels: while it is enabled, calls with CPU tensors
+// reach csrc/cuda/ops.cpp in place of csrc/cpu/ops.cpp, and torch's CPU memory is the device's: each tensor a buffer of
+// its own, filled with NaNs.
 #include <c10/core/CPUAllocator.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>

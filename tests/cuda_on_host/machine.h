@@ -81,8 +81,8 @@ struct Barrier {
   int expected = 0, arrived = 0, value = 0, last_value = 0;
   const char* what = nullptr;
   Site site = {};
-  std::vector<int> arrivals;    // threads of the block
-  std::vector<uint32_t> seen;   // what those who arrived had done
+  std::vector<int> arrivals;   // threads of the block
+  std::vector<uint32_t> seen;  // what those who arrived had done
   std::vector<Thread*> waiting;
 };
 
@@ -93,7 +93,7 @@ struct Block {
   uint32_t cluster_epoch;      // its epoch after the last barrier of the cluster
   Thread* threads;
   Barrier barriers[16];
-  SharedRange dynamic, fixed;   // fixed: the module's thread-local memory while this block is current
+  SharedRange dynamic, fixed;    // fixed: the module's thread-local memory while this block is current
   std::vector<char> fixed_data;  // its content while another block of the cluster is
 };
 

@@ -63,9 +63,13 @@ struct Test {
   const char* name;
   void (*run)();
 };
-const Test tests[] = {
-    {"faults", test::test_faults}, {"instructions", test::test_instructions}, {"elementwise", test::test_elementwise},
-    {"softmax", test::test_softmax}, {"cross_entropy", test::test_cross_entropy}, {"gemm", test::test_gemm}};
+const Test tests[] = {{"faults", test::test_faults},
+                      {"instructions", test::test_instructions},
+                      {"elementwise", test::test_elementwise},
+                      {"softmax", test::test_softmax},
+                      {"cross_entropy", test::test_cross_entropy},
+                      {"cross_entropy_edges", test::test_cross_entropy_edges},
+                      {"gemm", test::test_gemm}};
 
 void run_test(const Test& t) {
   try {

@@ -1,5 +1,5 @@
 // Every access of a kernel's thread is checked: which memory, whose, written before, ordered after the accesses of
-// others. At the end the functions that the compiler calls at each load and store.
+// others.
 #include <link.h>
 
 #include <algorithm>
@@ -31,7 +31,8 @@ size_t first_buffer_after(uintptr_t p) {
 }
 
 const Buffer* buffer_with(uintptr_t p) {
-  if (last_found < buffers.size() && p - buffers[last_found].begin < buffers[last_found].end - buffers[last_found].begin)
+  if (last_found < buffers.size() &&
+      p - buffers[last_found].begin < buffers[last_found].end - buffers[last_found].begin)
     return &buffers[last_found];
   const size_t after = first_buffer_after(p);
   if (after == 0 || p >= buffers[after - 1].end) return nullptr;
@@ -157,8 +158,9 @@ void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, in
                   const void* address) {
   const int64_t offset = p - range.begin;
   if (offset + bytes > range.bytes)
-    fault(Kind::out_of_bounds, "shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) +
-                                   " of " + std::to_string(range.bytes),
+    fault(Kind::out_of_bounds,
+          "shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
+              std::to_string(range.bytes),
           address);
   const bool writes = access != Access::read, atomic = access == Access::atomic;
   Cell before, after;  // the last byte's
@@ -175,8 +177,9 @@ void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, in
       c.generation = owner.generation;
     }
     if (c.copy_under_way)
-      fault(Kind::copy_under_way, "shared memory (byte " + std::to_string(i) + ") used before the wait for the copy of " +
-                                      whom(c.write) + " into it",
+      fault(Kind::copy_under_way,
+            "shared memory (byte " + std::to_string(i) + ") used before the wait for the copy of " + whom(c.write) +
+                " into it",
             address);
     if (access != Access::write && c.write.thread < 0)
       fault(Kind::unwritten, "shared memory (byte " + std::to_string(i) + ") read before it was written", address);
@@ -352,73 +355,3 @@ void AtomicAccess::load(void* value) { std::memcpy(value, memory, size); }
 void AtomicAccess::store(const void* value) { std::memcpy(memory, value, size); }
 
 }  // namespace cuda_on_host
-
-// ---- what the compiler calls ---------------------------------------------------------------------------------------
-
-using cuda_on_host::Access;
-using cuda_on_host::Kind;
-
-namespace {
-
-void on_access(const void* p, int64_t bytes, Access access, const void* address) {
-  if (cuda_on_host::running() && bytes > 0) cuda_on_host::check_access(p, bytes, access, address);
-}
-
-// As libubsan passes them.
-struct SourceLocation {
-  const char* file;
-  uint32_t line, column;
-};
-struct OutOfBoundsData {
-  SourceLocation location;
-  const void *array_type, *index_type;
-};
-struct TypeMismatchData {
-  SourceLocation location;
-  const void* type;
-  unsigned char log_alignment, kind;
-};
-
-}  // namespace
-
-extern "C" {
-
-#define RF_HOOK(name, bytes, access) \
-  void name(void* p) { on_access(p, bytes, access, __builtin_return_address(0)); }
-#define RF_HOOKS(bytes)                                              \
-  RF_HOOK(__tsan_read##bytes, bytes, Access::read)                   \
-  RF_HOOK(__tsan_write##bytes, bytes, Access::write)                 \
-  RF_HOOK(__tsan_volatile_read##bytes, bytes, Access::read)          \
-  RF_HOOK(__tsan_volatile_write##bytes, bytes, Access::write)
-RF_HOOKS(1)
-RF_HOOKS(2)
-RF_HOOKS(4)
-RF_HOOKS(8)
-RF_HOOKS(16)
-void __tsan_read_range(void* p, size_t n) { on_access(p, (int64_t)n, Access::read, __builtin_return_address(0)); }
-void __tsan_write_range(void* p, size_t n) { on_access(p, (int64_t)n, Access::write, __builtin_return_address(0)); }
-// The guard of a launcher's function-local static.
-unsigned char __tsan_atomic8_load(const volatile unsigned char* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-void __tsan_init() {}
-void __tsan_func_entry(void*) {}
-void __tsan_func_exit() {}
-void __tsan_vptr_read(void*) {}
-void __tsan_vptr_update(void*, void*) {}
-
-void __ubsan_handle_out_of_bounds(void* data, uintptr_t index) {
-  const auto* d = (const OutOfBoundsData*)data;
-  if (!cuda_on_host::running()) std::abort();
-  cuda_on_host::fault(Kind::out_of_bounds, "index " + std::to_string((intptr_t)index) + " of an array",
-                      cuda_on_host::Site{d->location.file, (int)d->location.line});
-}
-
-void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t p) {
-  const auto* d = (const TypeMismatchData*)data;
-  if (!cuda_on_host::running()) std::abort();
-  cuda_on_host::fault(Kind::misaligned,
-                      "an access that needs alignment to " + std::to_string(1 << d->log_alignment) + " bytes, at " +
-                          std::to_string(p % (uintptr_t(1) << d->log_alignment)) + " beyond one",
-                      cuda_on_host::Site{d->location.file, (int)d->location.line});
-}
-
-}  // extern "C"

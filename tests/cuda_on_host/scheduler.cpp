@@ -15,9 +15,9 @@ Machine machine;
 
 namespace {
 
-constexpr int kMostThreads = 1024;             // of a block
+constexpr int kMostThreads = 1024;                // of a block
 constexpr int64_t kMostSteps = int64_t(1) << 24;  // accesses of a thread between two waits: a loop without end
-constexpr int kInterruptionOdds = 48;          // one access in so many, where threads are interrupted
+constexpr int kInterruptionOdds = 48;             // one access in so many, where threads are interrupted
 
 std::mutex one_launch;
 pthread_t owner;
@@ -108,8 +108,8 @@ std::string waiting_threads() {
     const Thread& first = machine.threads[i];
     size_t end = i + 1;
     const auto alike = [&](const Thread& t) {
-      return t.state == first.state && (t.state == State::done || (t.waits_for == first.waits_for &&
-                                                                   t.site.line == first.site.line));
+      return t.state == first.state &&
+             (t.state == State::done || (t.waits_for == first.waits_for && t.site.line == first.site.line));
     };
     while (end < machine.threads.size() && alike(machine.threads[end])) ++end;
     text += (listed++ ? "; threads " : "threads ") + std::to_string(i) + " to " + std::to_string(end - 1);
@@ -170,7 +170,8 @@ void run_cluster(int64_t first_block) {
   }
   for (const Thread& t : machine.threads)
     if (t.state != State::done)
-      fault(Kind::divergence, "no thread can go on: " + waiting_threads() + ", in " + coordinates("block", t.block->index));
+      fault(Kind::divergence,
+            "no thread can go on: " + waiting_threads() + ", in " + coordinates("block", t.block->index));
 }
 
 void check_launch(const Launch& l) {
@@ -333,12 +334,14 @@ int block_barrier(int id, int threads, bool waiting, int value, const char* what
   Barrier& barrier = b.barriers[id];
   if (barrier.arrived > 0) {
     if (whole != (barrier.expected == kWholeBlock) || (!whole && threads != barrier.expected))
-      fault(Kind::divergence, std::string(what) + " with another number of threads than at " + place(barrier.site), site);
+      fault(Kind::divergence, std::string(what) + " with another number of threads than at " + place(barrier.site),
+            site);
     if (whole && (std::strcmp(what, barrier.what) || site.line != barrier.site.line ||
                   std::strcmp(site.file, barrier.site.file)))
-      fault(Kind::divergence,
-            std::string(what) + " while other threads of the block wait at " + barrier.what + ", " + place(barrier.site),
-            site);
+      fault(
+          Kind::divergence,
+          std::string(what) + " while other threads of the block wait at " + barrier.what + ", " + place(barrier.site),
+          site);
   } else {
     barrier.expected = threads;
     barrier.what = what;

@@ -52,8 +52,8 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
   if (kind == GradRows::padded) layout.outer_stride = columns + 3;
   if (kind == GradRows::expanded) layout.outer_stride = layout.class_stride = 0;
   if (kind == GradRows::transposed) layout = {1, 1, 0, rows};
-  const Buffer<T> grad = input<T>(layout.offset(rows - 1) + (columns - 1) * layout.class_stride + 1,
-                                  [&] { return random.spiky(); });
+  const Buffer<T> grad =
+      input<T>(layout.offset(rows - 1) + (columns - 1) * layout.class_stride + 1, [&] { return random.spiky(); });
   const bool from_output = rf::saved_for(activation) == rf::Saved::output;
   const Buffer<T> saved = input<T>(
       rows * columns,
@@ -168,7 +168,8 @@ void all() {
   for (const Activation a : kActivations) {
     forward<T>(a, random);
     // One vector of columns and several, one part of the rows and several, every way the gradient may lie.
-    for (const GradRows kind : kGradRows) backward<T>(a, 5, 13, kind, a != Activation::none, random.chance(0.7), random);
+    for (const GradRows kind : kGradRows)
+      backward<T>(a, 5, 13, kind, a != Activation::none, random.chance(0.7), random);
     backward<T>(a, 3, 300, GradRows::adjacent, true, true, random);
   }
   backward<T>(Activation::none, 70, 3, GradRows::adjacent, false, true, random);

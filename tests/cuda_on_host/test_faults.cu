@@ -288,7 +288,9 @@ const Case kCases[] = {
        rf::cuda::launch((void (*)(volatile float*, bool))endless_loop, 1, 1, 0, nullptr, y, wrong);
      }},
     {"too many threads", Kind::launch,
-     [](float*, float* y, bool wrong) { rf::cuda::launch(write_past_end, 1, wrong ? 1025 : 96, 0, nullptr, y, false); }},
+     [](float*, float* y, bool wrong) {
+       rf::cuda::launch(write_past_end, 1, wrong ? 1025 : 96, 0, nullptr, y, false);
+     }},
     {"too much shared memory", Kind::launch,
      [](float*, float* y, bool wrong) {
        rf::cuda::launch(write_past_end, 1, 96, wrong ? 1 << 20 : 1 << 10, nullptr, y, false);

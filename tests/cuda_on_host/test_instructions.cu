@@ -113,7 +113,8 @@ __global__ void product_f64(const double* a, const double* b, double* d) {
 }
 
 template <class T>
-void check_product(const char* what, int m, int k, const Buffer<T>& a, const Buffer<T>& b, const double* d, double start) {
+void check_product(const char* what, int m, int k, const Buffer<T>& a, const Buffer<T>& b, const double* d,
+                   double start) {
   describe("%s", what);
   for (int i = 0; i < m; ++i)
     for (int j = 0; j < 8; ++j) {

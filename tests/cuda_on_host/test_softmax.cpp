@@ -165,8 +165,8 @@ void logsumexp(const RowShape& s, const Where& w, Random& random) {
   CHECK(dx.memory.rest_untouched());
 }
 
-// A row with the given value at `at` among ordinary ones; as PyTorch has it, one NaN or +inf spoils the row, and -inf is
-// a probability of zero unless it is all there is.
+// A row with the given value at `at` among ordinary ones; as PyTorch has it, one NaN or +inf spoils the row, and -inf
+// is a probability of zero unless it is all there is.
 template <class T>
 void special_value(double special, int64_t classes, int64_t at, Arrangement arrangement) {
   using A = rf::acc_t<T>;
@@ -187,7 +187,8 @@ void special_value(double special, int64_t classes, int64_t at, Arrangement arra
       const Moments m = moments(x.row(r));
       for (int64_t c = 0; c < classes; ++c) {
         const double t = lost ? kNaN : x.value(r, c) - m.max - m.log_sum;
-        compare.add(y.result(r, c), log ? t : std::exp(t), std::isinf(t) ? 0 : sum_error(classes) + 8 * std::fabs(t), c);
+        compare.add(y.result(r, c), log ? t : std::exp(t), std::isinf(t) ? 0 : sum_error(classes) + 8 * std::fabs(t),
+                    c);
       }
     }
   }
@@ -201,7 +202,8 @@ void special_value(double special, int64_t classes, int64_t at, Arrangement arra
   Comparison<A> compare("lse");
   for (int64_t r = 0; r < s.rows(); ++r) {
     const Moments m = moments(x.row(r));
-    compare.add(lse.result(r), std::isfinite(special) || (special == -kInfinity && classes > 1) ? m.max + m.log_sum : special,
+    compare.add(lse.result(r),
+                std::isfinite(special) || (special == -kInfinity && classes > 1) ? m.max + m.log_sum : special,
                 sum_error(classes) + m.log_sum, r);
   }
 }

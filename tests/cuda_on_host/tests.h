@@ -8,6 +8,7 @@ void test_instructions();
 void test_elementwise();
 void test_softmax();
 void test_cross_entropy();
+void test_cross_entropy_edges();
 void test_gemm();
 
 }  // namespace test

@@ -50,11 +50,11 @@ void warp_call(unsigned mask, const char* what, void* payload, Finish finish, Si
     const WarpCall& other = lanes[l].call;
     // One that waits with another mask may find this lane there later, or never: then nobody can go on.
     if (!other.pending || other.mask != mask) continue;
-    if (other.site.line != site.line || !same_text(other.what, what) ||
-        !same_text(other.site.file, site.file))
-      fault(Kind::divergence,
-            std::string(what) + " while lane " + std::to_string(l) + " waits at " + other.what + ", " + place(other.site),
-            site);
+    if (other.site.line != site.line || !same_text(other.what, what) || !same_text(other.site.file, site.file))
+      fault(
+          Kind::divergence,
+          std::string(what) + " while lane " + std::to_string(l) + " waits at " + other.what + ", " + place(other.site),
+          site);
   }
   t.call = {true, mask, what, site, payload};
   finish_of[t.number] = finish;

@@ -11,7 +11,8 @@
 namespace rf::cuda {
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("regfast: ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("regfast: ") + what + ": " + cudaGetErrorString(error));
 }
 
 // What launchers ask about the current device.

@@ -2,8 +2,8 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#define RF_DEVICE_ASSERT(condition, text)                                                              \
-  do {                                                                                                 \
+#define RF_DEVICE_ASSERT(condition, text)                                                                  \
+  do {                                                                                                     \
     if (!(condition)) ::cuda_on_host::assertion(text, __func__, ::cuda_on_host::Site{__FILE__, __LINE__}); \
   } while (0)
 
