@@ -3,6 +3,7 @@
 import importlib.machinery
 import importlib.util
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,9 @@ def load_emulator():
 
 EMULATOR = load_emulator()
 
-DEVICES = ["cpu"]
-if regfast.build_info()["cuda"] and torch.cuda.is_available():
-    DEVICES.append("cuda")
-if EMULATOR:
-    # The CUDA kernels on the CPU. Tensors are CPU tensors; the threads run in this order, as if on this architecture.
-    DEVICES += ["cuda_on_host-forward-80", "cuda_on_host-reverse-90", "cuda_on_host-shuffled-90"]
+# The CUDA kernels on the CPU. Tensors are CPU tensors; the threads run in this order, as if on this architecture.
+EMULATED = ["cuda_on_host-forward-80", "cuda_on_host-reverse-90", "cuda_on_host-shuffled-90"] if EMULATOR else []
+CUDA = ["cuda"] if regfast.build_info()["cuda"] and torch.cuda.is_available() else []
 
 # Examples are few and the same on every run: the suite is a gate, not a search.
 settings.register_profile(
@@ -50,18 +48,35 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=DEVICES)
-def device(request, monkeypatch):
-    if not request.param.startswith("cuda_on_host"):
-        yield request.param
+@contextmanager
+def kernels_of(name):
+    """Runs the kernels of a device for as long as it lasts; where its tensors live."""
+    if name not in EMULATED:
+        yield name
         return
-    _, schedule, arch = request.param.split("-")
-    monkeypatch.setenv("REGFAST_CUDA_GEMM", "sm80")  # ATen's product would leave ours untested
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, about overridden kernels
-        EMULATOR.enable(schedule, int(arch))
-    yield "cpu"
-    EMULATOR.disable()
+    _, schedule, arch = name.split("-")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGFAST_CUDA_GEMM", "sm80")  # ATen's product would leave ours untested
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, on overridden kernels
+            EMULATOR.enable(schedule, int(arch))
+        try:
+            yield "cpu"
+        finally:
+            EMULATOR.disable()
+
+
+@pytest.fixture(params=["cpu", *CUDA, *EMULATED])
+def device(request):
+    with kernels_of(request.param) as place:
+        yield place
+
+
+@pytest.fixture(params=["cpu", *EMULATED])
+def kernels(request):
+    """For tests that make CPU tensors and nothing else: whose kernels they meet."""
+    with kernels_of(request.param):
+        yield
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

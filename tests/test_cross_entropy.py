@@ -7,7 +7,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from util import HALF, LAYOUTS, check, class_targets, evaluate, lay_out, probability_targets, spiky, virtual
+from util import (
+    HALF,
+    LAYOUTS,
+    check,
+    class_targets,
+    evaluate,
+    lay_out,
+    probability_targets,
+    spiky,
+    virtual,
+    with_all_kernels,
+)
 
 import regfast
 
@@ -65,6 +76,7 @@ def test_probability_targets(reduction, shape, dtype, device):
     check_ce(x, probability_targets(*shape, dtype=dtype).to(device).requires_grad_(), reduction=reduction)
 
 
+@with_all_kernels
 @reduction
 @pytest.mark.parametrize("shape", SPATIAL, ids=str)
 def test_more_dimensions(reduction, shape, dtype):
@@ -74,6 +86,7 @@ def test_more_dimensions(reduction, shape, dtype):
     check_ce(x, probability_targets(*shape, dtype=dtype).requires_grad_(), reduction=reduction)
 
 
+@with_all_kernels
 @reduction
 def test_one_sample_without_batch(reduction, dtype):
     x = spiky(37, dtype=dtype).requires_grad_()
@@ -111,6 +124,7 @@ def test_weights_of_probability_targets_have_a_gradient():
         check_ce(x, target, torch.rand(9).requires_grad_(), reduction=mode, label_smoothing=0.1)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=2)), ids=str)
 def test_only_the_gradients_that_are_asked_for(mask):
     x, target = spiky(6, 9).requires_grad_(mask[0]), probability_targets(6, 9).requires_grad_(mask[1])
@@ -118,6 +132,7 @@ def test_only_the_gradients_that_are_asked_for(mask):
     check_ce(x, target, label_smoothing=0.1)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, dtype):
     x = lay_out(spiky(12, 41, dtype=dtype), layout).requires_grad_()
@@ -125,6 +140,7 @@ def test_layouts(layout, dtype):
         check_ce(x, class_targets((12,), 41, 0.2), reduction=mode)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("layout", (*LAYOUTS, "channels_last"))
 def test_layouts_with_more_dimensions(layout):
     x = lay_out(spiky(2, 19, 6, 5), layout).requires_grad_()
@@ -133,6 +149,7 @@ def test_layouts_with_more_dimensions(layout):
         check_ce(x, probability_targets(2, 19, 6, 5), reduction=mode)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_targets_and_weights(layout):
     x = spiky(12, 41).requires_grad_()
@@ -144,6 +161,7 @@ def test_layouts_of_targets_and_weights(layout):
     check_ce(spiky(4, 41, 3).requires_grad_(), class_targets((3, 4), 41, 0.2).T)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_gradient(layout):
     for shape in ((12, 41), (4, 41, 3)):
@@ -154,6 +172,7 @@ def test_layouts_of_the_gradient(layout):
         check_ce(x, probability_targets(*shape).requires_grad_(), reduction="none", grads=[grad])
 
 
+@with_all_kernels
 def test_rows_with_an_offset():
     # The loss is a difference: it must come from (x - max) - log sum exp(x - max), not from lse - x.
     x = spiky(8, 50) + torch.tensor([0.0, 30, -30, 1000, -1000, 1e5, 3e4, -7])[:, None]
@@ -164,6 +183,7 @@ def test_rows_with_an_offset():
         check_ce(x.detach().requires_grad_(), F.one_hot(target, 50).float(), reduction=mode)
 
 
+@with_all_kernels
 def test_confident_rows():
     # softmax - 1 cancels where the target's probability is almost 1 : 1 - p must not be rounded twice.
     x = torch.zeros(6, 40)
@@ -172,6 +192,7 @@ def test_confident_rows():
         check_ce(x.clone().requires_grad_(), torch.full((6,), 3), reduction=mode)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_half_types_are_rounded_once(half):
     # Our float32 arithmetic leaves one rounding: half an ulp of the result, wherever PyTorch stands.
@@ -187,6 +208,7 @@ def test_half_types_are_rounded_once(half):
     assert ((grad.double() - true).abs() <= 0.55 * torch.finfo(half).eps * true.abs().clamp(min=smallest)).all()
 
 
+@with_all_kernels
 def test_uint8_targets():
     x = spiky(9, 200).requires_grad_()
     target = torch.randint(200, (9,), dtype=torch.uint8)
@@ -205,6 +227,7 @@ def test_mixed_dtypes_of_probabilities():
         check_ce(x, target, torch.rand(9, dtype=torch.float64), reduction="none")
 
 
+@with_all_kernels
 def test_probabilities_need_not_sum_to_one():
     # The gradient is softmax * sum(t) - t, not softmax - t.
     x, target = spiky(7, 12).requires_grad_(), torch.randn(7, 12).requires_grad_()
@@ -246,6 +269,7 @@ def test_more_than_2_31_logits():
     assert lse.sum(dtype=torch.float64).isfinite()
 
 
+@with_all_kernels
 @given(
     n=st.integers(0, 12),
     c=st.integers(1, 70),

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from util import INF, LAYOUTS, assert_as_good, check, class_targets, lay_out, probability_targets, spiky
+from util import (
+    INF,
+    LAYOUTS,
+    assert_as_good,
+    check,
+    class_targets,
+    lay_out,
+    probability_targets,
+    spiky,
+    with_all_kernels,
+)
 
 import regfast
 from regfast import reference
@@ -52,6 +62,7 @@ def by_hand(x, target, weight, smoothing, z_loss, softcap, scale, ignore_index=-
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / denominator}, lse, entropy, logprob, z.argmax(1)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("z_loss, softcap, scale", list(itertools.product([0.0, 0.3], [None, 5.0], [None, 0.7])))
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("mode", ["none", "mean", "sum"])
@@ -87,6 +98,7 @@ def test_values_and_gradients(shape, option, dtype):
         check_extra(x, probability_targets(*shape, dtype=dtype).requires_grad_(), reduction=mode, **option)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
 def test_one_output(name, probabilities, dtype):
@@ -106,6 +118,7 @@ def test_one_output(name, probabilities, dtype):
         assert got.requires_grad == (name != "argmax")
 
 
+@with_all_kernels
 @pytest.mark.parametrize(
     "names", [NAMES, NAMES[::-1], ("argmax", "loss"), ("entropy", "logprob"), ("lse", "loss")], ids=str
 )
@@ -120,6 +133,7 @@ def test_several_outputs_together(names, dtype):
     assert all(got[i] is getattr(got, name) for i, name in enumerate(names))
 
 
+@with_all_kernels
 @pytest.mark.parametrize("used", [c for r in (1, 2, 3) for c in itertools.combinations(FLOATING, r)], ids="+".join)
 def test_gradient_of_some_outputs_only(used):
     # An unused output brings no grad_output at all: its part of the backward must vanish, not be undefined.
@@ -133,6 +147,7 @@ def test_gradient_of_some_outputs_only(used):
     torch.testing.assert_close(ours, true)
 
 
+@with_all_kernels
 def test_ignored_rows_have_every_output_but_logprob():
     x, target = spiky(6, 9).requires_grad_(), torch.full((6,), -100)
     got = regfast.cross_entropy(x, target, outputs=NAMES, reduction="sum", z_loss=1.0)
@@ -143,6 +158,7 @@ def test_ignored_rows_have_every_output_but_logprob():
     torch.testing.assert_close(gradient, x.softmax(1))
 
 
+@with_all_kernels
 def test_one_sample_without_batch():
     x = spiky(17).requires_grad_()
     for target in (torch.tensor(3), probability_targets(17)):
@@ -150,6 +166,7 @@ def test_one_sample_without_batch():
         assert all(value.shape == () for value in regfast.cross_entropy(x, target, outputs=NAMES))
 
 
+@with_all_kernels
 def test_argmax_is_the_first_maximum(dtype):
     x = torch.zeros(5, 300, dtype=dtype)
     x[1, [40, 41, 299]] = 1
@@ -162,6 +179,7 @@ def test_argmax_is_the_first_maximum(dtype):
     assert regfast.cross_entropy(spread, target[None], outputs="argmax").tolist() == [[0, 40, 299, 7, 0]]
 
 
+@with_all_kernels
 def test_entropy_of_masked_classes(dtype):
     # A class of logit -inf has p = 0 and counts 0: the same value and gradient as without it.
     x = spiky(6, 20, dtype=dtype)
@@ -177,6 +195,7 @@ def test_entropy_of_masked_classes(dtype):
     torch.testing.assert_close(grads[0], expected)
 
 
+@with_all_kernels
 def test_entropy_of_certain_and_uniform_rows():
     x = torch.stack([torch.zeros(50), torch.eye(50)[4] * 1000, torch.full((50,), -1e4)])
     entropy = regfast.cross_entropy(x, torch.zeros(3, dtype=torch.int64), outputs="entropy")
@@ -184,11 +203,13 @@ def test_entropy_of_certain_and_uniform_rows():
     torch.testing.assert_close(entropy, torch.stack([true, torch.tensor(0.0), true]))
 
 
+@with_all_kernels
 def test_softcap_bounds_infinite_logits():
     x = torch.tensor([[INF, 0.0, -INF, 1.0]] * 2).requires_grad_()
     check_extra(x, torch.tensor([0, 2]), softcap=5.0, outputs=FLOATING)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("loss_dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_loss_dtype(loss_dtype, dtype):
     x, target = spiky(30, 40, dtype=dtype).requires_grad_(), class_targets((30,), 40, 0.2)
@@ -199,6 +220,7 @@ def test_loss_dtype(loss_dtype, dtype):
     assert torch.autograd.grad(got.loss, x)[0].dtype == dtype
 
 
+@with_all_kernels
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
 def test_float32_loss_of_half_logits_is_not_rounded_to_half(half):
     x, target = spiky(30, 40, dtype=half), class_targets((30,), 40)
@@ -207,6 +229,7 @@ def test_float32_loss_of_half_logits_is_not_rounded_to_half(half):
     assert_as_good(ours, wide, F.cross_entropy(x.double(), target, reduction="none"))
 
 
+@with_all_kernels
 @given(
     n=st.integers(0, 12),
     c=st.integers(1, 60),

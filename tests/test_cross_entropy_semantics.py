@@ -5,7 +5,19 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from util import HALF, INF, LAYOUTS, NAN, assert_same_error, check, class_targets, lay_out, probability_targets, spiky
+from util import (
+    HALF,
+    INF,
+    LAYOUTS,
+    NAN,
+    assert_same_error,
+    check,
+    class_targets,
+    lay_out,
+    probability_targets,
+    spiky,
+    with_all_kernels,
+)
 
 import regfast
 
@@ -91,6 +103,7 @@ def test_an_error_leaves_the_next_call_alone():
 # Ignored rows
 
 
+@with_all_kernels
 def test_all_ignored(dtype):
     # torch's policy: the mean of nothing is NaN, its gradient too; none and sum are 0 with gradient 0.
     x = spiky(6, 9, dtype=dtype).requires_grad_()
@@ -104,6 +117,7 @@ def test_all_ignored(dtype):
             assert not grad.any()
 
 
+@with_all_kernels
 def test_ignored_rows_get_gradient_zero_and_read_no_weight():
     # The ignored class would index the weights out of bounds; its row must be written, not left as it was allocated.
     x, weight = spiky(40, 2051).requires_grad_(), torch.rand(2051)
@@ -122,6 +136,7 @@ def test_ignored_rows_get_gradient_zero_and_read_no_weight():
             )
 
 
+@with_all_kernels
 def test_weighted_mean_divides_by_the_weights_of_the_valid_rows():
     # Not by all rows. Written out, so that nothing compares a loss with itself.
     x, target = spiky(5, 4, dtype=torch.float64), torch.tensor([0, -100, 3, 1, -100])
@@ -131,12 +146,14 @@ def test_weighted_mean_divides_by_the_weights_of_the_valid_rows():
     torch.testing.assert_close(regfast.cross_entropy(x, target, weight), true)
 
 
+@with_all_kernels
 def test_weights_of_zero():
     x, target = spiky(6, 9).requires_grad_(), class_targets((6,), 9)
     assert regfast.cross_entropy(x, target, torch.zeros(9)).isnan()
     assert regfast.cross_entropy(x, target, torch.zeros(9), reduction="sum") == 0
 
 
+@with_all_kernels
 def test_a_bad_ignored_row_stays_alone():
     # An ignored row of NaN or infinities reaches neither the loss nor the gradient of another row.
     x, target = spiky(6, 40), class_targets((6,), 40)
@@ -153,6 +170,7 @@ def test_a_bad_ignored_row_stays_alone():
 # Infinities and NaN
 
 
+@with_all_kernels
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
 def test_infinite_logits(options, dtype):
     x = spiky(7, 40, dtype=dtype)
@@ -172,6 +190,7 @@ def test_infinite_logits(options, dtype):
         )
 
 
+@with_all_kernels
 def test_infinite_logits_of_probability_targets():
     # 0 * -inf is NaN in torch's sum over the classes, so it is here.
     x = spiky(3, 40)
@@ -182,6 +201,7 @@ def test_infinite_logits_of_probability_targets():
     torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
+@with_all_kernels
 def test_huge_logits():
     for size in (1e4, 1e30, 3e38):
         x = torch.tensor([[size, -size, 0.0], [-size, -size, -size], [size, size, size]])
@@ -190,6 +210,7 @@ def test_huge_logits():
             torch.testing.assert_close(ours, theirs)
 
 
+@with_all_kernels
 def test_float16_mean_of_large_losses():
     # The sum is beyond 65504 while the mean is not (PyTorch #61523).
     x = torch.zeros(4096, 10, dtype=torch.float16)
@@ -213,6 +234,7 @@ def test_mean_of_many_rows():
 # Shapes without elements
 
 
+@with_all_kernels
 @pytest.mark.parametrize("shape", [(0, 5), (0, 5, 3), (2, 5, 0), (2, 5, 0, 3), (0, 0)], ids=str)
 def test_no_rows(shape):
     x = torch.empty(shape, requires_grad=True)
@@ -223,6 +245,7 @@ def test_no_rows(shape):
             assert torch.autograd.grad(ours.sum(), x)[0].shape == shape
 
 
+@with_all_kernels
 def test_no_classes():
     for target in (torch.full((3,), -100), torch.zeros(3, 0)):
         ours, theirs = both(torch.empty(3, 0), target, reduction="none")
@@ -243,6 +266,7 @@ def test_legacy_arguments(flags):
 # What is changed, and what is not
 
 
+@with_all_kernels
 def test_inputs_are_not_changed(dtype):
     for target in (class_targets((30,), 40, 0.2), probability_targets(30, 40, dtype=dtype)):
         x, weight = spiky(30, 40, dtype=dtype).requires_grad_(), torch.rand(40).to(dtype)
@@ -255,6 +279,7 @@ def test_inputs_are_not_changed(dtype):
         assert torch.equal(kept, grad_output) and x._version == 0 and x.grad.data_ptr() != x.data_ptr()
 
 
+@with_all_kernels
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "expanded"])
 @pytest.mark.parametrize("mode", REDUCTIONS)
 def test_backward_in_place(layout, mode, dtype):
@@ -280,6 +305,7 @@ def test_backward_in_place(layout, mode, dtype):
             torch.testing.assert_close(grad, true)
 
 
+@with_all_kernels
 def test_backward_in_place_through_a_model():
     w = torch.randn(9, 5, requires_grad=True)
     data, target = spiky(20, 5), class_targets((20,), 9)
@@ -316,6 +342,7 @@ def test_backward_in_place_refuses_leaves_and_overlap():
     assert x._version == 0
 
 
+@with_all_kernels
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_backward_in_place_is_as_exact_as_out_of_place(half):
     # The in-place gradient of bf16 was rounded twice elsewhere.
@@ -327,6 +354,7 @@ def test_backward_in_place_is_as_exact_as_out_of_place(half):
     assert torch.equal(grad, true)
 
 
+@with_all_kernels
 def test_all_outputs_in_place():
     x = spiky(6, 9).requires_grad_()
     target = class_targets((6,), 9, 0.3)

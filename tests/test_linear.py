@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from util import INF, LAYOUTS, NAN, assert_same_error, check, evaluate, lay_out, spiky, virtual
+from util import INF, LAYOUTS, NAN, assert_same_error, check, evaluate, lay_out, spiky, virtual, with_all_kernels
 
 import regfast
 from regfast import reference
@@ -79,6 +79,7 @@ def test_activations(activation, dtype, device):
     )
 
 
+@with_all_kernels
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_at_special_points(activation):
     # 0 is where relu has its kink; far out, exp overflows in a careless silu or tanh.
@@ -91,6 +92,7 @@ def test_activations_at_special_points(activation):
     torch.testing.assert_close(ours, torch.tensor([limit, NAN] * 20)[:, None], equal_nan=True)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (4, 1, 5), (2, 0, 3)], ids=str)
 def test_leading_dimensions(lead, dtype):
     x = spiky(*lead, 11, dtype=dtype).requires_grad_()
@@ -99,6 +101,7 @@ def test_leading_dimensions(lead, dtype):
     check_linear(x, w, b, "gelu")
 
 
+@with_all_kernels
 @pytest.mark.parametrize("n, k, v", [(0, 5, 3), (4, 0, 3), (4, 5, 0), (0, 0, 0), (4, 0, 0)])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_empty(n, k, v, bias):
@@ -107,6 +110,7 @@ def test_empty(n, k, v, bias):
     check_linear(x, w, torch.randn(v, requires_grad=True) if bias else None)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("x_layout, w_layout", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_layouts(x_layout, w_layout):
     x = lay_out(spiky(13, 21), x_layout).requires_grad_()
@@ -114,6 +118,7 @@ def test_layouts(x_layout, w_layout):
     check_linear(x, w, lay_out(spiky(18), "strided").requires_grad_(), "silu")
 
 
+@with_all_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_gradient(layout, dtype):
     x, w = spiky(13, 21, dtype=dtype).requires_grad_(), spiky(18, 21, dtype=dtype).requires_grad_()
@@ -122,12 +127,14 @@ def test_layouts_of_the_gradient(layout, dtype):
         check_linear(x, w, b, activation, grads=[lay_out(spiky(13, 18, dtype=dtype), layout)])
 
 
+@with_all_kernels
 def test_layouts_of_batches():
     whole = spiky(4, 6, 5, 9)
     for x in (whole.transpose(0, 2), whole[:, ::2], whole.permute(2, 1, 0, 3), whole[:, :1].expand(4, 6, 5, 9)):
         check_linear(x.detach().requires_grad_(), spiky(7, 9).requires_grad_(), spiky(7).requires_grad_())
 
 
+@with_all_kernels
 def test_gradient_from_sum_is_expanded():
     x, w = spiky(40, 30).requires_grad_(), (spiky(20, 30) / 8).requires_grad_()
     check(
@@ -139,6 +146,7 @@ def test_gradient_from_sum_is_expanded():
     )
 
 
+@with_all_kernels
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3)), ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
 def test_only_the_gradients_that_are_asked_for(mask, activation):
@@ -174,6 +182,7 @@ def test_other_dtypes_go_to_torch(other):
     assert torch.equal(regfast.linear(x, w, b), F.linear(x, w, b))
 
 
+@with_all_kernels
 def test_special_values_are_not_masked():
     # 0 * inf is NaN, and a NaN in one row or column stays in its row or column.
     x, w = spiky(20, 33), spiky(17, 33)
@@ -191,6 +200,7 @@ def test_accumulates_in_float32_for_half_types():
         assert regfast.linear(torch.ones(2, 4096, dtype=half), torch.ones(3, 4096, dtype=half))[0, 0] == 4096
 
 
+@with_all_kernels
 def test_same_bits_on_every_run(dtype):
     x, w, b = (spiky(*s, dtype=dtype).requires_grad_() for s in ((130, 90), (70, 90), (70,)))
     first = evaluate(regfast.linear, [x, w, b], None)
@@ -207,6 +217,7 @@ def test_offsets_beyond_2_31_elements():
     check_linear(spiky(5, 16, dtype=x.dtype).requires_grad_(), x, None)
 
 
+@with_all_kernels
 @given(
     n=st.integers(0, 40),
     k=st.integers(0, 70),

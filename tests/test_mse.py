@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from util import INF, LAYOUTS, NAN, assert_same_error, check, evaluate, lay_out, spiky, virtual
+from util import INF, LAYOUTS, NAN, assert_same_error, check, evaluate, lay_out, spiky, virtual, with_all_kernels
 
 import regfast
 
@@ -37,6 +37,7 @@ def test_values_and_gradients(reduction, shape, dtype, device):
     check_mse(x, spiky(*shape, dtype=dtype, device=device).requires_grad_(), reduction)
 
 
+@with_all_kernels
 @reduction
 @pytest.mark.parametrize("x_layout, y_layout", list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_layouts(reduction, x_layout, y_layout):
@@ -44,12 +45,14 @@ def test_layouts(reduction, x_layout, y_layout):
     check_mse(x, lay_out(spiky(9, 4, 13), y_layout).requires_grad_(), reduction)
 
 
+@with_all_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_gradient(layout, dtype):
     x, y = spiky(9, 13, dtype=dtype).requires_grad_(), spiky(9, 13, dtype=dtype).requires_grad_()
     check_mse(x, y, "none", grads=[lay_out(spiky(9, 13, dtype=dtype), layout)])
 
 
+@with_all_kernels
 @reduction
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=2)), ids=str)
 def test_only_the_gradients_that_are_asked_for(reduction, mask):
@@ -85,6 +88,7 @@ def test_mixed_dtypes_are_promoted(reduction):
     check_mse(spiky(9, 13), spiky(9, 13), reduction, weight=torch.rand(9, 13, dtype=torch.float64))
 
 
+@with_all_kernels
 @reduction
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (5, 0)], ids=str)
 def test_empty(reduction, shape):
@@ -99,6 +103,7 @@ def test_mean_of_many_elements():
     assert regfast.mse_loss(x, torch.zeros(1).expand(n), reduction="sum").item() == n
 
 
+@with_all_kernels
 def test_half_sums_do_not_overflow():
     # The sum of 1000 squares of 100 is 1e7, above float16's 65504; the mean is 1e4 (PyTorch #61523).
     x = torch.full((1000,), 100.0, dtype=torch.float16, requires_grad=True)
@@ -108,6 +113,7 @@ def test_half_sums_do_not_overflow():
     torch.testing.assert_close(grad, torch.full_like(grad, 0.2))
 
 
+@with_all_kernels
 @reduction
 def test_special_values(reduction):
     x = torch.tensor([0.0, INF, -INF, NAN, 1e30, 2.0] * 5)
@@ -145,6 +151,7 @@ def test_offsets_beyond_2_31_elements():
         check_mse(x, spiky(3, 20, dtype=x.dtype).requires_grad_(), mode)
 
 
+@with_all_kernels
 @given(
     shape=st.lists(st.integers(0, 40), max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),

@@ -5,7 +5,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from util import INF, LAYOUTS, NAN, assert_as_good, assert_same_error, check, evaluate, lay_out, spiky, virtual
+from util import (
+    INF,
+    LAYOUTS,
+    NAN,
+    assert_as_good,
+    assert_same_error,
+    check,
+    evaluate,
+    lay_out,
+    spiky,
+    virtual,
+    with_all_kernels,
+)
 
 import regfast
 
@@ -38,6 +50,7 @@ def test_values_and_gradients(op, shape, dtype, device):
     check(lambda x: ours(x, -1), lambda x: theirs(x, -1), x)
 
 
+@with_all_kernels
 @op
 @pytest.mark.parametrize("dim", [0, 1, 2, 3, -1, -2, -4])
 def test_any_dimension(op, dim, dtype):
@@ -46,6 +59,7 @@ def test_any_dimension(op, dim, dtype):
     check(lambda x: ours(x, dim), lambda x: theirs(x, dim), x)
 
 
+@with_all_kernels
 @op
 @pytest.mark.parametrize("layout", (*LAYOUTS, "channels_last"))
 @pytest.mark.parametrize("dim", [0, 1, 3])
@@ -55,6 +69,7 @@ def test_layouts(op, layout, dim):
     check(lambda x: ours(x, dim), lambda x: theirs(x, dim), x)
 
 
+@with_all_kernels
 @op
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_gradient(op, layout, dtype):
@@ -87,6 +102,7 @@ def test_dtype_argument(op, given_dtype, asked):
     )
 
 
+@with_all_kernels
 @pytest.mark.parametrize("dim", [(0, 1), (0, 2), (2, 0), (-1, -2, -3), [1], (1,)], ids=str)
 @pytest.mark.parametrize("keepdim", [False, True])
 def test_logsumexp_over_several_dimensions(dim, keepdim):
@@ -94,6 +110,7 @@ def test_logsumexp_over_several_dimensions(dim, keepdim):
     check(lambda x: regfast.logsumexp(x, dim, keepdim), lambda x: torch.logsumexp(x, dim, keepdim), x)
 
 
+@with_all_kernels
 def test_logsumexp_keeps_the_dimension_when_asked(dtype):
     x = spiky(5, 6, 7, dtype=dtype).requires_grad_()
     for dim in (0, 1, 2):
@@ -105,6 +122,7 @@ def test_logsumexp_of_integers_is_floating():
         torch.testing.assert_close(regfast.logsumexp(x, 1), torch.logsumexp(x, 1))
 
 
+@with_all_kernels
 @op
 def test_no_dimensions(op):
     ours, theirs = OPS[op]
@@ -112,6 +130,7 @@ def test_no_dimensions(op):
         check(lambda x, d=dim: ours(x, d), lambda x, d=dim: theirs(x, d), torch.tensor(3.5, requires_grad=True))
 
 
+@with_all_kernels
 @op
 @pytest.mark.parametrize("shape, dim", [((0, 5), 1), ((0, 5), 0), ((4, 0, 3), 0), ((4, 0, 3), 1), ((0,), 0)], ids=str)
 def test_empty(op, shape, dim):
@@ -120,6 +139,7 @@ def test_empty(op, shape, dim):
     check(lambda x: ours(x, dim), lambda x: theirs(x, dim), x)
 
 
+@with_all_kernels
 @op
 @pytest.mark.parametrize("dim", [0, 1])
 def test_infinities_and_nan(op, dim, dtype):
@@ -148,6 +168,7 @@ def test_infinities_and_nan(op, dim, dtype):
     )
 
 
+@with_all_kernels
 @op
 def test_huge_and_offset_logits(op, dtype):
     # exp overflows without the shift by the maximum; the shift must be exact for offsets that dwarf the differences.
@@ -159,6 +180,7 @@ def test_huge_and_offset_logits(op, dtype):
     torch.testing.assert_close(ours(extreme, 1), theirs(extreme, 1), equal_nan=True)
 
 
+@with_all_kernels
 def test_log_softmax_keeps_small_probabilities():
     # log(softmax) underflows to -inf where log_softmax is -200.
     x = torch.tensor([[200.0, 0.0, 100.0]])
@@ -184,6 +206,7 @@ def test_offsets_beyond_2_31_elements(op):
         check(lambda x: ours(x, 1), lambda x: theirs(x, 1), x)
 
 
+@with_all_kernels
 @given(
     op=st.sampled_from(list(OPS)),
     shape=st.lists(st.integers(0, 12), min_size=1, max_size=4),

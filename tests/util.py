@@ -18,6 +18,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "strided", "padded", "expanded", "misaligned")
 INF, NAN = float("inf"), float("nan")
+# Runs a test that makes CPU tensors and nothing else with the kernels of the CPU and, emulated, with those of CUDA.
+with_all_kernels = pytest.mark.usefixtures("kernels")
 
 
 # Inputs
