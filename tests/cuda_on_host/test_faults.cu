@@ -40,6 +40,11 @@ __global__ void local_array(float* y, bool wrong) {
   mine[threadIdx.x % 4] += 1;
   y[threadIdx.x] = mine[threadIdx.x % 4 + (wrong && threadIdx.x == 3 ? 1 : 0)];
 }
+__global__ void static_array(float* y, bool wrong) {
+  __shared__ float s[kThreads];
+  s[threadIdx.x + (wrong ? 1 : 0)] = 1;
+  y[threadIdx.x] = s[threadIdx.x + (wrong ? 1 : 0)];
+}
 __global__ void beyond_dynamic(float* y, bool wrong) {
   float* s = ptx::dynamic_shared<float>();
   s[threadIdx.x + (wrong ? 1 : 0)] = 1;
@@ -163,6 +168,13 @@ __global__ void copy_not_waited_for(const float* x, float* y, bool wrong) {
   y[threadIdx.x] = s[threadIdx.x + (wrong ? kThreads : 0)];
   ptx::cp_async_wait<0>();
 }
+__global__ void copy_from_outside(const float* x, float* y, bool wrong) {
+  float* s = ptx::dynamic_shared<float>();
+  ptx::cp_async4(s + threadIdx.x, x + threadIdx.x + (wrong ? 1 : 0), 4);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  y[threadIdx.x] = s[threadIdx.x];
+}
 // The wait makes a copy visible to the thread that issued it, to others only a barrier does.
 __global__ void copy_without_barrier(const float* x, float* y, bool wrong) {
   float* s = ptx::dynamic_shared<float>();
@@ -261,6 +273,7 @@ const Case kCases[] = {
      [](float* x, float*, bool wrong) { rf::cuda::launch(write_input, 1, kThreads, 0, nullptr, x, wrong); }},
     {"misaligned vector", Kind::misaligned, on_y<misaligned_vector>},
     {"local array", Kind::out_of_bounds, on_y<local_array>},
+    {"beyond static shared memory", Kind::out_of_bounds, on_y<static_array>},
     {"beyond dynamic shared memory", Kind::out_of_bounds, on_y<beyond_dynamic>},
     {"unwritten shared memory", Kind::unwritten, on_y<unwritten_static>},
     {"unwritten, second block", Kind::unwritten, on_y<unwritten_in_second_block, 3>},
@@ -278,6 +291,7 @@ const Case kCases[] = {
     {"shuffle from outside the mask", Kind::divergence, on_y<shuffle_outside_mask>},
     {"mask without the caller", Kind::divergence, on_y<mask_without_caller>},
     {"copy not waited for", Kind::copy_under_way, on_both<copy_not_waited_for>},
+    {"copy from outside", Kind::out_of_bounds, on_both<copy_from_outside>},
     {"copy without barrier", Kind::race, on_both<copy_without_barrier>},
     {"copy into data in use", Kind::race, on_both<copy_into_data_in_use>},
     {"misaligned copy", Kind::misaligned, on_both<misaligned_copy>},

@@ -209,6 +209,20 @@ void chosen_products(Random& random, bool tf32) {
     }
 }
 
+// Every activation behind every kind of product, and every way that operands may be transposed, copied and gathered.
+template <class T>
+void every_choice(Random& random, bool tf32) {
+  for (Activation activation : kActivations)
+    for (bool preactivation : {false, true})
+      product<T>({17, 41, 33, Layout::aligned, Layout::aligned, false, true, true, preactivation, activation, tf32},
+                 random);
+  for (Layout layout : {Layout::aligned, Layout::contiguous})
+    for (bool a_transposed : {false, true})
+      for (bool b_transposed : {false, true})
+        product<T>({19, 43, 37, layout, layout, a_transposed, b_transposed, false, false, Activation::none, tf32},
+                   random);
+}
+
 // A block reads its operands' NaN as they are, and nothing of them where it pads.
 template <class T>
 void special_values(bool tf32) {
@@ -246,6 +260,7 @@ void all(bool tf32) {
   Random random(1700 + (int)Format<T>::dtype + (tf32 ? 10 : 0));
   random_products<T>(12, random, tf32);
   chosen_products<T>(random, tf32);
+  every_choice<T>(random, tf32);
   special_values<T>(tf32);
 }
 
