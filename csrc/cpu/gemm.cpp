@@ -275,27 +275,52 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
   });
 }
 
+// A matrix of a half type, widened to float for kernels that read their operands in place.
+MatrixView widened(DType dtype, const MatrixView& m, int64_t rows, int64_t columns, Slot slot) {
+  float* to = (float*)scratch(slot, rows * columns * (int64_t)sizeof(float));
+  parallel_for(rows, tuning::kParallelElements / std::max<int64_t>(1, columns) + 1, [&](int64_t begin, int64_t end) {
+    kernels().widen_a[(int)dtype]({m, false, begin, end - begin, 0, columns, to + begin * columns});
+  });
+  return {to, 1, columns, 0, 1};
+}
+
 // Threads share whichever of C's sides has more register tiles.
 void direct(DType dtype, const Gemm& g) {
   const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const bool by_rows = g.m / mr > g.n / nr;
+  MatrixView a = g.a;
+  if (size_of(dtype) != acc_size(dtype))
+    a = widened(dtype, a, g.a_transposed ? g.k : g.m, g.a_transposed ? g.m : g.k, Slot::packed_a);
+  DirectArgs args = {};
+  args.a = a.data;
+  args.a_row = g.a_transposed ? a.col_stride : a.outer_stride;
+  args.a_k = g.a_transposed ? a.outer_stride : a.col_stride;
+  args.b = g.b.data;
+  args.b_k = g.b.outer_stride;
+  args.k = g.k;
+  args.epilogue = g.epilogue;
+  const bool by_rows = g.k <= tuning::kSkinny && g.m / mr > g.n / nr;
   const int64_t step = by_rows ? mr : nr, side = by_rows ? g.m : g.n, other = by_rows ? g.n : g.m;
   const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, step * other * g.k / 8) + 1;
   parallel_for(ceil_div(side, step), grain, [&](int64_t first, int64_t last) {
+    DirectArgs mine = args;
     const int64_t begin = first * step, end = std::min(last * step, side);
-    kernels().gemm_direct[(int)dtype]({g.a, g.a_transposed, g.b, g.k, by_rows ? begin : 0, by_rows ? end : g.m,
-                                       by_rows ? 0 : begin, by_rows ? g.n : end, g.epilogue});
+    mine.row_begin = by_rows ? begin : 0;
+    mine.row_end = by_rows ? end : g.m;
+    mine.column_begin = by_rows ? 0 : begin;
+    mine.column_end = by_rows ? g.n : end;
+    kernels().gemm_direct[(int)dtype](mine);
   });
 }
 
 }  // namespace
 
-GemmPath gemm_path(DType, const Gemm& g) {
+GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
   if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
   if (along_k && g.m <= tuning::kFewRows) return GemmPath::dot_few_rows;
-  if (!g.b_transposed && g.b.col_stride == 1 && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny))
-    return GemmPath::direct;
+  const bool half = size_of(dtype) != acc_size(dtype);
+  const bool readable = g.b.col_stride == 1 && g.b.inner == 1 && (half ? g.a.col_stride == 1 : g.a.inner == 1);
+  if (!g.b_transposed && readable && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny)) return GemmPath::direct;
   return GemmPath::packed;
 }
 

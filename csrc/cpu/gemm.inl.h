@@ -103,10 +103,11 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
 // ---- packed product ------------------------------------------------------------------------------------------------
 
 // R rows of A times a panel of B, for one chain of additions, all of it in registers. Element (i, k) of A is
-// a[i * a_row + k * a_k]. A function of its own: inlined, its pointers would be spilled inside of the loop.
+// a[i * a_row + k * a_k], row k of the panel b + k * b_k. A function of its own: inlined, its pointers would be spilled
+// inside of the loop.
 template <class V, int R>
 [[gnu::noinline]] void micro_kernel(int64_t k, const scalar_t<V>* a, int64_t a_row, int64_t a_k, const scalar_t<V>* b,
-                                    scalar_t<V>* tile, bool add) {
+                                    int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
   constexpr int N = kTile.vectors, kQuads = (R + 3) / 4;
   V acc[R][N];
 #pragma GCC unroll 16
@@ -117,7 +118,7 @@ template <class V, int R>
   const scalar_t<V>* quad[kQuads];
 #pragma GCC unroll 4
   for (int q = 0; q < kQuads; ++q) quad[q] = a + 4 * q * a_row;
-  for (; k > 0; --k, b += N * V::size) {
+  for (; k > 0; --k, b += b_k) {
     V row[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) row[j] = load(b + j * V::size);
@@ -131,10 +132,10 @@ template <class V, int R>
     for (int q = 0; q < kQuads; ++q) quad[q] += a_k;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
+  for (int i = 0; i < R; ++i, tile += tile_row)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
-      scalar_t<V>* to = tile + (i * N + j) * V::size;
+      scalar_t<V>* to = tile + j * V::size;
       store(to, add ? load(to) + acc[i][j] : acc[i][j]);
     }
 }
@@ -142,11 +143,11 @@ template <class V, int R>
 // The tile of exactly `rows` rows.
 template <class V, int R>
 inline void multiply_tile(int64_t rows, int64_t k, const scalar_t<V>* a, int64_t a_row, int64_t a_k,
-                          const scalar_t<V>* b, scalar_t<V>* tile, bool add) {
+                          const scalar_t<V>* b, int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_tile<V, R - 1>(rows, k, a, a_row, a_k, b, tile, add);
+    if (rows < R) return multiply_tile<V, R - 1>(rows, k, a, a_row, a_k, b, b_k, tile, tile_row, add);
   }
-  micro_kernel<V, R>(k, a, a_row, a_k, b, tile, add);
+  micro_kernel<V, R>(k, a, a_row, a_k, b, b_k, tile, tile_row, add);
 }
 
 // Columns of a tile become rows of a strip, which has room for whole vectors beyond its last column.
@@ -212,8 +213,8 @@ inline void gemm_block(const GemmBlockArgs& g) {
           g.transposed ? prefetch_tile<T>(e, g.b_index + j, g.a_index + i * R, cols, rows)
                        : prefetch_tile<T>(e, g.a_index + i * R, g.b_index + j, rows, cols);
         if (next) prefetch_part(next, std::min(g.chain, g.k - next_k) * N, i, down);
-        multiply_tile<V, R>(rows, depth, a + i * g.a_panel + k * g.a_k, g.a_row, g.a_k, panel,
-                            tiles + (j / N * down + i) * R * N, k > 0);
+        multiply_tile<V, R>(rows, depth, a + i * g.a_panel + k * g.a_k, g.a_row, g.a_k, panel, N,
+                            tiles + (j / N * down + i) * R * N, N, k > 0);
       }
     }
   }

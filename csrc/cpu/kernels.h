@@ -121,13 +121,14 @@ struct DotArgs {
   Epilogue epilogue;
 };
 
-// C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: small m or small k.
+// C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: few rows or a small K. A is
+// of the entry's accumulator type.
 struct DirectArgs {
-  MatrixView a;  // element (i, k), or (k, i) where a_transposed
-  bool a_transposed;
-  MatrixView b;  // col_stride 1
-  int64_t k;
-  int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute
+  const void* a;       // acc, element (i, k) at i * a_row + k * a_k
+  int64_t a_row, a_k;
+  const void* b;       // row k at k * b_k
+  int64_t b_k, k;
+  int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute; kSkinny rows unless K is
   Epilogue epilogue;
 };
 

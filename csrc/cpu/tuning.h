@@ -60,7 +60,7 @@ constexpr int64_t kStreamBytes = 64 << 20;
 struct RegisterTile {
   int rows, vectors, dot_rows;
 };
-constexpr RegisterTile kTileScalar = {4, 4, 2}, kTileAvx2 = {6, 2, 2}, kTileAvx512 = {14, 2, 4}, kTileNeon = {8, 3, 4};
+constexpr RegisterTile kTileScalar = {4, 4, 2}, kTileAvx2 = {6, 2, 3}, kTileAvx512 = {14, 2, 4}, kTileNeon = {8, 3, 4};
 
 // Multiplications that are worth another thread: it does 50 to 100 a nanosecond, and takes about 3 us to join.
 constexpr double kProductsPerThread = 400e3;
