@@ -77,7 +77,8 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const auto parts = [](int64_t whole, int64_t part) {
     return std::max<int64_t>(1, ceil_div(whole, std::max<int64_t>(1, ceil_div(whole, part))));
   };
-  p.kc = parts(g.k, a_is_longer ? tuning::kBlockKInPlace : tuning::kBlockK);
+  const bool deep = !a_is_longer && !p.b.across;
+  p.kc = parts(g.k, a_is_longer ? tuning::kBlockKInPlace : deep ? tuning::kDeepBlockK : tuning::kBlockK);
   p.chain = parts(p.kc, tuning::kGemmChain);
   p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
   const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc, budget = last_level_cache() / tuning::kCacheShare;
@@ -91,8 +92,9 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
     p.b_parts = std::min(panels, ceil_div(p.threads, p.a_parts));
   } else {
     // For few rows of A packing decides, and it wants long pieces of memory.
-    const int64_t least = p.a.count < tuning::kPackingDecides ? p.threads : wanted;
-    p.b_parts = std::min(panels, p.threads * ceil_div(std::max(least, p.b_count / tuning::kTaskColumns), p.threads));
+    const int64_t least = p.a.count < tuning::kPackingDecides && !deep ? p.threads : wanted;
+    const int64_t columns = deep ? tuning::kDeepTaskColumns : tuning::kTaskColumns;
+    p.b_parts = std::min(panels, p.threads * ceil_div(std::max(least, p.b_count / columns), p.threads));
     p.a_parts = std::min(tiles, ceil_div(p.threads, p.b_parts));
   }
   return p;

@@ -74,6 +74,8 @@ constexpr int64_t kBlockRows = 96, kGroupColumns = 128;
 // K blocks. Sums wait in C between them: where nothing is copied for a block it may be long; the longer side's panels,
 // 512 columns of a block, take 512 KiB.
 constexpr int64_t kBlockKInPlace = 4096, kBlockK = 256;
+// The same where rows of that side lie along k: then K blocks may be deep, and C's half-type sums wait less often.
+constexpr int64_t kDeepBlockK = 1024, kDeepTaskColumns = 128;
 // Columns that are packed for all threads at a time: 2 MiB at K = 1024. 2048 of them were 5 to 10% slower.
 constexpr int64_t kPackedColumns = 512;
 // What is packed for all threads at a time takes at most this part of the last-level cache.
