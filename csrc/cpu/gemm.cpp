@@ -32,6 +32,9 @@ int64_t last_level_cache() {
 }
 
 constexpr int64_t acc_size(DType t) { return t == DType::f64 ? 8 : 4; }
+DType c_type(DType operands, const Gemm& g) {
+  return g.wide_c && operands != DType::f64 ? DType::f32 : operands;
+}
 
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
@@ -168,7 +171,7 @@ class Multiplier {
         block.b_index = t;
         block.b_count = std::min(group, j.end - t);
         block.b_is_far = group * k * acc > tuning::kNearBytes;
-        kernels().gemm_block[(int)dtype_](block);
+        kernels().gemm_block[(int)c_type(dtype_, g_)](block);
       }
     }
   }
@@ -230,7 +233,7 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
   const int t = (int)dtype;
   Multiplier multiplier(dtype, g, p);
-  const bool in_place = p.a.in_place(dtype), c_is_wide = size_of(dtype) == acc;
+  const bool in_place = p.a.in_place(dtype), c_is_wide = size_of(c_type(dtype, g)) == acc;
   const int64_t rows = round_up(p.a.count, mr);
   char* a = in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * std::min(p.k_count, round_up(g.k, p.kc)) * acc);
   Epilogue& e = multiplier.epilogue;
@@ -263,9 +266,57 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
   }
 }
 
-void packed(DType dtype, const Gemm& g) {
-  const Plan p = make_plan(dtype, g, thread_count());
+void multiply(DType dtype, const Gemm& g, int64_t threads) {
+  const Plan p = make_plan(dtype, g, threads);
   p.a_is_longer ? multiply_in_place(dtype, g, p) : multiply_packed(dtype, g, p);
+}
+
+// How many parts K is cut into where C alone gives the threads too little to share. By shape, not by the number of
+// threads: the same bits with any number of them.
+int64_t k_parts(const Gemm& g) {
+  const bool affine = (!g.a_transposed || g.a.inner == 1) && (g.b_transposed || g.b.inner == 1);
+  if (!affine || g.m * g.n > tuning::kSplitOutputs || std::max(g.m, g.n) > tuning::kSplitSide) return 1;
+  return std::max<int64_t>(1, std::min(tuning::kMostSplits, g.k / tuning::kSplitK));
+}
+
+// Parts of K, one to a task, and their sums added in order.
+void split_k(DType dtype, const Gemm& g, int64_t parts) {
+  const int64_t acc = acc_size(dtype), size = g.m * g.n;
+  char* sums = (char*)scratch(Slot::splits, parts * size * acc);
+  take_tasks(parts, thread_count(), [&](int64_t task) {
+    const Range k = part_of(g.k, tuning::kGemmChain, task, parts);
+    Gemm part = g;
+    part.k = k.size();
+    const auto from = [&](MatrixView& m, bool rows_are_k) {
+      const int64_t at = rows_are_k ? m.row_offset(k.begin) : k.begin * m.col_stride;
+      m.data = (const char*)m.data + at * size_of(dtype);
+    };
+    from(part.a, g.a_transposed);
+    from(part.b, !g.b_transposed);
+    part.wide_c = true;
+    part.epilogue = {};
+    part.epilogue.c = sums + task * size * acc;
+    part.epilogue.c_stride = g.n;
+    multiply(dtype, part, 1);
+  });
+  const auto add = [&](auto* first) {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
+  };
+  dtype == DType::f64 ? add((double*)sums) : add((float*)sums);
+  // A block without products adds them to nothing and finishes C.
+  GemmBlockArgs block = {};
+  block.a = block.b = sums;
+  block.chain = 1;
+  block.last = true;
+  block.epilogue = g.epilogue;
+  block.epilogue.partial = sums;
+  block.epilogue.partial_stride = g.n;
+  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  block.a_count = g.m;
+  block.b_count = g.n;
+  block.tiles = scratch(Slot::tiles, round_up(g.m, mr) * round_up(g.n, nr) * acc);
+  kernels().gemm_block[(int)c_type(dtype, g)](block);
 }
 
 void dot(DType dtype, const Gemm& g, bool few_rows) {
@@ -342,6 +393,7 @@ bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
 
 void gemm(DType dtype, Gemm g) {
   if (g.m == 0 || g.n == 0) return;
+  if (const int64_t parts = k_parts(g); parts > 1) return split_k(dtype, g, parts);
   switch (gemm_path(dtype, g)) {
     case GemmPath::dot_few_columns:
       return dot(dtype, g, false);
@@ -350,7 +402,7 @@ void gemm(DType dtype, Gemm g) {
     case GemmPath::direct:
       return direct(dtype, g);
     case GemmPath::packed:
-      return packed(dtype, g);
+      return multiply(dtype, g, thread_count());
   }
 }
 

@@ -24,7 +24,7 @@ inline void parallel_for(int64_t n, int64_t grain, F&& f) {
 
 // Memory of one thread that grows to the largest request and is reused. Each Slot has its own, so that a caller may
 // hold one while what it calls takes another.
-enum class Slot { packed_a, packed_b, partial, tiles, tile };
+enum class Slot { packed_a, packed_b, partial, splits, tiles, tile };
 
 inline void* scratch(Slot slot, int64_t bytes) {
   struct Buffer {
@@ -32,7 +32,7 @@ inline void* scratch(Slot slot, int64_t bytes) {
     int64_t size = 0;
     ~Buffer() { std::free(p); }
   };
-  static thread_local Buffer buffers[5];
+  static thread_local Buffer buffers[6];
   Buffer& b = buffers[(int)slot];
   if (b.size < bytes) {
     std::free(b.p);

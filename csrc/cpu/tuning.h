@@ -87,6 +87,8 @@ constexpr int64_t kNearBytes = 512 << 10;
 // most so many columns to a task. Where A has few rows, a thread has one task: packing decides, and on rows that are a
 // page apart it takes half as long in pieces of 2 KiB as of 512 bytes.
 constexpr int64_t kTasksPerThread = 8, kTaskTiles = 4, kTaskColumns = 512, kPackingDecides = 256;
+// Up to so many outputs (a few dozen register tiles, neither side long) K is cut into parts of at least kSplitK.
+constexpr int64_t kSplitOutputs = 4096, kSplitSide = 128, kSplitK = 4096, kMostSplits = 16;
 // Elements to a packing task.
 constexpr int64_t kPackTask = 16 * 1024;
 
