@@ -32,9 +32,7 @@ int64_t last_level_cache() {
 }
 
 constexpr int64_t acc_size(DType t) { return t == DType::f64 ? 8 : 4; }
-DType c_type(DType operands, const Gemm& g) {
-  return g.wide_c && operands != DType::f64 ? DType::f32 : operands;
-}
+DType c_type(DType operands, const Gemm& g) { return g.wide_c && operands != DType::f64 ? DType::f32 : operands; }
 
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
@@ -59,12 +57,12 @@ struct Side {
 // Otherwise the longer side is B, of which each thread packs what it needs, and the shorter one is laid out for all.
 struct Plan {
   Side a, b;
-  bool transposed;    // A's rows are C's columns
+  bool transposed;  // A's rows are C's columns
   bool a_is_longer;
   int64_t threads;
-  int64_t kc, chain;  // K block, and the additions in a row within it
-  int64_t k_count;    // of K, at a time, of the side that is laid out for all; whole K blocks
-  int64_t b_count;    // rows of B at a time, where it is packed for all
+  int64_t kc, chain;         // K block, and the additions in a row within it
+  int64_t k_count;           // of K, at a time, of the side that is laid out for all; whole K blocks
+  int64_t b_count;           // rows of B at a time, where it is packed for all
   int64_t a_parts, b_parts;  // tasks
 };
 
@@ -84,14 +82,16 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   p.kc = parts(g.k, a_is_longer ? tuning::kBlockKInPlace : deep ? tuning::kDeepBlockK : tuning::kBlockK);
   p.chain = parts(p.kc, tuning::kGemmChain);
   p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
-  const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc, budget = last_level_cache() / tuning::kCacheShare;
+  const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc,
+                budget = last_level_cache() / tuning::kCacheShare;
   p.k_count = p.kc * std::max<int64_t>(1, std::min(ceil_div(g.k, p.kc), budget / (for_all * p.kc)));
   // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
   const int64_t tiles = ceil_div(p.a.count, mr), panels = ceil_div(p.b_count, nr);
   const int64_t wanted = p.threads == 1 ? 1 : p.threads * tuning::kTasksPerThread;
   if (a_is_longer) {
-    const int64_t most = std::max(p.threads, ceil_div(tiles, tuning::kTaskTiles));
-    p.a_parts = std::min({tiles, most, p.threads * ceil_div(std::max(wanted, p.a.count / tuning::kBlockRows), p.threads)});
+    const int64_t most = std::max<int64_t>(1, tiles / (tuning::kTaskTiles * p.threads)) * p.threads;
+    p.a_parts =
+        std::min({tiles, most, p.threads * ceil_div(std::max(wanted, p.a.count / tuning::kBlockRows), p.threads)});
     p.b_parts = std::min(panels, ceil_div(p.threads, p.a_parts));
   } else {
     // For few rows of A packing decides, and it wants long pieces of memory.
@@ -152,15 +152,16 @@ class Multiplier {
 
   // Rows i of A, from where `block` reads them, times the packed rows j of B, in pieces that fit the caches.
   void multiply(GemmBlockArgs block, Range i, const char* b, Range j, int64_t k0, int64_t k) const {
-    const int64_t acc = acc_size(dtype_), rows = round_up(tuning::kBlockRows, mr_), group = round_up(tuning::kGroupColumns, nr_);
+    const int64_t acc = acc_size(dtype_), rows = round_up(tuning::kBlockRows, mr_),
+                  group = round_up(tuning::kGroupColumns, nr_);
     block.k = k;
     block.chain = p_.chain;
     block.transposed = p_.transposed;
     block.first = k0 == 0;
     block.last = k0 + k == g_.k;
     block.epilogue = epilogue;
-    block.tiles = scratch(Slot::tiles, std::min(rows, round_up(i.size(), mr_)) *
-                                           std::min(group, round_up(j.size(), nr_)) * acc);
+    block.tiles =
+        scratch(Slot::tiles, std::min(rows, round_up(i.size(), mr_)) * std::min(group, round_up(j.size(), nr_)) * acc);
     const char* a = (const char*)block.a;
     for (int64_t s = i.begin; s < i.end; s += rows) {
       block.a = a + (s - i.begin) / mr_ * block.a_panel * acc;
@@ -189,7 +190,8 @@ class Multiplier {
 void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width, void (*pack)(const PackArgs&), Range rows,
              Range depth, char* to) {
   const int64_t acc = acc_size(dtype), padded = round_up(rows.size(), width), blocks = ceil_div(depth.size(), p.kc);
-  const int64_t steps = std::max<int64_t>(1, tuning::kPackTask / (p.kc * width)), parts = ceil_div(padded, steps * width);
+  const int64_t steps = std::max<int64_t>(1, tuning::kPackTask / (p.kc * width)),
+                parts = ceil_div(padded, steps * width);
   take_tasks(parts * blocks, p.threads, [&](int64_t task) {
     const int64_t block = task / parts * p.kc, k = std::min(p.kc, depth.size() - block);
     const int64_t i = task % parts * steps * width;
@@ -219,7 +221,8 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
         for (int64_t at = depth.begin; at == 0 || at < depth.end; at += p.kc) {
           const int64_t k = std::min(p.kc, depth.end - at);
           multiplier.read_in_place(block, i.begin, at);
-          multiplier.multiply(block, i, b + ((at - k0) * padded + j.begin * k) * acc, {j0 + j.begin, j0 + j.end}, at, k);
+          multiplier.multiply(block, i, b + ((at - k0) * padded + j.begin * k) * acc, {j0 + j.begin, j0 + j.end}, at,
+                              k);
           if (g.k == 0) break;
         }
       });

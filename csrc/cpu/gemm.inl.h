@@ -1,6 +1,6 @@
 // The GEMM engine's micro-kernel and epilogue (Goto and van de Geijn, "Anatomy of high-performance matrix
-// multiplication", 2008). Of the two operands the longer one, A, is read where it lies, an element at a time; the other,
-// B, comes in packed panels. C is therefore computed as it is or transposed. Loops and threads are in gemm.cpp.
+// multiplication", 2008). Of the two operands the longer one, A, is read where it lies, an element at a time; the
+// other, B, comes in packed panels. C is therefore computed as it is or transposed. Loops and threads are in gemm.cpp.
 
 // Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time; a vector may reach beyond
 // the last of them.
@@ -159,8 +159,7 @@ inline void transpose_tile(const scalar_t<V>* tile, int64_t rows, scalar_t<V>* s
       for (int64_t j = 0; j < N; j += W) {
         V square[W];
 #pragma GCC unroll 16
-        for (int64_t r = 0; r < W; ++r)
-          square[r] = i + r < rows ? load(tile + (i + r) * N + j) : set1(scalar_t<V>(0));
+        for (int64_t r = 0; r < W; ++r) square[r] = i + r < rows ? load(tile + (i + r) * N + j) : set1(scalar_t<V>(0));
         transpose(square);
 #pragma GCC unroll 16
         for (int64_t c = 0; c < W; ++c) store(strip + (j + c) * stride + i, square[c]);

@@ -1,6 +1,6 @@
 // Packing for the GEMM engine: the operand whose vectors are loaded goes into panels of register-tile width, the one
-// whose elements are broadcast is laid out anew only where it cannot be read in place. Half types are widened on the way,
-// so that one micro-kernel per accumulator type serves them all. kTile is the ISA's register tile.
+// whose elements are broadcast is laid out anew only where it cannot be read in place. Half types are widened on the
+// way, so that one micro-kernel per accumulator type serves them all. kTile is the ISA's register tile.
 
 template <class V>
 constexpr int64_t kTileColumns = kTile.vectors * V::size;
@@ -15,8 +15,7 @@ inline void pack_rows_along_k(const PackArgs& a) {
   acc_t<T>* to = (acc_t<T>*)a.to;
   for (int64_t panel = 0; panel < a.count; panel += P, to += P * a.k) {
     const T* row[P];
-    for (int64_t i = 0; i < P; ++i)
-      row[i] = panel + i < a.count ? base + a.from.row_offset(a.i0 + panel + i) : nullptr;
+    for (int64_t i = 0; i < P; ++i) row[i] = panel + i < a.count ? base + a.from.row_offset(a.i0 + panel + i) : nullptr;
     if constexpr (W > 1 && std::is_same_v<V, f32v>) {
       static_assert(P % W == 0, "a panel is made of whole squares");
       for (int64_t j = 0; j < a.k; j += W) {
@@ -65,8 +64,8 @@ inline void pack_one_k(const T* from, int64_t n, bool spill, acc_t<T>* to) {
 }
 
 // Panels of rows that lie across k in memory: copies. A few k at a time, so that a line of memory is read once and a
-// line of a panel is written at once, however the rows' distance maps them onto the caches' sets. Every row may lie on a
-// page of its own, where no hardware prefetcher follows: later rows are asked for early.
+// line of a panel is written at once, however the rows' distance maps them onto the caches' sets. Every row may lie on
+// a page of its own, where no hardware prefetcher follows: later rows are asked for early.
 template <class T, int P>
 inline void pack_rows_across_k(const PackArgs& a) {
   constexpr int64_t kDepth = 4, kAhead = 8, kLine = 64 / sizeof(T);

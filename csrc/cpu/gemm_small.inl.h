@@ -18,7 +18,7 @@ inline V reduce_each(V (&v)[V::size]) {
 // times.
 template <class T, int R, int Q>
 [[gnu::noinline]] void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t<T>* out, int64_t out_many,
-                     int64_t out_few) {
+                                int64_t out_few) {
   using V = vec_t<T>;
   for (int64_t begin = 0; begin == 0 || begin < k; begin += tuning::kChain * V::size) {
     const int64_t end = std::min<int64_t>(k, begin + tuning::kChain * V::size);
@@ -154,8 +154,7 @@ inline void gemm_direct(const DirectArgs& d) {
         const int64_t rows = std::min(R, d.row_end - i);
         A* tile = tiles[d.k > tuning::kGemmChain ? (i - d.row_begin) / R : 0];
         multiply_tile<V, R>(rows, depth, (const A*)d.a + i * d.a_row + k * d.a_k, d.a_row, d.a_k, b, b_k,
-                            to_c ? (A*)e.c + i * e.c_stride + j : tile, to_c ? e.c_stride : N,
-                            k > 0);
+                            to_c ? (A*)e.c + i * e.c_stride + j : tile, to_c ? e.c_stride : N, k > 0);
         if (!to_c && k + depth == d.k) epilogue<T>(tile, N, rows, columns, i, j, true, true, e);
       }
     }

@@ -90,16 +90,16 @@ struct Epilogue {
 
 // A block of C, or of C transposed: rows of A times panels of B.
 struct GemmBlockArgs {
-  const void* a;                  // acc
-  int64_t a_row, a_k, a_panel;    // element (i, k) of A's tile t is a[t * a_panel + i * a_row + k * a_k]
-  const void* b;                  // acc, ceil(b_count / NR) packed panels of [k][NR]
-  int64_t a_count, b_count, k;    // of this block; k of this K block
-  bool b_is_far;                  // beyond L2: each panel's next chain is asked for early
-  int64_t chain;                  // products of a K block that are added up before they join the rest
-  bool transposed;                // A's rows are C's columns
-  void* tiles;                    // acc, scratch of a_count * b_count, rounded up to MR and NR
-  int64_t a_index, b_index;       // of the block in C
-  bool first, last;               // K block: nothing to add to, or the epilogue is due
+  const void* a;                // acc
+  int64_t a_row, a_k, a_panel;  // element (i, k) of A's tile t is a[t * a_panel + i * a_row + k * a_k]
+  const void* b;                // acc, ceil(b_count / NR) packed panels of [k][NR]
+  int64_t a_count, b_count, k;  // of this block; k of this K block
+  bool b_is_far;                // beyond L2: each panel's next chain is asked for early
+  int64_t chain;                // products of a K block that are added up before they join the rest
+  bool transposed;              // A's rows are C's columns
+  void* tiles;                  // acc, scratch of a_count * b_count, rounded up to MR and NR
+  int64_t a_index, b_index;     // of the block in C
+  bool first, last;             // K block: nothing to add to, or the epilogue is due
   Epilogue epilogue;
 };
 
@@ -124,9 +124,9 @@ struct DotArgs {
 // C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: few rows or a small K. A is
 // of the entry's accumulator type.
 struct DirectArgs {
-  const void* a;       // acc, element (i, k) at i * a_row + k * a_k
+  const void* a;  // acc, element (i, k) at i * a_row + k * a_k
   int64_t a_row, a_k;
-  const void* b;       // row k at k * b_k
+  const void* b;  // row k at k * b_k
   int64_t b_k, k;
   int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute; kSkinny rows unless K is
   Epilogue epilogue;

@@ -69,7 +69,8 @@ constexpr double kProductsPerThread = 400e3;
 // (16 KiB on AVX2) stays in L1 while rows of A pass by from L2. On Zen 3, 192 to 1024 are within 2% of each other; a
 // chain costs 25 ns beside its 500.
 constexpr int64_t kGemmChain = 256;
-// Rows of A and of B's panels that are multiplied at a time: one chain of both and their tiles' sums take 280 KiB of L2.
+// Rows of A and of B's panels that are multiplied at a time: one chain of both and their tiles' sums take 280 KiB of
+// L2.
 constexpr int64_t kBlockRows = 96, kGroupColumns = 128;
 // K blocks. Sums wait in C between them: where nothing is copied for a block it may be long; the longer side's panels,
 // 512 columns of a block, take 512 KiB.
@@ -86,7 +87,7 @@ constexpr int64_t kNearBytes = 512 << 10;
 // Tasks to a thread, so that one that is held up leaves its work to the others; at least so many of A's tiles and at
 // most so many columns to a task. Where A has few rows, a thread has one task: packing decides, and on rows that are a
 // page apart it takes half as long in pieces of 2 KiB as of 512 bytes.
-constexpr int64_t kTasksPerThread = 8, kTaskTiles = 4, kTaskColumns = 512, kPackingDecides = 256;
+constexpr int64_t kTasksPerThread = 8, kTaskTiles = 8, kTaskColumns = 512, kPackingDecides = 256;
 // Up to so many outputs (a few dozen register tiles, neither side long) K is cut into parts of at least kSplitK.
 constexpr int64_t kSplitOutputs = 4096, kSplitSide = 128, kSplitK = 4096, kMostSplits = 16;
 // Elements to a packing task.

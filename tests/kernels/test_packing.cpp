@@ -38,8 +38,7 @@ void widen(Random& random) {
                                              : rf::MatrixView{nullptr, 3, 4 * columns + 3, columns + 1, 1};
     describe("widen %s, [%lld, +%lld) x [%lld, +%lld)", Format<T>::name, (long long)i0, (long long)count, (long long)k0,
              (long long)k);
-    const Buffer<T> from =
-        input<T>(view.row_offset(i0 + count - 1) + columns, [&] { return random.spiky(); });
+    const Buffer<T> from = input<T>(view.row_offset(i0 + count - 1) + columns, [&] { return random.spiky(); });
     view.data = from.data();
     Buffer<rf::acc_t<T>> to(count * k);
     rf::kernels().widen_a[(int)Format<T>::dtype]({view, false, i0, count, k0, k, to.data()});
