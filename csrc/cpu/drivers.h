@@ -1,5 +1,6 @@
 // Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
-// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp and gemm.cpp.
+// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp and
+// gemm_packed.cpp.
 #pragma once
 #include "kernels.h"
 

@@ -1,6 +1,6 @@
 // The GEMM engine's micro-kernel and epilogue (Goto and van de Geijn, "Anatomy of high-performance matrix
 // multiplication", 2008). Of the two operands the longer one, A, is read where it lies, an element at a time; the
-// other, B, comes in packed panels. C is therefore computed as it is or transposed. Loops and threads are in gemm.cpp.
+// other, B, comes in packed panels. C is therefore computed as it is or transposed. gemm_packed.cpp has loops and threads.
 
 // Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time; a vector may reach beyond
 // the last of them.
@@ -88,14 +88,8 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
   switch (e.activation) {
 #define RF_CASE(act)    \
   case Activation::act: \
-    return finish_tile<T, Activation::act>(tile, tile_stride, rows, cols, row, col, first, e)
-    RF_CASE(none);
-    RF_CASE(relu);
-    RF_CASE(gelu);
-    RF_CASE(gelu_tanh);
-    RF_CASE(silu);
-    RF_CASE(sigmoid);
-    RF_CASE(tanh);
+    return finish_tile<T, Activation::act>(tile, tile_stride, rows, cols, row, col, first, e);
+    RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
   }
 }

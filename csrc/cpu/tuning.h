@@ -46,9 +46,9 @@ constexpr int64_t kSumElements = 16 * 1024;
 constexpr int64_t kChain = 128;
 constexpr int64_t kColumnSumRows = 32;
 
-// Outputs from this size on are advised onto huge pages before first touch: page faults then cost half (first touch of
-// 500 MB: 45 against 96 ms). Below, it is a gamble: where a hypervisor takes back free huge pages, 32 MB took 8 to 42
-// ms against 6.
+// Outputs from this size on are advised onto huge pages before first touch: page faults then cost a quarter (Zen 3, 32
+// MB: 2.4 against 11 ms) to a half (Sapphire Rapids, 500 MB: 45 against 96 ms). Below, malloc hands out memory again
+// that is mapped already. Where a hypervisor takes back free huge pages, 32 MB have taken 42 ms.
 constexpr int64_t kHugePageBytes = 32 << 20;
 
 // Outputs from this size on are written past the caches. Smaller ones are likely to be read from them next.
@@ -80,10 +80,9 @@ constexpr int64_t kDeepBlockK = 1024, kDeepTaskColumns = 128;
 // Columns that are packed for all threads at a time: 2 MiB at K = 1024. 2048 of them were 5 to 10% slower.
 constexpr int64_t kPackedColumns = 512;
 // What is packed for all threads at a time takes at most this part of the last-level cache.
-constexpr int64_t kCacheShare = 4, kUsualLastLevelCache = 8 << 20;
-// Panels beyond this size come from farther than L2: asking for them early brings 12% at K = 4096, and costs 2% where
-// they are near.
-constexpr int64_t kNearBytes = 512 << 10;
+constexpr int64_t kCacheShare = 4;
+// Where the system does not tell its caches' sizes.
+constexpr int64_t kUsualL2 = 512 << 10, kUsualLastLevelCache = 8 << 20;
 // Tasks to a thread, so that one that is held up leaves its work to the others; at least so many of A's tiles and at
 // most so many columns to a task. Where A has few rows, a thread has one task: packing decides, and on rows that are a
 // page apart it takes half as long in pieces of 2 KiB as of 512 bytes.

@@ -53,6 +53,7 @@ void every_pattern_written() {
   }
   b.read_only();
   Buffer<T> c(count);
+  Buffer<float> tiles(mr * padded);
   rf::Epilogue e = {};
   e.c = c.data();
   e.c_stride = count;
@@ -63,6 +64,7 @@ void every_pattern_written() {
   block.b = b.data();
   block.a_count = block.k = block.chain = 1;
   block.b_count = count;
+  block.tiles = tiles.data();
   block.first = block.last = true;
   block.epilogue = e;
   rf::kernels().gemm_block[t](block);
