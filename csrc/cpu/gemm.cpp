@@ -91,8 +91,9 @@ void direct(DType dtype, const Gemm& g) {
   args.b = g.b.data;
   args.b_k = g.b.outer_stride;
   args.k = g.k;
+  args.b_is_far = g.k * g.n * acc_size(dtype) > 2 * caches().l2;  // by shape alone: it decides the order of sums
   args.epilogue = g.epilogue;
-  const bool by_rows = g.k <= tuning::kSkinny && g.m / mr > g.n / nr;
+  const bool by_rows = g.k <= tuning::kSkinny && (g.m >= 4 * mr * thread_count() || g.m / mr > g.n / nr);
   const int64_t step = by_rows ? mr : nr, side = by_rows ? g.m : g.n, other = by_rows ? g.n : g.m;
   const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, step * other * g.k / 8) + 1;
   parallel_for(ceil_div(side, step), grain, [&](int64_t first, int64_t last) {

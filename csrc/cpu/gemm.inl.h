@@ -1,6 +1,7 @@
 // The GEMM engine's micro-kernel and epilogue (Goto and van de Geijn, "Anatomy of high-performance matrix
 // multiplication", 2008). Of the two operands the longer one, A, is read where it lies, an element at a time; the
-// other, B, comes in packed panels. C is therefore computed as it is or transposed. gemm_packed.cpp has loops and threads.
+// other, B, comes in packed panels. C is therefore computed as it is or transposed. gemm_packed.cpp has loops and
+// threads.
 
 // Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time; a vector may reach beyond
 // the last of them.

@@ -12,23 +12,6 @@
 namespace rf {
 namespace {
 
-struct Caches {
-  int64_t l2, last;
-};
-// As the system tells it, where it does.
-const Caches& caches() {
-  static const Caches found = [] {
-    Caches c = {0, 0};
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    c = {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
-#endif
-    if (c.l2 <= 0) c.l2 = tuning::kUsualL2;
-    if (c.last <= 0) c.last = std::max(c.l2, tuning::kUsualLastLevelCache);
-    return c;
-  }();
-  return found;
-}
-
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
   MatrixView view;
@@ -241,6 +224,20 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
 }
 
 }  // namespace
+
+// As the system tells it, where it does.
+const Caches& caches() {
+  static const Caches found = [] {
+    Caches c = {0, 0};
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    c = {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
+#endif
+    if (c.l2 <= 0) c.l2 = tuning::kUsualL2;
+    if (c.last <= 0) c.last = std::max(c.l2, tuning::kUsualLastLevelCache);
+    return c;
+  }();
+  return found;
+}
 
 void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);

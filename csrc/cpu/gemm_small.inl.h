@@ -125,37 +125,45 @@ inline void gemm_dot(const DotArgs& d) {
 
 // ---- B in place, adjacent along the columns of C -------------------------------------------------------------------
 
-// Sums go straight to C where nothing is left to do there: a short K leaves little time for anything but storing.
+// A few rows of B at a time, along as many columns as L1 holds of them: reading or writing down a column of tiles
+// would go to another page with every row, where no hardware prefetcher follows. The sums of a short K go straight to C
+// where nothing is left to do there. Those of a longer one wait on the stack: prefetchers run beyond the columns of a
+// thread, and would take lines of C from the thread that writes them.
 template <class T>
 inline void gemm_direct(const DirectArgs& d) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  constexpr int64_t R = kTile.rows, N = kTileColumns<V>, kTiles = (tuning::kSkinny + R - 1) / R;
-  static_assert(tuning::kSkinny <= tuning::kGemmChain, "either K is one chain or all rows' tiles are kept");
-  alignas(64) A tiles[kTiles][R * N], packed[tuning::kGemmChain * N];
+  constexpr int64_t R = kTile.rows, N = kTileColumns<V>;
+  constexpr int64_t kColumns = (tuning::kDirectColumns + N - 1) / N * N;
+  constexpr int64_t kTiles = (tuning::kSkinny + R - 1) / R;  // unless K is one block, where sums need not wait
+  alignas(64) A tiles[kTiles * R * kColumns];
   const Epilogue& e = d.epilogue;
   const bool plain = std::is_same_v<T, A> && !e.bias && !e.preactivation && e.activation == Activation::none;
-  for (int64_t j = d.column_begin; j < d.column_end; j += N) {
-    const int64_t columns = std::min(N, d.column_end - j);
-    const bool to_c = plain && columns == N;
-    for (int64_t k = 0; k == 0 || k < d.k; k += tuning::kGemmChain) {
-      const int64_t depth = std::min(tuning::kGemmChain, d.k - k);
-      const T* from = (const T*)d.b + k * d.b_k + j;
-      const A* b = packed;
-      int64_t b_k = N;
-      if constexpr (std::is_same_v<T, A>)
-        if (columns == N) {
-          b = from;
-          b_k = d.b_k;
-        }
-      if (b == packed)  // since the micro-kernel reads whole vectors of its own type
-        for (int64_t h = 0; h < depth; ++h) pack_one_k<T, (int)N>(from + h * d.b_k, columns, true, packed + h * N);
+  const bool is_near = std::is_same_v<T, A> && !d.b_is_far;
+  const int64_t block = d.k <= tuning::kSkinny ? tuning::kSkinny : is_near ? tuning::kGemmChain : tuning::kDirectK;
+  for (int64_t j0 = d.column_begin; j0 < d.column_end; j0 += kColumns) {
+    const int64_t j1 = std::min(j0 + kColumns, d.column_end);
+    for (int64_t k = 0; k == 0 || k < d.k; k += block) {
+      const int64_t depth = std::min(block, d.k - k);
+      const T* from = (const T*)d.b + k * d.b_k;
+      // Half types, and the last columns, since the micro-kernel reads whole vectors of its own type.
+      alignas(64) A packed[std::max(tuning::kSkinny * kColumns, tuning::kGemmChain * N)];
+      const int64_t whole = std::is_same_v<T, A> ? j0 + (j1 - j0) / N * N : j0;
+      for (int64_t j = whole; j < j1; j += N)
+        for (int64_t h = 0; h < depth; ++h)
+          pack_one_k<T, (int)N>(from + h * d.b_k + j, j1 - j, true, packed + (j - whole) * depth + h * N);
       for (int64_t i = d.row_begin; i < d.row_end; i += R) {
         const int64_t rows = std::min(R, d.row_end - i);
-        A* tile = tiles[d.k > tuning::kGemmChain ? (i - d.row_begin) / R : 0];
-        multiply_tile<V, R>(rows, depth, (const A*)d.a + i * d.a_row + k * d.a_k, d.a_row, d.a_k, b, b_k,
-                            to_c ? (A*)e.c + i * e.c_stride + j : tile, to_c ? e.c_stride : N, k > 0);
-        if (!to_c && k + depth == d.k) epilogue<T>(tile, N, rows, columns, i, j, true, true, e);
+        const A* a = (const A*)d.a + i * d.a_row + k * d.a_k;
+        A* waiting = tiles + (d.k > block ? (i - d.row_begin) * kColumns : 0);
+        for (int64_t j = j0; j < j1; j += N) {
+          const bool in_place = j < whole, to_c = plain && d.k <= block && j + N <= j1;
+          A* tile = to_c ? (A*)e.c + i * e.c_stride + j : waiting + (j - j0) * R;
+          multiply_tile<V, R>(rows, depth, a, d.a_row, d.a_k,
+                              in_place ? (const A*)(const void*)(from + j) : packed + (j - whole) * depth,
+                              in_place ? d.b_k : N, tile, to_c ? e.c_stride : N, k > 0);
+          if (!to_c && k + depth == d.k) epilogue<T>(tile, N, rows, std::min(N, j1 - j), i, j, true, true, e);
+        }
       }
     }
   }

@@ -128,6 +128,7 @@ struct DirectArgs {
   int64_t a_row, a_k;
   const void* b;  // row k at k * b_k
   int64_t b_k, k;
+  bool b_is_far;                                         // beyond the L2 of a few cores
   int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute; kSkinny rows unless K is
   Epilogue epilogue;
 };
