@@ -125,16 +125,17 @@ inline void gemm_dot(const DotArgs& d) {
 
 // ---- B in place, adjacent along the columns of C -------------------------------------------------------------------
 
-// A few rows of B at a time, along as many columns as L1 holds of them: reading or writing down a column of tiles
-// would go to another page with every row, where no hardware prefetcher follows. The sums of a short K go straight to C
-// where nothing is left to do there. Those of a longer one wait on the stack: prefetchers run beyond the columns of a
-// thread, and would take lines of C from the thread that writes them.
+// A few rows of B at a time, along hundreds of columns: reading or writing down a column of tiles would go to another
+// page with every row, where no hardware prefetcher follows. The sums of a short K go straight to C where nothing is
+// left to do there. Those of a longer one wait on the stack: prefetchers run beyond the columns of a thread, and would
+// take lines of C from the thread that writes them.
 template <class T>
 inline void gemm_direct(const DirectArgs& d) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int64_t R = kTile.rows, N = kTileColumns<V>;
   constexpr int64_t kColumns = (tuning::kDirectColumns + N - 1) / N * N;
+  static_assert(tuning::kDirectK <= tuning::kSkinny, "what is packed fits in either case");
   constexpr int64_t kTiles = (tuning::kSkinny + R - 1) / R;  // unless K is one block, where sums need not wait
   alignas(64) A tiles[kTiles * R * kColumns];
   const Epilogue& e = d.epilogue;
