@@ -17,6 +17,7 @@ BLOCK_SECONDS = (
     0.002  # short calls are timed in blocks of about this length, so that a block runs in its own warm state
 )
 MAX_BLOCK = 200
+WARM_UP_SECONDS = 0.03  # of calls after a pause, in which the cores have gone to sleep
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Work:
     regfast: Callable
     jax: Callable[[str], Call] | None = None  # mode -> call, for a compiled JAX version
     in_place: Callable | None = None  # regfast with the gradient in the input's memory, for the memory measurement
+    numpy: Callable | None = None  # the product alone in NumPy, on arrays, to measure its BLAS
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Case:
     headline: bool = False  # a row of README.md's table
     quick: bool = False
     cold: bool = False
+    grid: bool = False  # a square of the heat maps instead of a row of the tables
 
     @property
     def name(self) -> str:
@@ -108,13 +111,18 @@ def make_call(fn: Callable, inputs: list[torch.Tensor], mode: str) -> Call:
 
 
 def time_interleaved(
-    calls: dict[str, Call | Callable], min_rounds: int, min_seconds: float, before: Callable[[], object] | None = None
+    calls: dict[str, Call | Callable],
+    min_rounds: int,
+    min_seconds: float,
+    before: Callable[[], object] | None = None,
+    pause: float = 0,
 ) -> dict[str, dict]:
     """Times all calls in turn until both minima are reached: {name: {"median": seconds, "samples": [seconds]}}.
 
     A round takes one sample of each call; the order rotates and every other round is reversed, so that none always
     follows the same neighbour. A sample is the median of a block of calls (one, for calls of a millisecond or more).
-    `before` runs before every timed call, e.g. to empty the caches. A result is freed after the clock has stopped.
+    `before` runs before every timed call, e.g. to empty the caches; `pause` seconds pass between contestants whose
+    thread pools differ, for one's idle threads to stop spinning. A result is freed after the clock has stopped.
     """
     calls = {name: call if isinstance(call, Call) else Call(call) for name, call in calls.items()}
 
@@ -129,9 +137,15 @@ def time_interleaved(
         del result
         return elapsed
 
+    def warm_up(call):
+        start = time.perf_counter()
+        while time.perf_counter() - start < WARM_UP_SECONDS:
+            once(call)
+
     first = {name: once(call) for name, call in calls.items()}  # loads, compiles, allocates
     slowest = max(min(once(call), once(call)) if first[name] < 1 else first[name] for name, call in calls.items())
-    block = 1 if before else max(1, min(MAX_BLOCK, int(BLOCK_SECONDS / slowest)))
+    seconds = WARM_UP_SECONDS if pause else BLOCK_SECONDS
+    block = 1 if before else max(1, min(MAX_BLOCK, int(seconds / slowest)))
     samples = {name: [] for name in calls}
     gc.collect()
     gc.disable()
@@ -140,7 +154,10 @@ def time_interleaved(
         while count < min_rounds or time.perf_counter() - start < min_seconds:
             order = names[count % len(names) :] + names[: count % len(names)]
             for name in reversed(order) if count % 2 else order:
-                if block > 1:
+                if pause:
+                    time.sleep(pause)
+                    warm_up(calls[name])
+                elif block > 1:
                     once(calls[name])  # the neighbour's threads and code leave the caches before the clock starts
                 samples[name].append(statistics.median(once(calls[name]) for _ in range(block)))
             count += 1
@@ -169,8 +186,14 @@ def evict() -> None:
     _eviction_buffer().sum()
 
 
-def contestants(case: Case, work: Work, everyone: bool) -> dict[str, Call]:
-    """PyTorch eager and regfast; with `everyone` also torch.compile and JAX where the case asks for them."""
+def contestants(case: Case, work: Work, everyone: bool, numpy: bool = False) -> dict[str, Call]:
+    """PyTorch eager and regfast; with `everyone` also torch.compile and JAX where the case asks for them.
+
+    With `numpy`, NumPy and regfast.
+    """
+    if numpy:
+        arrays = [x.detach().numpy() for x in work.inputs]
+        return {"numpy": Call(lambda: work.numpy(*arrays)), "regfast": make_call(work.regfast, work.inputs, case.mode)}
     calls = {fn: make_call(getattr(work, fn), work.inputs, case.mode) for fn in ("eager", "regfast")}
     if everyone and case.compile:
         torch._dynamo.reset()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import threadpoolctl
 import torch
 
 MIB = 1 << 20
@@ -57,6 +58,12 @@ def huge_pages() -> str:
         return "unknown"
     found = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
     return found.group(1) if found else "unknown"
+
+
+@functools.cache
+def blas() -> list[str]:
+    """The BLAS libraries that this process has loaded, NumPy's among them."""
+    return [library["internal_api"] for library in threadpoolctl.threadpool_info() if library["user_api"] == "blas"]
 
 
 class OthersCpus:

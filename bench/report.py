@@ -1,7 +1,10 @@
 """Turns pytest-benchmark's JSON into bench/results/<machine>.json, a table, a plot and README.md's table."""
 
 import argparse
+import itertools
 import json
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,6 +62,8 @@ def rows(result: dict) -> list[Row]:
     """One row per case, and one more for each environment that stands for another CPU."""
     found = []
     for case in result["cases"]:
+        if case.get("grid"):
+            continue
         label, headline, others = describe(case), case["headline"], case["environments"]
         times, ratio = case["median_s"], case["ratio"]
         row = Row(label, times["regfast"], times["eager"], ratio["eager"], headline)
@@ -128,6 +133,8 @@ def print_table(result: dict, console: Console) -> None:
         style = "red" if row.vs_eager < 0.95 else "green" if row.vs_eager > 1.05 else ""
         table.add_row(*cells(row), style=style)
     console.print(table)
+    if grids(result):
+        print_grids(result, console)
     for line in memory_lines(result):
         console.print(line)
     found = disturbed(result)
@@ -139,6 +146,13 @@ def print_table(result: dict, console: Console) -> None:
         console.print("Disturbed: " + "; ".join(found))
 
 
+def print_grids(result: dict, console: Console) -> None:
+    for grid in grids(result):
+        console.print(f"{grid.title}: geometric mean {grid.geometric_mean():.2f}x")
+        for (n, d, v), ratio in sorted(grid.ratio.items(), key=lambda item: item[1]):
+            console.print(f"    {n:5} x {d:5} -> {v:6}  {ratio:6.2f}x  {grid.share[n, d, v]:.0%} of the FMA peak")
+
+
 def disturbed(result: dict) -> list[str]:
     """The measurements during which other processes took CPU time away."""
     found = [describe(case) for case in result["cases"] if case["others_cpus"] > BUSY]
@@ -147,7 +161,7 @@ def disturbed(result: dict) -> list[str]:
     return found
 
 
-def markdown(result: dict, picture: str) -> str:
+def markdown(result: dict, picture: Path) -> str:
     """README.md's part: the headline cases, how to read them, the picture of all cases."""
     lines = [
         f"Measured on {machine_line(result)} ({result['date']}).",
@@ -164,8 +178,117 @@ def markdown(result: dict, picture: str) -> str:
     lines += ["", *(f"{line}." for line in memory_lines(result)), ""]
     if disturbed(result):
         lines += [f"The machine was not quiet during {len(disturbed(result))} of the measurements.", ""]
-    lines.append(f"![How many times longer PyTorch takes than regfast, case by case]({picture})")
+    lines += [f"![How many times longer PyTorch takes than regfast, case by case]({picture.with_suffix('.png')})", ""]
+    if grids(result):
+        lines += [*grid_lines(result), ""]
+        lines += [f"![Ratios over the grid of linear layers]({with_ending(picture, 'grid')})", ""]
+    lines.append(f"![Every kernel under this machine's roof]({with_ending(picture, 'roofline')})")
     return "\n".join(lines)
+
+
+def with_ending(path: Path, ending: str) -> Path:
+    return path.with_name(f"{path.stem}-{ending}.png")
+
+
+@dataclass
+class Grid:
+    """One heat map: how many times longer `other` takes, by rows and layer."""
+
+    title: str
+    ratio: dict[tuple[int, int, int], float]  # (N, D, V)
+    share: dict[tuple[int, int, int], float]  # of the float32 FMA peak
+
+    def geometric_mean(self) -> float:
+        return statistics.geometric_mean(self.ratio.values())
+
+
+def grids(result: dict) -> list[Grid]:
+    peak = result["machine"]["fma_gflop_s"]["all"] * 1e9
+    found: dict[str, Grid] = {}
+    for case in result["cases"]:
+        if not case.get("grid"):
+            continue
+        kind = ", ".join(filter(None, [MODES[case["mode"]], case["label"], DTYPES[case["dtype"]] or "float32"]))
+        others = {"PyTorch": case}
+        if "openblas" in case["environments"]:
+            others["NumPy's OpenBLAS"] = case["environments"]["openblas"]
+        for other, timing in others.items():
+            grid = found.setdefault(f"{kind}, against {other}", Grid(f"{kind}, against {other}", {}, {}))
+            shape = tuple(case["shape"])
+            grid.ratio[shape] = timing["ratio"]["eager" if other == "PyTorch" else "numpy"]
+            grid.share[shape] = case["flops"] / timing["median_s"]["regfast"] / peak
+    return list(found.values())
+
+
+def grid_lines(result: dict) -> list[str]:
+    lines = ["| the grid of linear layers below | geometric mean | least | share of the FMA peak, median and most |"]
+    lines.append("|---" * 4 + "|")
+    for grid in grids(result):
+        share = statistics.median(grid.share.values()), max(grid.share.values())
+        cells = [times(grid.geometric_mean()), times(min(grid.ratio.values())), f"{share[0]:.0%}, {share[1]:.0%}"]
+        lines.append("| " + " | ".join([grid.title, *cells]) + " |")
+    return lines
+
+
+def draw_grids(result: dict, path: Path) -> None:
+    """A heat map for each kind of call: red where regfast is slower, blue where it is faster."""
+    found = grids(result)
+    columns = 2
+    down = -(-len(found) // columns)
+    figure, every = plt.subplots(down, columns, figsize=(13, 2.9 * down), layout="constrained", squeeze=False)
+    for axes in every.flat[len(found) :]:
+        axes.axis("off")
+    for axes, grid in zip(every.flat, found, strict=False):
+        rows = sorted({n for n, _, _ in grid.ratio})
+        layers = list(dict.fromkeys((d, v) for _, d, v in grid.ratio))
+        values = [[math.log2(grid.ratio.get((n, *layer), math.nan)) for layer in layers] for n in rows]
+        axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")  # from half the speed to twice
+        for y, n in enumerate(rows):
+            for x, layer in enumerate(layers):
+                if (n, *layer) in grid.ratio:
+                    ratio, share = grid.ratio[n, *layer], grid.share[n, *layer]
+                    color = "white" if abs(math.log2(ratio)) > 0.7 else "black"
+                    axes.text(x, y, f"{ratio:.2f}x\n{share:.0%}", ha="center", va="center", fontsize=8, color=color)
+        axes.set_xticks(range(len(layers)), [f"{d} to {v}" for d, v in layers], fontsize=8)
+        axes.set_yticks(range(len(rows)), rows, fontsize=8)
+        axes.set_title(f"{grid.title}: geometric mean {grid.geometric_mean():.2f}x", fontsize=9)
+        axes.set_ylabel("rows", fontsize=8)
+    figure.suptitle("How many times longer the other takes, and regfast's share of the float32 FMA peak", fontsize=11)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def draw_roofline(result: dict, path: Path) -> None:
+    """GFLOP/s of each case over its FLOPs per byte, under the measured bandwidths and FMA peak."""
+    machine = result["machine"]
+    peak, rates = machine["fma_gflop_s"]["all"], {row["level"]: row["read"] for row in machine["bandwidth_gb_s"]}
+    figure, axes = plt.subplots(figsize=(10, 6), layout="constrained")
+    groups: dict[str, list[tuple[float, float]]] = {}
+    for case in result["cases"]:
+        moved = case["bytes_read"] + case["bytes_written"]
+        if not case["flops"] or not moved:
+            continue
+        kind = ", ".join(filter(None, [case["op"], MODES[case["mode"]], DTYPES[case["dtype"]]]))
+        groups.setdefault(kind, []).append((case["flops"] / moved, case["flops"] / case["median_s"]["regfast"] / 1e9))
+    span = [x for points in groups.values() for x, _ in points]
+    low, high = min(span) / 2, max(span) * 2
+    for level, rate in rates.items():
+        ridge = peak / rate
+        axes.plot([low, ridge], [low * rate, peak], color="grey", linewidth=1)
+        axes.text(low * 1.05, low * rate * 1.15, f"{level}, {rate:.0f} GB/s", fontsize=7, color="grey")
+    axes.plot([peak / max(rates.values()), high], [peak, peak], color="black", linewidth=1)
+    axes.text(high, peak * 1.05, f"float32 FMA, {peak:.0f} GFLOP/s", fontsize=7, ha="right")
+    for marker, (kind, points) in zip(itertools.cycle("osD^v<>Pp*X"), groups.items(), strict=False):
+        axes.scatter(*zip(*points, strict=True), marker=marker, s=24, alpha=0.7, label=kind)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    axes.set_xlabel("FLOPs per byte that must be moved")
+    axes.set_ylabel("GFLOP/s")
+    axes.legend(fontsize=7, loc="lower right")
+    axes.set_title(f"regfast on {machine['cpu']}, {machine['threads']} threads, {machine['isa']}", fontsize=11)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def draw(result: dict, path: Path) -> None:
@@ -229,12 +352,15 @@ def main() -> None:
     path = args.out / f"{result['machine']['slug']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     draw(result, path.with_suffix(".png"))
-    console.print(f"Wrote {path.name} and {path.stem}.png in {args.out.name}/")
+    if grids(result):
+        draw_grids(result, with_ending(path, "grid"))
+    draw_roofline(result, with_ending(path, "roofline"))
+    console.print(f"Wrote {path.name} and its pictures in {args.out.name}/")
     if not args.no_readme:
         root = args.readme.resolve().parent
-        picture = path.with_suffix(".png").resolve()
-        link = picture.relative_to(root) if picture.is_relative_to(root) else picture.name
-        rewrite(args.readme, markdown(result, str(link)))
+        picture = path.resolve()
+        link = picture.relative_to(root) if picture.is_relative_to(root) else Path(picture.name)
+        rewrite(args.readme, markdown(result, link))
         console.print(f"Rewrote the table in {args.readme.name}")
 
 

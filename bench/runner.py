@@ -31,7 +31,11 @@ ENVIRONMENTS = {
         "REGFAST_ISA": "avx2",
         "REGFAST_GEMM": "own",
     },
+    # NumPy instead of PyTorch. Its OpenBLAS chooses its kernels itself: None leaves a variable out.
+    "openblas": {"OPENBLAS_CORETYPE": None, "OPENBLAS_L2_SIZE": None},
 }
+
+WORKER_ARGUMENTS = {"openblas": ("--numpy",)}
 
 
 def check_same(work: Work, mode: str, dtype: torch.dtype) -> None:
@@ -51,13 +55,13 @@ def check_same(work: Work, mode: str, dtype: torch.dtype) -> None:
         assert error <= tolerance, f"regfast differs from PyTorch: relative error {error:.2e} > {tolerance:.0e}"
 
 
-def in_subprocess(case: Case, module: str, variables: dict[str, str], *arguments: str) -> dict:
-    """Runs the case in worker.py in a fresh process with these variables set, and returns what it prints."""
+def in_subprocess(case: Case, module: str, variables: dict[str, str | None], *arguments: str) -> dict:
+    """Runs the case in worker.py in a fresh process with these variables set (None: unset); returns what it prints."""
     worker = Path(__file__).with_name("worker.py")
     path = os.pathsep.join(entry for entry in sys.path if entry)
     done = subprocess.run(
         [sys.executable, str(worker), module, case.name, *arguments],
-        env={**os.environ, **variables, "PYTHONPATH": path},
+        env={k: v for k, v in {**os.environ, **variables, "PYTHONPATH": path}.items() if v is not None},
         capture_output=True,
         text=True,
         check=False,
@@ -71,6 +75,8 @@ def applies(environment: str, case: Case, isas: list[str]) -> bool:
     """Whether that environment can differ from the plain one for this case on this machine."""
     if environment == "huge_pages":
         return case.largest >= HUGE_PAGE
+    if environment == "openblas":
+        return "openblas" in machine.blas()
     return ENVIRONMENTS[environment]["REGFAST_ISA"] in isas
 
 
@@ -103,6 +109,7 @@ def run_case(benchmark, case: Case, module: str) -> None:
         "shape": list(case.shape),
         "cold": case.cold,
         "headline": case.headline,
+        "grid": case.grid,
         "threads": torch.get_num_threads(),
         # CPUs that other processes kept busy meanwhile: with no CPU to spare, every parallel region waits for them
         "others_cpus": others.cpus,
@@ -117,7 +124,7 @@ def run_case(benchmark, case: Case, module: str) -> None:
         info["ceiling_s"], info["bound"] = ceiling
         info["share"] = ceiling[0] / info["median_s"]["regfast"]
     info["environments"] = {
-        name: summary(in_subprocess(case, module, ENVIRONMENTS[name])["timing"])
+        name: summary(in_subprocess(case, module, ENVIRONMENTS[name], *WORKER_ARGUMENTS.get(name, ()))["timing"])
         for name in case.environments
         if applies(name, case, facts["isas"])
     }

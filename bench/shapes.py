@@ -35,6 +35,13 @@ LINEAR = [
 LINEAR_HALF = [(256, 784, 10), (1024, 1024, 1024)]  # bfloat16 and float16: skinny, and large enough for the peak
 LINEAR_ACTIVATION = (1024, 1024, 1024)  # an activation in the epilogue against a second pass over the output
 
+# The grid of the linear layer: rows of each layer (D, V). Few rows read the weight once, many are compute-bound; a wide
+# layer's output and a deep layer's weight exceed L2, a vocabulary's weight the last-level cache too.
+GRID_ROWS = (64, 256, 1024, 2048)
+GRID_LAYERS = ((784, 256), (768, 3072), (1024, 4096), (4096, 1024), (1024, 32000))
+GRID_HALF_ROWS = (64, 256)  # PyTorch takes minutes for more where the CPU has no instructions for half types
+GRID_HALF_BACKWARD = 256 * 1024 * 4096  # the largest NDV of a backward in a half type
+
 # (N, D, V): a softmax regression's layer and loss in one step
 TRAINING = [(256, 784, 10), (256, 64, 10)]
 # (N, D, V): the notes' linear regression, batch 10

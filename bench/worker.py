@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", help="the bench file, e.g. bench_linear")
     parser.add_argument("case", help="the name of one of its CASES")
+    parser.add_argument("--numpy", action="store_true", help="time NumPy instead of PyTorch")
     parser.add_argument("--memory", choices=("eager", "regfast", "in_place"), help="measure memory, not time")
     args = parser.parse_args()
     case = next(case for case in importlib.import_module(args.module).CASES if case.name == args.case)
@@ -54,10 +55,11 @@ def main() -> None:
     if args.memory:
         print(json.dumps({"buffers": extra_memory(case, args.memory)}))
         return
-    calls = harness.contestants(case, case.build(), everyone=False)
+    calls = harness.contestants(case, case.build(), everyone=False, numpy=args.numpy)
     before = harness.evict if case.cold else None
+    pause = 0.1 if args.numpy else 0.0
     # Fewer rounds than in the main process: some of these take seconds per call, which is what they are here to show.
-    timing = harness.time_interleaved(calls, min(3, harness.MIN_ROUNDS), harness.MIN_SECONDS, before)
+    timing = harness.time_interleaved(calls, min(3, harness.MIN_ROUNDS), harness.MIN_SECONDS, before, pause)
     print(json.dumps({"timing": timing}))
 
 

@@ -4,7 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
-#include "cpu/kernels.h"
+#include "cpu/drivers.h"
 #include "torch_api.h"
 
 #define RF_CROSS_ENTROPY_OPTIONS \
@@ -65,6 +65,23 @@ std::vector<std::string> isas() {
   return names;
 }
 
+// Who multiplies in linear, by dtype; gemm_by_aten has the rule.
+pybind11::dict linear_products() {
+  constexpr struct {
+    const char* name;
+    rf::DType dtype;
+  } kTypes[] = {{"float32", rf::DType::f32},
+                {"float64", rf::DType::f64},
+                {"bfloat16", rf::DType::bf16},
+                {"float16", rf::DType::f16}};
+  pybind11::dict who;
+  for (const auto& t : kTypes) {
+    const bool large = rf::gemm_by_aten(t.dtype, 4096, 4096, 4096), skinny = rf::gemm_by_aten(t.dtype, 4096, 8, 4096);
+    who[t.name] = skinny ? "aten" : large ? "aten for large products, regfast for the others" : "regfast";
+  }
+  return who;
+}
+
 pybind11::dict build_info() {
   pybind11::dict info;
   info["torch"] = TORCH_VERSION;
@@ -74,6 +91,7 @@ pybind11::dict build_info() {
   info["cxx_standard"] = (long)__cplusplus;
   info["isas"] = isas();
   info["isa"] = rf::kernels().isa;
+  info["linear"] = linear_products();
   info["cuda"] = c10::Dispatcher::singleton()
                      .findSchemaOrThrow("regfast::linear_forward", "")
                      .hasKernelForDispatchKey(c10::DispatchKey::CUDA);

@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from util import INF, LAYOUTS, NAN, assert_same_error, check, evaluate, lay_out, spiky, virtual, with_all_kernels
+from util import (
+    INF,
+    LAYOUTS,
+    NAN,
+    assert_same_error,
+    check,
+    evaluate,
+    fresh_process,
+    lay_out,
+    spiky,
+    virtual,
+    with_all_kernels,
+)
 
 import regfast
 from regfast import reference
@@ -29,9 +41,12 @@ SHAPES = [
     (7, 3, 1),  # one output: a matrix-vector product
     (5, 17, 33),  # every size ragged
     (64, 784, 10),  # skinny outputs, the notes' softmax regression
-    (12, 1030, 18),  # two panels of K and a tail
-    (150, 40, 34),  # two blocks of rows
-    (9, 24, 2070),  # two blocks of columns
+    (12, 1030, 18),  # skinny outputs, several chains of additions
+    (150, 40, 34),  # the input is the longer side: read in place, the weight packed
+    (9, 24, 2070),  # the weight is
+    (40, 4500, 70),  # two blocks of K in place; its gradients' longer side is packed, in several blocks of K
+    (300, 270, 290),  # several tasks to a thread
+    (20, 9000, 33),  # few outputs: K in parts
     (96, 128, 96),  # nothing ragged
 ]
 
@@ -266,3 +281,19 @@ def test_errors_for_what_is_no_tensor():
 def test_error_for_an_unknown_activation():
     with pytest.raises(ValueError, match=r"regfast\.linear.*activation.*expected.*relu.*got.*swish"):
         regfast.linear(X, W, B, activation="swish")
+
+
+@pytest.mark.parametrize("gemm", ["own", "aten"])
+def test_who_multiplies(gemm):
+    # The switch forces a side, build_info tells, and either side gives the same result.
+    printed = fresh_process(
+        """
+        import torch, regfast
+        torch.manual_seed(0)
+        x, w = torch.randn(70, 300), torch.randn(90, 300)
+        print(regfast.linear(x, w).double().sub(x.double() @ w.double().t()).abs().max().item() < 1e-3)
+        print(sorted(set(regfast.build_info()["linear"].values())))
+        """,
+        REGFAST_GEMM=gemm,
+    )
+    assert printed.split("\n")[:2] == ["True", "['regfast']" if gemm == "own" else "['aten']"]

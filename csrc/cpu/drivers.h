@@ -1,5 +1,6 @@
 // Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
-// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp and gemm.cpp.
+// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp and
+// gemm_packed.cpp.
 #pragma once
 #include "kernels.h"
 
@@ -23,9 +24,10 @@ struct Gemm {
   int64_t m, n, k;
   MatrixView a;  // a(i, k), or a(k, i) where transposed
   bool a_transposed;
-  MatrixView b;       // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
-  bool b_transposed;  // true: rows of memory are B's columns, as in X W^T
-  Epilogue epilogue;  // partial is filled in by gemm()
+  MatrixView b;         // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
+  bool b_transposed;    // true: rows of memory are B's columns, as in X W^T
+  Epilogue epilogue;    // partial is filled in by gemm()
+  bool wide_c = false;  // C, bias and pre-activation have the accumulator's type
 };
 enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
 GemmPath gemm_path(DType dtype, const Gemm& g);

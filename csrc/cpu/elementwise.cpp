@@ -1,4 +1,5 @@
 // Threads over rows of an activation's derivative and over elements of squared error.
+#include <algorithm>
 #include <vector>
 
 #include "drivers.h"
@@ -18,32 +19,38 @@ void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activati
   });
 }
 
+namespace {
+template <class A>
+void add_blocks(const A* partial, int64_t blocks, int64_t columns, int64_t begin, int64_t end, A* sums) {
+  for (int64_t j = begin; j < end; ++j) {
+    double sum = 0;
+    for (int64_t b = 0; b < blocks; ++b) sum += (double)partial[b * columns + j];
+    sums[j] = (A)sum;
+  }
+}
+}  // namespace
+
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows) {
   const auto kernel = kernels().activation_backward[(int)dtype];
   const int64_t acc = dtype == DType::f64 ? 8 : 4, columns = args.columns;
   const int64_t block = tuning::kColumnSumRows, blocks = (rows + block - 1) / block;
   const int64_t grain = tuning::kParallelElements / (block * (columns > 0 ? columns : 1)) + 1;
   // Column sums of each block, added in order.
-  std::vector<char> partial(args.column_sums ? blocks * columns * acc : 0);
+  char* partial = args.column_sums ? (char*)scratch(Slot::partial, blocks * columns * acc) : nullptr;
   parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
     ActivationBackwardArgs mine = args;
     for (int64_t b = first; b < last; ++b) {
-      if (args.column_sums) mine.column_sums = partial.data() + b * columns * acc;
+      if (partial) mine.column_sums = partial + b * columns * acc;
       kernel(mine, b * block, b + 1 == blocks ? rows : (b + 1) * block);
     }
   });
-  if (!args.column_sums) return;
-  std::vector<double> sums(columns, 0.0);
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t j = 0; j < columns; ++j)
-      sums[j] += dtype == DType::f64 ? ((const double*)partial.data())[b * columns + j]
-                                     : ((const float*)partial.data())[b * columns + j];
-  for (int64_t j = 0; j < columns; ++j) {
+  if (!partial) return;
+  parallel_for(columns, tuning::kParallelElements / std::max<int64_t>(1, blocks) + 1, [&](int64_t begin, int64_t end) {
     if (dtype == DType::f64)
-      ((double*)args.column_sums)[j] = sums[j];
+      add_blocks((const double*)partial, blocks, columns, begin, end, (double*)args.column_sums);
     else
-      ((float*)args.column_sums)[j] = (float)sums[j];
-  }
+      add_blocks((const float*)partial, blocks, columns, begin, end, (float*)args.column_sums);
+  });
 }
 
 double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n) {

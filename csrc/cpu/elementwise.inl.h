@@ -14,14 +14,8 @@ inline void activation_forward(const void* z, void* y, int64_t n, Activation act
   switch (activation) {
 #define RF_CASE(act)    \
   case Activation::act: \
-    return activate_all<T, Activation::act>((const T*)z, (T*)y, n)
-    RF_CASE(none);
-    RF_CASE(relu);
-    RF_CASE(gelu);
-    RF_CASE(gelu_tanh);
-    RF_CASE(silu);
-    RF_CASE(sigmoid);
-    RF_CASE(tanh);
+    return activate_all<T, Activation::act>((const T*)z, (T*)y, n);
+    RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
   }
 }
@@ -88,14 +82,8 @@ inline void activation_backward(const ActivationBackwardArgs& a, int64_t begin, 
   switch (a.activation) {
 #define RF_CASE(act)    \
   case Activation::act: \
-    return activation_backward_rows<T, Activation::act>(a, begin, end)
-    RF_CASE(none);
-    RF_CASE(relu);
-    RF_CASE(gelu);
-    RF_CASE(gelu_tanh);
-    RF_CASE(silu);
-    RF_CASE(sigmoid);
-    RF_CASE(tanh);
+    return activation_backward_rows<T, Activation::act>(a, begin, end);
+    RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
   }
 }

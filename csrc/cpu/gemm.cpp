@@ -1,91 +1,63 @@
-// The GEMM engine's loops (five around the micro-kernel, as in BLIS), the division of C among threads, and the choice
-// of path.
+// The choice of a way to multiply; few outputs with K in parts, and small operands where they lie.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "drivers.h"
+#include "gemm_packed.h"
 #include "parallel.h"
 #include "tuning.h"
 
 namespace rf {
 namespace {
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// Rows [i0, i1) and columns [j0, j1) of C by one thread.
-void packed_part(DType dtype, const Gemm& g, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
-  const Kernels& kern = kernels();
-  const int t = (int)dtype;
-  const int64_t acc = dtype == DType::f64 ? 8 : 4, mr = kern.mr[t], nr = kern.nr[t];
-  const tuning::GemmBlocks blocks = tuning::kGemmBlocks;
-  // K in equal parts, so that the last is not a sliver.
-  const int64_t k_parts = std::max<int64_t>(1, ceil_div(g.k, blocks.kc));
-  const int64_t kc = std::max<int64_t>(1, ceil_div(g.k, k_parts));
-  // Between K blocks sums wait in C itself where it has their precision, else in scratch for NC columns at a time.
-  const bool in_c = dtype == DType::f32 || dtype == DType::f64;
-  const int64_t mc = round_up(blocks.mc, mr), nc = in_c || k_parts == 1 ? j1 - j0 : blocks.nc;
-  Epilogue e = g.epilogue;
-  char* a = (char*)scratch(Slot::packed_a, std::min(mc, round_up(i1 - i0, mr)) * kc * acc);
-  char* b = (char*)scratch(Slot::packed_b, round_up(std::min(blocks.group, j1 - j0), nr) * kc * acc);
-
-  for (int64_t jc = j0; jc < j1; jc += nc) {
-    const int64_t jc_end = std::min(jc + nc, j1);
-    if (in_c) {
-      e.partial = e.c;
-      e.partial_stride = e.c_stride;
-    } else if (k_parts > 1) {
-      e.partial_stride = jc_end - jc;
-      e.partial =
-          (char*)scratch(Slot::partial, (i1 - i0) * e.partial_stride * acc) - (i0 * e.partial_stride + jc) * acc;
-    }
-    for (int64_t part = 0; part < k_parts; ++part) {
-      const int64_t pc = part * kc, k = std::min(kc, g.k - pc);
-      for (int64_t ic = i0; ic < i1; ic += mc) {
-        const int64_t m = std::min(mc, i1 - ic);
-        kern.pack_a[t]({g.a, g.a_transposed, ic, m, pc, k, a});
-        for (int64_t jg = jc; jg < jc_end; jg += blocks.group) {
-          const int64_t n = std::min(blocks.group, jc_end - jg);
-          kern.pack_b[t]({g.b, !g.b_transposed, jg, n, pc, k, b});
-          kern.gemm_block[t]({m, n, k, a, b, ic, jg, part == 0, part == k_parts - 1, e});
-        }
-      }
-    }
-  }
+// How many parts K is cut into where C alone gives the threads too little to share. By shape, not by the number of
+// threads: the same bits with any number of them.
+int64_t k_parts(const Gemm& g) {
+  const bool affine = (!g.a_transposed || g.a.inner == 1) && (g.b_transposed || g.b.inner == 1);
+  if (!affine || g.m * g.n > tuning::kSplitOutputs || std::max(g.m, g.n) > tuning::kSplitSide) return 1;
+  return std::max<int64_t>(1, std::min(tuning::kMostSplits, g.k / tuning::kSplitK));
 }
 
-// C as a grid of one rectangle for each thread, chosen so that the least is packed twice. No thread waits for another
-// before the end: on a busy machine each barrier costs a time slice.
-void packed(DType dtype, const Gemm& g) {
-  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const int64_t tiles = ceil_div(g.m, mr), panels = ceil_div(g.n, nr);
-  const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
-  const int64_t threads = std::min<int64_t>(thread_count(), 1 + (int64_t)(products / tuning::kProductsPerThread));
-  int64_t down = 1, across = 1;
-  double least = -1;
-  for (int64_t d = 1; d <= threads; ++d) {
-    const int64_t rows = std::min(d, tiles), columns = std::min(threads / d, panels);
-    // The longest thread's products, and what all pack between them, in products' worth of time.
-    const double largest = (double)ceil_div(tiles, rows) * (double)mr * (double)ceil_div(panels, columns) * (double)nr;
-    const double cost =
-        largest + tuning::kPackCost * ((double)g.m * (double)columns + (double)g.n * (double)rows) / (double)threads;
-    if (least < 0 || cost < least) {
-      least = cost;
-      down = rows;
-      across = columns;
-    }
-  }
-  parallel_for(down * across, 1, [&](int64_t first, int64_t last) {
-    for (int64_t r = first; r < last; ++r) {
-      const int64_t y = r / across, x = r % across;
-      const auto row = [&](int64_t i) { return std::min(g.m, i * tiles / down * mr); };
-      const auto column = [&](int64_t i) { return std::min(g.n, i * panels / across * nr); };
-      packed_part(dtype, g, row(y), row(y + 1), column(x), column(x + 1));
-    }
+// Parts of K, one to a task, and their sums added in order.
+void split_k(DType dtype, const Gemm& g, int64_t parts) {
+  const int64_t acc = acc_size(dtype), size = g.m * g.n;
+  char* sums = (char*)scratch(Slot::splits, parts * size * acc);
+  take_tasks(parts, thread_count(), [&](int64_t task) {
+    const Range k = part_of(g.k, tuning::kGemmChain, task, parts);
+    Gemm part = g;
+    part.k = k.size();
+    const auto from = [&](MatrixView& m, bool rows_are_k) {
+      const int64_t at = rows_are_k ? m.row_offset(k.begin) : k.begin * m.col_stride;
+      m.data = (const char*)m.data + at * size_of(dtype);
+    };
+    from(part.a, g.a_transposed);
+    from(part.b, !g.b_transposed);
+    part.wide_c = true;
+    part.epilogue = {};
+    part.epilogue.c = sums + task * size * acc;
+    part.epilogue.c_stride = g.n;
+    gemm_packed(dtype, part, 1);
   });
+  const auto add = [&](auto* first) {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
+  };
+  dtype == DType::f64 ? add((double*)sums) : add((float*)sums);
+  // A block without products adds them to nothing and finishes C.
+  GemmBlockArgs block = {};
+  block.a = block.b = sums;
+  block.chain = 1;
+  block.last = true;
+  block.epilogue = g.epilogue;
+  block.epilogue.partial = sums;
+  block.epilogue.partial_stride = g.n;
+  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  block.a_count = g.m;
+  block.b_count = g.n;
+  block.tiles = scratch(Slot::tiles, round_up(g.m, mr) * round_up(g.n, nr) * acc);
+  kernels().gemm_block[(int)c_type(dtype, g)](block);
 }
 
 void dot(DType dtype, const Gemm& g, bool few_rows) {
@@ -97,27 +69,53 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
   });
 }
 
+// A matrix of a half type, widened to float for kernels that read their operands in place.
+MatrixView widened(DType dtype, const MatrixView& m, int64_t rows, int64_t columns, Slot slot) {
+  float* to = (float*)scratch(slot, rows * columns * (int64_t)sizeof(float));
+  parallel_for(rows, tuning::kParallelElements / std::max<int64_t>(1, columns) + 1, [&](int64_t begin, int64_t end) {
+    kernels().widen_a[(int)dtype]({m, false, begin, end - begin, 0, columns, to + begin * columns});
+  });
+  return {to, 1, columns, 0, 1};
+}
+
 // Threads share whichever of C's sides has more register tiles.
 void direct(DType dtype, const Gemm& g) {
   const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const bool by_rows = g.m / mr > g.n / nr;
+  MatrixView a = g.a;
+  if (size_of(dtype) != acc_size(dtype))
+    a = widened(dtype, a, g.a_transposed ? g.k : g.m, g.a_transposed ? g.m : g.k, Slot::packed_a);
+  DirectArgs args = {};
+  args.a = a.data;
+  args.a_row = g.a_transposed ? a.col_stride : a.outer_stride;
+  args.a_k = g.a_transposed ? a.outer_stride : a.col_stride;
+  args.b = g.b.data;
+  args.b_k = g.b.outer_stride;
+  args.k = g.k;
+  args.b_is_far = g.k * g.n * acc_size(dtype) > 2 * caches().l2;  // by shape alone: it decides the order of sums
+  args.epilogue = g.epilogue;
+  const bool by_rows = g.k <= tuning::kSkinny && (g.m >= 4 * mr * thread_count() || g.m / mr > g.n / nr);
   const int64_t step = by_rows ? mr : nr, side = by_rows ? g.m : g.n, other = by_rows ? g.n : g.m;
   const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, step * other * g.k / 8) + 1;
   parallel_for(ceil_div(side, step), grain, [&](int64_t first, int64_t last) {
+    DirectArgs mine = args;
     const int64_t begin = first * step, end = std::min(last * step, side);
-    kernels().gemm_direct[(int)dtype]({g.a, g.a_transposed, g.b, g.k, by_rows ? begin : 0, by_rows ? end : g.m,
-                                       by_rows ? 0 : begin, by_rows ? g.n : end, g.epilogue});
+    mine.row_begin = by_rows ? begin : 0;
+    mine.row_end = by_rows ? end : g.m;
+    mine.column_begin = by_rows ? 0 : begin;
+    mine.column_end = by_rows ? g.n : end;
+    kernels().gemm_direct[(int)dtype](mine);
   });
 }
 
 }  // namespace
 
-GemmPath gemm_path(DType, const Gemm& g) {
+GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
   if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
   if (along_k && g.m <= tuning::kFewRows) return GemmPath::dot_few_rows;
-  if (!g.b_transposed && g.b.col_stride == 1 && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny))
-    return GemmPath::direct;
+  const bool half = size_of(dtype) != acc_size(dtype);
+  const bool readable = g.b.col_stride == 1 && g.b.inner == 1 && (half ? g.a.col_stride == 1 : g.a.inner == 1);
+  if (!g.b_transposed && readable && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny)) return GemmPath::direct;
   return GemmPath::packed;
 }
 
@@ -137,6 +135,7 @@ bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
 
 void gemm(DType dtype, Gemm g) {
   if (g.m == 0 || g.n == 0) return;
+  if (const int64_t parts = k_parts(g); parts > 1) return split_k(dtype, g, parts);
   switch (gemm_path(dtype, g)) {
     case GemmPath::dot_few_columns:
       return dot(dtype, g, false);
@@ -145,7 +144,7 @@ void gemm(DType dtype, Gemm g) {
     case GemmPath::direct:
       return direct(dtype, g);
     case GemmPath::packed:
-      return packed(dtype, g);
+      return gemm_packed(dtype, g, thread_count());
   }
 }
 

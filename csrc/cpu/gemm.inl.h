@@ -1,97 +1,11 @@
-// The GEMM engine's single-threaded parts: packing, the micro-kernel and its epilogue (Goto and van de Geijn, "Anatomy
-// of high-performance matrix multiplication", 2008). Half types are widened while packing, so one micro-kernel per
-// accumulator type serves them all. Loops and threads are in gemm.cpp. kTile is the ISA's register tile.
+// The GEMM engine's micro-kernel and epilogue (Goto and van de Geijn, "Anatomy of high-performance matrix
+// multiplication", 2008). Of the two operands the longer one, A, is read where it lies, an element at a time; the
+// other, B, comes in packed panels. C is therefore computed as it is or transposed. gemm_packed.cpp has loops and
+// threads.
 
-template <class V>
-constexpr int64_t kTileColumns = kTile.vectors * V::size;
-
-// ---- packing -------------------------------------------------------------------------------------------------------
-
-// One panel: to[k * P + i] = operand(i0 + i, k0 + k) for i < count <= P, zero for the other i.
-// Rows of memory run along k: blocks of V::size rows are transposed in registers.
-template <class T, int P>
-inline void pack_rows_along_k(const MatrixView& m, int64_t i0, int64_t count, int64_t k0, int64_t k, acc_t<T>* to) {
-  using V = vec_t<T>;
-  constexpr int64_t W = V::size;
-  const T* base = (const T*)m.data;
-  if constexpr (W > 1 && std::is_same_v<V, f32v>) {
-    for (int64_t i = 0; i < P; i += W) {
-      // A panel that is no multiple of the vector: its last block's vectors reach into the next k, which is written
-      // afterwards; at the very end they are cut.
-      const int64_t width = std::min<int64_t>(W, P - i), rows = std::min<int64_t>(W, count - i);
-      const T* row[W];
-      for (int64_t r = 0; r < W; ++r) row[r] = r < rows ? base + m.row_offset(i0 + i + r) + k0 : nullptr;
-      for (int64_t j = 0; j < k; j += W) {
-        const int64_t n = std::min<int64_t>(W, k - j);
-        V block[W];
-        for (int64_t r = 0; r < W; ++r)
-          block[r] = !row[r] ? set1(acc_t<T>(0)) : n == W ? load(row[r] + j) : load_n(row[r] + j, n);
-        transpose(block);
-        acc_t<T>* q = to + j * P + i;
-        for (int64_t c = 0; c < n; ++c, q += P) {
-          if (width == W)
-            store(q, block[c]);
-          else
-            store_n(q, block[c], width);
-        }
-      }
-    }
-  } else {
-    for (int64_t i = 0; i < P; ++i) {
-      const T* row = i < count ? base + m.row_offset(i0 + i) + k0 : nullptr;
-      for (int64_t j = 0; j < k; ++j) to[j * P + i] = row ? load_one(row + j) : acc_t<T>(0);
-    }
-  }
-}
-
-// Rows of memory run along i: each k is a straight copy. `rows_are_k` tells which index selects a row of memory.
-template <class T, int P>
-inline void pack_rows_along_i(const MatrixView& m, bool rows_are_k, int64_t i0, int64_t count, int64_t k0, int64_t k,
-                              acc_t<T>* to) {
-  using V = vec_t<T>;
-  const T* base = (const T*)m.data;
-  for (int64_t j = 0; j < k; ++j, to += P) {
-    const T* from = base + (rows_are_k ? m.row_offset(k0 + j) + i0 : (k0 + j) * m.col_stride + m.row_offset(i0));
-    int64_t i = 0;
-    for (; i + V::size <= count; i += V::size) store(to + i, load(from + i));
-    if (i < count) {
-      store_n(to + i, load_n(from + i, count - i), count - i);
-      i = count;
-    }
-    for (; i < P; ++i) to[i] = 0;
-  }
-}
-
-template <class T, int P>
-inline void pack_panels(const PackArgs& a) {
-  const MatrixView& m = a.from;
-  acc_t<T>* to = (acc_t<T>*)a.to;
-  for (int64_t i = 0; i < a.count; i += P, to += P * a.k) {
-    const int64_t i0 = a.i0 + i, count = std::min<int64_t>(P, a.count - i);
-    if (!a.transposed && m.col_stride == 1) {
-      pack_rows_along_k<T, P>(m, i0, count, a.k0, a.k, to);
-    } else if (a.transposed && m.col_stride == 1) {
-      pack_rows_along_i<T, P>(m, true, i0, count, a.k0, a.k, to);
-    } else if (!a.transposed && m.inner == 1 && m.outer_stride == 1) {
-      pack_rows_along_i<T, P>(m, false, i0, count, a.k0, a.k, to);
-    } else {
-      const T* base = (const T*)m.data;
-      for (int64_t j = 0; j < a.k; ++j)
-        for (int64_t r = 0; r < P; ++r) {
-          const int64_t row = a.transposed ? a.k0 + j : i0 + r, col = a.transposed ? i0 + r : a.k0 + j;
-          to[j * P + r] = r < count ? load_one(base + m.row_offset(row) + col * m.col_stride) : acc_t<T>(0);
-        }
-    }
-  }
-}
-template <class T>
-inline void pack_a(const PackArgs& a) {
-  pack_panels<T, kTile.rows>(a);
-}
-template <class T>
-inline void pack_b(const PackArgs& a) {
-  pack_panels<T, kTileColumns<vec_t<T>>>(a);
-}
+// Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time; a vector may reach beyond
+// the last of them.
+constexpr int64_t kStripTiles = 16, kStripStride = kStripTiles * kTile.rows + 16;
 
 // ---- epilogue ------------------------------------------------------------------------------------------------------
 
@@ -175,47 +89,83 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
   switch (e.activation) {
 #define RF_CASE(act)    \
   case Activation::act: \
-    return finish_tile<T, Activation::act>(tile, tile_stride, rows, cols, row, col, first, e)
-    RF_CASE(none);
-    RF_CASE(relu);
-    RF_CASE(gelu);
-    RF_CASE(gelu_tanh);
-    RF_CASE(silu);
-    RF_CASE(sigmoid);
-    RF_CASE(tanh);
+    return finish_tile<T, Activation::act>(tile, tile_stride, rows, cols, row, col, first, e);
+    RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
   }
 }
 
 // ---- packed product ------------------------------------------------------------------------------------------------
 
-// tile = sum over k of a column of A's panel times a row of B's panel, all of it in registers.
-template <class V>
-inline void micro_kernel(int64_t k, const scalar_t<V>* a, const scalar_t<V>* b, scalar_t<V>* tile) {
-  constexpr int M = kTile.rows, N = kTile.vectors;
-  V acc[M][N];
+// R rows of A times a panel of B, for one chain of additions, all of it in registers. Element (i, k) of A is
+// a[i * a_row + k * a_k], row k of the panel b + k * b_k. A function of its own: inlined, its pointers would be spilled
+// inside of the loop.
+template <class V, int R>
+[[gnu::noinline]] void micro_kernel(int64_t k, const scalar_t<V>* a, int64_t a_row, int64_t a_k, const scalar_t<V>* b,
+                                    int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
+  constexpr int N = kTile.vectors, kQuads = (R + 3) / 4;
+  V acc[R][N];
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
+  for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) acc[i][j] = set1(scalar_t<V>(0));
-  for (; k > 0; --k, a += M, b += N * V::size) {
+  // Four rows to a pointer: their distances fit addressing modes.
+  const scalar_t<V>* quad[kQuads];
+#pragma GCC unroll 4
+  for (int q = 0; q < kQuads; ++q) quad[q] = a + 4 * q * a_row;
+  for (; k > 0; --k, b += b_k) {
     V row[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) row[j] = load(b + j * V::size);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      V x = set1(a[i]);
+    for (int i = 0; i < R; ++i) {
+      V x = set1(quad[i / 4][i % 4 * a_row]);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
     }
+#pragma GCC unroll 4
+    for (int q = 0; q < kQuads; ++q) quad[q] += a_k;
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
+  for (int i = 0; i < R; ++i, tile += tile_row)
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) store(tile + (i * N + j) * V::size, acc[i][j]);
+    for (int j = 0; j < N; ++j) {
+      scalar_t<V>* to = tile + j * V::size;
+      store(to, add ? load(to) + acc[i][j] : acc[i][j]);
+    }
 }
 
-// Brings a tile of C that is about to be read and written towards L1 while its products are summed.
+// The tile of exactly `rows` rows.
+template <class V, int R>
+inline void multiply_tile(int64_t rows, int64_t k, const scalar_t<V>* a, int64_t a_row, int64_t a_k,
+                          const scalar_t<V>* b, int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
+  if constexpr (R > 1) {
+    if (rows < R) return multiply_tile<V, R - 1>(rows, k, a, a_row, a_k, b, b_k, tile, tile_row, add);
+  }
+  micro_kernel<V, R>(k, a, a_row, a_k, b, b_k, tile, tile_row, add);
+}
+
+// Columns of a tile become rows of a strip, which has room for whole vectors beyond its last column.
+template <class V>
+inline void transpose_tile(const scalar_t<V>* tile, int64_t rows, scalar_t<V>* strip, int64_t stride) {
+  constexpr int64_t W = V::size, N = kTileColumns<V>;
+  if constexpr (W > 1 && std::is_same_v<V, f32v>) {
+    for (int64_t i = 0; i < rows; i += W)
+      for (int64_t j = 0; j < N; j += W) {
+        V square[W];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < W; ++r) square[r] = i + r < rows ? load(tile + (i + r) * N + j) : set1(scalar_t<V>(0));
+        transpose(square);
+#pragma GCC unroll 16
+        for (int64_t c = 0; c < W; ++c) store(strip + (j + c) * stride + i, square[c]);
+      }
+  } else {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < N; ++j) strip[j * stride + i] = tile[i * N + j];
+  }
+}
+
+// Brings a tile of C that will be read and written towards the core while its products are summed.
 template <class T>
 inline void prefetch_tile(const Epilogue& e, int64_t row, int64_t col, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -225,20 +175,58 @@ inline void prefetch_tile(const Epilogue& e, int64_t row, int64_t col, int64_t r
   }
 }
 
-// A block of C. A's panel stays in L1 while B's panels stream past it from L2; rows of C are written along.
+// Asks L2 for part i of n of the memory that comes next.
+template <class A>
+inline void prefetch_part(const A* from, int64_t count, int64_t i, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(A);
+  const int64_t lines = (count + kLine - 1) / kLine, end = lines * (i + 1) / n;
+  for (int64_t line = lines * i / n; line < end; ++line) __builtin_prefetch(from + line * kLine, 0, 2);
+}
+
+// A block of C, or of C transposed. One chain of a panel of B stays in L1 while A's rows pass by from L2; the tiles'
+// sums wait in scratch until the last chain, since tiles of C itself would lie on as many pages as they have rows.
 template <class T>
 inline void gemm_block(const GemmBlockArgs& g) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  constexpr int64_t M = kTile.rows, N = kTileColumns<V>;
-  alignas(64) A tile[M * N];
-  for (int64_t i = 0; i < g.m; i += M) {
-    const int64_t rows = std::min(M, g.m - i);
-    for (int64_t j = 0; j < g.n; j += N) {
-      const int64_t cols = std::min(N, g.n - j);
-      prefetch_tile<T>(g.epilogue, g.row + i, g.column + j, rows, cols);
-      micro_kernel<V>(g.k, (const A*)g.a + i * g.k, (const A*)g.b + j * g.k, tile);
-      epilogue<T>(tile, N, rows, cols, g.row + i, g.column + j, g.first, g.last, g.epilogue);
+  constexpr int64_t R = kTile.rows, N = kTileColumns<V>;
+  const A *a = (const A*)g.a, *b = (const A*)g.b;
+  A* tiles = (A*)g.tiles;
+  const int64_t down = (g.a_count + R - 1) / R;
+  const auto& e = g.epilogue;
+  for (int64_t k = 0; k == 0 || k < g.k; k += g.chain) {
+    const int64_t depth = std::min(g.chain, g.k - k);
+    for (int64_t j = 0; j < g.b_count; j += N) {
+      const A* panel = b + j * g.k + k * N;
+      const int64_t cols = std::min(N, g.b_count - j);
+      const int64_t next_j = j + N < g.b_count ? j + N : 0, next_k = next_j ? k : k + g.chain;
+      const A* next = g.b_is_far && next_k < g.k ? b + next_j * g.k + next_k * N : nullptr;
+      for (int64_t i = 0; i < down; ++i) {
+        const int64_t rows = std::min(R, g.a_count - i * R);
+        if (k + g.chain >= g.k)
+          g.transposed ? prefetch_tile<T>(e, g.b_index + j, g.a_index + i * R, cols, rows)
+                       : prefetch_tile<T>(e, g.a_index + i * R, g.b_index + j, rows, cols);
+        if (next) prefetch_part(next, std::min(g.chain, g.k - next_k) * N, i, down);
+        multiply_tile<V, R>(rows, depth, a + i * g.a_panel + k * g.a_k, g.a_row, g.a_k, panel, N,
+                            tiles + (j / N * down + i) * R * N, N, k > 0);
+      }
     }
   }
+  if (!g.transposed) {
+    for (int64_t i = 0; i < down; ++i)
+      for (int64_t j = 0; j < g.b_count; j += N)
+        epilogue<T>(tiles + (j / N * down + i) * R * N, N, std::min(R, g.a_count - i * R), std::min(N, g.b_count - j),
+                    g.a_index + i * R, g.b_index + j, g.first, g.last, e);
+    return;
+  }
+  alignas(64) A strip[N * kStripStride];
+  for (int64_t j = 0; j < g.b_count; j += N)
+    for (int64_t s = 0; s < down; s += kStripTiles) {
+      const int64_t end = std::min(down, s + kStripTiles);
+      for (int64_t i = s; i < end; ++i)
+        transpose_tile<V>(tiles + (j / N * down + i) * R * N, std::min(R, g.a_count - i * R), strip + (i - s) * R,
+                          kStripStride);
+      epilogue<T>(strip, kStripStride, std::min(N, g.b_count - j), std::min(end * R, g.a_count) - s * R, g.b_index + j,
+                  g.a_index + s * R, g.first, g.last, e);
+    }
 }

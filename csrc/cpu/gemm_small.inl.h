@@ -17,25 +17,25 @@ inline V reduce_each(V (&v)[V::size]) {
 // out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q
 // times.
 template <class T, int R, int Q>
-inline void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t<T>* out, int64_t out_many,
-                     int64_t out_few) {
+[[gnu::noinline]] void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t<T>* out, int64_t out_many,
+                                int64_t out_few) {
   using V = vec_t<T>;
   for (int64_t begin = 0; begin == 0 || begin < k; begin += tuning::kChain * V::size) {
     const int64_t end = std::min<int64_t>(k, begin + tuning::kChain * V::size);
     V acc[R][Q];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) acc[r][q] = set1(acc_t<T>(0));
     int64_t j = begin;
     for (; j + V::size <= end; j += V::size) {
       V x[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < R; ++r) x[r] = load(many[r] + j);
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
         V w = load(few[q] + j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r][q] = fma(x[r], w, acc[r][q]);
       }
     }
@@ -43,22 +43,23 @@ inline void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
         V w = load_n(few[q] + j, end - j);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r][q] = fma(load_n(many[r] + j, end - j), w, acc[r][q]);
       }
     }
     acc_t<T> sums[R * Q];
-    if constexpr (R * Q % V::size == 0 && std::is_same_v<V, f32v>) {
+    constexpr int kGrouped = std::is_same_v<V, f32v> ? R * Q / V::size * V::size : 0;
+    if constexpr (kGrouped > 0) {
 #pragma GCC unroll 8
-      for (int i = 0; i < R * Q; i += V::size) {
+      for (int i = 0; i < kGrouped; i += V::size) {
         V group[V::size];
 #pragma GCC unroll 16
         for (int j = 0; j < V::size; ++j) group[j] = acc[(i + j) / Q][(i + j) % Q];
         store(sums + i, reduce_each(group));
       }
-    } else {
-      for (int i = 0; i < R * Q; ++i) sums[i] = reduce_add(acc[i / Q][i % Q]);
     }
+#pragma GCC unroll 16
+    for (int i = kGrouped; i < R * Q; ++i) sums[i] = reduce_add(acc[i / Q][i % Q]);
     for (int r = 0; r < R; ++r)
       for (int q = 0; q < Q; ++q) {
         acc_t<T>& sum = out[r * out_many + q * out_few];
@@ -82,10 +83,10 @@ inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows
   }
 }
 
-template <class T>
-inline void gemm_dot(const DotArgs& d) {
+template <class T, int R>
+inline void dot_strips(const DotArgs& d) {
   using A = acc_t<T>;
-  constexpr int64_t R = kTile.dot_rows, kStrip = 32;
+  constexpr int64_t kStrip = 32;
   const T* few[tuning::kSkinny];
   for (int64_t q = 0; q < d.few_rows; ++q) few[q] = (const T*)d.few.data + d.few.row_offset(q);
   // A strip of results: rows of C when `many` are its rows, else a piece of each of its few rows.
@@ -111,72 +112,60 @@ inline void gemm_dot(const DotArgs& d) {
   }
 }
 
+// As many accumulators as hide the latency of fma: a single row takes more of the many at a time.
+template <class T>
+inline void gemm_dot(const DotArgs& d) {
+  if (d.few_rows == 1)
+    dot_strips<T, 8>(d);
+  else if (d.few_rows == 2)
+    dot_strips<T, 4>(d);
+  else
+    dot_strips<T, kTile.dot_rows>(d);
+}
+
 // ---- B in place, adjacent along the columns of C -------------------------------------------------------------------
 
-template <class T, int M>
-inline void direct_tile(const DirectArgs& d, int64_t i0, int64_t column, int64_t columns, int64_t k_begin,
-                        int64_t k_end, acc_t<T>* tile) {
-  using A = acc_t<T>;
-  using V = vec_t<T>;
-  constexpr int N = kTile.vectors;
-  V acc[M][N];
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) acc[i][j] = set1(A(0));
-  const T *a = (const T*)d.a.data, *b = (const T*)d.b.data + column;
-  const T* a_row[M];
-  const int64_t a_step = d.a.col_stride;
-  for (int i = 0; i < M; ++i) a_row[i] = a + (d.a_transposed ? (i0 + i) * a_step : d.a.row_offset(i0 + i));
-  const bool whole = columns == N * V::size;
-  for (int64_t k = k_begin; k < k_end; ++k) {
-    const T* p = b + d.b.row_offset(k);
-    const int64_t a_offset = d.a_transposed ? d.a.row_offset(k) : k * a_step;
-    V row[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      const int64_t n = columns - j * V::size;
-      row[j] = whole || n >= V::size ? load(p + j * V::size) : n > 0 ? load_n(p + j * V::size, n) : set1(A(0));
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      V x = set1(load_one(a_row[i] + a_offset));
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < M; ++i)
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) {
-      A* to = tile + (i * N + j) * V::size;
-      store(to, k_begin == 0 ? acc[i][j] : load(to) + acc[i][j]);
-    }
-}
-
-// Rows left over after whole register tiles take the tile of exactly their number.
-template <class T, int M>
-inline void direct_rows(const DirectArgs& d, int64_t rows, int64_t i0, int64_t column, int64_t columns,
-                        acc_t<T>* tile) {
-  if constexpr (M > 1) {
-    if (rows < M) return direct_rows<T, M - 1>(d, rows, i0, column, columns, tile);
-  }
-  for (int64_t k = 0; k == 0 || k < d.k; k += tuning::kChain)
-    direct_tile<T, M>(d, i0, column, columns, k, std::min(d.k, k + tuning::kChain), tile);
-}
-
+// A few rows of B at a time, along hundreds of columns: reading or writing down a column of tiles would go to another
+// page with every row, where no hardware prefetcher follows. The sums of a short K go straight to C where nothing is
+// left to do there. Those of a longer one wait on the stack: prefetchers run beyond the columns of a thread, and would
+// take lines of C from the thread that writes them.
 template <class T>
 inline void gemm_direct(const DirectArgs& d) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  constexpr int64_t M = kTile.rows, N = kTileColumns<V>;
-  alignas(64) A tile[M * N];
-  for (int64_t i = d.row_begin; i < d.row_end; i += M) {
-    const int64_t rows = std::min<int64_t>(M, d.row_end - i);
-    for (int64_t j = d.column_begin; j < d.column_end; j += N) {
-      const int64_t columns = std::min<int64_t>(N, d.column_end - j);
-      direct_rows<T, M>(d, rows, i, j, columns, tile);
-      epilogue<T>(tile, N, rows, columns, i, j, true, true, d.epilogue);
+  constexpr int64_t R = kTile.rows, N = kTileColumns<V>;
+  constexpr int64_t kColumns = (tuning::kDirectColumns + N - 1) / N * N;
+  static_assert(tuning::kDirectK <= tuning::kSkinny, "what is packed fits in either case");
+  constexpr int64_t kTiles = (tuning::kSkinny + R - 1) / R;  // unless K is one block, where sums need not wait
+  alignas(64) A tiles[kTiles * R * kColumns];
+  const Epilogue& e = d.epilogue;
+  const bool plain = std::is_same_v<T, A> && !e.bias && !e.preactivation && e.activation == Activation::none;
+  const bool is_near = std::is_same_v<T, A> && !d.b_is_far;
+  const int64_t block = d.k <= tuning::kSkinny ? tuning::kSkinny : is_near ? tuning::kGemmChain : tuning::kDirectK;
+  for (int64_t j0 = d.column_begin; j0 < d.column_end; j0 += kColumns) {
+    const int64_t j1 = std::min(j0 + kColumns, d.column_end);
+    for (int64_t k = 0; k == 0 || k < d.k; k += block) {
+      const int64_t depth = std::min(block, d.k - k);
+      const T* from = (const T*)d.b + k * d.b_k;
+      // Half types, and the last columns, since the micro-kernel reads whole vectors of its own type.
+      alignas(64) A packed[std::max(tuning::kSkinny * kColumns, tuning::kGemmChain * N)];
+      const int64_t whole = std::is_same_v<T, A> ? j0 + (j1 - j0) / N * N : j0;
+      for (int64_t j = whole; j < j1; j += N)
+        for (int64_t h = 0; h < depth; ++h)
+          pack_one_k<T, (int)N>(from + h * d.b_k + j, j1 - j, true, packed + (j - whole) * depth + h * N);
+      for (int64_t i = d.row_begin; i < d.row_end; i += R) {
+        const int64_t rows = std::min(R, d.row_end - i);
+        const A* a = (const A*)d.a + i * d.a_row + k * d.a_k;
+        A* waiting = tiles + (d.k > block ? (i - d.row_begin) * kColumns : 0);
+        for (int64_t j = j0; j < j1; j += N) {
+          const bool in_place = j < whole, to_c = plain && d.k <= block && j + N <= j1;
+          A* tile = to_c ? (A*)e.c + i * e.c_stride + j : waiting + (j - j0) * R;
+          multiply_tile<V, R>(rows, depth, a, d.a_row, d.a_k,
+                              in_place ? (const A*)(const void*)(from + j) : packed + (j - whole) * depth,
+                              in_place ? d.b_k : N, tile, to_c ? e.c_stride : N, k > 0);
+          if (!to_c && k + depth == d.k) epilogue<T>(tile, N, rows, std::min(N, j1 - j), i, j, true, true, e);
+        }
+      }
     }
   }
 }

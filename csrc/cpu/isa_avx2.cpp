@@ -23,6 +23,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx2;
 #include "cross_entropy.inl.h"
 #include "cross_entropy_backward.inl.h"
 #include "rows.inl.h"
+#include "gemm_pack.inl.h"
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"

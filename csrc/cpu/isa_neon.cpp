@@ -20,6 +20,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileNeon;
 #include "cross_entropy.inl.h"
 #include "cross_entropy_backward.inl.h"
 #include "rows.inl.h"
+#include "gemm_pack.inl.h"
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"

@@ -88,20 +88,28 @@ struct Epilogue {
   void* preactivation;  // laid out as c, or null
 };
 
+// A block of C, or of C transposed: rows of A times panels of B.
 struct GemmBlockArgs {
-  int64_t m, n, k;      // of this block; k of this K block
-  const void *a, *b;    // packed panels, acc: ceil(m / MR) of [k][MR], ceil(n / NR) of [k][NR]
-  int64_t row, column;  // of the block in C
-  bool first, last;     // K block: nothing to add to, or the epilogue is due
+  const void* a;                // acc
+  int64_t a_row, a_k, a_panel;  // element (i, k) of A's tile t is a[t * a_panel + i * a_row + k * a_k]
+  const void* b;                // acc, ceil(b_count / NR) packed panels of [k][NR]
+  int64_t a_count, b_count, k;  // of this block; k of this K block
+  bool b_is_far;    // beyond L2: each panel's next chain is asked for early, which brings 12% there and costs 2% within
+  int64_t chain;    // products of a K block that are added up before they join the rest
+  bool transposed;  // A's rows are C's columns
+  void* tiles;      // acc, scratch of a_count * b_count, rounded up to MR and NR
+  int64_t a_index, b_index;  // of the block in C
+  bool first, last;          // K block: nothing to add to, or the epilogue is due
   Epilogue epilogue;
 };
 
+// A part of an operand of a product: its element (i, k) is from(i, k), or from(k, i) where its rows lie across k.
 struct PackArgs {
   MatrixView from;
-  bool transposed;    // operand(i, k) = from(k, i) instead of from(i, k)
-  int64_t i0, count;  // panel index range along the M or N dimension
+  bool across;
+  int64_t i0, count;
   int64_t k0, k;
-  void* to;  // acc, panels one behind another, padded with zeros
+  void* to;  // acc: panels of [k][MR] or [k][NR] one behind another, padded with zeros; or widened rows of k
 };
 
 // Products of a few rows with many, both read where they lie, adjacent along K.
@@ -113,13 +121,15 @@ struct DotArgs {
   Epilogue epilogue;
 };
 
-// C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: small m or small k.
+// C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: few rows or a small K. A is
+// of the entry's accumulator type.
 struct DirectArgs {
-  MatrixView a;  // element (i, k), or (k, i) where a_transposed
-  bool a_transposed;
-  MatrixView b;  // col_stride 1
-  int64_t k;
-  int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute
+  const void* a;  // acc, element (i, k) at i * a_row + k * a_k
+  int64_t a_row, a_k;
+  const void* b;  // row k at k * b_k
+  int64_t b_k, k;
+  bool b_is_far;                                         // beyond the L2 of a few cores
+  int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute; kSkinny rows unless K is
   Epilogue epilogue;
 };
 
@@ -146,6 +156,7 @@ struct Kernels {
 
   void (*pack_a[kDTypes])(const PackArgs&);
   void (*pack_b[kDTypes])(const PackArgs&);
+  void (*widen_a[kDTypes])(const PackArgs&);  // rows along k, adjacent along it
   void (*gemm_block[kDTypes])(const GemmBlockArgs&);
   void (*gemm_dot[kDTypes])(const DotArgs&);
   void (*gemm_direct[kDTypes])(const DirectArgs&);

@@ -1,5 +1,7 @@
 // What the drivers need of the world around them: threads, and scratch memory that is kept between calls.
 #pragma once
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -22,9 +24,33 @@ inline void parallel_for(int64_t n, int64_t grain, F&& f) {
       n, grain < 1 ? 1 : grain, [](int64_t begin, int64_t end, void* ctx) { (*(Fn*)ctx)(begin, end); }, (void*)&f);
 }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Tasks are taken as threads come free, since on a busy machine one of them may be held up; what a task computes does
+// not depend on who takes it.
+template <class F>
+void take_tasks(int64_t tasks, int64_t threads, F&& run) {
+  std::atomic<int64_t> next{0};
+  parallel_for(std::min(tasks, threads), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) run(task);
+  });
+}
+
+struct Range {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+// Part i of n of `count` things that come in steps.
+inline Range part_of(int64_t count, int64_t step, int64_t i, int64_t n) {
+  const int64_t steps = ceil_div(count, step);
+  return {std::min(count, steps * i / n * step), std::min(count, steps * (i + 1) / n * step)};
+}
+
 // Memory of one thread that grows to the largest request and is reused. Each Slot has its own, so that a caller may
 // hold one while what it calls takes another.
-enum class Slot { packed_a, packed_b, partial, tile };
+enum class Slot { packed_a, packed_b, partial, splits, tiles, tile };
 
 inline void* scratch(Slot slot, int64_t bytes) {
   struct Buffer {
@@ -32,7 +58,7 @@ inline void* scratch(Slot slot, int64_t bytes) {
     int64_t size = 0;
     ~Buffer() { std::free(p); }
   };
-  static thread_local Buffer buffers[4];
+  static thread_local Buffer buffers[6];
   Buffer& b = buffers[(int)slot];
   if (b.size < bytes) {
     std::free(b.p);

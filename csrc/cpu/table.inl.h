@@ -20,6 +20,7 @@ constexpr Kernels make_table(const char* isa) {
       RF_EACH_DTYPE(squared_error_backward),
       RF_EACH_DTYPE(pack_a),
       RF_EACH_DTYPE(pack_b),
+      RF_EACH_DTYPE(widen_a),
       RF_EACH_DTYPE(gemm_block),
       RF_EACH_DTYPE(gemm_dot),
       RF_EACH_DTYPE(gemm_direct),

@@ -46,10 +46,10 @@ constexpr int64_t kSumElements = 16 * 1024;
 constexpr int64_t kChain = 128;
 constexpr int64_t kColumnSumRows = 32;
 
-// Outputs from this size on are advised onto huge pages before first touch: page faults then cost half (first touch of
-// 500 MB: 45 against 96 ms). Below, it is a gamble: where a hypervisor takes back free huge pages, 32 MB took 8 to 42
-// ms against 6.
-constexpr int64_t kHugePageBytes = 64 << 20;
+// Outputs from this size on are advised onto huge pages before first touch: page faults then cost a quarter (Zen 3, 32
+// MB: 2.4 against 11 ms) to a half (Sapphire Rapids, 500 MB: 45 against 96 ms). Below, malloc hands out memory again
+// that is mapped already. Where a hypervisor takes back free huge pages, 32 MB have taken 42 ms.
+constexpr int64_t kHugePageBytes = 32 << 20;
 
 // Outputs from this size on are written past the caches. Smaller ones are likely to be read from them next.
 constexpr int64_t kStreamBytes = 64 << 20;
@@ -60,27 +60,45 @@ constexpr int64_t kStreamBytes = 64 << 20;
 struct RegisterTile {
   int rows, vectors, dot_rows;
 };
-constexpr RegisterTile kTileScalar = {4, 4, 2}, kTileAvx2 = {6, 2, 2}, kTileAvx512 = {14, 2, 4}, kTileNeon = {8, 3, 4};
+constexpr RegisterTile kTileScalar = {4, 4, 2}, kTileAvx2 = {6, 2, 3}, kTileAvx512 = {14, 2, 4}, kTileNeon = {8, 3, 4};
 
-// GEMM blocks. A panel of A (rows x KC, 14 KiB at most) stays in L1 while a group of B's panels (KC x group, 256 KiB)
-// streams past it from L2, again for each panel of A; MC rows of A are packed at a time (1 MiB), enough to pay for
-// packing B's group; NC bounds the scratch of half types. On Sapphire Rapids (2 MiB L2) 192 to 512 for KC and 256 to
-// 1024 for the group are within 10%; with B's panel in L1 and A streaming it was 10 to 20% slower.
-struct GemmBlocks {
-  int64_t mc, kc, nc, group;
-};
-constexpr GemmBlocks kGemmBlocks = {1008, 256, 1024, 256};
-
-// Multiplications that are worth another thread (it does 100 a nanosecond, and takes about 3 us to join), and how many
-// multiplications packing one element costs.
+// Multiplications that are worth another thread: it does 50 to 100 a nanosecond, and takes about 3 us to join.
 constexpr double kProductsPerThread = 400e3;
-constexpr double kPackCost = 30;
+
+// GEMM: the micro-kernel's chain of additions, cut for the sake of rounding errors and so that a chain of a panel of B
+// (16 KiB on AVX2) stays in L1 while rows of A pass by from L2. On Zen 3, 192 to 1024 are within 2% of each other; a
+// chain costs 25 ns beside its 500.
+constexpr int64_t kGemmChain = 256;
+// Rows of A and of B's panels that are multiplied at a time: one chain of both and their tiles' sums take 280 KiB of
+// L2.
+constexpr int64_t kBlockRows = 96, kGroupColumns = 128;
+// K blocks. Sums wait in C between them: where nothing is copied for a block it may be long; the longer side's panels,
+// 512 columns of a block, take 512 KiB.
+constexpr int64_t kBlockKInPlace = 4096, kBlockK = 256;
+// The same where rows of that side lie along k: then K blocks may be deep, and C's half-type sums wait less often.
+constexpr int64_t kDeepBlockK = 1024, kDeepTaskColumns = 128;
+// Columns that are packed for all threads at a time: 2 MiB at K = 1024. 2048 of them were 5 to 10% slower.
+constexpr int64_t kPackedColumns = 512;
+// What is packed for all threads at a time takes at most this part of the last-level cache.
+constexpr int64_t kCacheShare = 4;
+// Where the system does not tell its caches' sizes.
+constexpr int64_t kUsualL2 = 512 << 10, kUsualLastLevelCache = 8 << 20;
+// Tasks to a thread, so that one that is held up leaves its work to the others; at least so many of A's tiles and at
+// most so many columns to a task. Where A has few rows, a thread has one task: packing decides, and on rows that are a
+// page apart it takes half as long in pieces of 2 KiB as of 512 bytes.
+constexpr int64_t kTasksPerThread = 8, kTaskTiles = 8, kTaskColumns = 512, kPackingDecides = 256;
+// Up to so many outputs (a few dozen register tiles, neither side long) K is cut into parts of at least kSplitK.
+constexpr int64_t kSplitOutputs = 4096, kSplitSide = 128, kSplitK = 4096, kMostSplits = 16;
+// Elements to a packing task.
+constexpr int64_t kPackTask = 16 * 1024;
 
 // Up to so many outputs (kSkinny) or rows (kFewRows), dot products of unpacked rows beat packing: it would cost more
 // than the product, and the register tile would be padded. The same bound on M or K sends the backward products to B in
 // place.
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
+// B in place: so many of its rows at a time where K is longer than kSkinny and B beyond L2, along so many columns.
+constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 
 // Products that are left to ATen's GEMM, from this many multiplications on (below, the call costs more than it saves)
 // and where neither side is skinny. On Sapphire Rapids, 2 cores, ours as a multiple of PyTorch's speed:

@@ -28,6 +28,7 @@ template <class T>
 using acc_t = typename accumulator<T>::type;
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
+#define RF_EACH_ACTIVATION(what) what(none) what(relu) what(gelu) what(gelu_tanh) what(silu) what(sigmoid) what(tanh)
 
 // What the derivative of an activation is computed from.
 enum class Saved { nothing, output, preactivation };

@@ -53,10 +53,21 @@ void every_pattern_written() {
   }
   b.read_only();
   Buffer<T> c(count);
+  Buffer<float> tiles(mr * padded);
   rf::Epilogue e = {};
   e.c = c.data();
   e.c_stride = count;
-  rf::kernels().gemm_block[t]({1, count, 1, a.data(), b.data(), 0, 0, true, true, e});
+  rf::GemmBlockArgs block = {};
+  block.a = a.data();
+  block.a_row = 1;
+  block.a_k = block.a_panel = mr;
+  block.b = b.data();
+  block.a_count = block.k = block.chain = 1;
+  block.b_count = count;
+  block.tiles = tiles.data();
+  block.first = block.last = true;
+  block.epilogue = e;
+  rf::kernels().gemm_block[t](block);
   int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double expected = rounded<T>(b.value(i)), got = c.result(i);

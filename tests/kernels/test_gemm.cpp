@@ -163,6 +163,8 @@ void chosen_products(Random& random) {
   run(10, 784, 600, true, false, plain, plain);   // the weight's gradient of a small layer
   run(1500, 70, 10, false, false, plain, plain);  // the input's gradient of a small layer
   run(33, 33, 5000, true, true, plain, plain);
+  run(33, 20, 9000, true, false, plain, Operand::padded);  // K in parts for the threads
+  run(5, 12, 17000, false, true, plain, plain);
 }
 
 // A block reads its operands' NaN and infinities as they are, and nothing of them where it pads.
@@ -195,7 +197,8 @@ void any_number_of_threads() {
   const Call calls[] = {
       {70, 90, 900, Operand::contiguous, Operand::contiguous, false, true, true, false, Activation::none},
       {500, 10, 700, Operand::contiguous, Operand::contiguous, false, true, true, false, Activation::none},
-      {10, 500, 700, Operand::contiguous, Operand::contiguous, true, false, false, false, Activation::none}};
+      {10, 500, 700, Operand::contiguous, Operand::contiguous, true, false, false, false, Activation::none},
+      {20, 30, 9000, Operand::contiguous, Operand::contiguous, true, false, true, false, Activation::relu}};
   for (const Call& c : calls) {
     std::vector<T> first;
     for (int64_t n : {1, 2, 3, 4}) {

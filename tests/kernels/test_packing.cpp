@@ -1,4 +1,4 @@
-// The packed panels: their order, and zeros where a panel is not full.
+// The packed panels: their order, and zeros where a panel is not full. Widened rows.
 #include <vector>
 
 #include "kernels.h"
@@ -30,6 +30,27 @@ void pack(void (*kernel)(const rf::PackArgs&), int64_t width, bool transposed, r
 }
 
 template <class T>
+void widen(Random& random) {
+  for (int i = 0; i < 40; ++i) {
+    const int64_t i0 = random.integer(0, 3), count = random.integer(1, 9), k0 = random.integer(0, 5);
+    const int64_t k = random.pick({1, 2, 7, 15, 16, 17, 33, 50}), columns = k0 + k;
+    rf::MatrixView view = random.chance(0.5) ? rf::MatrixView{nullptr, 1, columns, 0, 1}
+                                             : rf::MatrixView{nullptr, 3, 4 * columns + 3, columns + 1, 1};
+    describe("widen %s, [%lld, +%lld) x [%lld, +%lld)", Format<T>::name, (long long)i0, (long long)count, (long long)k0,
+             (long long)k);
+    const Buffer<T> from = input<T>(view.row_offset(i0 + count - 1) + columns, [&] { return random.spiky(); });
+    view.data = from.data();
+    Buffer<rf::acc_t<T>> to(count * k);
+    rf::kernels().widen_a[(int)Format<T>::dtype]({view, false, i0, count, k0, k, to.data()});
+    bool right = true;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t c = 0; c < k; ++c)
+        right = right && to.result(r * k + c) == from.value(view.row_offset(i0 + r) + k0 + c);
+    CHECK(right && to.rest_untouched());
+  }
+}
+
+template <class T>
 void all() {
   Random random(1400 + (int)Format<T>::dtype);
   const rf::Kernels& kernels = rf::kernels();
@@ -53,6 +74,7 @@ void all() {
           pack<T>(is_a ? kernels.pack_a[t] : kernels.pack_b[t], width, transposed, view, i0, count, k0, k,
                   view.row_offset(rows - 1) + (columns - 1) * view.col_stride + 1, random);
         }
+  widen<T>(random);
 }
 
 }  // namespace

@@ -1,0 +1,247 @@
+// The GEMM engine's loops around the micro-kernel, and the division of C among threads.
+#include "gemm_packed.h"
+
+#include <algorithm>
+#if defined(__unix__) || defined(__APPLE__)
+#include <unistd.h>
+#endif
+
+#include "parallel.h"
+#include "tuning.h"
+
+namespace rf {
+namespace {
+
+// An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
+struct Side {
+  MatrixView view;
+  bool across;
+  int64_t count;
+
+  Side(const MatrixView& v, bool rows_are_k, int64_t n) : view(v), across(rows_are_k), count(n) {
+    // Columns of memory that are adjacent down them are rows of the transposed matrix.
+    if (v.inner == 1 && v.outer_stride == 1 && v.col_stride != 1) {
+      view = {v.data, 1, v.col_stride, 0, 1};
+      across = !across;
+    }
+  }
+  bool along_k() const { return !across && view.col_stride == 1; }
+  // Whether its elements can be broadcast from where they lie.
+  bool in_place(DType t) const { return along_k() && view.inner == 1 && size_of(t) == acc_size(t); }
+};
+
+// A product, planned. The micro-kernel broadcasts elements of A and loads vectors of B's packed panels. A longer side
+// that can be read in place is A, and the shorter one is packed by all threads together before they share A's rows.
+// Otherwise the longer side is B, of which each thread packs what it needs, and the shorter one is laid out for all.
+struct Plan {
+  Side a, b;
+  bool transposed;  // A's rows are C's columns
+  bool a_is_longer;
+  int64_t threads;
+  int64_t kc, chain;         // K block, and the additions in a row within it
+  int64_t k_count;           // of K, at a time, of the side that is laid out for all; whole K blocks
+  int64_t b_count;           // rows of B at a time, where it is packed for all
+  int64_t a_parts, b_parts;  // tasks
+};
+
+Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const Side x(g.a, g.a_transposed, g.m), w(g.b, !g.b_transposed, g.n);
+  const bool w_is_longer = g.n >= g.m, a_is_longer = (w_is_longer ? w : x).in_place(dtype);
+  const bool transposed = w_is_longer == a_is_longer;
+  Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, 1, 0, 0, 0, 0, 0, 0};
+  const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
+  p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));
+  // K in equal parts, so that the last is not a sliver.
+  const auto parts = [](int64_t whole, int64_t part) {
+    return std::max<int64_t>(1, ceil_div(whole, std::max<int64_t>(1, ceil_div(whole, part))));
+  };
+  const bool deep = !a_is_longer && !p.b.across;
+  p.kc = parts(g.k, a_is_longer ? tuning::kBlockKInPlace : deep ? tuning::kDeepBlockK : tuning::kBlockK);
+  p.chain = parts(p.kc, tuning::kGemmChain);
+  p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
+  const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc, budget = caches().last / tuning::kCacheShare;
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(g.k, p.kc));
+  p.k_count = p.kc * std::max<int64_t>(1, std::min(blocks, budget / (for_all * p.kc)));
+  // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
+  if (!a_is_longer && size_of(c_type(dtype, g)) != acc && g.k <= p.b.count) p.k_count = p.kc * blocks;
+  // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
+  const int64_t tiles = ceil_div(p.a.count, mr), panels = ceil_div(p.b_count, nr);
+  const int64_t wanted = p.threads == 1 ? 1 : p.threads * tuning::kTasksPerThread;
+  if (a_is_longer) {
+    const int64_t most = std::max<int64_t>(1, tiles / (tuning::kTaskTiles * p.threads)) * p.threads;
+    p.a_parts =
+        std::min({tiles, most, p.threads * ceil_div(std::max(wanted, p.a.count / tuning::kBlockRows), p.threads)});
+    p.b_parts = std::min(panels, ceil_div(p.threads, p.a_parts));
+  } else {
+    // For few rows of A packing decides, and it wants long pieces of memory.
+    const int64_t least = p.a.count < tuning::kPackingDecides && !deep ? p.threads : wanted;
+    const int64_t columns = deep ? tuning::kDeepTaskColumns : tuning::kTaskColumns;
+    p.b_parts = std::min(panels, p.threads * ceil_div(std::max(least, p.b_count / columns), p.threads));
+    p.a_parts = std::min(tiles, ceil_div(p.threads, p.b_parts));
+  }
+  return p;
+}
+
+// Where a block's A is read from: rows from i on, K from k0 on, where they lie.
+void read_in_place(GemmBlockArgs& block, DType dtype, const Side& a, int64_t i, int64_t k0) {
+  const int64_t stride = a.view.outer_stride;
+  block.a = (const char*)a.view.data + (i * stride + k0) * acc_size(dtype);
+  block.a_row = stride;
+  block.a_k = 1;
+  block.a_panel = kernels().mr[(int)dtype] * stride;
+}
+// The same where a K block of A was laid out: widened rows, or panels.
+void read_laid_out(GemmBlockArgs& block, DType dtype, const Side& a, const char* laid_out, int64_t i, int64_t k) {
+  const int64_t mr = kernels().mr[(int)dtype];
+  block.a = laid_out + i * k * acc_size(dtype);
+  block.a_row = a.along_k() ? k : 1;
+  block.a_k = a.along_k() ? 1 : mr;
+  block.a_panel = mr * k;
+}
+
+// Rows i of A, from where `block` reads them, times the packed rows j of B, in pieces that fit the caches. `block`
+// holds the epilogue too.
+void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan& p, Range i, const char* b, Range j,
+                     int64_t k0, int64_t k) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t rows = round_up(tuning::kBlockRows, mr), group = round_up(tuning::kGroupColumns, nr);
+  block.k = k;
+  block.chain = p.chain;
+  block.transposed = p.transposed;
+  block.first = k0 == 0;
+  block.last = k0 + k == g.k;
+  block.b_is_far = group * k * acc > caches().l2;
+  block.tiles =
+      scratch(Slot::tiles, std::min(rows, round_up(i.size(), mr)) * std::min(group, round_up(j.size(), nr)) * acc);
+  const char* a = (const char*)block.a;
+  for (int64_t s = i.begin; s < i.end; s += rows) {
+    block.a = a + (s - i.begin) / mr * block.a_panel * acc;
+    block.a_index = s;
+    block.a_count = std::min(rows, i.end - s);
+    for (int64_t t = j.begin; t < j.end; t += group) {
+      block.b = b + (t - j.begin) * k * acc;
+      block.b_index = t;
+      block.b_count = std::min(group, j.end - t);
+      kernels().gemm_block[(int)c_type(dtype, g)](block);
+    }
+  }
+}
+
+// Lays out rows and K of a side for all threads: K blocks one behind another.
+void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width, void (*pack)(const PackArgs&), Range rows,
+             Range depth, char* to) {
+  const int64_t acc = acc_size(dtype), padded = round_up(rows.size(), width), blocks = ceil_div(depth.size(), p.kc);
+  const int64_t step = std::max<int64_t>(1, tuning::kPackTask / (p.kc * width)) * width;
+  const int64_t parts = ceil_div(padded, step);
+  take_tasks(parts * blocks, p.threads, [&](int64_t task) {
+    const int64_t block = task / parts * p.kc, k = std::min(p.kc, depth.size() - block), i = task % parts * step;
+    pack({side.view, side.across, rows.begin + i, std::min(step, rows.size() - i), depth.begin + block, k,
+          to + (block * padded + i * k) * acc});
+  });
+}
+
+// The longer side in place. Between K blocks sums wait in C: what is read in place has its precision.
+void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  Epilogue e = g.epilogue;
+  e.partial = e.c;
+  e.partial_stride = e.c_stride;
+  char* packed = (char*)scratch(Slot::packed_b, p.b_count * std::min(p.k_count, round_up(g.k, p.kc)) * acc);
+  for (int64_t j0 = 0; j0 < p.b.count; j0 += p.b_count) {
+    const Range rows = {j0, std::min(j0 + p.b_count, p.b.count)};
+    const int64_t padded = round_up(rows.size(), nr);
+    int64_t k0 = 0;
+    do {  // once for an empty K too: C is written all the same
+      const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
+      lay_out(dtype, p, p.b, nr, kernels().pack_b[(int)dtype], rows, depth, packed);
+      take_tasks(p.a_parts * p.b_parts, p.threads, [&](int64_t task) {
+        const Range i = part_of(p.a.count, mr, task / p.b_parts, p.a_parts);
+        const Range j = part_of(rows.size(), nr, task % p.b_parts, p.b_parts);
+        GemmBlockArgs block = {};
+        block.epilogue = e;
+        int64_t at = depth.begin;
+        do {
+          const int64_t k = std::min(p.kc, depth.end - at);
+          const char* b = packed + ((at - k0) * padded + j.begin * k) * acc;
+          read_in_place(block, dtype, p.a, i.begin, at);
+          multiply_pieces(block, dtype, g, p, i, b, {j0 + j.begin, j0 + j.end}, at, k);
+          at += p.kc;
+        } while (at < depth.end);
+      });
+      k0 += p.k_count;
+    } while (k0 < g.k);
+  }
+}
+
+// The longer side packed, by whoever multiplies it. Between K blocks sums wait in C where it has their precision, else
+// in scratch: the task's own if it sees all of K.
+void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int t = (int)dtype;
+  const bool in_place = p.a.in_place(dtype), in_c = size_of(c_type(dtype, g)) == acc, own_sums = p.k_count >= g.k;
+  const int64_t rows = round_up(p.a.count, mr);
+  char* laid_out =
+      in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * std::min(p.k_count, round_up(g.k, p.kc)) * acc);
+  Epilogue e = g.epilogue;
+  if (in_c) {
+    e.partial = e.c;
+    e.partial_stride = e.c_stride;
+  } else if (!own_sums) {
+    e.partial = scratch(Slot::partial, g.m * g.n * acc);
+    e.partial_stride = g.n;
+  }
+  int64_t k0 = 0;
+  do {  // once for an empty K too
+    const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
+    if (!in_place)
+      lay_out(dtype, p, p.a, mr, p.a.along_k() ? kernels().widen_a[t] : kernels().pack_a[t], {0, p.a.count}, depth,
+              laid_out);
+    take_tasks(p.b_parts * p.a_parts, p.threads, [&](int64_t task) {
+      const Range j = part_of(p.b.count, nr, task / p.a_parts, p.b_parts);
+      const Range i = part_of(p.a.count, mr, task % p.a_parts, p.a_parts);
+      GemmBlockArgs block = {};
+      block.epilogue = e;
+      if (!in_c && own_sums && g.k > p.kc) {
+        const Range &down = p.transposed ? j : i, &across = p.transposed ? i : j;
+        block.epilogue.partial_stride = across.size();
+        block.epilogue.partial = (char*)scratch(Slot::partial, down.size() * across.size() * acc) -
+                                 (down.begin * across.size() + across.begin) * acc;
+      }
+      int64_t at = depth.begin;
+      do {
+        const int64_t k = std::min(p.kc, depth.end - at);
+        char* b = (char*)scratch(Slot::packed_b, round_up(j.size(), nr) * k * acc);
+        kernels().pack_b[t]({p.b.view, p.b.across, j.begin, j.size(), at, k, b});
+        in_place ? read_in_place(block, dtype, p.a, i.begin, at)
+                 : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
+        multiply_pieces(block, dtype, g, p, i, b, j, at, k);
+        at += p.kc;
+      } while (at < depth.end);
+    });
+    k0 += p.k_count;
+  } while (k0 < g.k);
+}
+
+}  // namespace
+
+// As the system tells it, where it does.
+const Caches& caches() {
+  static const Caches found = [] {
+    Caches c = {0, 0};
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    c = {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
+#endif
+    if (c.l2 <= 0) c.l2 = tuning::kUsualL2;
+    if (c.last <= 0) c.last = std::max(c.l2, tuning::kUsualLastLevelCache);
+    return c;
+  }();
+  return found;
+}
+
+void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
+  const Plan p = make_plan(dtype, g, threads);
+  p.a_is_longer ? multiply_in_place(dtype, g, p) : multiply_packed(dtype, g, p);
+}
+
+}  // namespace rf
