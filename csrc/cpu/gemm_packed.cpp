@@ -2,7 +2,7 @@
 #include "gemm_packed.h"
 
 #include <algorithm>
-#if defined(__unix__) || defined(__APPLE__)
+#if defined(__unix__)
 #include <unistd.h>
 #endif
 

@@ -97,7 +97,8 @@ constexpr int64_t kPackTask = 16 * 1024;
 // place.
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
-// B in place: so many of its rows at a time where K is longer than kSkinny and B beyond L2, along so many columns.
+// B in place, along so many columns: so many of its rows at a time where K is longer than kSkinny and B beyond the L2
+// of two cores.
 constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 
 // Products that are left to ATen's GEMM, from this many multiplications on (below, the call costs more than it saves)
