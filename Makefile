@@ -4,6 +4,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+JOBS ?= $(shell nproc)
 
 BIN := $(abspath $(VENV))/bin
 # The build calls ninja, the linters and pytest by name.
@@ -31,15 +32,15 @@ test: kernels cuda_on_host $(VENV)/built
 	pytest
 
 kernels:
-	$(MAKE) -C tests/kernels test
+	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync test
 
 # The CUDA kernels on the CPU: alone, then as a module through which pytest runs the ops' tests on one more device.
 cuda_on_host: $(VENV)/torch
-	$(MAKE) -C tests/cuda_on_host test
-	$(MAKE) -C tests/cuda_on_host extension PYTHON=$(BIN)/python
+	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync test
+	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync extension PYTHON=$(BIN)/python
 
 sanitize:
-	$(MAKE) -C tests/kernels sanitize
+	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync sanitize
 
 bench: $(VENV)/built
 	mkdir -p build
