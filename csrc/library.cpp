@@ -5,12 +5,17 @@
 #include <torch/version.h>
 
 #include "cpu/drivers.h"
+#include "cpu/linear_cross_entropy.h"
 #include "torch_api.h"
 
 #define RF_CROSS_ENTROPY_OPTIONS \
   "int ignore_index, int reduction, float label_smoothing, float z_loss, float? softcap, float? logit_scale"
 #define RF_CROSS_ENTROPY_GRADS "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_logprob"
 #define RF_CROSS_ENTROPY_SAVED "Tensor target, Tensor? weight, Tensor stats, Tensor weight_sum"
+#define RF_LINEAR_CROSS_ENTROPY                                                                   \
+  "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, " \
+  RF_CROSS_ENTROPY_OPTIONS
+#define RF_BUDGET "int? memory_budget"
 
 TORCH_LIBRARY(regfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
@@ -49,6 +54,19 @@ TORCH_LIBRARY(regfast, m) {
   m.def("composite_cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
         ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
 
+  m.def("linear_cross_entropy(" RF_LINEAR_CROSS_ENTROPY ", int outputs, " RF_BUDGET
+        ", float filter_eps, ScalarType? loss_dtype) -> Tensor[]");
+  m.def("linear_cross_entropy_forward(" RF_LINEAR_CROSS_ENTROPY ", int outputs, " RF_BUDGET
+        ", ScalarType? loss_dtype) -> Tensor[]");
+  // A reduced loss, and its gradients for an upstream gradient of 1, in the accumulator's type.
+  m.def("linear_cross_entropy_forward_backward(" RF_LINEAR_CROSS_ENTROPY ", bool argmax, " RF_BUDGET
+        ", float filter_eps, ScalarType? loss_dtype, bool[4] output_mask) -> (Tensor loss, Tensor argmax, Tensor, "
+        "Tensor, Tensor, Tensor)");
+  m.def("linear_cross_entropy_backward(" RF_CROSS_ENTROPY_GRADS ", " RF_LINEAR_CROSS_ENTROPY ", " RF_BUDGET
+        ", float filter_eps, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("composite_linear_cross_entropy(" RF_LINEAR_CROSS_ENTROPY
+        ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
+
   m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def("mse_loss_forward(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def(
@@ -65,15 +83,21 @@ std::vector<std::string> isas() {
   return names;
 }
 
+constexpr struct {
+  const char* name;
+  rf::DType dtype;
+} kTypes[] = {{"float32", rf::DType::f32},
+              {"float64", rf::DType::f64},
+              {"bfloat16", rf::DType::bf16},
+              {"float16", rf::DType::f16}};
+rf::DType dtype_named(const std::string& name) {
+  for (const auto& t : kTypes)
+    if (name == t.name) return t.dtype;
+  throw std::invalid_argument("a dtype with kernels: " + name);
+}
+
 // Who multiplies in linear, by dtype; gemm_by_aten has the rule.
 pybind11::dict linear_products() {
-  constexpr struct {
-    const char* name;
-    rf::DType dtype;
-  } kTypes[] = {{"float32", rf::DType::f32},
-                {"float64", rf::DType::f64},
-                {"bfloat16", rf::DType::bf16},
-                {"float16", rf::DType::f16}};
   pybind11::dict who;
   for (const auto& t : kTypes) {
     const bool large = rf::gemm_by_aten(t.dtype, 4096, 4096, 4096), skinny = rf::gemm_by_aten(t.dtype, 4096, 8, 4096);
@@ -98,11 +122,27 @@ pybind11::dict build_info() {
   return info;
 }
 
+// The plan for a reduced loss of class indices with all gradients: rows of a chunk, the bytes that it takes, the budget.
+std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, int64_t features, int64_t classes,
+                                                                const std::string& type,
+                                                                std::optional<int64_t> budget) {
+  const rf::LinearCrossEntropySize size = {dtype_named(type), rows, features, classes, 1, 1,
+                                           budget.value_or(rf::default_memory_budget())};
+  return {rf::chunk_rows(size), rf::peak_bytes(size), size.memory_budget};
+}
+
+// The budget that makes chunks of so many rows.
+int64_t linear_cross_entropy_budget(int64_t chunk, int64_t features, int64_t classes, const std::string& type) {
+  return rf::budget_for_chunk({dtype_named(type), chunk, features, classes, 1, 1, 0}, chunk);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
+  m.def("linear_cross_entropy_plan", linear_cross_entropy_plan);
+  m.def("linear_cross_entropy_budget", linear_cross_entropy_budget);
   m.def("build_info", build_info, "What was built, against which torch, and what runs here.");
   m.def(
       "fma_gflops", [](double seconds) { return rf::kernels().fma_gflops(seconds); }, pybind11::arg("seconds"),

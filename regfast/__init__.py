@@ -4,6 +4,7 @@ from . import reference
 from ._extension import build_info, isa, isas
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .linear import Linear, linear
+from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from .mse import MSELoss, mse_loss
 from .softmax import log_softmax, logsumexp, softmax
 
@@ -11,12 +12,14 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "Linear",
+    "LinearCrossEntropyLoss",
     "MSELoss",
     "build_info",
     "cross_entropy",
     "isa",
     "isas",
     "linear",
+    "linear_cross_entropy",
     "log_softmax",
     "logsumexp",
     "mse_loss",

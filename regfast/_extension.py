@@ -68,6 +68,38 @@ def _composite_cross_entropy(
     )
 
 
+def _composite_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    outputs: int,
+    loss_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    return reference.linear_cross_entropy_outputs(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        [name for bit, name in enumerate(OUTPUTS) if outputs >> bit & 1],
+        loss_dtype,
+    )
+
+
 _library = torch.library.Library("regfast", "FRAGMENT")
 for _name, _composite in {
     "composite_linear": lambda input, weight, bias, activation: reference.linear(
@@ -76,6 +108,7 @@ for _name, _composite in {
     "composite_softmax": _composite_softmax,
     "composite_logsumexp": reference.logsumexp,
     "composite_cross_entropy": _composite_cross_entropy,
+    "composite_linear_cross_entropy": _composite_linear_cross_entropy,
     "composite_mse_loss": lambda input, target, reduction: reference.mse_loss(
         input, target, reduction=reference.REDUCTIONS[reduction]
     ),

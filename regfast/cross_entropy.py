@@ -17,16 +17,18 @@ Selection = tuple[int, type | None, tuple[int, ...]]
 _selections: dict[tuple[str, ...], Selection] = {}
 
 
-def _select(outputs: tuple[str, ...]) -> Selection:
+def select_outputs(op: str, outputs: str | tuple[str, ...]) -> Selection:
     """The op's bits for some names, the result's type, and where in the op's list each name is."""
-    if not outputs or any(name not in OUTPUTS for name in outputs) or len(set(outputs)) != len(outputs):
-        raise ValueError(
-            f"regfast.cross_entropy: outputs: expected different names among {', '.join(OUTPUTS)}, got {outputs!r}"
-        )
-    in_order = sorted(outputs, key=OUTPUTS.index)
-    bits = sum(1 << OUTPUTS.index(name) for name in outputs)
-    result = namedtuple("CrossEntropyOutput", outputs) if len(outputs) > 1 else None
-    return bits, result, tuple(in_order.index(name) for name in outputs)
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    if names in _selections:
+        return _selections[names]
+    if not names or any(name not in OUTPUTS for name in names) or len(set(names)) != len(names):
+        raise ValueError(f"regfast.{op}: outputs: expected different names among {', '.join(OUTPUTS)}, got {names!r}")
+    in_order = sorted(names, key=OUTPUTS.index)
+    bits = sum(1 << OUTPUTS.index(name) for name in names)
+    result = namedtuple("CrossEntropyOutput", names) if len(names) > 1 else None
+    _selections[names] = bits, result, tuple(in_order.index(name) for name in names)
+    return _selections[names]
 
 
 def cross_entropy(
@@ -87,10 +89,7 @@ def cross_entropy(
         raise not_a_tensor("cross_entropy", input=input, target=target, weight=weight)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    if names not in _selections:
-        _selections[names] = _select(names)
-    bits, result, places = _selections[names]
+    bits, result, places = select_outputs("cross_entropy", outputs)
     tensors = _cross_entropy(
         input,
         target,

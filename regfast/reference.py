@@ -15,7 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
-__all__ = ["cross_entropy", "cross_entropy_outputs", "linear", "log_softmax", "logsumexp", "mse_loss", "softmax"]
+__all__ = [
+    "cross_entropy",
+    "cross_entropy_outputs",
+    "linear",
+    "linear_cross_entropy",
+    "linear_cross_entropy_outputs",
+    "log_softmax",
+    "logsumexp",
+    "mse_loss",
+    "softmax",
+]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -199,6 +209,90 @@ def cross_entropy_outputs(
     }
     results = {name: compute[name]() for name in outputs}
     return [result if name == "argmax" else result.to(loss_dtype or dtypes[name]) for name, result in results.items()]
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    outputs: str | tuple[str, ...] = ("loss",),
+    memory_budget: int | None = None,
+    filter_eps: float = 0.0,
+    loss_dtype: torch.dtype | None = None,
+    options: object = None,
+) -> Tensor | tuple[Tensor, ...]:
+    """Cross-entropy of ``linear(input, linear_weight, linear_bias)``, which here is stored.
+
+    ``memory_budget``, ``filter_eps`` and ``options`` are accepted and have no effect.
+    """
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
+    _require(known, ValueError, "linear_cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
+    results = linear_cross_entropy_outputs(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        -100 if ignore_index is None else ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        names,
+        loss_dtype,
+    )
+    return results[0] if len(results) == 1 else tuple(results)
+
+
+def linear_cross_entropy_outputs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: int | str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    outputs: Sequence[str],
+    loss_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    """One tensor per name in ``outputs``, in that order. Logits of half types stay in float32."""
+    _require(input.dtype.is_floating_point, NotImplementedError, "linear_cross_entropy: input", FLOATING, input.dtype)
+    # Dimension 0 of the weight holds the classes, and what comes after them belongs to the loss's positions.
+    bias = None if linear_bias is None else _up(linear_bias).flatten()
+    logits = F.linear(_up(input), _up(linear_weight).flatten(0, -2), bias)
+    logits = logits.unflatten(-1, linear_weight.shape[:-1])
+    probabilities = target.shape == logits.shape
+    if weight is not None:
+        fits = weight.dtype == input.dtype or probabilities or _autocast(input)
+        _require(fits, RuntimeError, "linear_cross_entropy: weight", input.dtype, weight.dtype)
+        weight = weight.to(logits.dtype) if weight.dtype in HALF or logits.dtype in HALF else weight
+    results = cross_entropy_outputs(
+        logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, None
+    )
+    dtype = _promoted(input, target, weight if weight is not None and weight.dtype == torch.float64 else None)
+    dtypes = {"loss": dtype if probabilities else input.dtype, "lse": input.dtype, "entropy": input.dtype}
+    dtypes["logprob"] = dtypes["loss"]
+    if _autocast(input):
+        dtypes = dict.fromkeys(dtypes, torch.promote_types(dtypes["loss"], torch.float32))
+    return [
+        result if name == "argmax" else result.to(loss_dtype or dtypes[name])
+        for name, result in zip(outputs, results, strict=True)
+    ]
 
 
 def _loss(

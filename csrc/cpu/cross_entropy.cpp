@@ -25,18 +25,12 @@ void for_row_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& 
   });
 }
 
-}  // namespace
-
-CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
-                                          int64_t rows) {
-  const auto kernel = kernels().cross_entropy_forward[(int)dtype];
-  const int64_t block = tuning::rows_per_sum(args.classes);
-  const bool tiles = needs_tiles(args);
-  if (tiles)
-    for (RowLayout* l : {&args.layout, &args.probability_layout}) *l = as_inner_rows(*l, rows);
-  std::vector<CrossEntropyPartial> partial((rows + block - 1) / block);
+// The sums that body(args, begin, end) returns for each block, in order.
+template <class F>
+CrossEntropyPartial sum_over_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& body) {
+  std::vector<CrossEntropyPartial> partial(ceil_div(rows, tuning::rows_per_sum(args.classes)));
   for_row_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t b, int64_t begin, int64_t end) {
-    partial[b] = kernel(a, out, begin, end);
+    partial[b] = body(a, begin, end);
   });
   CrossEntropyPartial total = {0, 0, -1};
   for (const CrossEntropyPartial& p : partial) {
@@ -47,15 +41,45 @@ CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, co
   return total;
 }
 
-void cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows) {
-  const auto kernel = kernels().cross_entropy_backward[(int)dtype];
+// Whether rows go through tiles, and if so their layouts as those want them.
+bool prepare_tiles(CrossEntropyArgs& args, CrossEntropyGrads& grads, int64_t rows) {
   const bool tiles = needs_tiles(args) || (grads.grad_logits && grads.grad_layout.class_stride != 1) ||
                      (grads.grad_probabilities && grads.grad_probability_layout.class_stride != 1);
   if (tiles)
     for (RowLayout* l : {&args.layout, &args.probability_layout, &grads.grad_layout, &grads.grad_probability_layout})
       *l = as_inner_rows(*l, rows);
+  return tiles;
+}
+
+}  // namespace
+
+CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                          int64_t rows) {
+  const auto kernel = kernels().cross_entropy_forward[(int)dtype];
+  CrossEntropyGrads none = {};
+  const bool tiles = prepare_tiles(args, none, rows);
+  return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+    return kernel(a, out, begin, end);
+  });
+}
+
+void cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows) {
+  const auto kernel = kernels().cross_entropy_backward[(int)dtype];
+  const bool tiles = prepare_tiles(args, grads, rows);
   for_row_blocks(args, tiles, rows,
                  [&](const CrossEntropyArgs& a, int64_t, int64_t begin, int64_t end) { kernel(a, grads, begin, end); });
+}
+
+CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                                   CrossEntropyGrads grads, int64_t rows) {
+  const auto forward = kernels().cross_entropy_forward[(int)dtype];
+  const auto backward = kernels().cross_entropy_backward[(int)dtype];
+  const bool tiles = prepare_tiles(args, grads, rows);
+  return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+    const CrossEntropyPartial sums = forward(a, out, begin, end);
+    if (sums.bad_row < 0) backward(a, grads, begin, end);
+    return sums;
+  });
 }
 
 }  // namespace rf

@@ -13,6 +13,9 @@ void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows);
 CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
                                           int64_t rows);
 void cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows);
+// The one after the other for each block of rows, while it is in cache; the gradient may replace the logits.
+CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                                   CrossEntropyGrads grads, int64_t rows);
 
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows);
 double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n);
@@ -27,7 +30,9 @@ struct Gemm {
   MatrixView b;         // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
   bool b_transposed;    // true: rows of memory are B's columns, as in X W^T
   Epilogue epilogue;    // partial is filled in by gemm()
-  bool wide_c = false;  // C, bias and pre-activation have the accumulator's type
+  bool wide_a = false;      // A has the accumulator's type
+  bool wide_c = false;      // C, bias and pre-activation have it
+  bool accumulate = false;  // the product is added to C, which has the accumulator's type
 };
 enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
 GemmPath gemm_path(DType dtype, const Gemm& g);

@@ -135,6 +135,8 @@ bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
 
 void gemm(DType dtype, Gemm g) {
   if (g.m == 0 || g.n == 0) return;
+  const bool mixed = (g.wide_a || g.wide_c) && acc_dtype(dtype) != dtype;
+  if (mixed || g.accumulate) return gemm_packed(dtype, g, thread_count());
   if (const int64_t parts = k_parts(g); parts > 1) return split_k(dtype, g, parts);
   switch (gemm_path(dtype, g)) {
     case GemmPath::dot_few_columns:

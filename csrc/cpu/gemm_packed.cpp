@@ -14,11 +14,12 @@ namespace {
 
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
+  DType type;
   MatrixView view;
   bool across;
   int64_t count;
 
-  Side(const MatrixView& v, bool rows_are_k, int64_t n) : view(v), across(rows_are_k), count(n) {
+  Side(DType t, const MatrixView& v, bool rows_are_k, int64_t n) : type(t), view(v), across(rows_are_k), count(n) {
     // Columns of memory that are adjacent down them are rows of the transposed matrix.
     if (v.inner == 1 && v.outer_stride == 1 && v.col_stride != 1) {
       view = {v.data, 1, v.col_stride, 0, 1};
@@ -27,7 +28,7 @@ struct Side {
   }
   bool along_k() const { return !across && view.col_stride == 1; }
   // Whether its elements can be broadcast from where they lie.
-  bool in_place(DType t) const { return along_k() && view.inner == 1 && size_of(t) == acc_size(t); }
+  bool in_place() const { return along_k() && view.inner == 1 && size_of(type) == acc_size(type); }
 };
 
 // A product, planned. The micro-kernel broadcasts elements of A and loads vectors of B's packed panels. A longer side
@@ -46,8 +47,8 @@ struct Plan {
 
 Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const Side x(g.a, g.a_transposed, g.m), w(g.b, !g.b_transposed, g.n);
-  const bool w_is_longer = g.n >= g.m, a_is_longer = (w_is_longer ? w : x).in_place(dtype);
+  const Side x(g.wide_a ? acc_dtype(dtype) : dtype, g.a, g.a_transposed, g.m), w(dtype, g.b, !g.b_transposed, g.n);
+  const bool w_is_longer = g.n >= g.m, a_is_longer = (w_is_longer ? w : x).in_place();
   const bool transposed = w_is_longer == a_is_longer;
   Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, 1, 0, 0, 0, 0, 0, 0};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
@@ -109,7 +110,7 @@ void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan
   block.k = k;
   block.chain = p.chain;
   block.transposed = p.transposed;
-  block.first = k0 == 0;
+  block.first = k0 == 0 && !g.accumulate;
   block.last = k0 + k == g.k;
   block.b_is_far = group * k * acc > caches().l2;
   block.tiles =
@@ -154,7 +155,7 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
     int64_t k0 = 0;
     do {  // once for an empty K too: C is written all the same
       const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
-      lay_out(dtype, p, p.b, nr, kernels().pack_b[(int)dtype], rows, depth, packed);
+      lay_out(dtype, p, p.b, nr, kernels().pack_b[(int)p.b.type], rows, depth, packed);
       take_tasks(p.a_parts * p.b_parts, p.threads, [&](int64_t task) {
         const Range i = part_of(p.a.count, mr, task / p.b_parts, p.a_parts);
         const Range j = part_of(rows.size(), nr, task % p.b_parts, p.b_parts);
@@ -178,8 +179,7 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
 // in scratch: the task's own if it sees all of K.
 void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const int t = (int)dtype;
-  const bool in_place = p.a.in_place(dtype), in_c = size_of(c_type(dtype, g)) == acc, own_sums = p.k_count >= g.k;
+  const bool in_place = p.a.in_place(), in_c = size_of(c_type(dtype, g)) == acc, own_sums = p.k_count >= g.k;
   const int64_t rows = round_up(p.a.count, mr);
   char* laid_out =
       in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * std::min(p.k_count, round_up(g.k, p.kc)) * acc);
@@ -195,8 +195,8 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
   do {  // once for an empty K too
     const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
     if (!in_place)
-      lay_out(dtype, p, p.a, mr, p.a.along_k() ? kernels().widen_a[t] : kernels().pack_a[t], {0, p.a.count}, depth,
-              laid_out);
+      lay_out(dtype, p, p.a, mr, (p.a.along_k() ? kernels().widen_a : kernels().pack_a)[(int)p.a.type], {0, p.a.count},
+              depth, laid_out);
     take_tasks(p.b_parts * p.a_parts, p.threads, [&](int64_t task) {
       const Range j = part_of(p.b.count, nr, task / p.a_parts, p.b_parts);
       const Range i = part_of(p.a.count, mr, task % p.a_parts, p.a_parts);
@@ -212,7 +212,7 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       do {
         const int64_t k = std::min(p.kc, depth.end - at);
         char* b = (char*)scratch(Slot::packed_b, round_up(j.size(), nr) * k * acc);
-        kernels().pack_b[t]({p.b.view, p.b.across, j.begin, j.size(), at, k, b});
+        kernels().pack_b[(int)p.b.type]({p.b.view, p.b.across, j.begin, j.size(), at, k, b});
         in_place ? read_in_place(block, dtype, p.a, i.begin, at)
                  : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
         multiply_pieces(block, dtype, g, p, i, b, j, at, k);
@@ -242,6 +242,18 @@ const Caches& caches() {
 void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
   p.a_is_longer ? multiply_in_place(dtype, g, p) : multiply_packed(dtype, g, p);
+}
+
+int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
+  const Plan p = make_plan(dtype, g, threads);
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t depth = std::min(p.k_count, round_up(g.k, p.kc)), own_sums = p.k_count >= g.k;
+  const int64_t tiles = p.threads * round_up(tuning::kBlockRows, mr) * round_up(tuning::kGroupColumns, nr);
+  if (p.a_is_longer) return (tiles + p.b_count * depth) * acc;
+  const int64_t columns = ceil_div(ceil_div(p.b.count, nr), p.b_parts) * nr;
+  const int64_t waiting = size_of(c_type(dtype, g)) == acc ? 0 : own_sums ? p.threads * p.a.count * columns : g.m * g.n;
+  const int64_t laid_out = p.a.in_place() ? 0 : round_up(p.a.count, mr) * depth;
+  return (tiles + waiting + laid_out + p.threads * columns * p.kc) * acc;
 }
 
 }  // namespace rf

@@ -5,9 +5,8 @@
 namespace rf {
 
 constexpr int64_t acc_size(DType t) { return t == DType::f64 ? 8 : 4; }
-inline DType c_type(DType operands, const Gemm& g) {
-  return g.wide_c && operands != DType::f64 ? DType::f32 : operands;
-}
+constexpr DType acc_dtype(DType t) { return t == DType::f64 ? t : DType::f32; }
+inline DType c_type(DType operands, const Gemm& g) { return g.wide_c ? acc_dtype(operands) : operands; }
 
 // Bytes; of L2 what one core has.
 struct Caches {
@@ -17,5 +16,7 @@ const Caches& caches();
 
 // On at most so many threads. The bits of C do not depend on how many.
 void gemm_packed(DType dtype, const Gemm& g, int64_t threads);
+// What that takes of scratch memory, all threads together.
+int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads);
 
 }  // namespace rf

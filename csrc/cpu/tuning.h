@@ -109,4 +109,9 @@ constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 // Elsewhere ours was measured faster (bf16 without instructions: 4 to 60 times) or there is no measurement.
 constexpr int64_t kLibraryProducts = 1 << 20;
 
+// linear_cross_entropy: bytes that it may take besides inputs and gradients, this much or so many times the last-level
+// cache. A chunk reads and writes all of dW, which at 256 rows takes a tenth of its products' time; a part of the budget
+// is left to the engine's packed operands. Fewer rows than kLeastChunkRows would be all packing.
+constexpr int64_t kMemoryBudget = 64 << 20, kBudgetCaches = 2, kEngineShare = 4, kLeastChunkRows = 16;
+
 }  // namespace rf::tuning

@@ -1,0 +1,22 @@
+// How linear_cross_entropy is divided into chunks of rows, and the memory that it takes. No torch.
+#pragma once
+#include "types.h"
+
+namespace rf {
+
+struct LinearCrossEntropySize {
+  DType dtype;
+  int64_t rows, features, classes, positions;  // positions: of a K-dimensional loss, else 1
+  int64_t panels = 1;      // as large as a chunk's logits: they, and what is widened beside them
+  int64_t memory_budget;  // bytes
+};
+// 64 MiB, or more where the last-level cache is large.
+int64_t default_memory_budget();
+// Equal chunks that fit the budget, of at least kLeastChunkRows rows.
+int64_t chunk_rows(const LinearCrossEntropySize& size);
+// Bytes of a call with all gradients, besides inputs, results and gradients.
+int64_t peak_bytes(const LinearCrossEntropySize& size);
+// The least budget whose chunks have so many rows.
+int64_t budget_for_chunk(LinearCrossEntropySize size, int64_t rows);
+
+}  // namespace rf

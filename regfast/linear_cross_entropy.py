@@ -1,0 +1,249 @@
+"""The cross-entropy of a linear classifier, without ever storing its logits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from . import _C
+from ._extension import not_a_tensor, reduction_number
+from .cross_entropy import select_outputs
+
+_linear_cross_entropy = torch.ops.regfast.linear_cross_entropy.default
+
+
+def _name(dtype: torch.dtype) -> str:
+    """The extension's name of a dtype: float32, not torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float | None = None,
+    outputs: str | tuple[str, ...] = ("loss",),
+    memory_budget: int | None = None,
+    filter_eps: float = 0.0,
+    loss_dtype: torch.dtype | None = None,
+    options: object = None,
+):
+    """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` in chunks of rows.
+
+    As ``torch.nn.functional.linear_cross_entropy`` (since torch 2.13), and with all that :func:`regfast.cross_entropy`
+    has besides. Logits exist for a chunk of rows at a time, in float32 for half types; sums over chunks are kept in
+    float32 (float64 for float64) and rounded once. Rows all of whose targets are ignored cost nothing, nor do gradients
+    of inputs that need none: 6 N V D operations for a reduced loss with its gradients, 2 N V D without them, and
+    8 N V D where the logits are computed again in backward (``reduction="none"`` or further differentiable outputs).
+
+    Args:
+        input: rows ``(D)`` or ``(N, D)``, any strides; float32, float64, bfloat16 or float16.
+        linear_weight: ``(C, D)``, or ``(C, d1, ..., D)`` for a K-dimensional loss, input's dtype.
+        target: class indices ``()``, ``(N)`` or ``(N, d1, ...)``, int64 or uint8; or probabilities ``(C)``, ``(N, C)``
+            or ``(N, C, d1, ...)``, of input's dtype or float32.
+        linear_bias: linear_weight's shape without D. weight: of each class, ``(C)``.
+        reduction: none, mean (over the rows' class weights for indices, over the rows for probabilities) or sum.
+        ignore_index: class that has no loss; -100 by default, and not to be given with probabilities.
+        label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype: as in :func:`regfast.cross_entropy`.
+        memory_budget: bytes that a call may take besides inputs, results and gradients. By default 64 MiB, or twice
+            the last-level cache where that is more; a few rows are computed at a time however small it is.
+            :func:`linear_cross_entropy_plan` tells what comes of it.
+        filter_eps: gradients skip entries of ``softmax - target`` (before class weights and the upstream gradient) of
+            at most this magnitude; 0 computes all. The gradient of a row of input is then off by at most
+            ``filter_eps * g * sum(abs(linear_weight), 0)`` and that of a row of linear_weight by at most
+            ``filter_eps * sum(g * abs(input), 0)``, with g the magnitudes by which the rows' upstream gradients,
+            divided by the mean's denominator, multiply (Wijmans et al., "Cut your losses in large-vocabulary language
+            models", 2025, who skip whole tiles).
+        options: a ``torch.nn.LinearCrossEntropyOptions``. Its batch_chunk_size sets the budget; its accumulation
+            policies make no difference, since sums have full precision.
+
+    Returns:
+        The tensor for one name in ``outputs``, a named tuple for several.
+
+    Raises:
+        IndexError: for a class out of range. ValueError: for batch sizes that differ, an unknown reduction or output.
+        RuntimeError: for shapes, dtypes or options that do not fit.
+
+    Saved for backward: the inputs, and for a reduced loss alone (with argmax at most) its gradients, in float32 for half
+    types. Second derivatives, forward mode and ``torch.func`` take plain torch operators, which store the logits.
+    """
+    tensors = {"input": input, "linear_weight": linear_weight, "target": target}
+    if not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise not_a_tensor("linear_cross_entropy", **tensors)
+    optional = {name: t for name, t in (("linear_bias", linear_bias), ("weight", weight)) if t is not None}
+    if not all(isinstance(t, Tensor) for t in optional.values()):
+        raise not_a_tensor("linear_cross_entropy", **optional)
+    if ignore_index is not None and torch.is_floating_point(target):
+        raise RuntimeError(
+            "regfast.linear_cross_entropy: ignore_index: expected None with probability targets, "
+            f"got {ignore_index}"
+        )
+    chunk = getattr(options, "batch_chunk_size", None)
+    if memory_budget is None and chunk is not None:
+        memory_budget = _C.linear_cross_entropy_budget(
+            chunk, input.shape[-1], linear_weight.shape[:-1].numel(), _name(input.dtype)
+        )
+    bits, result, places = select_outputs("linear_cross_entropy", outputs)
+    tensors = _linear_cross_entropy(
+        input,
+        linear_weight,
+        target,
+        linear_bias,
+        weight,
+        -100 if ignore_index is None else ignore_index,
+        reduction_number("linear_cross_entropy", reduction),
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        bits,
+        memory_budget,
+        filter_eps,
+        loss_dtype,
+    )
+    return tensors[0] if result is None else result(*(tensors[i] for i in places))
+
+
+class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)):
+    """``torch.nn.LinearCrossEntropyLoss`` computed by :func:`regfast.linear_cross_entropy`, whose options it takes.
+
+    Its parameters are those of ``linear``, a :class:`torch.nn.Linear` of ``num_classes * prod(out_features)`` outputs.
+    Assign another module's Parameter to ``linear.weight`` to tie weights.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device=None,
+        dtype=None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: object = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float | None = None,
+        outputs: str | tuple[str, ...] = ("loss",),
+        memory_budget: int | None = None,
+        filter_eps: float = 0.0,
+        loss_dtype: torch.dtype | None = None,
+    ) -> None:
+        # Not torch's own constructor, which torch 2.11 and 2.12 do not have.
+        nn.modules.loss._WeightedLoss.__init__(self, weight=weight, reduction=reduction)
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"regfast.LinearCrossEntropyLoss: weight: expected shape {(num_classes,)}, got {tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(
+                "regfast.LinearCrossEntropyLoss: label_smoothing: expected a number from 0 to 1, "
+                f"got {label_smoothing}"
+            )
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.linear = nn.Linear(in_features, num_classes * math.prod(out_features), bias, device, dtype)
+        self.options = options
+        self.further = {
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "outputs": outputs,
+            "memory_budget": memory_budget,
+            "filter_eps": filter_eps,
+            "loss_dtype": loss_dtype,
+        }
+
+    def forward(self, input: Tensor, target: Tensor):
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            **self.further,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction}, "
+            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call of :func:`linear_cross_entropy` is carried out. Bytes are those of a call with all gradients, besides
+    inputs, results and gradients; operations are multiplications and additions."""
+
+    rows_per_chunk: int
+    chunks: int
+    peak_bytes: int
+    flops: int
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.chunks} chunks of {self.rows_per_chunk} rows, {self.peak_bytes / 2**20:.1f} MiB, "
+            f"{self.flops / 1e9:.1f} GFLOP, {self.path}: {self.reason}"
+        )
+
+
+def linear_cross_entropy_plan(
+    N: int, D: int, V: int, dtype: torch.dtype, device="cpu", *, memory_budget: int | None = None
+) -> Plan:
+    """What :func:`linear_cross_entropy` does for N rows of D features and V classes (times positions): a reduced loss of
+    class indices, with the gradients of input, linear_weight and linear_bias.
+
+    ``peak_bytes`` counts what is allocated at one time; half types need ``4 * (N + V) * D`` for float32 gradients on top
+    of it until backward rounds them.
+
+    Raises: NotImplementedError for a dtype without kernels, ValueError for a negative size or budget.
+    """
+    for name, size in {"N": N, "D": D, "V": V}.items():
+        if size < 0:
+            raise ValueError(f"regfast.linear_cross_entropy_plan: {name}: expected at least 0, got {size}")
+    if memory_budget is not None and memory_budget <= 0:
+        raise ValueError(
+            "regfast.linear_cross_entropy_plan: memory_budget: expected a positive number of bytes or None, "
+            f"got {memory_budget}"
+        )
+    if torch.device(device).type != "cpu" or dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise NotImplementedError(
+            "regfast.linear_cross_entropy_plan: expected float32, float64, bfloat16 or float16 on a CPU, "
+            f"got {dtype} on {device}"
+        )
+    rows, peak, budget = _C.linear_cross_entropy_plan(N, D, V, _name(dtype), memory_budget)
+    chunks = max(1, -(-N // rows))
+    if chunks == 1:
+        reason = f"all logits fit the budget of {budget / 2**20:.0f} MiB"
+    elif peak <= budget:
+        reason = f"as many rows as fit the budget of {budget / 2**20:.0f} MiB, in equal parts"
+    else:
+        reason = f"fewer rows would be all packing; the budget is {budget / 2**20:.1f} MiB"
+    return Plan(rows, chunks, peak, 6 * N * V * D, "logits, loss and gradients chunk by chunk", reason)
