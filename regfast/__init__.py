@@ -4,7 +4,7 @@ from . import reference
 from ._extension import build_info, isa, isas
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .linear import Linear, linear
-from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
 from .mse import MSELoss, mse_loss
 from .softmax import log_softmax, logsumexp, softmax
 
@@ -14,12 +14,14 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "MSELoss",
+    "Plan",
     "build_info",
     "cross_entropy",
     "isa",
     "isas",
     "linear",
     "linear_cross_entropy",
+    "linear_cross_entropy_plan",
     "log_softmax",
     "logsumexp",
     "mse_loss",
