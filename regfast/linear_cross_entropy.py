@@ -56,15 +56,15 @@ def linear_cross_entropy(
         reduction: none, mean (over the rows' class weights for indices, over the rows for probabilities) or sum.
         ignore_index: class that has no loss; -100 by default, and not to be given with probabilities.
         label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype: as in :func:`regfast.cross_entropy`.
-        memory_budget: bytes that a call may take besides inputs, results and gradients. By default 64 MiB, or twice
-            the last-level cache where that is more; a few rows are computed at a time however small it is.
+        memory_budget: bytes that a call may take besides inputs, results and gradients. By default 32 MiB for
+            each core of the machine, and 1 GiB at most; a few rows are computed at a time however small it is.
             :func:`linear_cross_entropy_plan` tells what comes of it.
-        filter_eps: gradients skip entries of ``softmax - target`` (before class weights and the upstream gradient) of
-            at most this magnitude; 0 computes all. The gradient of a row of input is then off by at most
-            ``filter_eps * g * sum(abs(linear_weight), 0)`` and that of a row of linear_weight by at most
-            ``filter_eps * sum(g * abs(input), 0)``, with g the magnitudes by which the rows' upstream gradients,
-            divided by the mean's denominator, multiply (Wijmans et al., "Cut your losses in large-vocabulary language
-            models", 2025, who skip whole tiles).
+        filter_eps: the products that give the gradients of input and linear_weight leave out entries of the logits'
+            gradient of at most filter_eps times the magnitude ``g`` of the row's upstream gradient (divided by the
+            mean's denominator), provided that at most 3% of a chunk's entries are left; 0 computes all. The
+            gradient of a row of input is then off by at most ``filter_eps * g * sum(abs(linear_weight), 0)``, that of
+            each row of linear_weight by at most ``filter_eps * sum(g * abs(input), 0)`` (the idea is from Wijmans et
+            al., "Cut your losses in large-vocabulary language models", 2025, who leave out whole tiles).
         options: a ``torch.nn.LinearCrossEntropyOptions``. Its batch_chunk_size sets the budget; its accumulation
             policies make no difference, since sums have full precision.
 

@@ -122,8 +122,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       std::copy(g.begin(), g.end(), result.begin());
       return result;
     }
-    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(3),
-                                      ctx->needs_input_grad(2)};
+    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                      b.defined() && ctx->needs_input_grad(3), ctx->needs_input_grad(2)};
     const Tensor* inputs[] = {&x, &w, &b, &target};
     const int places[] = {0, 1, 3, 2};
     if (const auto written = d.find("grads"); written != d.end()) {

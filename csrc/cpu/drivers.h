@@ -1,7 +1,9 @@
 // Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
-// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp and
-// gemm_packed.cpp.
+// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp,
+// gemm_packed.cpp and sparse.cpp.
 #pragma once
+#include <vector>
+
 #include "kernels.h"
 
 namespace rf {
@@ -37,6 +39,21 @@ struct Gemm {
 enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
 GemmPath gemm_path(DType dtype, const Gemm& g);
 void gemm(DType dtype, Gemm g);
+
+// A matrix by the entries of its rows; values are of the accumulator's type.
+struct SparseMatrix {
+  std::vector<int64_t> row_begin;  // and the last one's end
+  std::vector<int32_t> columns;
+  std::vector<char> values;
+};
+// Entries of a matrix (acc) whose magnitude exceeds their row's bound. False, and nothing listed, if they are more than
+// `most`.
+bool list_large_entries(DType dtype, const void* matrix, int64_t rows, int64_t columns, const double* bounds,
+                        int64_t most, SparseMatrix* to);
+SparseMatrix transposed(DType dtype, const SparseMatrix& m, int64_t columns);
+// C = A B, or added to it; C has the accumulator's type.
+void sparse_product(DType dtype, const SparseMatrix& a, const MatrixView& b, int64_t columns, void* c, int64_t c_stride,
+                    bool add);
 
 // Whether a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements;
 // REGFAST_GEMM=own or aten forces either side.

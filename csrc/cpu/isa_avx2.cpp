@@ -27,6 +27,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx2;
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
+#include "sparse.inl.h"
 }  // namespace rf::avx2
 
 #pragma GCC pop_options

@@ -30,6 +30,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
+#include "sparse.inl.h"
 }  // namespace rf::avx512
 
 #pragma GCC pop_options

@@ -24,6 +24,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileNeon;
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
+#include "sparse.inl.h"
 }  // namespace rf::neon
 
 namespace rf::neon {

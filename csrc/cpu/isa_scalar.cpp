@@ -21,6 +21,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileScalar;
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
+#include "sparse.inl.h"
 }  // namespace rf::scalar
 
 namespace rf::scalar {

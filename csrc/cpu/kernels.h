@@ -133,6 +133,19 @@ struct DirectArgs {
   Epilogue epilogue;
 };
 
+// ---- sparse gradients ----------------------------------------------------------------------------------------------
+
+// One row of C = A B, A's row given by its entries: c[j] = sum over them of value * b[row * b_row + j].
+struct SparseRow {
+  const int32_t* rows;  // of B
+  const void* values;   // acc
+  int64_t entries;
+  const void* b;
+  int64_t b_row, columns;
+  void* c;   // acc
+  bool add;  // to what is there
+};
+
 struct Kernels {
   const char* isa;
   int64_t mr[kDTypes], nr[kDTypes];  // register tile of the GEMM
@@ -160,6 +173,11 @@ struct Kernels {
   void (*gemm_block[kDTypes])(const GemmBlockArgs&);
   void (*gemm_dot[kDTypes])(const DotArgs&);
   void (*gemm_direct[kDTypes])(const DirectArgs&);
+
+  // Entries of a row (acc) whose magnitude exceeds the bound: how many, and which.
+  int64_t (*count_entries[kDTypes])(const void* row, int64_t n, double bound);
+  void (*list_entries[kDTypes])(const void* row, int64_t n, double bound, int32_t* columns, void* values);
+  void (*sparse_row_product[kDTypes])(const SparseRow&);
 
   double (*fma_gflops)(double seconds);  // this core's float32 peak, measured for about so long
 };

@@ -2,6 +2,7 @@
 #include "linear_cross_entropy.h"
 
 #include <algorithm>
+#include <thread>
 
 #include "gemm_packed.h"
 #include "parallel.h"
@@ -19,7 +20,10 @@ int64_t for_chunks(int64_t budget) { return budget - budget / tuning::kEngineSha
 
 }  // namespace
 
-int64_t default_memory_budget() { return std::max(tuning::kMemoryBudget, tuning::kBudgetCaches * caches().last); }
+int64_t default_memory_budget() {
+  static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  return std::min(cores * tuning::kCoreBudget, tuning::kMostBudget);
+}
 
 int64_t chunk_rows(const LinearCrossEntropySize& s) {
   const int64_t fit = for_chunks(s.memory_budget) / std::max<int64_t>(1, bytes_per_row(s));
@@ -39,6 +43,11 @@ int64_t peak_bytes(const LinearCrossEntropySize& s) {
   int64_t engine = 0;
   for (const Gemm* g : {&logits, &dx, &dw}) engine = std::max(engine, gemm_scratch_bytes(s.dtype, *g, thread_count()));
   return rows * bytes_per_row(s) + engine + outputs * acc_size(s.dtype);  // the bias's sums
+}
+
+int64_t most_sparse_entries(int64_t rows, int64_t outputs) {
+  if (outputs > INT32_MAX) return -1;
+  return (int64_t)(tuning::kSparseShare * (double)rows * (double)outputs);
 }
 
 int64_t budget_for_chunk(LinearCrossEntropySize s, int64_t rows) {

@@ -2,7 +2,9 @@
 // the panel turned into loss and gradient in place, the gradient multiplied into dX and dW, whose sums over the chunks
 // stay in the accumulator's type. Nothing else has the size of the logits.
 #include <algorithm>
-#include <numeric>
+#include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "../checks.h"
 #include "../torch_api.h"
@@ -22,6 +24,7 @@ struct Options {
   double label_smoothing, z_loss;
   std::optional<double> softcap, logit_scale;
   std::optional<int64_t> memory_budget;
+  double filter_eps = 0;
 };
 
 // A call's tensors as the loop over chunks wants them. A "row" is one of input's; it has `positions` losses, one after
@@ -161,6 +164,21 @@ void copy_rows(const Problem& p, int64_t begin, const Tensor& chunk, const Tenso
                });
 }
 
+// The bounds under which filter_eps drops entries of a chunk's gradient: a row's upstream gradients, of its positions
+// those of the least.
+std::vector<double> filter_bounds(const Problem& p, double eps, const CrossEntropyGrads& g, int64_t rows) {
+  const auto number = [&](const void* at, int64_t i) {
+    return !at ? 0.0 : std::fabs(p.dtype == DType::f64 ? ((const double*)at)[i] : (double)((const float*)at)[i]);
+  };
+  std::vector<double> bounds(rows, std::numeric_limits<double>::infinity());
+  for (int64_t i = 0; i < rows * p.positions; ++i) {
+    const double upstream = number(g.loss, i * g.loss_stride) * std::fabs(g.loss_scale) + number(g.lse, i) +
+                            number(g.entropy, i) + number(g.logprob, i);
+    bounds[i / p.positions] = std::min(bounds[i / p.positions], eps * upstream);
+  }
+  return bounds;
+}
+
 // What to compute: numbers per loss (acc, in the order of the rows that take part; null: not wanted), and gradients.
 struct Upstream {
   Tensor loss, lse, entropy, logprob;  // acc, per loss; loss may be one number
@@ -191,6 +209,7 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
   const Tensor dx_chunk = p.listed && grads.x.defined() ? at::empty({chunk, p.features}, grads.x.options()) : Tensor();
   const Tensor sums = grads.bias.defined() ? at::empty({p.outputs}, options) : Tensor();
   const DType acc = acc_dtype(p.dtype);
+  const bool by_rows = p.w.stride(1) == 1 && (p.x.stride(1) == 1 || !grads.w.defined());  // else filter_eps has no effect
 
   CrossEntropyPartial total = {0, 0, -1};
   for (int64_t begin = 0; begin < p.rows; begin += chunk) {
@@ -244,18 +263,39 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
     total.loss += sum.loss;
     if (narrows)
       grads.target.narrow(0, begin, rows).copy_(wide_grad.narrow(0, 0, rows).view(grads.target.narrow(0, begin, rows).sizes()));
-    if (grads.x.defined()) {
-      const Tensor dx = p.listed ? dx_chunk.narrow(0, 0, rows) : grads.x.narrow(0, begin, rows);
-      multiply(logits, p.w, dx, Tensor(), false);
-      if (p.listed) copy_rows(p, begin, dx, grads.x, false);
-    }
-    if (grads.w.defined()) multiply(logits.t(), x, grads.w, Tensor(), begin > 0);
     if (grads.bias.defined()) {
       activation_backward(acc, {logits.const_data_ptr(), nullptr, {1, p.outputs, 0, 1}, nullptr, p.outputs,
                                 Activation::none, sums.mutable_data_ptr()},
                           rows);
       Tensor(grads.bias).add_(sums);
     }
+    SparseMatrix large;
+    if (o.filter_eps > 0 && by_rows &&
+        list_large_entries(p.dtype, logits.const_data_ptr(), rows, p.outputs,
+                           filter_bounds(p, o.filter_eps, g, rows).data(), most_sparse_entries(rows, p.outputs),
+                           &large)) {
+      if (grads.x.defined()) {
+        const Tensor own = grads.x.scalar_type() == p.acc && !p.listed ? grads.x.narrow(0, begin, rows)
+                                                                     : at::empty({rows, p.features}, options);
+        sparse_product(p.dtype, large, view_of(p.w), p.features, own.mutable_data_ptr(), p.features, false);
+        if (p.listed)
+          copy_rows(p, begin, own.to(grads.x.scalar_type()), grads.x, false);
+        else if (grads.x.scalar_type() != p.acc)
+          grads.x.narrow(0, begin, rows).copy_(own);
+      }
+      if (grads.w.defined()) {
+        if (begin == 0) Tensor(grads.w).zero_();
+        sparse_product(p.dtype, transposed(p.dtype, large, p.outputs), view_of(x), p.features,
+                       grads.w.mutable_data_ptr(), p.features, true);
+      }
+      continue;
+    }
+    if (grads.x.defined()) {
+      const Tensor dx = p.listed ? dx_chunk.narrow(0, 0, rows) : grads.x.narrow(0, begin, rows);
+      multiply(logits, p.w, dx, Tensor(), false);
+      if (p.listed) copy_rows(p, begin, dx, grads.x, false);
+    }
+    if (grads.w.defined()) multiply(logits.t(), x, grads.w, Tensor(), begin > 0);
   }
   return total;
 }
@@ -345,7 +385,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
     std::optional<double> softcap, std::optional<double> logit_scale, bool argmax_too,
     std::optional<int64_t> memory_budget, double filter_eps, std::optional<at::ScalarType> loss_dtype,
     std::array<bool, 4> mask) {
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
+  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
   const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o, argmax_too);
   const Gradients g = new_gradients(p, input, linear_weight, target, p.acc, mask);
   Upstream up;
@@ -371,7 +411,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
     std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
+  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
   const bool every_row = grad_lse.has_value() || grad_entropy.has_value();
   const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
   const Gradients g = new_gradients(p, input, linear_weight, target, input.scalar_type(), mask);

@@ -109,9 +109,14 @@ constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 // Elsewhere ours was measured faster (bf16 without instructions: 4 to 60 times) or there is no measurement.
 constexpr int64_t kLibraryProducts = 1 << 20;
 
-// linear_cross_entropy: bytes that it may take besides inputs and gradients, this much or so many times the last-level
-// cache. A chunk reads and writes all of dW, which at 256 rows takes a tenth of its products' time; a part of the budget
-// is left to the engine's packed operands. Fewer rows than kLeastChunkRows would be all packing.
-constexpr int64_t kMemoryBudget = 64 << 20, kBudgetCaches = 2, kEngineShare = 4, kLeastChunkRows = 16;
+// linear_cross_entropy: bytes that it may take besides inputs and gradients, for each core of the machine (not each
+// thread in use, so that sums over chunks have the same bits with any number), and at most. A chunk reads and writes all
+// of dW, which at 256 rows takes a tenth of its products' time on two cores; more cores multiply faster, but share the
+// memory. A part of the budget is left to the engine's packed operands. Chunks of fewer rows would be all packing.
+constexpr int64_t kCoreBudget = 32 << 20, kMostBudget = 1 << 30, kEngineShare = 16, kLeastChunkRows = 16;
+
+// Gradients of which at most so much is left by filter_eps are multiplied entry by entry. That runs at a twentieth of the
+// dense product's rate, since each entry reads a row of W or X from wherever it lies.
+constexpr double kSparseShare = 0.03;
 
 }  // namespace rf::tuning
