@@ -25,6 +25,7 @@ build: $(VENV)/built
 demo: $(VENV)/built
 	python examples/linear_regression.py
 	python examples/softmax_regression.py
+	python examples/next_token.py
 	@echo "The pictures are in $(CURDIR)/examples/figures:" && ls examples/figures
 
 # The kernels alone first: they need no torch and fail with less around them. pytest's last line closes the output.

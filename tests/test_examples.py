@@ -1,6 +1,7 @@
 """The examples, run as a user runs them, in a short setting."""
 
 import importlib.util
+import math
 import re
 import struct
 import subprocess
@@ -78,6 +79,16 @@ def test_softmax_regression_on_fashion_mnist(tmp_path, options):
     *_, stock_accuracy, our_accuracy = last_epoch(output)
     assert our_accuracy == pytest.approx(stock_accuracy, abs=0.01)  # rounding may turn a tie
     assert our_accuracy > 0.8
+
+
+@pytest.mark.parametrize("options", [(), ("--tied",)], ids=["free", "tied"])
+def test_next_token(tmp_path, options):
+    small = ("--tokens", 20000, "--vocabulary", 1000, "--batch-size", 64, "--steps", 10, "--chunked-steps", 1)
+    output = train("next_token.py", tmp_path / "figure.png", *small, *options)
+    _, stock, *_, ours = re.findall(r"^│ +10 │.*│$", output, re.MULTILINE)[-1].strip("│").split("│")
+    assert float(ours) == pytest.approx(float(stock), rel=1e-4)
+    assert float(ours) < math.log(1000), "no better than a guess"
+    assert re.search(r"^│ peak resident memory.* \d+ │$", output, re.MULTILINE), output
 
 
 def test_losses_that_differ_are_an_error(tmp_path):
