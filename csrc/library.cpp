@@ -60,8 +60,8 @@ TORCH_LIBRARY(regfast, m) {
         ", ScalarType? loss_dtype) -> Tensor[]");
   // A reduced loss, and its gradients for an upstream gradient of 1, in the accumulator's type.
   m.def("linear_cross_entropy_forward_backward(" RF_LINEAR_CROSS_ENTROPY ", bool argmax, " RF_BUDGET
-        ", float filter_eps, ScalarType? loss_dtype, bool[4] output_mask) -> (Tensor loss, Tensor argmax, Tensor, "
-        "Tensor, Tensor, Tensor)");
+        ", float filter_eps, ScalarType? loss_dtype, bool[3] output_mask) -> (Tensor loss, Tensor argmax, Tensor, "
+        "Tensor, Tensor)");
   m.def("linear_cross_entropy_backward(" RF_CROSS_ENTROPY_GRADS ", " RF_LINEAR_CROSS_ENTROPY ", " RF_BUDGET
         ", float filter_eps, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("composite_linear_cross_entropy(" RF_LINEAR_CROSS_ENTROPY

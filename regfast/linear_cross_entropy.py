@@ -240,10 +240,10 @@ def linear_cross_entropy_plan(
         )
     rows, peak, budget = _C.linear_cross_entropy_plan(N, D, V, _name(dtype), memory_budget)
     chunks = max(1, -(-N // rows))
-    if chunks == 1:
-        reason = f"all logits fit the budget of {budget / 2**20:.0f} MiB"
-    elif peak <= budget:
-        reason = f"as many rows as fit the budget of {budget / 2**20:.0f} MiB, in equal parts"
-    else:
+    if peak > budget:
         reason = f"fewer rows would be all packing; the budget is {budget / 2**20:.1f} MiB"
+    elif chunks == 1:
+        reason = f"all logits fit the budget of {budget / 2**20:.1f} MiB"
+    else:
+        reason = f"as many rows as fit the budget of {budget / 2**20:.1f} MiB, in equal parts"
     return Plan(rows, chunks, peak, 6 * N * V * D, "logits, loss and gradients chunk by chunk", reason)

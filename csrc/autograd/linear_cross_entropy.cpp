@@ -30,10 +30,9 @@ using ScalarTypes = std::optional<at::ScalarType>;
 using Budget = std::optional<int64_t>;
 using CompositeSignature = std::vector<Tensor>(RF_OPERANDS, RF_LOSS_OPTIONS, int64_t, ScalarTypes);
 using ForwardSignature = std::vector<Tensor>(RF_OPERANDS, RF_LOSS_OPTIONS, int64_t, Budget, ScalarTypes);
-using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>(RF_OPERANDS,
-                                                                                            RF_LOSS_OPTIONS, bool,
-                                                                                            Budget, double, ScalarTypes,
-                                                                                            std::array<bool, 4>);
+using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(RF_OPERANDS, RF_LOSS_OPTIONS, bool,
+                                                                                    Budget, double, ScalarTypes,
+                                                                                    std::array<bool, 3>);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const OptionalTensor&, const OptionalTensor&,
                                                                      const OptionalTensor&, const OptionalTensor&,
                                                                      RF_OPERANDS, RF_LOSS_OPTIONS, Budget, double,
@@ -56,9 +55,10 @@ std::vector<Tensor> forward(const Operands& t, const Options& o) {
 
 OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-bool is_number_alone(const Options& o) {
+// Whether forward computes the gradients: of a number alone, and none of the size of the logits, which a target's is.
+bool grads_in_forward(const Tensor& target, const Options& o) {
   return (o.outputs & kOutputLoss) && !(o.outputs & ~(kOutputLoss | kOutputArgmax)) &&
-         o.reduction != at::Reduction::None;
+         o.reduction != at::Reduction::None && !target.requires_grad();
 }
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
@@ -67,17 +67,16 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const Tensor& b = value_or_undefined(bias);
     auto& d = ctx->saved_data;
     std::vector<Tensor> results;
-    if (is_number_alone(o)) {
+    if (grads_in_forward(target, o)) {
       at::AutoDispatchBelowADInplaceOrView below;
       static const auto op = find_op<ForwardBackwardSignature>("regfast::linear_cross_entropy_forward_backward");
-      const std::array<bool, 4> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad(),
-                                        target.requires_grad()};
-      auto [loss, argmax, dx, dw, db, dt] =
+      const std::array<bool, 3> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad()};
+      auto [loss, argmax, dx, dw, db] =
           op.call(x, w, target, bias, weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss, o.softcap,
                   o.logit_scale, o.outputs & kOutputArgmax, o.memory_budget, o.filter_eps, o.loss_dtype, mask);
       results.push_back(loss);
       if (o.outputs & kOutputArgmax) results.push_back(argmax);
-      d["grads"] = std::vector<Tensor>{dx, dw, db, dt};
+      d["grads"] = std::vector<Tensor>{dx, dw, db};
     } else {
       results = rf::forward({x, w, target, bias, weight}, o);
     }
@@ -124,7 +123,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     }
     const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       b.defined() && ctx->needs_input_grad(3), ctx->needs_input_grad(2)};
-    const Tensor* inputs[] = {&x, &w, &b, &target};
+    const Tensor* inputs[] = {&x, &w, &b};
     const int places[] = {0, 1, 3, 2};
     if (const auto written = d.find("grads"); written != d.end()) {
       const auto grads = written->second.toTensorVector();
@@ -132,7 +131,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       // They are given away, so a second backward through a retained graph computes its own. A tracer keeps them.
       if (!traced) d.erase(written);
       const bool one = !traced && upstream[0].is_cpu() && upstream[0].item<double>() == 1;
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 3; ++i) {
         if (!mask[i]) continue;
         Tensor g = grads[i];
         if (!one) g = traced ? g * upstream[0] : g.mul_(upstream[0]);
@@ -171,7 +170,8 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
   const bool probabilities = at::isFloatingType(target.scalar_type());
   const bool promotes = probabilities && has_kernel(x.scalar_type()) && target.scalar_type() != x.scalar_type() &&
                         target.scalar_type() != acc_type(x.scalar_type());
-  if (promotes || (c.defined() && c.requires_grad()) || takes_composite({&x, &w, &target, &b, &c}))
+  const bool has_own = x.is_cpu() || x.is_meta();
+  if (promotes || (c.defined() && c.requires_grad()) || !has_own || takes_composite({&x, &w, &target, &b, &c}))
     return composite({x, w, target, bias, weight}, o);
   if (any_requires_grad({&x, &w, &target, &b}))
     return LinearCrossEntropyFunction::apply(x, w, target, bias, weight, o);
@@ -237,7 +237,7 @@ std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor&
   return results;
 }
 
-// Gradients in a type of their own, or in that of what they belong to.
+// Gradients in a type of their own (but target's), or in that of what they belong to.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_meta(const Tensor& x, const Tensor& w, const Tensor& target,
                                                           std::array<bool, 4> mask,
                                                           std::optional<at::ScalarType> type) {
@@ -250,18 +250,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_meta(const Tensor& x, const
           like(mask[3], target.sym_sizes(), target, false)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
     const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&, const OptionalTensor&, int64_t,
     int64_t, double, double, std::optional<double>, std::optional<double>, bool argmax, std::optional<int64_t>, double,
-    std::optional<at::ScalarType> loss_dtype, std::array<bool, 4> mask) {
-  auto [dx, dw, db, dt] = gradients_meta(x, w, target, mask, acc_type(x.scalar_type()));
+    std::optional<at::ScalarType> loss_dtype, std::array<bool, 3> mask) {
+  auto [dx, dw, db, none] =
+      gradients_meta(x, w, target, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
   const auto classes = x.options().dtype(at::kLong);
   return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))),
           argmax ? at::empty_symint(loss_shape(x, w), classes) : at::empty({0}, classes),
           dx,
           dw,
-          db,
-          dt};
+          db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(

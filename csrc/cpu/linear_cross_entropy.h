@@ -19,6 +19,6 @@ int64_t peak_bytes(const LinearCrossEntropySize& size);
 // Entries that are multiplied one by one if a chunk has no more of them (kSparseShare): then that is faster.
 int64_t most_sparse_entries(int64_t rows, int64_t outputs);
 // The least budget whose chunks have so many rows.
-int64_t budget_for_chunk(LinearCrossEntropySize size, int64_t rows);
+int64_t budget_for_chunk(const LinearCrossEntropySize& size, int64_t rows);
 
 }  // namespace rf

@@ -33,7 +33,7 @@ struct Problem {
   Tensor x, w;              // N x D, and classes * positions x D
   Tensor bias, class_weight;  // acc
   Tensor classes_of_rows;   // int64, positions for each row that takes part
-  Tensor probabilities;     // N x classes (x positions), any strides
+  Tensor probabilities;     // N x classes (x positions), as row_layout can walk it
   std::vector<int64_t> list;  // rows that take part, where some have no loss at all
   bool listed = false;
   int64_t rows, features, classes, positions, outputs;  // rows: of those that take part
@@ -75,7 +75,7 @@ Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Ten
   a.logit_scale = o.logit_scale.value_or(1.0);
 
   if (at::isFloatingType(target.scalar_type())) {
-    p.probabilities = input.dim() == 1 ? target.unsqueeze(0) : target;
+    p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
     p.denominator = (double)(p.rows * p.positions);
     return p;
   }
@@ -379,15 +379,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> shaped(const Gradients& g, const Tens
           finished(g.target, target, target.sizes())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
     const OptionalTensor& weight, int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
     std::optional<double> softcap, std::optional<double> logit_scale, bool argmax_too,
     std::optional<int64_t> memory_budget, double filter_eps, std::optional<at::ScalarType> loss_dtype,
-    std::array<bool, 4> mask) {
+    std::array<bool, 3> mask) {
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
   const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o, argmax_too);
-  const Gradients g = new_gradients(p, input, linear_weight, target, p.acc, mask);
+  const Gradients g = new_gradients(p, input, linear_weight, target, p.acc, {mask[0], mask[1], mask[2], false});
   Upstream up;
   up.loss = at::ones({1}, input.options().dtype(p.acc));
   up.scale = reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
@@ -395,14 +395,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
   CrossEntropyOutputs out = {};
   if (argmax_too) out.argmax = argmax.mutable_data_ptr<int64_t>();
   const CrossEntropyPartial sums = over_chunks(p, o, out, Tensor(), &up, g);
-  auto [dx, dw, db, dt] = shaped(g, input, linear_weight, target, false);
+  auto [dx, dw, db, none] = shaped(g, input, linear_weight, target, false);
   return {number(reduction == at::Reduction::Mean ? sums.loss / p.denominator : sums.loss,
                  result_type(input, target, loss_dtype)),
           argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax,
           dx,
           dw,
-          db,
-          dt};
+          db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(

@@ -79,6 +79,7 @@ Counts run_tests() {
                      {"cross_entropy edges", test::test_cross_entropy_edges},
                      {"activations", test::test_activations},
                      {"squared_error", test::test_squared_error},
+                     {"sparse", test::test_sparse},
                      {"packing", test::test_packing},
                      {"gemm", test::test_gemm}};
   test::quick = std::getenv("QUICK") != nullptr;
