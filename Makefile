@@ -30,7 +30,7 @@ demo: $(VENV)/built
 
 # The kernels alone first: they need no torch and fail with less around them. pytest's last line closes the output.
 test: kernels cuda_on_host $(VENV)/built
-	pytest
+	pytest --numprocesses=$(JOBS) --dist=worksteal
 
 kernels:
 	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync test
@@ -77,7 +77,7 @@ cuda:
 	rm -rf build/cuda && mkdir -p build/cuda && cp -r tests examples pyproject.toml build/cuda
 	rm -rf build/cuda/tests/*/build
 	cd build/cuda && $(CUDA_BIN)/python -P -c 'import regfast; info = regfast.build_info(); print(info); assert info["cuda"]'
-	cd build/cuda && $(CUDA_BIN)/pytest -q -m "not slow"
+	cd build/cuda && $(CUDA_BIN)/pytest -q -m "not slow" --numprocesses=$(JOBS) --dist=worksteal
 
 # On a machine with an NVIDIA GPU, by the python3 that has torch, without network: builds, proves and measures.
 gpu: export PATH := $(subst $(BIN):,,$(PATH))

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -42,31 +42,32 @@ class Case:
     formula: str = ""
     compile: bool = False
     label: str = ""
+    tf32: bool = False
 
     @property
     def name(self) -> str:
         shape = " x ".join(map(str, self.shape))
-        dtype = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(self.dtype).removeprefix("torch.")]
-        return " ".join(filter(None, [self.op, self.label, shape, dtype, self.mode.replace("_", "+")]))
+        return " ".join(filter(None, [self.op, self.label, shape, self.arithmetic, self.mode.replace("_", "+")]))
+
+    @property
+    def arithmetic(self) -> str:
+        return "tf32" if self.tf32 else {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
 
 
-@dataclass
 class Clock:
-    """Times calls one at a time: an empty L2 cache, then an event, the call, an event."""
+    """Times calls one at a time: an L2 cache of other data, then an event, the call, an event."""
 
-    flush: torch.Tensor = field(init=False)
-
-    def __post_init__(self):
+    def __init__(self):
         size = torch.cuda.get_device_properties(0).L2_cache_size
-        self.flush = torch.empty(max(2 * size, 64 << 20) // 4, dtype=torch.float32, device="cuda")
+        self.other = torch.zeros(max(4 * size, 64 << 20) // 4, dtype=torch.float32, device="cuda")
 
     def once(self, prepare: Callable[[], Callable]) -> float:
         """Seconds of what prepare() returns."""
         call = prepare()
-        self.flush.zero_()
+        self.other.sum()  # read and not written: what the cache has still to write would be on the clock
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # The host runs ahead meanwhile, so that the device does not wait between the events for what it is to do.
-        torch.cuda._sleep(400_000)
+        # Half a millisecond and more, in which the host runs ahead: the device is not to wait between the events.
+        torch.cuda._sleep(1_000_000)
         start.record()
         result = call()
         end.record()
@@ -74,7 +75,7 @@ class Clock:
         del result
         return start.elapsed_time(end) / 1e3
 
-    def interleaved(self, calls: dict[str, Callable], rounds: int = 15, seconds: float = 1.5) -> dict[str, list[float]]:
+    def interleaved(self, calls: dict[str, Callable], rounds: int = 25, seconds: float = 1.5) -> dict[str, list[float]]:
         """Samples of all calls in turn, in rotating order; three rounds at least, more while there is time."""
         for prepare in calls.values():  # loads, compiles, allocates
             self.once(prepare)
@@ -101,8 +102,7 @@ def preparation(fn: Callable, tensors: list[torch.Tensor], mode: str) -> Callabl
             leaf.grad = None
 
     # A loss has its usual implicit gradient of 1; other outputs a random one.
-    with torch.no_grad():
-        out = fn(*tensors)
+    out = fn(*tensors)
     upstream = None if out.dim() == 0 else torch.randn_like(out)
     del out
 
@@ -146,13 +146,12 @@ def ceilings(clock: Clock) -> dict[str, float]:
 # Peers, each where it is installed: from the name of a package and of a function in it to one that is called as ours.
 PEERS = {
     "cross_entropy": {
-        # Liger writes its gradient over the logits.
-        "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy", lambda f: lambda x, t: f(x, t)),
+        "liger": ("liger_kernel.transformers.functional", "liger_cross_entropy", lambda f: f),
         "quack": ("quack.cross_entropy", "cross_entropy", lambda f: lambda x, t: f(x, t, reduction="mean")),
     },
     "softmax": {"quack": ("quack.softmax", "softmax", lambda f: f)},
     "linear_cross_entropy": {
-        "cce": ("cut_cross_entropy", "linear_cross_entropy", lambda f: lambda x, w, t: f(x, w, t)),
+        "cce": ("cut_cross_entropy", "linear_cross_entropy", lambda f: f),
     },
 }
 
@@ -171,7 +170,7 @@ def row_cases() -> list[Case]:
     """Cross-entropy and the softmax family: logits of 0.5 GiB, from the shortest rows to the longest."""
     cases, others = [], {op: peers(op) for op in ("cross_entropy", "softmax")}
     for dtype in (torch.bfloat16, torch.float32):
-        size = torch.empty((), dtype=dtype).element_size()
+        size = dtype.itemsize
         for v in (1024, 4096, 32768, 131072, 262144):
             n = GIB // 2 // size // v
 
@@ -228,9 +227,11 @@ def row_cases() -> list[Case]:
 
 def linear_cases() -> list[Case]:
     cases = []
-    for dtype, shapes in (
-        (torch.bfloat16, [(4096, 4096, 4096), (8192, 8192, 8192), (256, 784, 10), (4096, 1003, 2051)]),
-        (torch.float32, [(4096, 4096, 4096), (256, 784, 10)]),
+    squares, odd = [(4096, 4096, 4096), (8192, 8192, 8192)], [(256, 784, 10), (4096, 1003, 2051)]
+    for dtype, tf32, shapes in (
+        (torch.bfloat16, False, squares + odd),
+        (torch.float32, True, squares[:1] + odd),
+        (torch.float32, False, squares[:1] + odd),
     ):
         for n, d, v in shapes:
 
@@ -244,12 +245,11 @@ def linear_cases() -> list[Case]:
                 "regfast": lambda x, w, b: regfast.linear(x, w, b, activation="gelu"),
                 "eager": lambda x, w, b: F.gelu(F.linear(x, w, b)),
             }
-            flops, square = 2 * n * d * v, n == d == v
-            size = torch.empty((), dtype=dtype).element_size()
-            bytes_ = (n * d + v * d + n * v) * size
+            flops, moved = 2 * n * d * v, (n * d + v * d + n * v) * dtype.itemsize
+            options = {"compile": n == d == v, "label": "gelu", "tf32": tf32}
             cases += [
-                Case("linear", "fwd", dtype, (n, d, v), make, fns, bytes_, flops, "2NDV", square, "gelu"),
-                Case("linear", "fwd_bwd", dtype, (n, d, v), leaves, fns, 3 * bytes_, 3 * flops, "6NDV", square, "gelu"),
+                Case("linear", "fwd", dtype, (n, d, v), make, fns, moved, flops, "2NDV", **options),
+                Case("linear", "fwd_bwd", dtype, (n, d, v), leaves, fns, 3 * moved, 3 * flops, "6NDV", **options),
             ]
     n, d, v = 8192, 2048, 32768
 
@@ -271,6 +271,7 @@ def linear_cases() -> list[Case]:
 def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
     """The case's times, its ratios to the others within each round, and its share of the ceiling."""
     torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = case.tf32
     tensors = case.make()
     fns = dict(case.contestants)
     if case.compile:
@@ -279,7 +280,7 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
     calls, failures = {}, {}
     for name, fn in fns.items():
         try:
-            # Who writes over the logits gets logits of its own.
+            # Liger writes its gradient over the logits, so it gets logits of its own.
             own = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors] if name == "liger" else tensors
             prepare = preparation(fn, own, case.mode)
             clock.once(prepare)
@@ -288,6 +289,7 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
             if name == "regfast":
                 raise
             failures[name] = f"{type(error).__name__}: {str(error)[:200]}"
+            print(f"  {case.name}: {name} does not take part: {failures[name]}", flush=True)
     samples = clock.interleaved(calls)
     median = {name: statistics.median(values) for name, values in samples.items()}
     mine = samples["regfast"]
@@ -299,8 +301,7 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
     rate = "read_gb_s" if case.mode == "fwd" and case.op == "cross_entropy" else "copy_gb_s"
     bounds = {rate: case.bytes / limits[rate] / 1e9}
     if case.flops:
-        kind = "bf16" if case.dtype == torch.bfloat16 else "fp32"
-        bounds[f"gemm_{kind}"] = case.flops / limits[f"gemm_{kind}_tflop_s"] / 1e12
+        bounds[f"gemm_{case.arithmetic}"] = case.flops / limits[f"gemm_{case.arithmetic}_tflop_s"] / 1e12
     bound = max(bounds, key=bounds.get)
     return {
         "name": case.name,
@@ -312,7 +313,7 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
         "ratio": ratio,
         "bound": bound,
         "share": bounds[bound] / median["regfast"],
-        "gemm": os.environ.get("REGFAST_CUDA_GEMM", "auto") if case.op == "linear" else "",
+        "gemm": os.environ.get("REGFAST_CUDA_GEMM", "auto") if case.flops else "",
         "failures": failures,
     }
 
@@ -323,8 +324,13 @@ def main() -> int:
     parser.add_argument("out")
     parser.add_argument("--seconds", type=float, default=math.inf, help="cases that would begin later are left out")
     args = parser.parse_args()
+    os.environ["REGFAST_CUDA_KERNELS"] = "1"
+    if not regfast.build_info()["cuda"]:
+        print("gpu_cases: regfast was built without CUDA kernels")
+        return 2
     begin, clock, failed = time.perf_counter(), Clock(), 0
     limits = ceilings(clock)
+    print("  " + ", ".join(f"{name} {value:.4g}" for name, value in limits.items()), flush=True)
     with open(args.out, "w", buffering=1) as out:
         out.write(json.dumps({"ceilings": limits}) + "\n")
         for case in row_cases() if args.what == "rows" else linear_cases():
@@ -336,11 +342,12 @@ def main() -> int:
                 result = measure(case, clock, limits)
                 out.write(json.dumps(result) + "\n")
                 print(f"  {case.name}: {result['share']:.0%} of {result['bound']}", flush=True)
+                torch.cuda.empty_cache()
             except Exception:
                 failed += 1
                 print(f"  {case.name}: FAILED", flush=True)
                 traceback.print_exc()
-            torch.cuda.empty_cache()
+    print(f"{failed} cases failed or were left out" if failed else "all measured")
     return 1 if failed else 0
 
 

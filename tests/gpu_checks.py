@@ -14,10 +14,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from gpu_compare import classes_of, compare, layouts, spiky
 from torch import Tensor
 
 import regfast
@@ -25,78 +25,19 @@ from regfast import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 FLOATING = ("loss", "lse", "entropy", "logprob")
-ACTIVATIONS = tuple(reference.ACTIVATIONS)
+LARGE = (2**16 + 5, 2**15 + 1)  # of which the product is more than 2**31
 
 
 class Skip(Exception):
     """Why a check has nothing to do on this machine."""
 
 
-def assert_as_good(ours: Tensor, theirs: Tensor, exact: Tensor, what: str) -> None:
-    """The tests' contract (twice PyTorch's error, plus an epsilon), twice over, since one tensor may be unlucky."""
-    assert ours.dtype == theirs.dtype and ours.shape == theirs.shape and ours.device == theirs.device, what
-    if not ours.is_floating_point():
-        assert torch.equal(ours, theirs), what
-        return
-    rounded = exact.to(ours.dtype)
-    finite = rounded.isfinite()
-    same = torch.where(rounded.isnan(), ours.isnan(), ours == rounded)
-    assert same[~finite].all(), f"{what}: infinities or NaNs where there should be others"
-    if not finite.any():
-        return
-    info = torch.finfo(ours.dtype)
-    size = exact[finite].abs().max().clamp(min=info.smallest_normal)
-    error = (ours.double() - exact)[finite].abs().max()
-    theirs_error = (theirs.double() - exact)[finite].abs().max()
-    allowed = 4 * theirs_error + (64 if ours.dtype == torch.float64 else 4) * info.eps * size
-    assert error <= allowed, f"{what}: error {error:.3g}, PyTorch's {theirs_error:.3g}, allowed {allowed:.3g}"
-
-
-def evaluate(fn: Callable, tensors: list[Tensor | None], grads: list[Tensor] | None, dtype: torch.dtype | None):
-    leaves = []
-    for t in tensors:
-        leaf = t
-        if t is not None and t.is_floating_point():
-            leaf = (t.detach() if dtype is None else t.detach().to(dtype)).requires_grad_(t.requires_grad)
-        leaves.append(leaf)
-    outputs = fn(*leaves)
-    outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    if grads is None:  # not ones, and not one number for all: backward passes treat those specially
-        grads = [torch.randn(o.shape, device=o.device) for o in outputs]
-    wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
-    roots = [(o, g.to(o.dtype)) for o, g in zip(outputs, grads, strict=True) if o.requires_grad]
-    results = []
-    if wanted and roots:
-        results = torch.autograd.grad([r[0] for r in roots], wanted, [r[1] for r in roots], materialize_grads=True)
-    return [o.detach() for o in outputs], list(results), grads
-
-
-def compare(ours: Callable, theirs: Callable, *tensors: Tensor | None, what: str, grads=None) -> None:
-    """Values and gradients of `ours` against those of `theirs`, in the tensors' dtype and in float64."""
-    out, grad, grads = evaluate(ours, list(tensors), grads, None)
-    their_out, their_grad, _ = evaluate(theirs, list(tensors), grads, None)
-    true_out, true_grad, _ = evaluate(theirs, list(tensors), grads, torch.float64)
-    for i, (a, b, c) in enumerate(zip(out + grad, their_out + their_grad, true_out + true_grad, strict=True)):
-        name = f"output {i}" if i < len(out) else f"gradient {i - len(out)}"
-        assert_as_good(a, b, c, f"{what}: {name}")
-
-
-def spiky(*shape: int, dtype=torch.float32, device="cuda") -> Tensor:
-    """Normal values of which one in ten is large: flat logits make every probability 1/V and hide errors."""
-    values = torch.randn(shape, device=device)
-    return (values + 4 * (torch.rand(shape, device=device) < 0.1) * torch.randn(shape, device=device)).to(dtype)
-
-
-def classes_of(shape: tuple[int, ...], classes: int, ignored: float = 0.2, device="cuda") -> Tensor:
-    target = torch.randint(classes, shape, device=device)
-    return torch.where(torch.rand(shape, device=device) < ignored, -100, target)
-
-
-def layouts(x: Tensor) -> dict[str, Tensor]:
-    """The same values aligned, at an odd address, with gaps between rows, and with rows adjacent."""
-    odd = x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
-    gaps = x.new_empty(*x.shape[:-1], x.shape[-1] + 3)[..., 1:-2].copy_(x)
-    return {"aligned": x, "odd": odd, "gaps": gaps, "transposed": x.transpose(0, -1).contiguous().transpose(0, -1)}
+def need_memory(small: bool, size: int) -> None:
+    if small:
+        raise Skip("not small")
+    size += 2 << 30  # for what PyTorch allocates on the way
+    if torch.cuda.mem_get_info()[0] < size:
+        raise Skip(f"{size / 2**30:.0f} GiB of memory are not free")
 
 
 # ---- checks: each takes `small` ------------------------------------------------------------------------------------
@@ -112,7 +53,7 @@ def check_softmax(small: bool) -> None:
             for ours, theirs in (
                 (regfast.softmax, torch.softmax),
                 (regfast.log_softmax, torch.log_softmax),
-                (regfast.logsumexp, lambda x, dim: torch.logsumexp(x, dim)),
+                (regfast.logsumexp, torch.logsumexp),
             ):
                 compare(
                     lambda x, f=ours: f(x, -1),
@@ -158,7 +99,7 @@ def check_cross_entropy_options(small: bool) -> None:
                     ),
                     x,
                     t,
-                    what=f"cross_entropy {shape} {dtype} {outputs} weights={use_weight is not None}",
+                    what=f"cross_entropy {shape} {dtype} {outputs} weights={use_weight is not None} target={t.dtype}",
                 )
         argmax = regfast.cross_entropy(x, target, outputs="argmax")
         assert torch.equal(argmax, x.argmax(1)), f"argmax {shape} {dtype}"
@@ -177,19 +118,42 @@ def check_backward_again(small: bool) -> None:
 
 
 def check_linear(small: bool) -> None:
-    shapes = [(17, 30, 10), (130, 65, 131)]
+    shapes = [(17, 30, 10), (130, 65, 131), (128, 128, 256)]
     shapes += [] if small else [(256, 784, 10), (1, 1024, 1024), (1000, 1003, 517), (2048, 4096, 1024)]
-    activations = ("none", "gelu") if small else ACTIVATIONS
-    for dtype, (n, d, v), activation in itertools.product(DTYPES[: 2 if small else 4], shapes, activations):
+    formats = [(dtype, False) for dtype in DTYPES] + [(torch.float32, True)]
+    if small:
+        formats = [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+    for (dtype, tf32), (n, d, v) in itertools.product(formats, shapes):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         x, w, b = (spiky(*s, dtype=dtype).mul(d**-0.25).requires_grad_() for s in ((n, d), (v, d), (v,)))
-        compare(
-            lambda x, w, b, a=activation: regfast.linear(x, w, b, activation=a),
-            lambda x, w, b, a=activation: reference.linear(x, w, b, activation=a),
-            x,
-            w,
-            b,
-            what=f"linear {(n, d, v)} {dtype} {activation}",
-        )
+        for activation in ("none", "gelu") if small else reference.ACTIVATIONS:
+            compare(
+                lambda x, w, b, a=activation: regfast.linear(x, w, b, activation=a),
+                lambda x, w, b, a=activation: reference.linear(x, w, b, activation=a),
+                x,
+                w,
+                b,
+                what=f"linear {(n, d, v)} {dtype} {activation}" + (" in tf32" if tf32 else ""),
+                eps=2**-10 if tf32 else None,
+            )
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def check_linear_large(small: bool) -> None:
+    """Outputs and gradients of more than 2**31 elements."""
+    n, v = LARGE
+    need_memory(small, 4 * n * v * 2)
+    x, w, b = (spiky(*s, dtype=torch.bfloat16).mul(64**-0.25) for s in ((n, 64), (v, 64), (v,)))
+    picked = [0, 1, n // 2, n - 2, n - 1]
+    y = regfast.linear(x, w.requires_grad_(), b, activation="gelu")
+    upstream = torch.zeros_like(y)
+    upstream[picked] = torch.randn(len(picked), v, device="cuda", dtype=torch.bfloat16)
+    (grad,) = torch.autograd.grad(y, w, upstream)
+    exact = w.detach().float().requires_grad_()
+    true = F.gelu(F.linear(x[picked].float(), exact, b.float()))
+    (true_grad,) = torch.autograd.grad(true, exact, upstream[picked].float())
+    torch.testing.assert_close(y.detach()[picked].float(), true.detach(), rtol=2**-6, atol=0.02)
+    torch.testing.assert_close(grad.float(), true_grad, rtol=2**-6, atol=0.02 * true_grad.abs().max().item())
 
 
 def check_mse_loss(small: bool) -> None:
@@ -299,12 +263,8 @@ def check_devices(small: bool) -> None:
 
 def check_large(small: bool) -> None:
     """More than 2**31 elements, and strides beyond: every product of sizes has 64 bits."""
-    if small:
-        raise Skip("not small")
-    n, c = 2**16 + 5, 2**15 + 1
-    need = 3 * n * c * 2 + (2 << 30)
-    if torch.cuda.mem_get_info()[0] < need:
-        raise Skip(f"{need >> 30} GiB of memory are not free")
+    n, c = LARGE
+    need_memory(small, 3 * n * c * 2)
     x = torch.empty(n, c, dtype=torch.bfloat16, device="cuda").normal_().requires_grad_()
     target = classes_of((n,), c, 0.1)
     picked = [0, 1, n // 2, n - 2, n - 1]
@@ -324,21 +284,24 @@ def check_large(small: bool) -> None:
     y = regfast.softmax(x.detach(), -1)
     torch.testing.assert_close(y[picked].float(), rows.detach().float().softmax(-1), rtol=2**-6, atol=1e-7)
     del y
-    wide = x.detach().as_strided((3, 20), (2**30 + 8, 1))
+    wide = x.detach().as_strided((3, 20), ((n * c - 20) // 2, 1))
     torch.testing.assert_close(regfast.softmax(wide, 0), torch.softmax(wide, 0))
     torch.testing.assert_close(regfast.softmax(wide, 1), torch.softmax(wide, 1))
 
 
+# Ends without tearing down what the assertion has left unusable.
 BAD_CLASS = """
-import sys, torch, regfast
+import os, sys, torch, regfast
 x = torch.randn(4, {classes}, device="cuda", requires_grad=True)
 target = torch.tensor([0, {bad}, 1, -100], device="cuda")
 try:
     regfast.cross_entropy(x, target).backward()
     torch.cuda.synchronize()
+    said = "no error"
 except RuntimeError as error:
-    sys.exit(0 if "device-side assert" in str(error) else f"another error: {{error}}")
-sys.exit("no error")
+    said = str(error)
+print(said, file=sys.stderr, flush=True)
+os._exit(0 if "device-side assert" in said else 1)
 """
 
 
@@ -363,7 +326,17 @@ def enabled() -> str:
         return "regfast was built without CUDA kernels"
     if os.environ.get("REGFAST_CUDA_KERNELS") != "1":
         return "REGFAST_CUDA_KERNELS=1 is not set"
-    return ""
+    name = regfast.softmax(torch.zeros(1, 2, device="cuda", requires_grad=True)).grad_fn.name()
+    return "" if "rf::" in name else f"the kernels are on, but softmax was recorded as {name}"
+
+
+def lost() -> bool:
+    """Whether the device has failed in a way that this process cannot recover from."""
+    try:
+        torch.cuda.synchronize()
+        return False
+    except RuntimeError:
+        return True
 
 
 def main() -> int:
@@ -374,25 +347,29 @@ def main() -> int:
     if reason := enabled():
         print(f"gpu_checks: {reason}")
         return 2
-    failed = 0
-    for name, check in CHECKS.items():
-        if args.names and not any(part in name for part in args.names):
-            continue
+    names = [name for name in CHECKS if not args.names or any(part in name for part in args.names)]
+    failed = []
+    for i, name in enumerate(names):
         torch.manual_seed(0)
         start = time.perf_counter()
         try:
-            check(args.small)
+            CHECKS[name](args.small)
             torch.cuda.synchronize()
+            torch.cuda.empty_cache()
             verdict = "ok"
         except Skip as skip:
             verdict = f"skipped: {skip}"
         except Exception:
-            failed += 1
+            failed.append(name)
             verdict = "FAILED"
             traceback.print_exc()
-        torch.cuda.empty_cache()
         print(f"  {name:24} {verdict} ({time.perf_counter() - start:.1f} s)", flush=True)
-    print(f"{failed} failed" if failed else "all passed")
+        if verdict == "FAILED" and names[i + 1 :] and lost():
+            rest = [sys.executable, __file__, *names[i + 1 :], *(["--small"] if args.small else [])]
+            if subprocess.run(rest).returncode:
+                failed.append("some after it")
+            break
+    print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return 1 if failed else 0
 
 

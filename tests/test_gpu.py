@@ -3,7 +3,8 @@
 import gpu_checks
 import pytest
 
-pytestmark = pytest.mark.skipif(bool(gpu_checks.enabled()), reason=gpu_checks.enabled() or "runs")
+REASON = gpu_checks.enabled()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
 @pytest.mark.parametrize("name", gpu_checks.CHECKS)

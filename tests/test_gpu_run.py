@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -38,20 +39,29 @@ def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def test_parts_do_not_stop_each_other(gpu):
-    run = gpu.Run({"GREETING": "hello"})
+def read(path):
+    return json.loads(path.read_text())
+
+
+def test_parts_do_not_stop_each_other(gpu, tmp_path):
+    run = gpu.Run({"gpu": "none"}, tmp_path / "new" / "none.json", {"GREETING": "hello"})
     run.part("good", python("import os; print(os.environ['GREETING'], os.environ['OTHER'])"), 30, OTHER="you")
+    assert [part["detail"] for part in read(run.path)["parts"]] == ["hello you"]
     run.part("bad", python("raise ValueError('no such kernel')"), 30)
-    run.part("hangs", python("import time; time.sleep(60)"), 1)
+    run.part("hangs", python("print('begun', flush=True); import time; time.sleep(60)"), 1)
     run.part("absent", ["no-such-program-anywhere"], 30)
     run.part("late", python("print('never')"), 30, gpu.SECONDS)
     assert [part.ok for part in run.parts] == [True, False, False, False, False]
     details = [part.detail for part in run.parts]
     assert details[:3] == ["hello you", "ValueError: no such kernel", "stopped after 1 s"]
     assert "no-such-program" in details[3] and details[4] == "not run: the time is over"
+    parts = read(run.path)["parts"]
+    assert [part["detail"] for part in parts] == details
+    assert "log" not in parts[0] and "Traceback" in parts[1]["log"] and parts[2]["log"] == "begun"
+    assert read(run.path)["passed"] is False
 
 
-@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("failing", [None, "build", "checks"])
 def test_whole_run(gpu, tmp_path, monkeypatch, capsys, failing):
     """With a pretended GPU and parts that are not run, but whose results stand in their files."""
     properties = SimpleNamespace(
@@ -69,23 +79,28 @@ def test_whole_run(gpu, tmp_path, monkeypatch, capsys, failing):
 
     def part(self, name, command, limit, keep=0, **environment):
         seen.append((name, environment, self.environment))
-        self.parts.append(gpu.Part(name, not (failing and name == "checks"), 1.0, "done"))
+        self.add(gpu.Part(name, name != failing, 1.0, "done"))
         if name == "benchmarks: rows":
             lines = [json.dumps({"ceilings": {"copy_gb_s": 3000.0}}), json.dumps(CASE), '{"name": "cut']
             (gpu.BUILD / "rows_aten.jsonl").write_text("\n".join(lines))
 
     monkeypatch.setattr(gpu.Run, "part", part)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "results")])
-    assert gpu.main() == int(failing)
-    result = json.loads((tmp_path / "results" / "nvidia-h100-80gb.json").read_text())
-    assert result["passed"] is not failing and result["machine"]["architecture"] == 90
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: f"/somewhere/{name}")
+    assert gpu.main() == (0 if failing is None else 1)
+    result = read(tmp_path / "results" / "nvidia-h100-80gb.json")
+    assert result["passed"] is (failing is None) and result["machine"]["architecture"] == 90
+    assert all(e["REGFAST_CUDA_KERNELS"] == "1" and e["REGFAST_CUDA_ARCHS"] == "90a" for *_, e in seen)
+    kernels = {name: environment.get("REGFAST_CUDA_GEMM") for name, environment, _ in seen}
+    if failing == "build":
+        assert list(kernels) == ["build"]
+        return
     assert result["ceilings"] == {"copy_gb_s": 3000.0}
     assert [case["share"] for case in result["cases"]] == [0.8765]
-    names = [name for name, *_ in seen]
-    assert names[0] == "build" and {"checks", "checks of gemm_sm90", "benchmarks: linear, gemm sm80"} <= set(names)
-    assert all(e["REGFAST_CUDA_KERNELS"] == "1" and e["REGFAST_CUDA_ARCHS"] == "90a" for *_, e in seen)
-    output = capsys.readouterr().out
-    assert "88% of copy" in output.splitlines()[-1] or "88% of copy" in output.splitlines()[-2]
+    assert {part["name"] for part in result["parts"]} == set(kernels)
+    assert kernels["checks of gemm_sm90"] == kernels["racecheck of gemm_sm90"] == "sm90"
+    assert kernels["op tests"] == kernels["memcheck"] == kernels["benchmarks: linear, gemm sm80"] == "sm80"
+    assert "88% of copy" in capsys.readouterr().out
 
 
 def test_without_a_gpu(gpu, monkeypatch, capsys):

@@ -44,10 +44,13 @@ SHAPES = [
     (12, 1030, 18),  # skinny outputs, several chains of additions
     (150, 40, 34),  # the input is the longer side: read in place, the weight packed
     (9, 24, 2070),  # the weight is
+    (96, 128, 96),  # nothing ragged
+]
+# Of the CPU's engine alone: tests/cuda_on_host has the sizes that the CUDA kernels tell apart.
+LARGE_SHAPES = [
     (40, 4500, 70),  # two blocks of K in place; its gradients' longer side is packed, in several blocks of K
     (300, 270, 290),  # several tasks to a thread
     (20, 9000, 33),  # few outputs: K in parts
-    (96, 128, 96),  # nothing ragged
 ]
 
 
@@ -70,14 +73,24 @@ def check_linear(x, w, b, activation="none", grads=None, what="", pool=None):
     )
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-def test_values_and_gradients(shape, bias, dtype, device):
+def check_values_and_gradients(shape, bias, dtype, device):
     n, k, v = shape
     x = spiky(n, k, dtype=dtype, device=device).requires_grad_()
     w = spiky(v, k, dtype=dtype, device=device).requires_grad_()
     b = spiky(v, dtype=dtype, device=device).requires_grad_() if bias else None
     check_linear(x, w, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_values_and_gradients(shape, bias, dtype, device):
+    check_values_and_gradients(shape, bias, dtype, device)
+
+
+@pytest.mark.parametrize("shape", LARGE_SHAPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_large_values_and_gradients(shape, bias, dtype):
+    check_values_and_gradients(shape, bias, dtype, "cpu")
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -154,7 +154,8 @@ __device__ __forceinline__ void merge(ColumnSums<T>& into, const ColumnSums<T>& 
 }
 
 template <class T>
-__global__ void __launch_bounds__(tuning::kElementwiseThreads)
+__global__ void __launch_bounds__(tuning::kElementwiseThreads,
+                                  1)  // without the 1 it gets 64 registers, too few for float64
     activation_backward_kernel(ActivationBackward p, int64_t part_rows, acc_t<T>* parts) {
   const int64_t column = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * kWidth<T>;
   const int64_t begin = (int64_t)blockIdx.y * part_rows, end = min(p.rows, begin + part_rows);

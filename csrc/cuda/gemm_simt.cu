@@ -57,8 +57,9 @@ struct Config {
   static constexpr int64_t kSharedBytes = Shape::Stages * kStage * (int64_t)sizeof(T);
 };
 
+// Two blocks to an SM; the compiler for Blackwell needs more than 128 registers for the large tile.
 template <class T, class Shape>
-__global__ void __launch_bounds__(kThreads, 2) gemm_simt(GemmTask task) {
+__global__ void __launch_bounds__(kThreads, ptx::kBlackwell ? 1 : 2) gemm_simt(GemmTask task) {
   using C = Config<T, Shape>;
   constexpr int kRows = Shape::M / kSide, kColumns = Shape::N / kSide, kStages = Shape::Stages, kW = kWidth<T>;
   T* const shared = ptx::dynamic_shared<T>();

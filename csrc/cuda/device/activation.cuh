@@ -88,14 +88,8 @@ __device__ __forceinline__ void with_activation(Activation act, F&& f) {
   switch (act) {
 #define RF_CASE(name)    \
   case Activation::name: \
-    return f(Is<Activation::name>())
-    RF_CASE(none);
-    RF_CASE(relu);
-    RF_CASE(gelu);
-    RF_CASE(gelu_tanh);
-    RF_CASE(silu);
-    RF_CASE(sigmoid);
-    RF_CASE(tanh);
+    return f(Is<Activation::name>());
+    RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
   }
 }

@@ -14,6 +14,13 @@
 
 namespace rf::ptx {
 
+// The architecture that is compiled for; false on the host.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kBlackwell = true;
+#else
+constexpr bool kBlackwell = false;
+#endif
+
 // The block's dynamic shared memory, aligned for any swizzle.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {

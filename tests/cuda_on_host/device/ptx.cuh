@@ -9,6 +9,8 @@
 
 namespace rf::ptx {
 
+constexpr bool kBlackwell = false;
+
 using cuda_on_host::Site;
 
 template <class T>
