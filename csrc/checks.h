@@ -98,17 +98,20 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
                                        double filter_eps) {
   RF_CHECK(TORCH_CHECK, x.dim() == 1 || x.dim() == 2, "linear_cross_entropy", "input", "1 or 2 dimensions", x.dim());
   check_floating("linear_cross_entropy", x);
-  RF_CHECK(TORCH_CHECK, w.dim() >= 2, "linear_cross_entropy", "linear_weight", "2 or more dimensions (classes, ..., in_features)", w.dim());
+  RF_CHECK(TORCH_CHECK, w.dim() >= 2, "linear_cross_entropy", "linear_weight",
+           "2 or more dimensions (classes, ..., in_features)", w.dim());
   RF_CHECK(TORCH_CHECK, x.sym_size(-1) == w.sym_size(-1), "linear_cross_entropy", "linear_weight",
            c10::str("last dimension ", x.sym_size(-1), " as input has it"), w.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.dim() == 2 || w.dim() == 2, "linear_cross_entropy", "input", "2 dimensions for a K-dimensional loss",
-           x.sym_sizes());
-  RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, "linear_cross_entropy", "label_smoothing", "a number from 0 to 1",
-           label_smoothing);
-  RF_CHECK(TORCH_CHECK_VALUE, !softcap || *softcap > 0, "linear_cross_entropy", "softcap", "a positive number or None", *softcap);
+  RF_CHECK(TORCH_CHECK, x.dim() == 2 || w.dim() == 2, "linear_cross_entropy", "input",
+           "2 dimensions for a K-dimensional loss", x.sym_sizes());
+  RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, "linear_cross_entropy", "label_smoothing",
+           "a number from 0 to 1", label_smoothing);
+  RF_CHECK(TORCH_CHECK_VALUE, !softcap || *softcap > 0, "linear_cross_entropy", "softcap", "a positive number or None",
+           *softcap);
   RF_CHECK(TORCH_CHECK_VALUE, !memory_budget || *memory_budget > 0, "linear_cross_entropy", "memory_budget",
            "a positive number of bytes or None", *memory_budget);
-  RF_CHECK(TORCH_CHECK_VALUE, filter_eps >= 0, "linear_cross_entropy", "filter_eps", "a number of at least 0", filter_eps);
+  RF_CHECK(TORCH_CHECK_VALUE, filter_eps >= 0, "linear_cross_entropy", "filter_eps", "a number of at least 0",
+           filter_eps);
   std::vector<c10::SymInt> logits, losses;
   if (x.dim() == 2) logits.push_back(x.sym_size(0));
   losses = logits;
@@ -138,14 +141,14 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
   if (is(t, logits)) {
     RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), "linear_cross_entropy", "target",
              "floating point probabilities, its shape being that of the logits", t.scalar_type());
-    RF_CHECK(TORCH_CHECK, ignore_index < 0, "linear_cross_entropy", "ignore_index", "none with probability targets", ignore_index);
+    RF_CHECK(TORCH_CHECK, ignore_index < 0, "linear_cross_entropy", "ignore_index", "none with probability targets",
+             ignore_index);
     return;
   }
-  RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), "linear_cross_entropy", "target",
-           c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
+  RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), "linear_cross_entropy",
+           "target", c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
   RF_CHECK(TORCH_CHECK, is(t, losses), "linear_cross_entropy", "target",
-           c10::str("shape ", c10::SymIntArrayRef(losses), ", or probabilities of shape ",
-                    c10::SymIntArrayRef(logits)),
+           c10::str("shape ", c10::SymIntArrayRef(losses), ", or probabilities of shape ", c10::SymIntArrayRef(logits)),
            t.sym_sizes());
   RF_CHECK(TORCH_CHECK, t.scalar_type() == at::kLong || t.scalar_type() == at::kByte, "linear_cross_entropy", "target",
            "Long class indices", t.scalar_type());

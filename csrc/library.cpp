@@ -12,9 +12,8 @@
   "int ignore_index, int reduction, float label_smoothing, float z_loss, float? softcap, float? logit_scale"
 #define RF_CROSS_ENTROPY_GRADS "Tensor? grad_loss, Tensor? grad_lse, Tensor? grad_entropy, Tensor? grad_logprob"
 #define RF_CROSS_ENTROPY_SAVED "Tensor target, Tensor? weight, Tensor stats, Tensor weight_sum"
-#define RF_LINEAR_CROSS_ENTROPY                                                                   \
-  "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, " \
-  RF_CROSS_ENTROPY_OPTIONS
+#define RF_LINEAR_CROSS_ENTROPY \
+  "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
 #define RF_BUDGET "int? memory_budget"
 
 TORCH_LIBRARY(regfast, m) {
@@ -64,8 +63,7 @@ TORCH_LIBRARY(regfast, m) {
         "Tensor, Tensor)");
   m.def("linear_cross_entropy_backward(" RF_CROSS_ENTROPY_GRADS ", " RF_LINEAR_CROSS_ENTROPY ", " RF_BUDGET
         ", float filter_eps, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("composite_linear_cross_entropy(" RF_LINEAR_CROSS_ENTROPY
-        ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
+  m.def("composite_linear_cross_entropy(" RF_LINEAR_CROSS_ENTROPY ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
 
   m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def("mse_loss_forward(Tensor input, Tensor target, int reduction) -> Tensor");
@@ -122,12 +120,13 @@ pybind11::dict build_info() {
   return info;
 }
 
-// The plan for a reduced loss of class indices with all gradients: rows of a chunk, the bytes that it takes, the budget.
+// The plan for a reduced loss of class indices with all gradients: rows of a chunk, the bytes that it takes, the
+// budget.
 std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, int64_t features, int64_t classes,
                                                                 const std::string& type,
                                                                 std::optional<int64_t> budget) {
-  const rf::LinearCrossEntropySize size = {dtype_named(type), rows, features, classes, 1, 1,
-                                           budget.value_or(rf::default_memory_budget())};
+  const rf::LinearCrossEntropySize size = {
+      dtype_named(type), rows, features, classes, 1, 1, budget.value_or(rf::default_memory_budget())};
   return {rf::chunk_rows(size), rf::peak_bytes(size), size.memory_budget};
 }
 

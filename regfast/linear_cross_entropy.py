@@ -75,8 +75,9 @@ def linear_cross_entropy(
         IndexError: for a class out of range. ValueError: for batch sizes that differ, an unknown reduction or output.
         RuntimeError: for shapes, dtypes or options that do not fit.
 
-    Saved for backward: the inputs, and for a reduced loss alone (with argmax at most) its gradients, in float32 for half
-    types. Second derivatives, forward mode and ``torch.func`` take plain torch operators, which store the logits.
+    Saved for backward: the inputs, and for a reduced loss alone (with argmax at most, and a target without gradient) its
+    gradients, in float32 for half types. Second derivatives, forward mode and ``torch.func`` take plain torch operators,
+    which store the logits; so do CUDA tensors.
     """
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     if not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -86,8 +87,7 @@ def linear_cross_entropy(
         raise not_a_tensor("linear_cross_entropy", **optional)
     if ignore_index is not None and torch.is_floating_point(target):
         raise RuntimeError(
-            "regfast.linear_cross_entropy: ignore_index: expected None with probability targets, "
-            f"got {ignore_index}"
+            f"regfast.linear_cross_entropy: ignore_index: expected None with probability targets, got {ignore_index}"
         )
     chunk = getattr(options, "batch_chunk_size", None)
     if memory_budget is None and chunk is not None:
@@ -152,8 +152,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             )
         if not 0 <= label_smoothing <= 1:
             raise RuntimeError(
-                "regfast.LinearCrossEntropyLoss: label_smoothing: expected a number from 0 to 1, "
-                f"got {label_smoothing}"
+                f"regfast.LinearCrossEntropyLoss: label_smoothing: expected a number from 0 to 1, got {label_smoothing}"
             )
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
@@ -217,11 +216,11 @@ class Plan:
 def linear_cross_entropy_plan(
     N: int, D: int, V: int, dtype: torch.dtype, device="cpu", *, memory_budget: int | None = None
 ) -> Plan:
-    """What :func:`linear_cross_entropy` does for N rows of D features and V classes (times positions): a reduced loss of
-    class indices, with the gradients of input, linear_weight and linear_bias.
+    """What :func:`linear_cross_entropy` does for N rows of D features and V classes (times positions).
 
-    ``peak_bytes`` counts what is allocated at one time; half types need ``4 * (N + V) * D`` for float32 gradients on top
-    of it until backward rounds them.
+    That is for a reduced loss of class indices, with the gradients of input, linear_weight and linear_bias.
+    ``peak_bytes`` counts what is allocated at one time; half types need ``4 * (N + V) * D`` for float32 gradients on
+    top of it until backward rounds them.
 
     Raises: NotImplementedError for a dtype without kernels, ValueError for a negative size or budget.
     """

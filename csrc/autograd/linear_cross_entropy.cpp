@@ -24,7 +24,7 @@ struct Operands {
   OptionalTensor bias, weight;
 };
 
-#define RF_OPERANDS const Tensor &, const Tensor &, const Tensor &, const OptionalTensor &, const OptionalTensor &
+#define RF_OPERANDS const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&
 #define RF_LOSS_OPTIONS int64_t, int64_t, double, double, std::optional<double>, std::optional<double>
 using ScalarTypes = std::optional<at::ScalarType>;
 using Budget = std::optional<int64_t>;
@@ -145,9 +145,9 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     for (int64_t bit = 0; bit < 4; ++bit)
       if (o.outputs & (int64_t(1) << bit)) up[bit] = optional(upstream[next++]);
     static const auto op = find_op<BackwardSignature>("regfast::linear_cross_entropy_backward");
-    auto [dx, dw, db, dt] = op.call(up[0], up[1], up[2], up[3], x, w, target, optional(b), optional(weight),
-                                    o.ignore_index, o.reduction, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale,
-                                    o.memory_budget, o.filter_eps, mask);
+    auto [dx, dw, db, dt] =
+        op.call(up[0], up[1], up[2], up[3], x, w, target, optional(b), optional(weight), o.ignore_index, o.reduction,
+                o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, o.memory_budget, o.filter_eps, mask);
     const Tensor* grads[] = {&dx, &dw, &db, &dt};
     for (int i = 0; i < 4; ++i)
       if (mask[i]) result[places[i]] = *grads[i];
@@ -173,8 +173,7 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
   const bool has_own = x.is_cpu() || x.is_meta();
   if (promotes || (c.defined() && c.requires_grad()) || !has_own || takes_composite({&x, &w, &target, &b, &c}))
     return composite({x, w, target, bias, weight}, o);
-  if (any_requires_grad({&x, &w, &target, &b}))
-    return LinearCrossEntropyFunction::apply(x, w, target, bias, weight, o);
+  if (any_requires_grad({&x, &w, &target, &b})) return LinearCrossEntropyFunction::apply(x, w, target, bias, weight, o);
   return forward({x, w, target, bias, weight}, o);
 }
 
@@ -254,20 +253,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
     const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&, const OptionalTensor&, int64_t,
     int64_t, double, double, std::optional<double>, std::optional<double>, bool argmax, std::optional<int64_t>, double,
     std::optional<at::ScalarType> loss_dtype, std::array<bool, 3> mask) {
-  auto [dx, dw, db, none] =
-      gradients_meta(x, w, target, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
+  auto [dx, dw, db, none] = gradients_meta(x, w, target, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
   const auto classes = x.options().dtype(at::kLong);
   return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))),
-          argmax ? at::empty_symint(loss_shape(x, w), classes) : at::empty({0}, classes),
-          dx,
-          dw,
-          db};
+          argmax ? at::empty_symint(loss_shape(x, w), classes) : at::empty({0}, classes), dx, dw, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(
-    const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, const Tensor& x,
-    const Tensor& w, const Tensor& target, const OptionalTensor&, const OptionalTensor&, int64_t, int64_t, double,
-    double, std::optional<double>, std::optional<double>, std::optional<int64_t>, double, std::array<bool, 4> mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const OptionalTensor&, const OptionalTensor&,
+                                                         const OptionalTensor&, const OptionalTensor&, const Tensor& x,
+                                                         const Tensor& w, const Tensor& target, const OptionalTensor&,
+                                                         const OptionalTensor&, int64_t, int64_t, double, double,
+                                                         std::optional<double>, std::optional<double>,
+                                                         std::optional<int64_t>, double, std::array<bool, 4> mask) {
   return gradients_meta(x, w, target, mask, std::nullopt);
 }
 

@@ -29,9 +29,9 @@ struct Gemm {
   int64_t m, n, k;
   MatrixView a;  // a(i, k), or a(k, i) where transposed
   bool a_transposed;
-  MatrixView b;         // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
-  bool b_transposed;    // true: rows of memory are B's columns, as in X W^T
-  Epilogue epilogue;    // partial is filled in by gemm()
+  MatrixView b;             // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
+  bool b_transposed;        // true: rows of memory are B's columns, as in X W^T
+  Epilogue epilogue;        // partial is filled in by gemm()
   bool wide_a = false;      // A has the accumulator's type
   bool wide_c = false;      // C, bias and pre-activation have it
   bool accumulate = false;  // the product is added to C, which has the accumulator's type

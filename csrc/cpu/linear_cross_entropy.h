@@ -7,8 +7,8 @@ namespace rf {
 struct LinearCrossEntropySize {
   DType dtype;
   int64_t rows, features, classes, positions;  // positions: of a K-dimensional loss, else 1
-  int64_t panels = 1;      // as large as a chunk's logits: they, and what is widened beside them
-  int64_t memory_budget;  // bytes
+  int64_t panels = 1;                          // as large as a chunk's logits: they, and what is widened beside them
+  int64_t memory_budget;                       // bytes
 };
 // 32 MiB for each core of the machine, 1 GiB at most.
 int64_t default_memory_budget();

@@ -30,10 +30,10 @@ struct Options {
 // A call's tensors as the loop over chunks wants them. A "row" is one of input's; it has `positions` losses, one after
 // another, each over `classes` logits that lie `positions` apart.
 struct Problem {
-  Tensor x, w;              // N x D, and classes * positions x D
+  Tensor x, w;                // N x D, and classes * positions x D
   Tensor bias, class_weight;  // acc
-  Tensor classes_of_rows;   // int64, positions for each row that takes part
-  Tensor probabilities;     // N x classes (x positions), as row_layout can walk it
+  Tensor classes_of_rows;     // int64, positions for each row that takes part
+  Tensor probabilities;       // N x classes (x positions), as row_layout can walk it
   std::vector<int64_t> list;  // rows that take part, where some have no loss at all
   bool listed = false;
   int64_t rows, features, classes, positions, outputs;  // rows: of those that take part
@@ -118,8 +118,8 @@ Tensor of_all(const Problem& p, const Tensor& t, int64_t all_rows) {
 
 MatrixView view_of(const Tensor& t) { return {t.const_data_ptr(), 1, t.stride(0), 0, t.stride(1)}; }
 
-// c = a b + bias, or c += a b, by whichever GEMM the table names. a may have the accumulator's type beside a b of a half
-// type, and so may c.
+// c = a b + bias, or c += a b, by whichever GEMM the table names. a may have the accumulator's type beside a b of a
+// half type, and so may c.
 void multiply(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
   const DType dtype = dtype_of(b.scalar_type());
   const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
@@ -193,10 +193,11 @@ void* at_loss(const Tensor& t, int64_t index) {
   return t.defined() ? (char*)t.data_ptr() + index * (int64_t)t.element_size() : nullptr;
 }
 
-CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs& out, const Tensor& entropy,
-                                const Upstream* up, const Gradients& grads) {
+CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs& out,
+                                const Tensor& entropy, const Upstream* up, const Gradients& grads) {
   const bool by_probability = p.probabilities.defined();
-  const bool widens = by_probability && p.probabilities.scalar_type() != p.acc, narrows = widens && grads.target.defined();
+  const bool widens = by_probability && p.probabilities.scalar_type() != p.acc,
+             narrows = widens && grads.target.defined();
   const auto options = p.x.options().dtype(p.acc);
   const int64_t size = acc_size(p.dtype);
   const int64_t chunk = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
@@ -209,7 +210,8 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
   const Tensor dx_chunk = p.listed && grads.x.defined() ? at::empty({chunk, p.features}, grads.x.options()) : Tensor();
   const Tensor sums = grads.bias.defined() ? at::empty({p.outputs}, options) : Tensor();
   const DType acc = acc_dtype(p.dtype);
-  const bool by_rows = p.w.stride(1) == 1 && (p.x.stride(1) == 1 || !grads.w.defined());  // else filter_eps has no effect
+  const bool by_rows =
+      p.w.stride(1) == 1 && (p.x.stride(1) == 1 || !grads.w.defined());  // else filter_eps has no effect
 
   CrossEntropyPartial total = {0, 0, -1};
   for (int64_t begin = 0; begin < p.rows; begin += chunk) {
@@ -223,7 +225,9 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
     a.logits = logits.data_ptr();
     a.row_max = at_loss(stats[kMax], 0);
     a.row_log_sum = at_loss(stats[kLogSum], 0);
-    a.row_entropy = entropy.defined() ? at_loss(entropy, first) : up && up->entropy.defined() ? at_loss(stats[kEntropy], 0) : nullptr;
+    a.row_entropy = entropy.defined()             ? at_loss(entropy, first)
+                    : up && up->entropy.defined() ? at_loss(stats[kEntropy], 0)
+                                                  : nullptr;
     CrossEntropyGrads g = {};
     if (by_probability) {
       const Tensor t = p.probabilities.narrow(0, begin, rows);
@@ -262,10 +266,17 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
     }
     total.loss += sum.loss;
     if (narrows)
-      grads.target.narrow(0, begin, rows).copy_(wide_grad.narrow(0, 0, rows).view(grads.target.narrow(0, begin, rows).sizes()));
+      grads.target.narrow(0, begin, rows)
+          .copy_(wide_grad.narrow(0, 0, rows).view(grads.target.narrow(0, begin, rows).sizes()));
     if (grads.bias.defined()) {
-      activation_backward(acc, {logits.const_data_ptr(), nullptr, {1, p.outputs, 0, 1}, nullptr, p.outputs,
-                                Activation::none, sums.mutable_data_ptr()},
+      activation_backward(acc,
+                          {logits.const_data_ptr(),
+                           nullptr,
+                           {1, p.outputs, 0, 1},
+                           nullptr,
+                           p.outputs,
+                           Activation::none,
+                           sums.mutable_data_ptr()},
                           rows);
       Tensor(grads.bias).add_(sums);
     }
@@ -276,7 +287,7 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
                            &large)) {
       if (grads.x.defined()) {
         const Tensor own = grads.x.scalar_type() == p.acc && !p.listed ? grads.x.narrow(0, begin, rows)
-                                                                     : at::empty({rows, p.features}, options);
+                                                                       : at::empty({rows, p.features}, options);
         sparse_product(p.dtype, large, view_of(p.w), p.features, own.mutable_data_ptr(), p.features, false);
         if (p.listed)
           copy_rows(p, begin, own.to(grads.x.scalar_type()), grads.x, false);
@@ -329,8 +340,8 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
     return wanted ? at::empty({p.rows * p.positions}, input.options().dtype(p.acc)) : Tensor();
   };
   const bool each = reduction == at::Reduction::None && (outputs & kOutputLoss);
-  const Tensor loss = per_loss(each), lse = per_loss(outputs & kOutputLse), entropy = per_loss(outputs & kOutputEntropy),
-               logprob = per_loss(outputs & kOutputLogprob);
+  const Tensor loss = per_loss(each), lse = per_loss(outputs & kOutputLse),
+               entropy = per_loss(outputs & kOutputEntropy), logprob = per_loss(outputs & kOutputLogprob);
   const Tensor argmax =
       outputs & kOutputArgmax ? at::empty({p.rows * p.positions}, input.options().dtype(at::kLong)) : Tensor();
   const CrossEntropyOutputs out = {at_loss(loss, 0), at_loss(lse, 0), at_loss(logprob, 0),
@@ -338,7 +349,9 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
   const CrossEntropyPartial sums = over_chunks(p, o, out, entropy, nullptr, {});
 
   const auto type = result_type(input, target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
-  const auto finished = [&](const Tensor& t, at::ScalarType to) { return of_all(p, t, all_rows).reshape(shape).to(to); };
+  const auto finished = [&](const Tensor& t, at::ScalarType to) {
+    return of_all(p, t, all_rows).reshape(shape).to(to);
+  };
   std::vector<Tensor> results;
   if (each)
     results.push_back(finished(loss, type));
@@ -398,10 +411,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
   auto [dx, dw, db, none] = shaped(g, input, linear_weight, target, false);
   return {number(reduction == at::Reduction::Mean ? sums.loss / p.denominator : sums.loss,
                  result_type(input, target, loss_dtype)),
-          argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax,
-          dx,
-          dw,
-          db};
+          argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax, dx, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(

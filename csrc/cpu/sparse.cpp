@@ -64,8 +64,8 @@ void sparse_product(DType dtype, const SparseMatrix& a, const MatrixView& b, int
     for (int64_t r = begin; r < end; ++r) {
       const int64_t first = a.row_begin[r], entries = a.row_begin[r + 1] - first;
       if (entries == 0 && add) continue;
-      kernels().sparse_row_product[(int)dtype]({a.columns.data() + first, a.values.data() + first * acc, entries, b.data,
-                                                b.outer_stride, columns, (char*)c + r * c_stride * acc, add});
+      kernels().sparse_row_product[(int)dtype]({a.columns.data() + first, a.values.data() + first * acc, entries,
+                                                b.data, b.outer_stride, columns, (char*)c + r * c_stride * acc, add});
     }
   });
 }

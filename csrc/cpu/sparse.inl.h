@@ -7,8 +7,8 @@ inline bool exceeds(A x, A bound) {
   return !(std::fabs(x) <= bound);
 }
 
-// From j on, in steps of four vectors, the first that has such an entry; n if there is none. NaN, and infinity, may hide
-// from a maximum, but not from a sum of zeros times them.
+// From j on, in steps of four vectors, the first that has such an entry; n if there is none. NaN, and infinity, may
+// hide from a maximum, but not from a sum of zeros times them.
 template <class A>
 inline int64_t next_step(const A* x, int64_t j, int64_t n, A bound) {
   using V = vec_t<A>;

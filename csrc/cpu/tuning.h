@@ -110,13 +110,13 @@ constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 constexpr int64_t kLibraryProducts = 1 << 20;
 
 // linear_cross_entropy: bytes that it may take besides inputs and gradients, for each core of the machine (not each
-// thread in use, so that sums over chunks have the same bits with any number), and at most. A chunk reads and writes all
-// of dW, which at 256 rows takes a tenth of its products' time on two cores; more cores multiply faster, but share the
-// memory. Chunks of fewer rows would be all packing.
+// thread in use, so that sums over chunks have the same bits with any number), and at most. A chunk reads and writes
+// all of dW, which at 256 rows takes a tenth of its products' time on two cores; more cores multiply faster, but share
+// the memory. Chunks of fewer rows would be all packing.
 constexpr int64_t kCoreBudget = 32 << 20, kMostBudget = 1 << 30, kLeastChunkRows = 16;
 
-// Gradients of which at most so much is left by filter_eps are multiplied entry by entry. That runs at a twentieth of the
-// dense product's rate, since each entry reads a row of W or X from wherever it lies.
+// Gradients of which at most so much is left by filter_eps are multiplied entry by entry. That runs at a twentieth of
+// the dense product's rate, since each entry reads a row of W or X from wherever it lies.
 constexpr double kSparseShare = 0.03;
 
 }  // namespace rf::tuning

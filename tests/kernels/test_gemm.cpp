@@ -200,8 +200,8 @@ void mixed_product(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_tr
       for (int64_t j = 0; j < n; ++j) {
         double sum = 0, units = 0;
         for (int64_t p = 0; p < k; ++p) {
-          const double each = (a_transposed ? a.value(p, i) : a.value(i, p)) *
-                              (b_transposed ? b.value(j, p) : b.value(p, j));
+          const double each =
+              (a_transposed ? a.value(p, i) : a.value(i, p)) * (b_transposed ? b.value(j, p) : b.value(p, j));
           sum += each;
           units += std::fabs(each);
         }

@@ -25,8 +25,7 @@ void lists_and_products(int64_t rows, int64_t columns, int64_t width, Random& ra
   std::vector<double> bounds(rows);
   for (double& b : bounds) b = random.chance(0.2) ? 0 : 1e-3;
   int64_t at = 0;
-  const Buffer<A> gradient =
-      input<A>(rows * columns, [&] { return entry<A>(random, bounds[at++ / columns]); }, guard);
+  const Buffer<A> gradient = input<A>(rows * columns, [&] { return entry<A>(random, bounds[at++ / columns]); }, guard);
   std::vector<bool> listed(rows * columns);
   int64_t expected = 0;
   for (int64_t i = 0; i < rows * columns; ++i) {
