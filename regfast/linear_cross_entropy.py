@@ -75,9 +75,9 @@ def linear_cross_entropy(
         IndexError: for a class out of range. ValueError: for batch sizes that differ, an unknown reduction or output.
         RuntimeError: for shapes, dtypes or options that do not fit.
 
-    Saved for backward: the inputs, and for a reduced loss alone (with argmax at most, and a target without gradient) its
-    gradients, in float32 for half types. Second derivatives, forward mode and ``torch.func`` take plain torch operators,
-    which store the logits; so do CUDA tensors.
+    Saved for backward: the inputs, and for a reduced loss alone (argmax at most besides, and no gradient of target) its
+    gradients, in float32 for half types. Second derivatives, forward mode and ``torch.func`` take plain torch
+    operators, which store the logits; so do CUDA tensors.
     """
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     if not all(isinstance(t, Tensor) for t in tensors.values()):
