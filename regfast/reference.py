@@ -280,6 +280,9 @@ def linear_cross_entropy_outputs(
     if weight is not None:
         fits = weight.dtype == input.dtype or probabilities or _autocast(input)
         _require(fits, RuntimeError, "linear_cross_entropy: weight", input.dtype, weight.dtype)
+        frozen = probabilities or not (weight.requires_grad and torch.is_grad_enabled())
+        expected = "one without gradient for class targets"
+        _require(frozen, RuntimeError, "linear_cross_entropy: weight", expected, "one with it")
         weight = weight.to(logits.dtype) if weight.dtype in HALF or logits.dtype in HALF else weight
     results = cross_entropy_outputs(
         logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, None

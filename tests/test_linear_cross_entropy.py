@@ -36,8 +36,8 @@ needs_torchs = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason
 
 def budget_for(chunks, n, d, v, dtype):
     """A budget that divides n rows into so many chunks; 1 byte for as many as there can be."""
-    for exponent in range(160):
-        budget = int(2 ** (exponent / 4))
+    for exponent in range(1280):
+        budget = int(2 ** (exponent / 32))
         if regfast.linear_cross_entropy_plan(n, d, v, dtype, memory_budget=budget).chunks == chunks:
             return budget
     raise AssertionError(f"no budget makes {chunks} chunks of {n} rows")

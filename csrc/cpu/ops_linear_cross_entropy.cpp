@@ -52,7 +52,7 @@ Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Ten
   p.dtype = dtype_of(input.scalar_type());
   p.acc = acc_type(input.scalar_type());
   p.x = as_matrix(input);
-  p.w = linear_weight.reshape({-1, linear_weight.size(-1)});
+  p.w = linear_weight.reshape({product(linear_weight.sizes(), 0, linear_weight.dim() - 1), linear_weight.size(-1)});
   p.rows = p.x.size(0);
   p.features = p.x.size(1);
   p.classes = linear_weight.size(0);
