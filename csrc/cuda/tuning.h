@@ -50,8 +50,8 @@ constexpr int64_t kMapVectors = 4096;
 
 // Rows of which the elements lie far apart: a warp's lanes are neighbouring rows, so that each load is of 64 or 128
 // adjacent bytes; up to 8 warps divide a row's classes (with 16, registers do not suffice on sm_100
-// and sm_120), and blocks have 128 threads at least. A thread loads 8 elements before it uses the first: 16 or 32 KiB in
-// flight for half of an SM's threads.
+// and sm_120), and blocks have 128 threads at least. A thread loads 8 elements before it uses the first: 16 or 32 KiB
+// in flight for half of an SM's threads.
 constexpr int kColumnsThreads = 256, kColumnsBlock = 128, kElementsAhead = 8;
 
 // Rows of losses that a block adds up, so that the second kernel, over the blocks' sums, has few to add; one block does
