@@ -37,6 +37,7 @@ class Work:
     regfast: Callable
     jax: Callable[[str], Call] | None = None  # mode -> call, for a compiled JAX version
     in_place: Callable | None = None  # regfast with the gradient in the input's memory, for the memory measurement
+    chunked: Callable | None = None  # PyTorch's own operator that does not store the logits
     numpy: Callable | None = None  # the product alone in NumPy, on arrays, to measure its BLAS
 
 
@@ -56,6 +57,7 @@ class Case:
     compile: bool = False
     environments: tuple[str, ...] = ()
     memory: bool = False
+    vocabulary: bool = False  # a point of the curves of time and memory over V
     headline: bool = False  # a row of README.md's table
     quick: bool = False
     cold: bool = False
@@ -186,12 +188,14 @@ def evict() -> None:
     _eviction_buffer().sum()
 
 
-def contestants(case: Case, work: Work, everyone: bool, numpy: bool = False) -> dict[str, Call]:
+def contestants(case: Case, work: Work, everyone: bool, instead: str = "") -> dict[str, Call]:
     """PyTorch eager and regfast; with `everyone` also torch.compile and JAX where the case asks for them.
 
-    With `numpy`, NumPy and regfast.
+    With `instead`, "numpy" or "chunked", that one and regfast.
     """
-    if numpy:
+    if instead == "chunked":
+        return {fn: make_call(getattr(work, fn), work.inputs, case.mode) for fn in ("chunked", "regfast")}
+    if instead == "numpy":
         arrays = [x.detach().numpy() for x in work.inputs]
         return {"numpy": Call(lambda: work.numpy(*arrays)), "regfast": make_call(work.regfast, work.inputs, case.mode)}
     calls = {fn: make_call(getattr(work, fn), work.inputs, case.mode) for fn in ("eager", "regfast")}

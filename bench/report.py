@@ -19,9 +19,14 @@ HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 MODES = {"fwd": "forward", "bwd": "backward", "fwd_bwd": "forward + backward", "step": "training step"}
 DTYPES = {"float32": "", "bfloat16": "bf16", "float16": "fp16"}
-ENVIRONMENTS = {"avx512_no_bf16": "oneDNN held to plain AVX-512", "avx2": "all held to AVX2"}
+ENVIRONMENTS = {
+    "avx512_no_bf16": "oneDNN held to plain AVX-512",
+    "avx2": "all held to AVX2",
+    "chunked": "against PyTorch's chunks",
+}
 BUSY = 0.1  # CPUs that others may use before a result is called disturbed
 EAGER, HUGE = "#4477aa", "#ee6677"
+CURVES = {"eager": ("PyTorch", EAGER), "chunked": ("PyTorch's chunks", HUGE), "regfast": ("regfast", "#228833")}
 
 
 @dataclass
@@ -75,7 +80,8 @@ def rows(result: dict) -> list[Row]:
         for name, text in ENVIRONMENTS.items():
             if name in others:
                 times, ratio = others[name]["median_s"], others[name]["ratio"]
-                found.append(Row(f"{label}; {text}", times["regfast"], times["eager"], ratio["eager"], headline))
+                other = "chunked" if name == "chunked" else "eager"
+                found.append(Row(f"{label}; {text}", times["regfast"], times[other], ratio[other], headline))
     return found
 
 
@@ -122,6 +128,9 @@ def memory_lines(result: dict) -> list[str]:
                 f"{describe(case)}: extra memory in buffers of the logits' size: PyTorch {used['eager']:.2f}, "
                 f"regfast {used['regfast']:.2f}, regfast in place {used['in_place']:.2f}"
             )
+        if "peak_bytes" in case:
+            used = ", ".join(f"{CURVES[name][0]} {size / 2**20:.0f}" for name, size in case["peak_bytes"].items())
+            found.append(f"{describe(case)}: peak memory in MiB over inputs and gradients: {used}")
     return found
 
 
@@ -182,6 +191,9 @@ def markdown(result: dict, picture: Path) -> str:
     if grids(result):
         lines += [*grid_lines(result), ""]
         lines += [f"![Ratios over the grid of linear layers]({with_ending(picture, 'grid')})", ""]
+    if vocabularies(result):
+        link = with_ending(picture, "vocabulary")
+        lines += [f"![Time and memory of linear_cross_entropy over the number of classes]({link})", ""]
     lines.append(f"![Every kernel under this machine's roof]({with_ending(picture, 'roofline')})")
     return "\n".join(lines)
 
@@ -291,6 +303,42 @@ def draw_roofline(result: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def vocabularies(result: dict) -> dict[int, dict]:
+    """The cases of the curves over V, by V."""
+    return {case["shape"][2]: case for case in result["cases"] if "peak_bytes" in case}
+
+
+def draw_vocabularies(result: dict, path: Path) -> None:
+    """Time and peak memory of the linear layer with its cross-entropy over the number of classes."""
+    machine, cases = result["machine"], vocabularies(result)
+    n, d, _ = next(iter(cases.values()))["shape"]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    for name, (label, color) in CURVES.items():
+        seconds = {}
+        for v, case in cases.items():
+            found = case["environments"].get("chunked", {"median_s": {}}) if name == "chunked" else case
+            if name in found["median_s"]:
+                seconds[v] = found["median_s"][name]
+        mib = {v: case["peak_bytes"][name] / 2**20 for v, case in cases.items() if name in case["peak_bytes"]}
+        for axes, values in ((left, seconds), (right, mib)):
+            axes.plot(list(values), list(values.values()), marker="o", color=color, label=label)
+    left.set_ylabel("seconds, forward + backward")
+    right.set_ylabel("MiB at most, over inputs and gradients")
+    for axes in (left, right):
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xticks(list(cases), list(cases))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("classes V")
+        axes.legend(fontsize=8)
+    figure.suptitle(
+        f"linear_cross_entropy of {n} x {d} in float32 on {machine['cpu']}, {machine['threads']} threads", fontsize=11
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def draw(result: dict, path: Path) -> None:
     """Horizontal bars of time(PyTorch) / time(regfast) on a log scale, against both baselines."""
     found = rows(result)[::-1]
@@ -354,6 +402,8 @@ def main() -> None:
     draw(result, path.with_suffix(".png"))
     if grids(result):
         draw_grids(result, with_ending(path, "grid"))
+    if vocabularies(result):
+        draw_vocabularies(result, with_ending(path, "vocabulary"))
     draw_roofline(result, with_ending(path, "roofline"))
     console.print(f"Wrote {path.name} and its pictures in {args.out.name}/")
     if not args.no_readme:

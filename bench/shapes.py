@@ -42,6 +42,22 @@ GRID_LAYERS = ((784, 256), (768, 3072), (1024, 4096), (4096, 1024), (1024, 32000
 GRID_HALF_ROWS = (64, 256)  # PyTorch takes minutes for more where the CPU has no instructions for half types
 GRID_HALF_BACKWARD = 256 * 1024 * 4096  # the largest NDV of a backward in a half type
 
+# (N, D, V)
+LINEAR_CROSS_ENTROPY_SMALL = [
+    (256, 64, 1000),  # 1 MB of logits, within L2: what is saved is passes and calls
+    (128, 128, 8192),  # few rows: every chunk would read the weight again, so there is one
+]
+LINEAR_CROSS_ENTROPY = [
+    *LINEAR_CROSS_ENTROPY_SMALL,
+    (1024, 1024, 32000),  # a language model's head, 131 MB of weight: compute-bound
+    (1024, 256, 128256),  # a vocabulary of today, 525 MB of logits
+    (4096, 256, 32000),  # many rows, 524 MB of logits
+]
+LINEAR_CROSS_ENTROPY_HALF = (1024, 512, 8192)  # bfloat16
+LINEAR_CROSS_ENTROPY_OPTIONS = (1024, 1024, 32000)  # half of the rows ignored, a weight without gradient
+# The curves of time and memory over V, with N rows and D inputs: logits of 134 MB to 4.3 GB.
+VOCABULARIES, VOCABULARIES_ROWS = (8192, 32000, 128256, 262144), (4096, 64)
+
 # (N, D, V): a softmax regression's layer and loss in one step
 TRAINING = [(256, 784, 10), (256, 64, 10)]
 # (N, D, V): the notes' linear regression, batch 10

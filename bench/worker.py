@@ -42,24 +42,41 @@ def extra_memory(case: harness.Case, provider: str) -> float:
     return (peak_bytes() - before) / (logits.numel() * logits.element_size())
 
 
+def peak_over_gradients(case: harness.Case, provider: str) -> int:
+    """Peak resident bytes of one forward and backward over what must be there: the inputs and their gradients."""
+    work = case.build()
+    fn = getattr(work, provider)
+    before = psutil.Process().memory_info().rss
+    fn(*work.inputs).backward()
+    return peak_bytes() - before - sum(x.grad.nbytes for x in work.inputs if x.grad is not None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", help="the bench file, e.g. bench_linear")
     parser.add_argument("case", help="the name of one of its CASES")
-    parser.add_argument("--numpy", action="store_true", help="time NumPy instead of PyTorch")
-    parser.add_argument("--memory", choices=("eager", "regfast", "in_place"), help="measure memory, not time")
+    parser.add_argument(
+        "--instead", choices=("numpy", "chunked"), default="", help="time that instead of PyTorch eager"
+    )
+    parser.add_argument(
+        "--memory", choices=("eager", "chunked", "regfast", "in_place"), help="measure memory, not time"
+    )
     args = parser.parse_args()
     case = next(case for case in importlib.import_module(args.module).CASES if case.name == args.case)
     torch.set_num_threads(machine.num_threads())
     torch.manual_seed(0)
+    if args.memory and case.vocabulary:
+        print(json.dumps({"bytes": peak_over_gradients(case, args.memory)}))
+        return
     if args.memory:
         print(json.dumps({"buffers": extra_memory(case, args.memory)}))
         return
-    calls = harness.contestants(case, case.build(), everyone=False, numpy=args.numpy)
+    calls = harness.contestants(case, case.build(), everyone=False, instead=args.instead)
     before = harness.evict if case.cold else None
-    pause = 0.1 if args.numpy else 0.0
+    pause = 0.1 if args.instead == "numpy" else 0.0
     # Fewer rounds than in the main process: some of these take seconds per call, which is what they are here to show.
-    timing = harness.time_interleaved(calls, min(3, harness.MIN_ROUNDS), harness.MIN_SECONDS, before, pause)
+    rounds = min(2 if args.instead == "chunked" else 3, harness.MIN_ROUNDS)
+    timing = harness.time_interleaved(calls, rounds, harness.MIN_SECONDS, before, pause)
     print(json.dumps({"timing": timing}))
 
 

@@ -36,7 +36,7 @@ struct Problem {
   Tensor probabilities;       // N x classes (x positions), as row_layout can walk it
   std::vector<int64_t> list;  // rows that take part, where some have no loss at all
   bool listed = false;
-  int64_t rows, features, classes, positions, outputs;  // rows: of those that take part
+  int64_t all_rows, rows, features, classes, positions, outputs;  // rows: those that take part
   double denominator;
   DType dtype;
   at::ScalarType acc;
@@ -53,7 +53,7 @@ Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Ten
   p.acc = acc_type(input.scalar_type());
   p.x = as_matrix(input);
   p.w = linear_weight.reshape({product(linear_weight.sizes(), 0, linear_weight.dim() - 1), linear_weight.size(-1)});
-  p.rows = p.x.size(0);
+  p.all_rows = p.rows = p.x.size(0);
   p.features = p.x.size(1);
   p.classes = linear_weight.size(0);
   p.outputs = p.w.size(0);
@@ -107,7 +107,7 @@ Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Ten
 
 // Numbers per loss in the order of the rows that take part; and back, with 0 for the others.
 Tensor of_listed(const Problem& p, const Tensor& t) {
-  const Tensor rows = t.to(p.acc).reshape({-1, p.positions});
+  const Tensor rows = t.to(p.acc).reshape({p.all_rows, p.positions});
   return p.listed ? rows.index_select(0, at::from_blob((void*)p.list.data(), {p.rows}, at::kLong)) : rows.contiguous();
 }
 Tensor of_all(const Problem& p, const Tensor& t, int64_t all_rows) {
