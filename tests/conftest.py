@@ -16,7 +16,7 @@ import regfast
 
 
 def load_emulator():
-    """cuda_on_host/extension.cpp, if it was built for this torch; make test has built it, and then it has to be there."""
+    """cuda_on_host/extension.cpp, if it was built for this torch; after make test has built it, it has to be there."""
     build = Path(__file__).parent / "cuda_on_host" / "build" / f"torch-{torch.__version__}"
     path = build / "cuda_on_host.so"
     if not path.exists():
