@@ -30,7 +30,7 @@ demo: $(VENV)/built
 
 # The kernels alone first: they need no torch and fail with less around them. pytest's last line closes the output.
 test: kernels cuda_on_host $(VENV)/built
-	pytest --numprocesses=$(JOBS) --dist=worksteal
+	REGFAST_TEST_CUDA_ON_HOST=1 pytest --numprocesses=$(JOBS) --dist=worksteal
 
 kernels:
 	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync test

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,12 @@ import regfast
 
 
 def load_emulator():
-    """cuda_on_host/extension.cpp, if it was built for this torch (make test does)."""
+    """cuda_on_host/extension.cpp, if it was built for this torch; after make test has built it, it has to be there."""
     build = Path(__file__).parent / "cuda_on_host" / "build" / f"torch-{torch.__version__}"
     path = build / "cuda_on_host.so"
     if not path.exists():
+        if os.environ.get("REGFAST_TEST_CUDA_ON_HOST") == "1":
+            raise FileNotFoundError(f"{path}: the CUDA kernels on the CPU, which make test builds")
         return None
     loader = importlib.machinery.ExtensionFileLoader("cuda_on_host", str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("cuda_on_host", loader))

@@ -1,9 +1,11 @@
-// The CPU kernels of the ops: tensors to plain structs, allocation, threads. With tensor_layouts.h the only part of
-// this folder that knows torch. Arguments were checked above.
+// The CPU kernels of the ops: tensors to plain structs, allocation, threads. With tensor_layouts.h and
+// cross_entropy_tensors.h, which other devices use too, all of this folder that knows torch. Arguments were checked
+// above.
 #include <torch/csrc/stable/c/shim.h>
 
 #include "../checks.h"
 #include "../torch_api.h"
+#include "cross_entropy_tensors.h"
 #include "drivers.h"
 #include "parallel.h"
 #include "tensor_layouts.h"
@@ -159,14 +161,7 @@ Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output, int64_t di
 // In accumulator type: the op rounds, backward does not have to.
 Tensor logsumexp_cpu(const Tensor& input, int64_t dim, bool keepdim) {
   const Tensor x = walkable(input, dim);
-  auto sizes = x.sizes().vec();
-  if (x.dim()) {
-    if (keepdim)
-      sizes[dim] = 1;
-    else
-      sizes.erase(sizes.begin() + dim);
-  }
-  Tensor result = at::empty(sizes, x.options().dtype(acc_type(x.scalar_type())));
+  Tensor result = at::empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
   SoftmaxArgs a = {};
   a.input = x.const_data_ptr();
   a.in = a.grad_in = *row_layout(x, dim);
@@ -198,61 +193,18 @@ Tensor logsumexp_backward_cpu(const Tensor& grad, const Tensor& input, const Ten
 
 // ---- cross-entropy -------------------------------------------------------------------------------------------------
 
-// The tensors that a CrossEntropyArgs points into.
-struct CrossEntropyTensors {
-  Tensor x, target, probabilities, weight;
-  CrossEntropyArgs args = {};
-  int64_t rows = 0;
-  DType dtype;
-};
-
-CrossEntropyTensors cross_entropy_tensors(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                          int64_t ignore_index, double label_smoothing, double z_loss,
-                                          std::optional<double> softcap, std::optional<double> logit_scale) {
-  CrossEntropyTensors t;
-  const int64_t dim = class_dim(input);
-  t.x = walkable(input, dim);
-  t.rows = rows_without(input, dim);
-  t.dtype = dtype_of(input.scalar_type());
+CrossEntropyTensors<CrossEntropyArgs> tensors_of(const Tensor& input, const Tensor& target,
+                                                 const OptionalTensor& weight, int64_t ignore_index,
+                                                 double label_smoothing, double z_loss, std::optional<double> softcap,
+                                                 std::optional<double> logit_scale) {
+  auto t = cross_entropy_tensors<CrossEntropyArgs>(input, target, weight, ignore_index, label_smoothing, z_loss,
+                                                   softcap, logit_scale);
   CrossEntropyArgs& a = t.args;
-  a.logits = t.x.const_data_ptr();
-  a.layout = *row_layout(t.x, dim);
-  a.classes = input.size(dim);
-  a.class_weight_sum = (double)a.classes;
-  if (weight.has_value()) {
-    t.weight = weight->to(acc_type(input.scalar_type())).contiguous();
-    a.class_weight = t.weight.const_data_ptr();
-    a.class_weight_sum = 0;
-    for (int64_t c = 0; c < a.classes; ++c)
-      a.class_weight_sum +=
-          t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c];
-  }
-  if (is_probability_target(input, target)) {
-    t.probabilities = walkable(target, dim);
-    a.probabilities = t.probabilities.const_data_ptr();
-    a.probability_layout = *row_layout(t.probabilities, dim);
-  } else {
-    t.target = target.to(at::kLong).contiguous();
-    a.target = t.target.const_data_ptr<int64_t>();
-  }
-  a.ignore_index = ignore_index;
-  a.label_smoothing = label_smoothing;
-  a.z_loss = z_loss;
-  a.softcap = softcap.value_or(0.0);
-  a.logit_scale = logit_scale.value_or(1.0);
+  a.class_weight_sum = weight.has_value() ? 0 : (double)a.classes;
+  for (int64_t c = 0; weight.has_value() && c < a.classes; ++c)
+    a.class_weight_sum +=
+        t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c];
   return t;
-}
-
-void point_to_stats(CrossEntropyArgs& a, const Tensor& stats, int64_t rows) {
-  const int64_t size = (int64_t)stats.element_size();
-  const auto row = [&](CrossEntropyStat s) -> void* {
-    return s < stats.size(0) ? (char*)stats.data_ptr() + s * rows * size : nullptr;
-  };
-  a.row_max = row(kMax);
-  a.row_log_sum = row(kLogSum);
-  a.row_entropy = row(kEntropy);
-  a.row_mass = row(kMass);
-  a.row_target_mass = row(kTargetMass);
 }
 
 std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
@@ -260,15 +212,13 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
                                               double z_loss, std::optional<double> softcap,
                                               std::optional<double> logit_scale, int64_t outputs,
                                               std::optional<at::ScalarType> loss_dtype) {
-  CrossEntropyTensors t =
-      cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
-  auto row_shape = input.sizes().vec();
-  row_shape.erase(row_shape.begin() + class_dim(input));
+  auto t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  const auto row_shape = reduced_sizes(input, class_dim(input), false);
   const auto acc = acc_type(input.scalar_type()), result_type = loss_dtype.value_or(input.scalar_type());
   const auto acc_options = input.options().dtype(acc);
   Tensor stats =
       at::empty({cross_entropy_stat_rows(t.probabilities.defined(), outputs & kOutputEntropy), t.rows}, acc_options);
-  point_to_stats(t.args, stats, t.rows);
+  point_to_stats(t.args, stats);
 
   CrossEntropyOutputs out = {};
   Tensor loss, lse, logprob, argmax;
@@ -300,34 +250,19 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
   return results;
 }
 
-// Gradients of the differentiable outputs of cross_entropy; absent where an output was not asked for or not used.
-struct CrossEntropyUpstream {
-  OptionalTensor loss, lse, entropy, logprob;
-};
-
 // Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
-Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyUpstream& up, const Tensor& input,
+Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& grads, const Tensor& input,
                                    const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
                                    const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
                                    double label_smoothing, double z_loss, std::optional<double> softcap,
                                    std::optional<double> logit_scale, bool grad_target) {
-  CrossEntropyTensors t =
-      cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
-  point_to_stats(t.args, stats, t.rows);
-  const auto acc = acc_type(input.scalar_type());
+  auto t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  point_to_stats(t.args, stats);
+  const CrossEntropyRowGrads rows(grads, acc_type(input.scalar_type()));
   CrossEntropyGrads g = {};
-  Tensor loss, lse, entropy, logprob;
-  const auto rows_in_order = [&](const OptionalTensor& grad, Tensor& keep) -> const void* {
-    if (!grad.has_value()) return nullptr;
-    keep = grad->to(acc).contiguous();
-    return keep.const_data_ptr();
-  };
-  g.loss = rows_in_order(up.loss, loss);
+  rows.point_to(g);
   g.loss_stride = reduction == at::Reduction::None ? 1 : 0;
   g.loss_scale = reduction == at::Reduction::Mean ? 1.0 / *weight_sum.const_data_ptr<double>() : 1.0;
-  g.lse = rows_in_order(up.lse, lse);
-  g.entropy = rows_in_order(up.entropy, entropy);
-  g.logprob = rows_in_order(up.logprob, logprob);
 
   const int64_t dim = class_dim(input);
   Tensor dx, dt = at::empty({0}, input.options());

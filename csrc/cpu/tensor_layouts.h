@@ -29,6 +29,17 @@ inline int64_t rows_without(const Tensor& t, int64_t dim) {
   return product(t.sizes(), 0, dim) * product(t.sizes(), dim + 1, t.dim());
 }
 
+// The shape that reducing a dimension leaves.
+inline std::vector<int64_t> reduced_sizes(const Tensor& t, int64_t dim, bool keepdim) {
+  auto sizes = t.sizes().vec();
+  if (t.dim() == 0) return sizes;
+  if (keepdim)
+    sizes[dim] = 1;
+  else
+    sizes.erase(sizes.begin() + dim);
+  return sizes;
+}
+
 inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
   const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
   if (!outer || !inner) return std::nullopt;

@@ -157,14 +157,7 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, b
 Tensor logsumexp_forward(const Tensor& input, int64_t dim, bool keepdim) {
   const OnDevice device(input);
   const Tensor x = walkable(input, dim);
-  auto sizes = x.sizes().vec();
-  if (x.dim()) {
-    if (keepdim)
-      sizes[dim] = 1;
-    else
-      sizes.erase(sizes.begin() + dim);
-  }
-  Tensor result = at::empty(sizes, x.options().dtype(acc_type(x.scalar_type())));
+  Tensor result = at::empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
   if (result.numel() == 0) return result;
   SoftmaxRows a = {};
   a.rows = result.numel();

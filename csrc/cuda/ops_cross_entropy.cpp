@@ -1,66 +1,28 @@
 // The CUDA kernels of cross-entropy: tensors to plain structs, allocation, the current stream. Arguments were checked
 // above. Nothing here waits for the device.
-#include "../checks.h"
-#include "../cpu/tensor_layouts.h"
+#include "../cpu/cross_entropy_tensors.h"
 #include "launch.h"
 #include "ops.h"
 
 namespace rf::cuda {
 namespace {
 
-// The tensors that a CrossEntropyRows points into.
-struct CrossEntropyTensors {
-  Tensor x, target, probabilities, weight, weight_sum;
-  CrossEntropyRows args = {};
-  DType dtype;
+struct Tensors : CrossEntropyTensors<CrossEntropyRows> {
+  Tensor weight_sum;
 };
 
-CrossEntropyTensors cross_entropy_tensors(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                          int64_t ignore_index, double label_smoothing, double z_loss,
-                                          std::optional<double> softcap, std::optional<double> logit_scale) {
-  CrossEntropyTensors t;
-  const int64_t dim = class_dim(input);
-  t.x = walkable(input, dim);
-  t.dtype = dtype_of(input.scalar_type());
-  CrossEntropyRows& a = t.args;
-  a.rows = rows_without(input, dim);
-  a.classes = input.size(dim);
-  a.logits = t.x.const_data_ptr();
-  a.layout = *row_layout(t.x, dim);
-  if (weight.has_value()) {
-    t.weight = weight->to(acc_type(input.scalar_type())).contiguous();
-    a.class_weight = t.weight.const_data_ptr();
-    if (label_smoothing != 0) {
-      t.weight_sum = t.weight.sum();
-      a.class_weight_sum = t.weight_sum.const_data_ptr();
-    }
+Tensors tensors_of(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
+                   double label_smoothing, double z_loss, std::optional<double> softcap,
+                   std::optional<double> logit_scale) {
+  Tensors t = {cross_entropy_tensors<CrossEntropyRows>(input, target, weight, ignore_index, label_smoothing, z_loss,
+                                                       softcap, logit_scale),
+               Tensor()};
+  t.args.rows = t.rows;
+  if (weight.has_value() && label_smoothing != 0) {
+    t.weight_sum = t.weight.sum();
+    t.args.class_weight_sum = t.weight_sum.const_data_ptr();
   }
-  if (is_probability_target(input, target)) {
-    t.probabilities = walkable(target, dim);
-    a.probabilities = t.probabilities.const_data_ptr();
-    a.probability_layout = *row_layout(t.probabilities, dim);
-  } else {
-    t.target = target.to(at::kLong).contiguous();
-    a.target = t.target.const_data_ptr<int64_t>();
-  }
-  a.ignore_index = ignore_index;
-  a.label_smoothing = label_smoothing;
-  a.z_loss = z_loss;
-  a.softcap = softcap.value_or(0.0);
-  a.logit_scale = logit_scale.value_or(1.0);
   return t;
-}
-
-void point_to_stats(CrossEntropyRows& a, const Tensor& stats) {
-  const int64_t row_bytes = a.rows * (int64_t)stats.element_size();
-  const auto row = [&](CrossEntropyStat s) -> void* {
-    return s < stats.size(0) ? (char*)stats.data_ptr() + s * row_bytes : nullptr;
-  };
-  a.row_max = row(kMax);
-  a.row_log_sum = row(kLogSum);
-  a.row_entropy = row(kEntropy);
-  a.row_mass = row(kMass);
-  a.row_target_mass = row(kTargetMass);
 }
 
 // The outputs asked for, then the rows' statistics and the mean's denominator; with `grad` also the gradient for an
@@ -71,10 +33,8 @@ std::vector<Tensor> cross_entropy_results(const Tensor& input, const Tensor& tar
                                           std::optional<double> logit_scale, int64_t outputs,
                                           std::optional<at::ScalarType> loss_dtype, const Tensor* grad) {
   const OnDevice device(input);
-  CrossEntropyTensors t =
-      cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
-  auto row_shape = input.sizes().vec();
-  row_shape.erase(row_shape.begin() + class_dim(input));
+  Tensors t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  const auto row_shape = reduced_sizes(input, class_dim(input), false);
   const auto result_type = loss_dtype.value_or(input.scalar_type());
   const auto acc_options = input.options().dtype(acc_type(input.scalar_type()));
   const int64_t stat_rows = cross_entropy_stat_rows(t.probabilities.defined(), outputs & kOutputEntropy);
@@ -139,36 +99,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
   return {r[0], r[1], r[2], grad};
 }
 
-// Gradients of the differentiable outputs of cross_entropy; absent where an output was not asked for or not used.
-struct OutputGrads {
-  OptionalTensor loss, lse, entropy, logprob;
-};
-
 // Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
-Tensor cross_entropy_backward_into(const Tensor* grad_input, const OutputGrads& grads, const Tensor& input,
+Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& grads, const Tensor& input,
                                    const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
                                    const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
                                    double label_smoothing, double z_loss, std::optional<double> softcap,
                                    std::optional<double> logit_scale, bool grad_target, bool unless_one = false) {
   const OnDevice device(input);
-  CrossEntropyTensors t =
-      cross_entropy_tensors(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  Tensors t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   point_to_stats(t.args, stats);
-  const auto acc = acc_type(input.scalar_type());
+  const CrossEntropyRowGrads rows(grads, acc_type(input.scalar_type()));
   CrossEntropyUpstream up = {};
-  Tensor loss, lse, entropy, logprob;
-  const auto rows_in_order = [&](const OptionalTensor& grad, Tensor& keep) -> const void* {
-    if (!grad.has_value()) return nullptr;
-    keep = grad->to(acc).contiguous();
-    return keep.const_data_ptr();
-  };
-  up.loss = rows_in_order(grads.loss, loss);
+  rows.point_to(up);
   up.loss_stride = reduction == at::Reduction::None ? 1 : 0;
   up.weight_sum = reduction == at::Reduction::Mean ? weight_sum.const_data_ptr<double>() : nullptr;
   up.unless_one = unless_one;
-  up.lse = rows_in_order(grads.lse, lse);
-  up.entropy = rows_in_order(grads.entropy, entropy);
-  up.logprob = rows_in_order(grads.logprob, logprob);
 
   const int64_t dim = class_dim(input);
   Tensor dx, dt = at::empty({0}, input.options());

@@ -1,7 +1,6 @@
 // Runs every test on every kind of device that launchers tell apart, under every schedule; what kernels leave in memory
 // must not depend on the schedule.
 #include <chrono>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,45 +13,16 @@
 
 namespace test {
 
-int64_t passed = 0, failed = 0;
-bool quick = false;
-static char current[256];
-
 struct Digest {
   uint64_t digest;
   std::string of;
 };
 static std::vector<Digest> results;
 
-void describe(const char* format, ...) {
-  va_list args;
-  va_start(args, format);
-  std::vsnprintf(current, sizeof current, format, args);
-  va_end(args);
-}
-const char* description() { return current; }
-
-bool check(bool ok, const char* format, ...) {
-  if (ok) {
-    ++passed;
-    return true;
-  }
-  constexpr int64_t kPrinted = 12;
-  if (++failed <= kPrinted) {
-    std::printf("FAILED [%s] ", current);
-    va_list args;
-    va_start(args, format);
-    std::vprintf(format, args);
-    va_end(args);
-    std::printf("\n");
-  }
-  return false;
-}
-
 void note_result(const void* p, size_t bytes) {
   uint64_t digest = 14695981039346656037u;  // FNV-1a
   for (size_t i = 0; i < bytes; ++i) digest = (digest ^ ((const unsigned char*)p)[i]) * 1099511628211u;
-  results.push_back({digest, current});
+  results.push_back({digest, description()});
 }
 
 }  // namespace test

@@ -5,7 +5,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -14,42 +13,6 @@
 
 #include "check.h"
 #include "kernels.h"
-
-namespace test {
-
-int64_t passed = 0, failed = 0;
-bool quick = false;
-static char current[256];
-
-void describe(const char* format, ...) {
-  va_list args;
-  va_start(args, format);
-  std::vsnprintf(current, sizeof current, format, args);
-  va_end(args);
-}
-
-const char* description() { return current; }
-
-bool check(bool ok, const char* format, ...) {
-  if (ok) {
-    ++passed;
-    return true;
-  }
-  constexpr int64_t kPrinted = 12;
-  if (++failed <= kPrinted) {
-    std::printf("FAILED [%s] ", current);
-    va_list args;
-    va_start(args, format);
-    std::vprintf(format, args);
-    va_end(args);
-    std::printf("\n");
-  } else if (failed == kPrinted + 1) {
-    std::printf("... further failures are only counted\n");
-  }
-  return false;
-}
-
-}  // namespace test
 
 namespace {
 
