@@ -8,7 +8,7 @@
 #include "drivers.h"
 #include "gemm_packed.h"
 #include "linear_cross_entropy.h"
-#include "linear_cross_entropy_tensors.h"
+#include "linear_cross_entropy_problem.h"
 
 namespace rf {
 namespace {
