@@ -226,7 +226,7 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       // For few rows of A, what packing waits for memory shows: it is asked for while the K block before is multiplied.
       const bool few = i.size() < tuning::kPackingDecides;
       // All K blocks in the same tiles.
-      const bool one_piece = i.size() < tuning::kBlockRows * 3 / 2 && j.size() <= tuning::kGroupColumns;
+      const bool one_piece = own_sums && i.size() < tuning::kBlockRows * 3 / 2 && j.size() <= tuning::kGroupColumns;
       GemmBlockArgs block = {};
       block.epilogue = e;
       if (!in_c && own_sums && g.k > p.kc) {
@@ -244,8 +244,8 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
                  : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
         const int64_t then = std::min(p.kc, depth.end - at - k);
         if (few) block.next = memory_of(p.b, j, at + k, then);
-        block.first = (one_piece ? depth.begin : at) == 0 && !g.accumulate;
-        block.continues = one_piece && at > depth.begin;
+        block.first = (one_piece || at == 0) && !g.accumulate;
+        block.continues = one_piece && at > 0;
         block.continued = one_piece && then > 0;
         multiply_pieces(block, dtype, g, p, i, b, j, at, k);
         at += p.kc;
