@@ -183,6 +183,29 @@ inline void prefetch_part(const A* from, int64_t count, int64_t i, int64_t n) {
   for (int64_t line = lines * i / n; line < end; ++line) __builtin_prefetch(from + line * kLine, 0, 2);
 }
 
+// Asks L2 for memory a few lines at a time: all at once would hold up what is being loaded.
+struct Ahead {
+  static constexpr int64_t kLine = 64;
+  const char* at;
+  int64_t rows, row_lines, skip, line, a_time;
+
+  Ahead(const Region& r, int64_t times)
+      : at((const char*)r.from), rows(r.rows), row_lines((r.bytes + kLine - 1) / kLine), line(0) {
+    skip = r.stride - row_lines * kLine;
+    a_time = (rows * row_lines + times - 1) / times;
+  }
+  void ask() {
+    for (int64_t n = a_time; n > 0 && rows > 0; --n, at += kLine) {
+      __builtin_prefetch(at, 0, 2);
+      if (++line == row_lines) {
+        line = 0;
+        at += skip;
+        --rows;
+      }
+    }
+  }
+};
+
 // A block of C, or of C transposed. One chain of a panel of B stays in L1 while A's rows pass by from L2; the tiles'
 // sums wait in scratch until the last chain, since tiles of C itself would lie on as many pages as they have rows.
 template <class T>
@@ -194,6 +217,7 @@ inline void gemm_block(const GemmBlockArgs& g) {
   A* tiles = (A*)g.tiles;
   const int64_t down = (g.a_count + R - 1) / R;
   const auto& e = g.epilogue;
+  Ahead ahead(g.next, std::max<int64_t>(1, down * ((g.b_count + N - 1) / N) * ((g.k + g.chain - 1) / g.chain)));
   for (int64_t k = 0; k == 0 || k < g.k; k += g.chain) {
     const int64_t depth = std::min(g.chain, g.k - k);
     for (int64_t j = 0; j < g.b_count; j += N) {
@@ -203,15 +227,17 @@ inline void gemm_block(const GemmBlockArgs& g) {
       const A* next = g.b_is_far && next_k < g.k ? b + next_j * g.k + next_k * N : nullptr;
       for (int64_t i = 0; i < down; ++i) {
         const int64_t rows = std::min(R, g.a_count - i * R);
-        if (k + g.chain >= g.k)
+        if (!g.continued && k + g.chain >= g.k)
           g.transposed ? prefetch_tile<T>(e, g.b_index + j, g.a_index + i * R, cols, rows)
                        : prefetch_tile<T>(e, g.a_index + i * R, g.b_index + j, rows, cols);
         if (next) prefetch_part(next, std::min(g.chain, g.k - next_k) * N, i, down);
+        ahead.ask();
         multiply_tile<V, R>(rows, depth, a + i * g.a_panel + k * g.a_k, g.a_row, g.a_k, panel, N,
-                            tiles + (j / N * down + i) * R * N, N, k > 0);
+                            tiles + (j / N * down + i) * R * N, N, g.continues || k > 0);
       }
     }
   }
+  if (g.continued) return;
   if (!g.transposed) {
     for (int64_t i = 0; i < down; ++i)
       for (int64_t j = 0; j < g.b_count; j += N)

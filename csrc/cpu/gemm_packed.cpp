@@ -48,7 +48,10 @@ struct Plan {
 Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
   const Side x(g.wide_a ? acc_dtype(dtype) : dtype, g.a, g.a_transposed, g.m), w(dtype, g.b, !g.b_transposed, g.n);
-  const bool w_is_longer = g.n >= g.m, a_is_longer = (w_is_longer ? w : x).in_place();
+  // Few columns of a W across K: it costs less to pack than X, a task's rows of which are read again for each part of
+  // W.
+  const bool narrow = w.across && x.in_place() && g.n <= tuning::kNarrowColumns;
+  const bool w_is_longer = g.n >= g.m || (narrow && 2 * g.n >= g.m), a_is_longer = (w_is_longer ? w : x).in_place();
   const bool transposed = w_is_longer == a_is_longer;
   Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, 1, 0, 0, 0, 0, 0, 0};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
@@ -65,7 +68,8 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t blocks = std::max<int64_t>(1, ceil_div(g.k, p.kc));
   p.k_count = p.kc * std::max<int64_t>(1, std::min(blocks, budget / (for_all * p.kc)));
   // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
-  if (!a_is_longer && size_of(c_type(dtype, g)) != acc && g.k <= p.b.count) p.k_count = p.kc * blocks;
+  const bool half = size_of(c_type(dtype, g)) != acc;
+  if (!a_is_longer && (p.a.in_place() || (half && g.k <= p.b.count))) p.k_count = p.kc * blocks;
   // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
   const int64_t tiles = ceil_div(p.a.count, mr), panels = ceil_div(p.b_count, nr);
   const int64_t wanted = p.threads == 1 ? 1 : p.threads * tuning::kTasksPerThread;
@@ -78,7 +82,8 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
     // For few rows of A packing decides, and it wants long pieces of memory.
     const int64_t least = p.a.count < tuning::kPackingDecides && !deep ? p.threads : wanted;
     const int64_t columns = deep ? tuning::kDeepTaskColumns : tuning::kTaskColumns;
-    p.b_parts = std::min(panels, p.threads * ceil_div(std::max(least, p.b_count / columns), p.threads));
+    const int64_t most = narrow ? std::max<int64_t>(1, p.b_count / tuning::kGroupColumns) : panels;
+    p.b_parts = std::min(most, p.threads * ceil_div(std::max(least, p.b_count / columns), p.threads));
     p.a_parts = std::min(tiles, ceil_div(p.threads, p.b_parts));
   }
   return p;
@@ -101,26 +106,43 @@ void read_laid_out(GemmBlockArgs& block, DType dtype, const Side& a, const char*
   block.a_panel = mr * k;
 }
 
+// Rows of a side as memory that packing will read; none if its layout is another.
+Region memory_of(const Side& s, Range rows, int64_t k0, int64_t k) {
+  const int64_t size = size_of(s.type), stride = s.view.outer_stride * size;
+  if (s.view.col_stride != 1 || s.view.inner != 1 || k <= 0) return {};
+  const char* data = (const char*)s.view.data;
+  return s.across ? Region{data + k0 * stride + rows.begin * size, k, stride, rows.size() * size}
+                  : Region{data + rows.begin * stride + k0 * size, rows.size(), stride, k * size};
+}
+Region region_part(const Region& r, int64_t i, int64_t n) {
+  const Range rows = part_of(r.rows, 1, i, n);
+  return {(const char*)r.from + rows.begin * r.stride, rows.size(), r.stride, r.bytes};
+}
+
 // Rows i of A, from where `block` reads them, times the packed rows j of B, in pieces that fit the caches. `block`
 // holds the epilogue too.
 void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan& p, Range i, const char* b, Range j,
                      int64_t k0, int64_t k) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const int64_t rows = round_up(tuning::kBlockRows, mr), group = round_up(tuning::kGroupColumns, nr);
+  // Equal parts of about kBlockRows: a sliver of rows would read all of B again for itself.
+  const int64_t parts = std::max<int64_t>(1, (i.size() + tuning::kBlockRows / 2) / tuning::kBlockRows);
+  const int64_t rows = round_up(ceil_div(i.size(), parts), mr), group = round_up(tuning::kGroupColumns, nr);
+  const int64_t pieces = ceil_div(i.size(), rows) * ceil_div(j.size(), group);
+  const Region next = block.next;
+  int64_t piece = 0;
   block.k = k;
   block.chain = p.chain;
   block.transposed = p.transposed;
-  block.first = k0 == 0 && !g.accumulate;
   block.last = k0 + k == g.k;
   block.b_is_far = group * k * acc > caches().l2;
-  block.tiles =
-      scratch(Slot::tiles, std::min(rows, round_up(i.size(), mr)) * std::min(group, round_up(j.size(), nr)) * acc);
+  block.tiles = scratch(Slot::tiles, rows * std::min(group, round_up(j.size(), nr)) * acc);
   const char* a = (const char*)block.a;
   for (int64_t s = i.begin; s < i.end; s += rows) {
     block.a = a + (s - i.begin) / mr * block.a_panel * acc;
     block.a_index = s;
     block.a_count = std::min(rows, i.end - s);
-    for (int64_t t = j.begin; t < j.end; t += group) {
+    for (int64_t t = j.begin; t < j.end; t += group, ++piece) {
+      block.next = region_part(next, piece, pieces);
       block.b = b + (t - j.begin) * k * acc;
       block.b_index = t;
       block.b_count = std::min(group, j.end - t);
@@ -166,6 +188,7 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
           const int64_t k = std::min(p.kc, depth.end - at);
           const char* b = packed + ((at - k0) * padded + j.begin * k) * acc;
           read_in_place(block, dtype, p.a, i.begin, at);
+          block.first = at == 0 && !g.accumulate;
           multiply_pieces(block, dtype, g, p, i, b, {j0 + j.begin, j0 + j.end}, at, k);
           at += p.kc;
         } while (at < depth.end);
@@ -200,6 +223,10 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
     take_tasks(p.b_parts * p.a_parts, p.threads, [&](int64_t task) {
       const Range j = part_of(p.b.count, nr, task / p.a_parts, p.b_parts);
       const Range i = part_of(p.a.count, mr, task % p.a_parts, p.a_parts);
+      // For few rows of A, what packing waits for memory shows: it is asked for while the K block before is multiplied.
+      const bool few = i.size() < tuning::kPackingDecides;
+      // All K blocks in the same tiles.
+      const bool one_piece = i.size() < tuning::kBlockRows * 3 / 2 && j.size() <= tuning::kGroupColumns;
       GemmBlockArgs block = {};
       block.epilogue = e;
       if (!in_c && own_sums && g.k > p.kc) {
@@ -215,6 +242,11 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
         kernels().pack_b[(int)p.b.type]({p.b.view, p.b.across, j.begin, j.size(), at, k, b});
         in_place ? read_in_place(block, dtype, p.a, i.begin, at)
                  : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
+        const int64_t then = std::min(p.kc, depth.end - at - k);
+        if (few) block.next = memory_of(p.b, j, at + k, then);
+        block.first = (one_piece ? depth.begin : at) == 0 && !g.accumulate;
+        block.continues = one_piece && at > depth.begin;
+        block.continued = one_piece && then > 0;
         multiply_pieces(block, dtype, g, p, i, b, j, at, k);
         at += p.kc;
       } while (at < depth.end);
@@ -248,7 +280,7 @@ int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
   const int64_t depth = std::min(p.k_count, round_up(g.k, p.kc)), own_sums = p.k_count >= g.k;
-  const int64_t tiles = p.threads * round_up(tuning::kBlockRows, mr) * round_up(tuning::kGroupColumns, nr);
+  const int64_t tiles = p.threads * round_up(tuning::kBlockRows * 3 / 2, mr) * round_up(tuning::kGroupColumns, nr);
   if (p.a_is_longer) return (tiles + p.b_count * depth) * acc;
   const int64_t columns = ceil_div(ceil_div(p.b.count, nr), p.b_parts) * nr;
   const int64_t waiting = size_of(c_type(dtype, g)) == acc ? 0 : own_sums ? p.threads * p.a.count * columns : g.m * g.n;

@@ -88,6 +88,12 @@ struct Epilogue {
   void* preactivation;  // laid out as c, or null
 };
 
+// Rows of memory, their distance and length in bytes.
+struct Region {
+  const void* from;
+  int64_t rows, stride, bytes;
+};
+
 // A block of C, or of C transposed: rows of A times panels of B.
 struct GemmBlockArgs {
   const void* a;                // acc
@@ -95,11 +101,13 @@ struct GemmBlockArgs {
   const void* b;                // acc, ceil(b_count / NR) packed panels of [k][NR]
   int64_t a_count, b_count, k;  // of this block; k of this K block
   bool b_is_far;    // beyond L2: each panel's next chain is asked for early, which brings 12% there and costs 2% within
+  Region next;      // is asked for meanwhile
   int64_t chain;    // products of a K block that are added up before they join the rest
   bool transposed;  // A's rows are C's columns
   void* tiles;      // acc, scratch of a_count * b_count, rounded up to MR and NR
-  int64_t a_index, b_index;  // of the block in C
-  bool first, last;          // K block: nothing to add to, or the epilogue is due
+  bool continues, continued;  // tiles hold sums of the K block before; they wait for the next one, and C is left alone
+  int64_t a_index, b_index;   // of the block in C
+  bool first, last;           // K block: nothing to add to, or the epilogue is due
   Epilogue epilogue;
 };
 

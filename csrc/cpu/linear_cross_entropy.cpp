@@ -32,7 +32,8 @@ int64_t engine_bytes(const LinearCrossEntropySize& s, int64_t rows) {
        dw = {outputs, s.features, rows, panel, true, x, false, {}};
   logits.wide_c = dx.wide_a = dx.wide_c = dw.wide_a = dw.wide_c = dw.accumulate = true;
   int64_t most = 0;
-  for (const Gemm* g : {&logits, &dx, &dw}) most = std::max(most, gemm_scratch_bytes(s.dtype, *g, cores()));
+  if (rows > 0 && outputs > 0 && s.features > 0)
+    for (const Gemm* g : {&logits, &dx, &dw}) most = std::max(most, gemm_scratch_bytes(s.dtype, *g, cores()));
   return most + outputs * acc_size(s.dtype);
 }
 
@@ -42,13 +43,13 @@ int64_t default_memory_budget() { return std::min(cores() * tuning::kCoreBudget,
 
 int64_t chunk_rows(const LinearCrossEntropySize& s) {
   constexpr int64_t step = tuning::kLeastChunkRows;
-  const auto fit = [&](int64_t bytes) {
-    return std::max<int64_t>(1, bytes / std::max<int64_t>(1, bytes_per_row(s)) / step) * step;
-  };
-  // Fewer rows need less besides them, so that the second number fits if the first was too large.
-  int64_t most = std::min(fit(s.memory_budget), round_up(std::max<int64_t>(1, s.rows), step));
-  most = std::min(most, fit(s.memory_budget - engine_bytes(s, most)));
-  const int64_t chunks = std::max<int64_t>(1, ceil_div(s.rows, most));
+  // The most steps that fit the budget; one does, or has to.
+  int64_t fits = 1, too_many = ceil_div(std::max<int64_t>(1, s.rows), step) + 1;
+  while (too_many - fits > 1) {
+    const int64_t middle = fits + (too_many - fits) / 2;
+    (budget_for_chunk(s, middle * step) <= s.memory_budget ? fits : too_many) = middle;
+  }
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(s.rows, fits * step));
   return std::max<int64_t>(1, std::min(s.rows, round_up(ceil_div(s.rows, chunks), step)));
 }
 

@@ -3,118 +3,18 @@
 // stay in the accumulator's type. Nothing else has the size of the logits.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <limits>
 
-#include "../checks.h"
-#include "../torch_api.h"
 #include "drivers.h"
 #include "gemm_packed.h"
 #include "linear_cross_entropy.h"
-#include "parallel.h"
-#include "tensor_layouts.h"
-#include "tuning.h"
+#include "linear_cross_entropy_tensors.h"
 
 namespace rf {
-
 namespace {
 
-struct Options {
-  int64_t ignore_index, reduction;
-  double label_smoothing, z_loss;
-  std::optional<double> softcap, logit_scale;
-  std::optional<int64_t> memory_budget;
-  double filter_eps = 0;
-};
-
-// A call's tensors as the loop over chunks wants them. A "row" is one of input's; it has `positions` losses, one after
-// another, each over `classes` logits that lie `positions` apart.
-struct Problem {
-  Tensor x, w;                // N x D, and classes * positions x D
-  Tensor bias, class_weight;  // acc
-  Tensor classes_of_rows;     // int64, positions for each row that takes part
-  Tensor probabilities;       // N x classes (x positions), as row_layout can walk it
-  std::vector<int64_t> list;  // rows that take part, where some have no loss at all
-  bool listed = false;
-  int64_t all_rows, rows, features, classes, positions, outputs;  // rows: those that take part
-  double denominator;
-  DType dtype;
-  at::ScalarType acc;
-  CrossEntropyArgs loss = {};
-};
-
-Tensor as_matrix(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t; }
-
-Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                     const OptionalTensor& linear_bias, const OptionalTensor& weight, const Options& o,
-                     bool every_row) {
-  Problem p;
-  p.dtype = dtype_of(input.scalar_type());
-  p.acc = acc_type(input.scalar_type());
-  p.x = as_matrix(input);
-  p.w = linear_weight.reshape({product(linear_weight.sizes(), 0, linear_weight.dim() - 1), linear_weight.size(-1)});
-  p.all_rows = p.rows = p.x.size(0);
-  p.features = p.x.size(1);
-  p.classes = linear_weight.size(0);
-  p.outputs = p.w.size(0);
-  p.positions = product(linear_weight.sizes(), 1, linear_weight.dim() - 1);
-  if (linear_bias.has_value()) p.bias = linear_bias->to(p.acc).contiguous();
-  CrossEntropyArgs& a = p.loss;
-  a.classes = p.classes;
-  a.layout = {p.positions, p.outputs, p.positions == 1 ? 0 : 1, p.positions};
-  a.class_weight_sum = (double)p.classes;
-  if (weight.has_value()) {
-    p.class_weight = weight->to(p.acc).contiguous();
-    a.class_weight = p.class_weight.const_data_ptr();
-    a.class_weight_sum = p.class_weight.sum(at::kDouble).item<double>();
-  }
-  a.ignore_index = o.ignore_index;
-  a.label_smoothing = o.label_smoothing;
-  a.z_loss = o.z_loss;
-  a.softcap = o.softcap.value_or(0.0);
-  a.logit_scale = o.logit_scale.value_or(1.0);
-
-  if (at::isFloatingType(target.scalar_type())) {
-    p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
-    p.denominator = (double)(p.rows * p.positions);
-    return p;
-  }
-  p.classes_of_rows = target.to(at::kLong).contiguous();
-  const int64_t* y = p.classes_of_rows.const_data_ptr<int64_t>();
-  const Tensor weights = weight.has_value() ? p.class_weight.to(at::kDouble) : Tensor();
-  const double* w = weight.has_value() ? weights.const_data_ptr<double>() : nullptr;
-  p.denominator = 0;
-  for (int64_t r = 0; r < p.rows; ++r) {
-    bool any = false;
-    for (int64_t i = r * p.positions; i < (r + 1) * p.positions; ++i) {
-      if (y[i] == o.ignore_index) continue;
-      RF_CHECK(TORCH_CHECK_INDEX, y[i] >= 0 && y[i] < p.classes, "linear_cross_entropy", "target",
-               c10::str("classes from 0 to ", p.classes - 1), c10::str("Target ", y[i], " is out of bounds."));
-      p.denominator += w ? w[y[i]] : 1;
-      any = true;
-    }
-    if (any) p.list.push_back(r);
-  }
-  p.listed = !every_row && (int64_t)p.list.size() < p.rows;
-  if (p.listed) {
-    if (p.x.stride(1) != 1) p.x = p.x.contiguous();
-    const Tensor rows = at::from_blob(p.list.data(), {(int64_t)p.list.size()}, at::kLong);
-    p.classes_of_rows = p.classes_of_rows.view({p.rows, p.positions}).index_select(0, rows);
-    p.rows = (int64_t)p.list.size();
-  }
-  return p;
-}
-
-// Numbers per loss in the order of the rows that take part; and back, with 0 for the others.
-Tensor of_listed(const Problem& p, const Tensor& t) {
-  const Tensor rows = t.to(p.acc).reshape({p.all_rows, p.positions});
-  return p.listed ? rows.index_select(0, at::from_blob((void*)p.list.data(), {p.rows}, at::kLong)) : rows.contiguous();
-}
-Tensor of_all(const Problem& p, const Tensor& t, int64_t all_rows) {
-  if (!p.listed) return t;
-  return at::zeros({all_rows, p.positions}, t.options())
-      .index_copy_(0, at::from_blob((void*)p.list.data(), {p.rows}, at::kLong), t.view({p.rows, p.positions}));
-}
+using Options = LinearCrossEntropyOptions;
+using Problem = LinearCrossEntropyProblem;
 
 MatrixView view_of(const Tensor& t) { return {t.const_data_ptr(), 1, t.stride(0), 0, t.stride(1)}; }
 
@@ -151,19 +51,6 @@ void multiply(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& b
   gemm(dtype, g);
 }
 
-// Rows of a chunk gathered from, or scattered to, where the list says they lie.
-void copy_rows(const Problem& p, int64_t begin, const Tensor& chunk, const Tensor& whole, bool gather) {
-  const int64_t bytes = p.features * (int64_t)whole.element_size(), stride = whole.stride(0) * whole.element_size();
-  char *packed = (char*)chunk.mutable_data_ptr(), *spread = (char*)whole.data_ptr();
-  parallel_for(chunk.size(0), tuning::kParallelElements / std::max<int64_t>(1, p.features) + 1,
-               [&](int64_t from, int64_t to) {
-                 for (int64_t i = from; i < to; ++i) {
-                   char *a = packed + i * bytes, *b = spread + p.list[begin + i] * stride;
-                   std::memcpy(gather ? a : b, gather ? b : a, (size_t)bytes);
-                 }
-               });
-}
-
 // The bounds under which filter_eps drops entries of a chunk's gradient: a row's upstream gradients, of its positions
 // those of the least.
 std::vector<double> filter_bounds(const Problem& p, double eps, const CrossEntropyGrads& g, int64_t rows) {
@@ -193,120 +80,151 @@ void* at_loss(const Tensor& t, int64_t index) {
   return t.defined() ? (char*)t.data_ptr() + index * (int64_t)t.element_size() : nullptr;
 }
 
+// Memory that all chunks use in turn.
+struct Work {
+  int64_t rows;        // of a chunk
+  Tensor panel;        // logits, then their gradient
+  Tensor wide;         // probabilities in acc, where they have another type
+  Tensor wide_grad;    // and their gradient
+  Tensor stats;        // of the losses
+  Tensor x, dx, sums;  // listed rows, their gradient; column sums of a chunk
+
+  Work(const Problem& p, const Options& o, const Gradients& grads) {
+    const bool widens = p.probabilities.defined() && p.probabilities.scalar_type() != p.acc;
+    const bool narrows = widens && grads.target.defined();
+    rows = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
+                       o.memory_budget.value_or(default_memory_budget())});
+    const auto options = p.x.options().dtype(p.acc);
+    const auto panel_like = [&] { return advised(at::empty({rows, p.outputs}, options)); };
+    panel = panel_like();
+    if (widens) wide = panel_like();
+    if (narrows) wide_grad = panel_like();
+    stats = at::empty({5, rows * p.positions}, options);
+    if (p.listed) x = at::empty({rows, p.features}, p.x.options());
+    if (p.listed && grads.x.defined()) dx = at::empty({rows, p.features}, grads.x.options());
+    if (grads.bias.defined()) sums = at::empty({p.outputs}, options);
+  }
+};
+
+// Rows of a chunk: what they read, and what their losses' kernels are told.
+struct Chunk {
+  int64_t begin, rows;
+  Tensor x, logits;
+  CrossEntropyArgs args;
+  CrossEntropyGrads upstream = {};
+};
+
+// Losses and statistics of a chunk's logits and, with upstream gradients, the logits' gradient in their place.
+CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const CrossEntropyOutputs& out,
+                                 const Tensor& entropy, const Upstream* up, const Gradients& grads, Chunk& c) {
+  const int64_t first = c.begin * p.positions, losses = c.rows * p.positions, size = acc_size(p.dtype);
+  const DType acc = acc_dtype(p.dtype);
+  CrossEntropyArgs& a = c.args = p.loss;
+  a.logits = c.logits.data_ptr();
+  a.row_max = at_loss(work.stats[kMax], 0);
+  a.row_log_sum = at_loss(work.stats[kLogSum], 0);
+  a.row_entropy = entropy.defined()             ? at_loss(entropy, first)
+                  : up && up->entropy.defined() ? at_loss(work.stats[kEntropy], 0)
+                                                : nullptr;
+  Tensor dt;  // in the kernel's type
+  if (p.probabilities.defined()) {
+    const Tensor t = p.probabilities.narrow(0, c.begin, c.rows);
+    a.row_mass = at_loss(work.stats[kMass], 0);
+    a.row_target_mass = at_loss(work.stats[kTargetMass], 0);
+    const auto in_panel = [&](const Tensor& panel) { return panel.narrow(0, 0, c.rows).view(t.sizes()); };
+    const Tensor read = work.wide.defined() ? in_panel(work.wide).copy_(t) : t;
+    a.probabilities = read.const_data_ptr();
+    a.probability_layout = *row_layout(read, 1);
+    if (grads.target.defined()) {
+      dt = work.wide_grad.defined() ? in_panel(work.wide_grad) : grads.target.narrow(0, c.begin, c.rows);
+      c.upstream.grad_probabilities = dt.mutable_data_ptr();
+      c.upstream.grad_probability_layout = *row_layout(dt, 1);
+    }
+  } else {
+    a.target = p.classes_of_rows.const_data_ptr<int64_t>() + first;
+  }
+  CrossEntropyOutputs here = out;
+  for (void** each : {&here.loss, &here.lse, &here.logprob})
+    if (*each) *each = (char*)*each + first * size;
+  if (here.argmax) here.argmax += first;
+  if (!up) return cross_entropy_forward(acc, a, here, losses);
+
+  CrossEntropyGrads& g = c.upstream;
+  g.loss = up->loss.defined() ? at_loss(up->loss, up->loss.numel() == 1 ? 0 : first) : nullptr;
+  g.loss_stride = g.loss && up->loss.numel() > 1;
+  g.loss_scale = up->scale;
+  g.lse = at_loss(up->lse, first);
+  g.entropy = at_loss(up->entropy, first);
+  g.logprob = at_loss(up->logprob, first);
+  g.grad_logits = c.logits.data_ptr();
+  g.grad_layout = p.loss.layout;
+  const CrossEntropyPartial sums = cross_entropy_forward_backward(acc, a, here, g, losses);
+  if (work.wide_grad.defined()) grads.target.narrow(0, c.begin, c.rows).copy_(dt);
+  return sums;
+}
+
+void add_bias_gradient(const Problem& p, const Work& work, const Gradients& grads, const Chunk& c) {
+  ActivationBackwardArgs a = {};
+  a.grad = c.logits.const_data_ptr();
+  a.grad_layout = {1, p.outputs, 0, 1};
+  a.columns = p.outputs;
+  a.activation = Activation::none;
+  a.column_sums = work.sums.mutable_data_ptr();
+  activation_backward(acc_dtype(p.dtype), a, c.rows);
+  Tensor(grads.bias).add_(work.sums);
+}
+
+// dX of a chunk and its part of dW, entry by entry, if few entries of the gradient are above filter_eps' bounds.
+bool multiply_large_entries(const Problem& p, double filter_eps, const Gradients& grads, const Chunk& c) {
+  // Rows of W and x are read where they lie.
+  if (filter_eps <= 0 || p.w.stride(1) != 1 || (grads.w.defined() && p.x.stride(1) != 1)) return false;
+  SparseMatrix large;
+  if (!list_large_entries(p.dtype, c.logits.const_data_ptr(), c.rows, p.outputs,
+                          filter_bounds(p, filter_eps, c.upstream, c.rows).data(),
+                          most_sparse_entries(c.rows, p.outputs), &large))
+    return false;
+  if (grads.x.defined()) {
+    const bool in_place = grads.x.scalar_type() == p.acc && !p.listed;
+    const Tensor dx =
+        in_place ? grads.x.narrow(0, c.begin, c.rows) : at::empty({c.rows, p.features}, grads.x.options().dtype(p.acc));
+    sparse_product(p.dtype, large, view_of(p.w), p.features, dx.mutable_data_ptr(), p.features, false);
+    if (p.listed)
+      copy_rows(p, c.begin, dx.to(grads.x.scalar_type()), grads.x, false);
+    else if (!in_place)
+      grads.x.narrow(0, c.begin, c.rows).copy_(dx);
+  }
+  if (grads.w.defined()) {
+    if (c.begin == 0) Tensor(grads.w).zero_();
+    sparse_product(p.dtype, transposed(p.dtype, large, p.outputs), view_of(c.x), p.features, grads.w.mutable_data_ptr(),
+                   p.features, true);
+  }
+  return true;
+}
+
+void multiply_gradient(const Problem& p, const Work& work, const Gradients& grads, const Chunk& c) {
+  if (grads.x.defined()) {
+    const Tensor dx = p.listed ? work.dx.narrow(0, 0, c.rows) : grads.x.narrow(0, c.begin, c.rows);
+    multiply(c.logits, p.w, dx, Tensor(), false);
+    if (p.listed) copy_rows(p, c.begin, dx, grads.x, false);
+  }
+  if (grads.w.defined()) multiply(c.logits.t(), c.x, grads.w, Tensor(), c.begin > 0);
+}
+
 CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs& out,
                                 const Tensor& entropy, const Upstream* up, const Gradients& grads) {
-  const bool by_probability = p.probabilities.defined();
-  const bool widens = by_probability && p.probabilities.scalar_type() != p.acc,
-             narrows = widens && grads.target.defined();
-  const auto options = p.x.options().dtype(p.acc);
-  const int64_t size = acc_size(p.dtype);
-  const int64_t chunk = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
-                                    o.memory_budget.value_or(default_memory_budget())});
-  const auto panel_like = [&] { return advised(at::empty({chunk, p.outputs}, options)); };
-  const Tensor panel = panel_like();
-  const Tensor wide = widens ? panel_like() : Tensor(), wide_grad = narrows ? panel_like() : Tensor();
-  const Tensor stats = at::empty({5, chunk * p.positions}, options);
-  const Tensor gathered = p.listed ? at::empty({chunk, p.features}, p.x.options()) : Tensor();
-  const Tensor dx_chunk = p.listed && grads.x.defined() ? at::empty({chunk, p.features}, grads.x.options()) : Tensor();
-  const Tensor sums = grads.bias.defined() ? at::empty({p.outputs}, options) : Tensor();
-  const DType acc = acc_dtype(p.dtype);
-  const bool by_rows =
-      p.w.stride(1) == 1 && (p.x.stride(1) == 1 || !grads.w.defined());  // else filter_eps has no effect
-
+  const Work work(p, o, grads);
   CrossEntropyPartial total = {0, 0, -1};
-  for (int64_t begin = 0; begin < p.rows; begin += chunk) {
-    const int64_t rows = std::min(chunk, p.rows - begin), losses = rows * p.positions, first = begin * p.positions;
-    const Tensor logits = panel.narrow(0, 0, rows);
-    Tensor x = p.listed ? gathered.narrow(0, 0, rows) : p.x.narrow(0, begin, rows);
-    if (p.listed) copy_rows(p, begin, x, p.x, true);
-    multiply(x, p.w.t(), logits, p.bias, false);
-
-    CrossEntropyArgs a = p.loss;
-    a.logits = logits.data_ptr();
-    a.row_max = at_loss(stats[kMax], 0);
-    a.row_log_sum = at_loss(stats[kLogSum], 0);
-    a.row_entropy = entropy.defined()             ? at_loss(entropy, first)
-                    : up && up->entropy.defined() ? at_loss(stats[kEntropy], 0)
-                                                  : nullptr;
-    CrossEntropyGrads g = {};
-    if (by_probability) {
-      const Tensor t = p.probabilities.narrow(0, begin, rows);
-      a.row_mass = at_loss(stats[kMass], 0);
-      a.row_target_mass = at_loss(stats[kTargetMass], 0);
-      const Tensor kernels_own = widens ? wide.narrow(0, 0, rows).view(t.sizes()) : t;
-      if (widens) Tensor(kernels_own).copy_(t);
-      a.probabilities = kernels_own.const_data_ptr();
-      a.probability_layout = *row_layout(kernels_own, 1);
-      if (grads.target.defined()) {
-        const Tensor dt = narrows ? wide_grad.narrow(0, 0, rows).view(t.sizes()) : grads.target.narrow(0, begin, rows);
-        g.grad_probabilities = dt.mutable_data_ptr();
-        g.grad_probability_layout = *row_layout(dt, 1);
-      }
-    } else {
-      a.target = p.classes_of_rows.const_data_ptr<int64_t>() + first;
-    }
-    CrossEntropyOutputs here = out;
-    for (void** each : {&here.loss, &here.lse, &here.logprob})
-      if (*each) *each = (char*)*each + first * size;
-    if (here.argmax) here.argmax += first;
-
-    CrossEntropyPartial sum;
-    if (!up) {
-      sum = cross_entropy_forward(acc, a, here, losses);
-    } else {
-      g.loss = up->loss.defined() ? at_loss(up->loss, up->loss.numel() == 1 ? 0 : first) : nullptr;
-      g.loss_stride = g.loss && up->loss.numel() > 1;
-      g.loss_scale = up->scale;
-      g.lse = at_loss(up->lse, first);
-      g.entropy = at_loss(up->entropy, first);
-      g.logprob = at_loss(up->logprob, first);
-      g.grad_logits = logits.data_ptr();
-      g.grad_layout = p.loss.layout;
-      sum = cross_entropy_forward_backward(acc, a, here, g, losses);
-    }
-    total.loss += sum.loss;
-    if (narrows)
-      grads.target.narrow(0, begin, rows)
-          .copy_(wide_grad.narrow(0, 0, rows).view(grads.target.narrow(0, begin, rows).sizes()));
-    if (grads.bias.defined()) {
-      activation_backward(acc,
-                          {logits.const_data_ptr(),
-                           nullptr,
-                           {1, p.outputs, 0, 1},
-                           nullptr,
-                           p.outputs,
-                           Activation::none,
-                           sums.mutable_data_ptr()},
-                          rows);
-      Tensor(grads.bias).add_(sums);
-    }
-    SparseMatrix large;
-    if (o.filter_eps > 0 && by_rows &&
-        list_large_entries(p.dtype, logits.const_data_ptr(), rows, p.outputs,
-                           filter_bounds(p, o.filter_eps, g, rows).data(), most_sparse_entries(rows, p.outputs),
-                           &large)) {
-      if (grads.x.defined()) {
-        const Tensor own = grads.x.scalar_type() == p.acc && !p.listed ? grads.x.narrow(0, begin, rows)
-                                                                       : at::empty({rows, p.features}, options);
-        sparse_product(p.dtype, large, view_of(p.w), p.features, own.mutable_data_ptr(), p.features, false);
-        if (p.listed)
-          copy_rows(p, begin, own.to(grads.x.scalar_type()), grads.x, false);
-        else if (grads.x.scalar_type() != p.acc)
-          grads.x.narrow(0, begin, rows).copy_(own);
-      }
-      if (grads.w.defined()) {
-        if (begin == 0) Tensor(grads.w).zero_();
-        sparse_product(p.dtype, transposed(p.dtype, large, p.outputs), view_of(x), p.features,
-                       grads.w.mutable_data_ptr(), p.features, true);
-      }
-      continue;
-    }
-    if (grads.x.defined()) {
-      const Tensor dx = p.listed ? dx_chunk.narrow(0, 0, rows) : grads.x.narrow(0, begin, rows);
-      multiply(logits, p.w, dx, Tensor(), false);
-      if (p.listed) copy_rows(p, begin, dx, grads.x, false);
-    }
-    if (grads.w.defined()) multiply(logits.t(), x, grads.w, Tensor(), begin > 0);
+  for (int64_t begin = 0; begin < p.rows; begin += work.rows) {
+    Chunk c = {};
+    c.begin = begin;
+    c.rows = std::min(work.rows, p.rows - begin);
+    c.x = p.listed ? work.x.narrow(0, 0, c.rows) : p.x.narrow(0, begin, c.rows);
+    c.logits = work.panel.narrow(0, 0, c.rows);
+    if (p.listed) copy_rows(p, begin, c.x, p.x, true);
+    multiply(c.x, p.w.t(), c.logits, p.bias, false);
+    total.loss += turn_to_loss(p, work, out, entropy, up, grads, c).loss;
+    if (grads.bias.defined()) add_bias_gradient(p, work, grads, c);
+    if (!multiply_large_entries(p, o.filter_eps, grads, c)) multiply_gradient(p, work, grads, c);
   }
   return total;
 }
@@ -333,7 +251,7 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
                                 std::optional<int64_t> memory_budget, std::optional<at::ScalarType> loss_dtype) {
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
   const bool every_row = outputs & ~(kOutputLoss | kOutputLogprob);
-  const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
+  const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
   const auto shape = loss_shape(input, linear_weight);
   const int64_t all_rows = as_matrix(input).size(0);
   const auto per_loss = [&](bool wanted) {
@@ -399,7 +317,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
     std::optional<int64_t> memory_budget, double filter_eps, std::optional<at::ScalarType> loss_dtype,
     std::array<bool, 3> mask) {
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
-  const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o, argmax_too);
+  const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, argmax_too);
   const Gradients g = new_gradients(p, input, linear_weight, target, p.acc, {mask[0], mask[1], mask[2], false});
   Upstream up;
   up.loss = at::ones({1}, input.options().dtype(p.acc));
@@ -422,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
   const bool every_row = grad_lse.has_value() || grad_entropy.has_value();
-  const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
+  const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
   const Gradients g = new_gradients(p, input, linear_weight, target, input.scalar_type(), mask);
   Upstream up;
   const auto rows = [&](const OptionalTensor& t) { return t.has_value() ? of_listed(p, *t) : Tensor(); };

@@ -87,6 +87,9 @@ constexpr int64_t kUsualL2 = 512 << 10, kUsualLastLevelCache = 8 << 20;
 // most so many columns to a task. Where A has few rows, a thread has one task: packing decides, and on rows that are a
 // page apart it takes half as long in pieces of 2 KiB as of 512 bytes.
 constexpr int64_t kTasksPerThread = 8, kTaskTiles = 8, kTaskColumns = 512, kPackingDecides = 256;
+// Up to so many columns of a W across K, each task takes whole groups of them: narrower pieces would read X's rows,
+// long and in memory, once for each (480 x 32000 -> 256: 59 to 65% of the peak).
+constexpr int64_t kNarrowColumns = 256;
 // Up to so many outputs (a few dozen register tiles, neither side long) K is cut into parts of at least kSplitK.
 constexpr int64_t kSplitOutputs = 4096, kSplitSide = 128, kSplitK = 4096, kMostSplits = 16;
 // Elements to a packing task.
