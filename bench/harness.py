@@ -18,6 +18,7 @@ BLOCK_SECONDS = (
 )
 MAX_BLOCK = 200
 WARM_UP_SECONDS = 0.03  # of calls after a pause, in which the cores have gone to sleep
+SLOW_SECONDS = 5  # who takes as long for a call is called once
 
 
 @dataclass
@@ -38,6 +39,8 @@ class Work:
     jax: Callable[[str], Call] | None = None  # mode -> call, for a compiled JAX version
     in_place: Callable | None = None  # regfast with the gradient in the input's memory, for the memory measurement
     chunked: Callable | None = None  # PyTorch's own operator that does not store the logits
+    parts: dict[str, Call] | None = None  # calls of which regfast's is to be the whole; instead of all the others
+    errors: Callable[[], dict[str, float]] | None = None  # of results against float64, by who computed them
     numpy: Callable | None = None  # the product alone in NumPy, on arrays, to measure its BLAS
 
 
@@ -75,7 +78,17 @@ def parametrize(cases: list[Case]):
     return pytest.mark.parametrize("case", chosen, ids=[case.name for case in chosen])
 
 
-def make_call(fn: Callable, inputs: list[torch.Tensor], mode: str) -> Call:
+def upstream_gradient(work: Work, mode: str) -> torch.Tensor | None:
+    """What all backward passes start from: None for a scalar loss, whose implicit one is 1."""
+    if mode not in ("bwd", "fwd_bwd"):
+        return None
+    with torch.no_grad():
+        out = work.regfast(*work.inputs)
+    # Not all ones and not stride 0, which some backwards special-case.
+    return None if out.dim() == 0 else torch.randn_like(out)
+
+
+def make_call(fn: Callable, inputs: list[torch.Tensor], mode: str, grad: torch.Tensor | None = None) -> Call:
     """A Call for fn in that mode. Gradients are cleared in setup(), so no run adds to an old one."""
     if mode == "fwd":
         constants = [x.detach() for x in inputs]
@@ -97,10 +110,6 @@ def make_call(fn: Callable, inputs: list[torch.Tensor], mode: str) -> Call:
         for leaf in leaves:
             leaf.grad = None
 
-    clear()
-    out = fn(*inputs).detach()
-    # Not all ones and not stride 0, which some backwards special-case; a scalar loss gets its usual implicit one.
-    grad = None if out.dim() == 0 else torch.randn_like(out)
     if mode == "fwd_bwd":
         return Call(lambda: fn(*inputs).backward(grad), clear)
     graph = []
@@ -123,6 +132,7 @@ def time_interleaved(
 
     A round takes one sample of each call; the order rotates and every other round is reversed, so that none always
     follows the same neighbour. A sample is the median of a block of calls (one, for calls of a millisecond or more).
+    Where a call takes SLOW_SECONDS the first calls, else not counted, are a round too, and all that the slow ones get.
     `before` runs before every timed call, e.g. to empty the caches; `pause` seconds pass between contestants whose
     thread pools differ, for one's idle threads to stop spinning. A result is freed after the clock has stopped.
     """
@@ -145,15 +155,18 @@ def time_interleaved(
             once(call)
 
     first = {name: once(call) for name, call in calls.items()}  # loads, compiles, allocates
-    slowest = max(min(once(call), once(call)) if first[name] < 1 else first[name] for name, call in calls.items())
+    slow = {name for name, seconds in first.items() if seconds >= SLOW_SECONDS}
+    samples = {name: [seconds] if slow else [] for name, seconds in first.items()}
+    calls = {name: call for name, call in calls.items() if name not in slow}
+    repeated = (min(once(call), once(call)) if first[name] < 1 else first[name] for name, call in calls.items())
+    slowest = max(repeated, default=SLOW_SECONDS)
     seconds = WARM_UP_SECONDS if pause else BLOCK_SECONDS
     block = 1 if before else max(1, min(MAX_BLOCK, int(seconds / slowest)))
-    samples = {name: [] for name in calls}
     gc.collect()
     gc.disable()
     try:
         start, count, names = time.perf_counter(), 0, list(calls)
-        while count < min_rounds or time.perf_counter() - start < min_seconds:
+        while names and (count < min_rounds or time.perf_counter() - start < min_seconds):
             order = names[count % len(names) :] + names[: count % len(names)]
             for name in reversed(order) if count % 2 else order:
                 if pause:
@@ -172,7 +185,8 @@ def ratios(timing: dict[str, dict], base: str = "regfast") -> dict[str, float]:
     """How many times longer each one takes than `base`: the median of the ratios within each round."""
     mine = timing[base]["samples"]
     return {
-        name: statistics.median(a / b for a, b in zip(row["samples"], mine, strict=True))
+        # a slow one has taken part in the first round alone
+        name: statistics.median(a / b for a, b in zip(row["samples"], mine, strict=False))
         for name, row in timing.items()
         if name != base
     }
@@ -189,22 +203,30 @@ def evict() -> None:
 
 
 def contestants(case: Case, work: Work, everyone: bool, instead: str = "") -> dict[str, Call]:
-    """PyTorch eager and regfast; with `everyone` also torch.compile and JAX where the case asks for them.
+    """PyTorch eager and regfast; with `everyone` also the chunked operator, torch.compile and JAX, where there are any.
 
-    With `instead`, "numpy" or "chunked", that one and regfast.
+    With `instead`, "numpy", that one and regfast.
     """
-    if instead == "chunked":
-        return {fn: make_call(getattr(work, fn), work.inputs, case.mode) for fn in ("chunked", "regfast")}
+    inputs, mode = work.inputs, case.mode
+    grad = upstream_gradient(work, mode)
+    ours = make_call(work.regfast, inputs, mode, grad)
     if instead == "numpy":
-        arrays = [x.detach().numpy() for x in work.inputs]
-        return {"numpy": Call(lambda: work.numpy(*arrays)), "regfast": make_call(work.regfast, work.inputs, case.mode)}
-    calls = {fn: make_call(getattr(work, fn), work.inputs, case.mode) for fn in ("eager", "regfast")}
+        arrays = [x.detach().numpy() for x in inputs]
+        return {"numpy": Call(lambda: work.numpy(*arrays)), "regfast": ours}
+    if work.parts:
+        return {"regfast": ours, **work.parts}
+    calls = {"eager": make_call(work.eager, inputs, mode, grad), "regfast": ours}
+    if everyone and work.chunked:
+        calls["chunked"] = make_call(work.chunked, inputs, mode, grad)
     if everyone and case.compile:
         torch._dynamo.reset()
-        calls["compile"] = make_call(torch.compile(work.eager, dynamic=False), work.inputs, case.mode)
+        call = calls["compile"] = make_call(torch.compile(work.eager, dynamic=False), inputs, mode, grad)
+        if call.setup:
+            call.setup()
+        call.run()  # compiles, which is not to count as a slow call
     # JAX takes all CPUs and cannot be told otherwise at run time.
     if everyone and work.jax and torch.get_num_threads() == os.cpu_count():
-        call = work.jax(case.mode)
+        call = work.jax(mode)
         if call:
             calls["jax"] = call
     return calls

@@ -22,7 +22,6 @@ import torch
 
 MIB = 1 << 20
 QUICK = os.environ.get("REGFAST_BENCH_QUICK") == "1"  # a smoke test: few cases, few rounds
-PATIENCE = 60  # seconds for a peer in a process of its own that may be far slower; pytest's --slow-peers: no limit
 _CACHE_DIR = Path("/sys/devices/system/cpu/cpu0/cache")
 _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 

@@ -54,7 +54,7 @@ LINEAR_CROSS_ENTROPY = [
     (4096, 256, 32000),  # many rows, 524 MB of logits
 ]
 LINEAR_CROSS_ENTROPY_HALF = (1024, 512, 8192)  # bfloat16
-LINEAR_CROSS_ENTROPY_OPTIONS = (1024, 1024, 32000)  # half of the rows ignored, a weight without gradient
+LINEAR_CROSS_ENTROPY_OPTIONS = (1024, 1024, 32000)  # ignored rows, a weight without gradient, a peaked softmax
 # The curves of time and memory over V, with N rows and D inputs: logits of 134 MB to 4.3 GB.
 VOCABULARIES, VOCABULARIES_ROWS = (8192, 32000, 128256, 262144), (4096, 64)
 

@@ -26,11 +26,15 @@ def peak_bytes() -> int:
     return peak if sys.platform == "darwin" else peak << 10
 
 
+def load_libraries(dtype: torch.dtype) -> None:
+    """A step on next to nothing, so that threads and libraries are there before memory is measured."""
+    x, w = (torch.zeros(4, 4, dtype=dtype, requires_grad=True) for _ in range(2))
+    torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), torch.arange(4)).backward()
+
+
 def extra_memory(case: harness.Case, provider: str) -> float:
     """Peak resident memory of one forward and backward, less what was there before, in units of the first input."""
-    tiny = torch.zeros(2, 4, dtype=case.dtype, requires_grad=True)
-    torch.nn.functional.cross_entropy(tiny, torch.tensor([1, 2])).backward()  # starts threads, loads libraries
-    del tiny
+    load_libraries(case.dtype)
     work = case.build()
     fn = getattr(work, provider)
     # As after a layer: logits that are no leaf (in place, so that they are the same memory). A leaf would keep the
@@ -44,6 +48,7 @@ def extra_memory(case: harness.Case, provider: str) -> float:
 
 def peak_over_gradients(case: harness.Case, provider: str) -> int:
     """Peak resident bytes of one forward and backward over what must be there: the inputs and their gradients."""
+    load_libraries(case.dtype)
     work = case.build()
     fn = getattr(work, provider)
     before = psutil.Process().memory_info().rss
@@ -55,9 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("module", help="the bench file, e.g. bench_linear")
     parser.add_argument("case", help="the name of one of its CASES")
-    parser.add_argument(
-        "--instead", choices=("numpy", "chunked"), default="", help="time that instead of PyTorch eager"
-    )
+    parser.add_argument("--instead", choices=("numpy",), default="", help="time that instead of PyTorch eager")
     parser.add_argument(
         "--memory", choices=("eager", "chunked", "regfast", "in_place"), help="measure memory, not time"
     )
@@ -75,7 +78,7 @@ def main() -> None:
     before = harness.evict if case.cold else None
     pause = 0.1 if args.instead == "numpy" else 0.0
     # Fewer rounds than in the main process: some of these take seconds per call, which is what they are here to show.
-    rounds = min(2 if args.instead == "chunked" else 3, harness.MIN_ROUNDS)
+    rounds = min(3, harness.MIN_ROUNDS)
     timing = harness.time_interleaved(calls, rounds, harness.MIN_SECONDS, before, pause)
     print(json.dumps({"timing": timing}))
 

@@ -66,6 +66,31 @@ CASES = {
         ),
         lambda: [leaf(4, 6)],
     ),
+    **{
+        f"linear_cross_entropy {r}": (
+            lambda m, x, w, b, r=r: m.linear_cross_entropy(x, w, CLASSES, linear_bias=b, weight=WEIGHT, reduction=r),
+            lambda: [leaf(4, 3), leaf(6, 3), leaf(6)],
+        )
+        for r in ("none", "mean", "sum")
+    },
+    "linear_cross_entropy pixels": (
+        lambda m, x, w, b: m.linear_cross_entropy(x, w, PIXELS, linear_bias=b, label_smoothing=0.1, z_loss=0.2),
+        lambda: [leaf(2, 4), leaf(5, 3, 4), leaf(5, 3)],
+    ),
+    "linear_cross_entropy probabilities": (
+        lambda m, x, w, b, t: m.linear_cross_entropy(x, w, t, linear_bias=b, label_smoothing=0.2, weight=WEIGHT),
+        lambda: [leaf(4, 3), leaf(6, 3), leaf(6), distribution(4, 6)],
+    ),
+    "linear_cross_entropy one sample": (
+        lambda m, x, w: m.linear_cross_entropy(x, w, torch.tensor(2), softcap=3.0),
+        lambda: [leaf(3), leaf(5, 3)],
+    ),
+    "linear_cross_entropy everything": (
+        lambda m, x, w, b: m.linear_cross_entropy(
+            x, w, CLASSES, linear_bias=b, weight=WEIGHT, z_loss=0.2, softcap=3.0, logit_scale=0.7, outputs=FLOATING
+        ),
+        lambda: [leaf(4, 3), leaf(6, 3), leaf(6)],
+    ),
     "cross_entropy everything, probabilities": (
         lambda m, x, t: m.cross_entropy(x, t, WEIGHT, z_loss=0.2, softcap=3.0, logit_scale=0.7, outputs=FLOATING),
         lambda: [leaf(2, 6, 2), distribution(2, 6, 2)],

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
+# Threads that wait by spinning, one set for each of pytest's processes, take the cores from those that work.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+
 import torch
 from hypothesis import HealthCheck, settings
 from util import DTYPES

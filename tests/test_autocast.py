@@ -1,5 +1,7 @@
 """autocast: the dtypes are those of torch's operators, in forward and backward; mixed precision never raises."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -78,6 +80,25 @@ def test_cross_entropy(lower, given_dtype, mode):
         probabilities,
         half=lower,
     )
+
+
+@lower
+@pytest.mark.parametrize("given_dtype", [torch.float32, *HALF], ids=str)  # autocast leaves float64 alone
+@pytest.mark.parametrize("mode", ["none", "mean", "sum"])
+def test_linear_cross_entropy(lower, given_dtype, mode):
+    x, w, b = spiky(40, 9, dtype=given_dtype), spiky(21, 9, size=1) / 3, spiky(21, size=1)
+    x, w, b = (t.requires_grad_() for t in (x, w, b))
+    probabilities = probability_targets(40, 21).requires_grad_()
+    for target, weight in itertools.product((class_targets((40,), 21, 0.3), probabilities), (None, torch.rand(21))):
+        agree(
+            lambda x, w, b, t, c=weight: regfast.linear_cross_entropy(x, w, t, linear_bias=b, weight=c, reduction=mode),
+            lambda x, w, b, t, c=weight: F.cross_entropy(F.linear(x, w, b), t, c, reduction=mode),
+            x,
+            w,
+            b,
+            target,
+            half=lower,
+        )
 
 
 @lower

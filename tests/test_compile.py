@@ -44,6 +44,10 @@ DYNAMIC = {
         regfast.cross_entropy(x @ w.T, t, outputs=NAMES[:4], softcap=5.0, reduction="none")
     ),
     "probabilities": lambda x, w, t: regfast.cross_entropy(x, x.detach().softmax(1)),
+    "linear_cross_entropy": lambda x, w, t: regfast.linear_cross_entropy(x, w, t, label_smoothing=0.1),
+    "all outputs of linear_cross_entropy": lambda x, w, t: tuple(
+        regfast.linear_cross_entropy(x, w, t, outputs=NAMES[:4], softcap=5.0, reduction="none", memory_budget=1)
+    ),
 }
 
 
@@ -90,11 +94,15 @@ def test_ignored_rows_when_compiled():
     x = spiky(40, 30).requires_grad_()
     target = class_targets((40,), 30, 0.5)
     for mode in ("none", "mean", "sum"):
-        ours = compiled(lambda x, t, mode=mode: regfast.cross_entropy(x, t, reduction=mode))(x, target)
         true = F.cross_entropy(x, target, reduction=mode)
-        assert_close(ours, true)
         seed = torch.randn_like(true)
-        assert_close(*(torch.autograd.grad(v, x, seed) for v in (ours, true)))
+        for fn in (
+            lambda x, t, mode=mode: regfast.cross_entropy(x, t, reduction=mode),
+            lambda x, t, mode=mode: regfast.linear_cross_entropy(x, torch.eye(30), t, reduction=mode),
+        ):
+            ours = compiled(fn)(x, target)
+            assert_close(ours, true)
+            assert_close(*(torch.autograd.grad(v, x, seed, retain_graph=True) for v in (ours, true)))
 
 
 def test_backward_in_place_is_ignored_when_compiled():
@@ -162,6 +170,11 @@ def calls(x, target, probabilities, w, b):
         yield regfast.cross_entropy(x, probabilities, reduction=mode)
         yield from regfast.cross_entropy(x, target, outputs=NAMES, reduction=mode, z_loss=0.1)
         yield from regfast.cross_entropy(x, probabilities, outputs=NAMES, reduction=mode, loss_dtype=torch.float64)
+        rows, classes = x[:, 0], target[:, 0] % 4
+        yield regfast.linear_cross_entropy(rows, w, classes, linear_bias=b, reduction=mode)
+        more = {"outputs": NAMES, "reduction": mode}
+        yield from regfast.linear_cross_entropy(rows, w.unflatten(0, (2, 2)), target[:, :2] % 2, **more)
+        yield from regfast.linear_cross_entropy(rows, w, probabilities[:, :4, 0], loss_dtype=torch.float64, **more)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -210,10 +223,13 @@ class Model(nn.Module):
         super().__init__()
         self.hidden, self.out = regfast.Linear(20, 16, activation="gelu"), regfast.Linear(16, 7)
         self.loss = regfast.CrossEntropyLoss(label_smoothing=0.1)
+        self.head = regfast.LinearCrossEntropyLoss(16, 7, bias=True, label_smoothing=0.1)
 
     def forward(self, x, target):
-        z = self.out(self.hidden(x))
+        hidden = self.hidden(x)
+        z = self.out(hidden)
         return (
+            self.head(hidden, target),
             self.loss(z, target),
             regfast.softmax(z, -1),
             regfast.log_softmax(z),

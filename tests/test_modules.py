@@ -1,6 +1,7 @@
-"""Linear, CrossEntropyLoss, MSELoss: drop-in subclasses of torch's modules."""
+"""Linear, CrossEntropyLoss, LinearCrossEntropyLoss, MSELoss: drop-in subclasses of torch's modules."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.testing import assert_close
 from util import check, class_targets, probability_targets, spiky
 
 import regfast
@@ -23,7 +25,32 @@ PAIRS = {
     "MSELoss": (regfast.MSELoss(), nn.MSELoss()),
     "MSELoss with options": (regfast.MSELoss(reduction="none"), nn.MSELoss(reduction="none")),
 }
+HEADS = {
+    "LinearCrossEntropyLoss": {},
+    "LinearCrossEntropyLoss with bias": {"bias": True},
+    "LinearCrossEntropyLoss of K dimensions": {"bias": True, "out_features": (2, 3), "reduction": "none"},
+    "LinearCrossEntropyLoss with options": {
+        "weight": torch.ones(5),
+        "ignore_index": 3,
+        "reduction": "sum",
+        "label_smoothing": 0.1,
+    },
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
+    for name, options in HEADS.items():
+        PAIRS[name] = tuple(m.LinearCrossEntropyLoss(7, 5, **options) for m in (regfast, nn))
 pairs = pytest.mark.parametrize("ours, theirs", PAIRS.values(), ids=PAIRS.keys())
+
+
+def arguments_of(module):
+    torch.manual_seed(0)
+    x = spiky(4, 7)
+    if isinstance(module, nn.Linear):
+        return (x,)
+    if isinstance(module, nn.MSELoss):
+        return x[:, :5], x[:, 2:]
+    target = class_targets((4, *getattr(module, "out_features", ())), 5)
+    return x if hasattr(module, "linear") else x[:, :5], target
 
 
 @pairs
@@ -33,14 +60,26 @@ def test_is_a_drop_in_subclass(ours, theirs):
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     ours.load_state_dict(theirs.state_dict())
     theirs.load_state_dict(ours.state_dict())
+    values = []
+    for module in (ours, theirs):
+        first, *others = arguments_of(module)
+        value = module(first.requires_grad_(), *others)
+        values.append([value, *torch.autograd.grad(value.square().sum(), [first, *module.parameters()])])
+    assert_close(*values)
+
+
+@pairs
+def test_takes_the_same_arguments(ours, theirs):
+    mine, wanted = (inspect.signature(type(module)).parameters.values() for module in (ours, theirs))
+    key = lambda p: (p.name, p.kind, p.default)  # noqa: E731
+    assert set(map(key, wanted)) <= set(map(key, mine))
+    positional = [p.name for p in wanted if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [p.name for p in mine][: len(positional)] == positional
 
 
 @pairs
 def test_copies(ours, theirs):
-    x, target = spiky(4, 7), class_targets((4,), 7)
-    arguments = (
-        (x,) if isinstance(ours, nn.Linear) else (x[:, :5], x[:, 2:]) if "MSE" in repr(ours) else (x[:, :5], target % 5)
-    )
+    arguments = arguments_of(ours)
     value = ours(*arguments)
     stream = io.BytesIO()
     torch.save(ours, stream)
@@ -107,6 +146,50 @@ def test_options_of_cross_entropy_loss_survive_copies():
         got, true = twin(x, target), ours(x, target)
         assert got._fields == true._fields == ("lse", "loss")
         assert all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
+
+
+def test_linear_cross_entropy_loss_passes_every_option():
+    options = {
+        "z_loss": 0.1,
+        "softcap": 5.0,
+        "logit_scale": 0.5,
+        "outputs": ("lse", "loss"),
+        "loss_dtype": torch.float64,
+        "reduction": "none",
+    }
+    module = regfast.LinearCrossEntropyLoss(7, 5, memory_budget=1, filter_eps=1e-6, **options)
+    x, target = spiky(40, 7), class_targets((40,), 5, 0.2)
+    true = regfast.linear_cross_entropy(x, module.linear.weight, target, memory_budget=1, **options)
+    for twin in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        got = twin(x, target)
+        assert got._fields == ("lse", "loss") and got.loss.dtype == torch.float64
+        assert all(torch.equal(a, b) for a, b in zip(got, true, strict=True))
+    half = regfast.LinearCrossEntropyLoss(7, 5, weight=torch.rand(5), dtype=torch.bfloat16).to(torch.bfloat16)
+    assert half(x.bfloat16(), target).dtype == torch.bfloat16
+    for name, wrong in (("weight", torch.rand(4)), ("label_smoothing", -0.1)):
+        with pytest.raises(RuntimeError, match=rf"regfast\.LinearCrossEntropyLoss: {name}: expected .*, got"):
+            regfast.LinearCrossEntropyLoss(7, 5, **{name: wrong})
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_weights_tied_with_an_embedding(reduction):
+    # The shared gradient sums the lookup's and the head's over several backwards.
+    embedding, head = nn.Embedding(30, 8), regfast.LinearCrossEntropyLoss(8, 30, reduction=reduction, memory_budget=1)
+    head.linear.weight = embedding.weight
+    assert len({id(p) for p in (*embedding.parameters(), *head.parameters())}) == 1
+    true = embedding.weight.detach().clone().requires_grad_()
+    optimiser = torch.optim.SGD([embedding.weight, true], lr=0.01)
+    for step in range(6):
+        tokens, target = torch.randint(30, (50,)), class_targets((50,), 30, 0.2)
+        head(embedding(tokens).tanh(), target).sum().mul(1 + step).backward()
+        loss = F.cross_entropy(F.embedding(tokens, true).tanh() @ true.T, target, reduction=reduction)
+        loss.sum().mul(1 + step).backward()
+        assert_close(embedding.weight.grad, true.grad, rtol=1e-4, atol=1e-5)
+        if step % 3 == 2:  # gradients of three backwards are accumulated for each step
+            optimiser.step()
+            optimiser.zero_grad()
+            assert_close(embedding.weight, true)
+    assert torch.equal(head.linear.weight, embedding.weight)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

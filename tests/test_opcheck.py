@@ -66,6 +66,17 @@ def test_cross_entropy(mode, outputs, requires_grad):
         )
 
 
+@gradients
+@pytest.mark.parametrize("mode, outputs", [(0, LOSS), (1, LOSS), (1, LOSS | ARGMAX), (0, 31)])
+def test_linear_cross_entropy(mode, outputs, requires_grad):
+    x, w, b = (spiky(*shape).requires_grad_(requires_grad) for shape in ((20, 4), (6, 2, 4), (6, 2)))
+    options = (-100, mode, 0.1, 0.2, None, 0.7, outputs, 1, 0.0, None)
+    target = class_targets((20, 2), 6, 0.2)
+    opcheck(ops.linear_cross_entropy.default, (x, w, target, b, torch.rand(6), *options))
+    target = probability_targets(20, 6, 2).requires_grad_(requires_grad)
+    opcheck(ops.linear_cross_entropy.default, (x, w, target, None, None, *options))
+
+
 def test_forward_and_backward_ops():
     # What the autograd functions call: without gradients of their own, so the registration of autograd is not asked.
     tests = ("test_schema", "test_faketensor")
@@ -103,3 +114,23 @@ def test_forward_and_backward_ops_of_cross_entropy(probabilities):
     saved = (x, target, weight, stats, weight_sum, *options)
     opcheck(ops.cross_entropy_backward.default, (*seeds, *saved, [True, probabilities]), test_utils=tests)
     opcheck(ops.cross_entropy_backward_.default, (*seeds, *saved, probabilities), test_utils=tests)
+
+
+@pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
+def test_forward_and_backward_ops_of_linear_cross_entropy(probabilities, dtype):
+    tests = ("test_schema", "test_faketensor")
+    x, w, b, weight = (
+        spiky(20, 4, dtype=dtype),
+        spiky(6, 4, dtype=dtype),
+        spiky(6, dtype=dtype),
+        torch.rand(6).to(dtype),
+    )
+    target = probability_targets(20, 6, dtype=dtype) if probabilities else class_targets((20,), 6, 0.2)
+    saved = (x, w, target, b, weight, -100, 1, 0.1, 0.2, None, 0.5)
+    opcheck(ops.linear_cross_entropy_forward.default, (*saved, 31, 1, None), test_utils=tests)
+    seeds = (torch.tensor(0.7).to(dtype), *(spiky(20, dtype=dtype) for _ in range(3)))
+    for mask in ([True, True, True], [False, True, False]):
+        forward_backward = (*saved, True, 1, 1e-4, None, mask)
+        opcheck(ops.linear_cross_entropy_forward_backward.default, forward_backward, test_utils=tests)
+        backward = (*seeds, *saved, 1, 0.0, [*mask, probabilities])
+        opcheck(ops.linear_cross_entropy_backward.default, backward, test_utils=tests)
