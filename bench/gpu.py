@@ -31,7 +31,7 @@ SECONDS = 525  # of the nine minutes
 BENCHMARKS = 245  # of these, kept for the benchmarks whatever the proofs take
 # Where code for an architecture alone has instructions that its plain code lacks (csrc/cuda/kernels.py).
 LETTERS = {90: "90a", 100: "100a"}
-COLUMNS = ("eager", "compile", "liger", "quack", "cce")  # whom gpu_cases.py compares with
+COLUMNS = ("unfused", "eager", "compile", "torch", "liger", "quack", "cce")  # whom gpu_cases.py compares with
 CHECKS = [sys.executable, "tests/gpu_checks.py"]
 
 
@@ -147,6 +147,7 @@ def prove(run: Run) -> None:
 
     if all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
         subjects = ("linear", "softmax", "cross_entropy", "cross_entropy_outputs", "cross_entropy_semantics", "mse")
+        subjects += ("linear_cross_entropy_cuda",)
         only = ["-k", "cuda and not cuda_on_host", "-m", "not slow", "--maxfail=20", "--tb=short"]
         only += ["-n", "4"] if importlib.util.find_spec("xdist") else []
         pytest = [sys.executable, "-P", "-m", "pytest", "-q", *only, *(f"tests/test_{name}.py" for name in subjects)]
@@ -253,6 +254,12 @@ def report(run: Run) -> None:
         "How many times longer the others take than regfast, L2 cold; share of the ceiling"
     )
     print_table(title, HEADER, rows(run.cases))
+    if memory := [case for case in run.cases if "peak_mib" in case]:
+        print_table("Peak memory in MiB, besides inputs", ["case", "GEMM", "regfast", *COLUMNS], [
+            [case["name"], case["gemm"], *(f"{case['peak_mib'][name]:.0f}" if name in case["peak_mib"] else ""
+                                           for name in ("regfast", *COLUMNS))]
+            for case in memory
+        ])  # fmt: skip
 
 
 def rounded(value):

@@ -43,6 +43,7 @@ class Case:
     compile: bool = False
     label: str = ""
     tf32: bool = False
+    memory: bool = False  # whether the peak of what each allocates is measured too
 
     @property
     def name(self) -> str:
@@ -118,6 +119,17 @@ def preparation(fn: Callable, tensors: list[torch.Tensor], mode: str) -> Callabl
     return both if mode == "fwd_bwd" else backward
 
 
+def peak_mib(prepare: Callable[[], Callable]) -> float:
+    """The most that a call has of PyTorch's allocator at one time, its results included."""
+    call = prepare()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def ceilings(clock: Clock) -> dict[str, float]:
     """Measured here: bytes per second of a copy and of a read, products per second of PyTorch's GEMM."""
 
@@ -151,6 +163,9 @@ PEERS = {
     },
     "softmax": {"quack": ("quack.softmax", "softmax", lambda f: f)},
     "linear_cross_entropy": {
+        "torch": ("torch.nn.functional", "linear_cross_entropy", lambda f: f),
+        "liger": ("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy", lambda f: f),
+        "quack": ("quack.linear_cross_entropy", "chunked_linear_cross_entropy", lambda f: f),
         "cce": ("cut_cross_entropy", "linear_cross_entropy", lambda f: f),
     },
 }
@@ -251,20 +266,20 @@ def linear_cases() -> list[Case]:
                 Case("linear", "fwd", dtype, (n, d, v), make, fns, moved, flops, "2NDV", **options),
                 Case("linear", "fwd_bwd", dtype, (n, d, v), leaves, fns, 3 * moved, 3 * flops, "6NDV", **options),
             ]
-    n, d, v = 8192, 2048, 32768
-
-    def head():
-        x, w = (torch.randn(s, device="cuda", dtype=torch.bfloat16).mul_(d**-0.25) for s in ((n, d), (v, d)))
-        return [x.requires_grad_(), w.requires_grad_(), torch.randint(v, (n,), device="cuda")]
-
     fns = {
-        "regfast": lambda x, w, t: regfast.cross_entropy(regfast.linear(x, w), t),
+        "regfast": regfast.linear_cross_entropy,
+        "unfused": lambda x, w, t: regfast.cross_entropy(regfast.linear(x, w), t),
         "eager": lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
         **peers("linear_cross_entropy"),
     }
-    cases.append(
-        Case("linear + cross_entropy", "fwd_bwd", torch.bfloat16, (n, d, v), head, fns, 0, 6 * n * d * v, "6NDV", True)
-    )
+    for n, d, v in ((8192, 2048, 32768), (8192, 4096, 131072)):
+
+        def head(n=n, d=d, v=v):
+            x, w = (torch.randn(s, device="cuda", dtype=torch.bfloat16).mul_(d**-0.25) for s in ((n, d), (v, d)))
+            return [x.requires_grad_(), w.requires_grad_(), torch.randint(v, (n,), device="cuda")]
+
+        options = {"flops": 6 * n * d * v, "formula": "6NDV", "compile": v == 32768, "memory": True}
+        cases.append(Case("linear_cross_entropy", "fwd_bwd", torch.bfloat16, (n, d, v), head, fns, **options))
     return cases
 
 
@@ -303,6 +318,7 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
     if case.flops:
         bounds[f"gemm_{case.arithmetic}"] = case.flops / limits[f"gemm_{case.arithmetic}_tflop_s"] / 1e12
     bound = max(bounds, key=bounds.get)
+    memory = {"peak_mib": {name: peak_mib(prepare) for name, prepare in calls.items()}} if case.memory else {}
     return {
         "name": case.name,
         "shape": case.shape,
@@ -314,6 +330,7 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
         "bound": bound,
         "share": bounds[bound] / median["regfast"],
         "gemm": os.environ.get("REGFAST_CUDA_GEMM", "auto") if case.flops else "",
+        **memory,
         "failures": failures,
     }
 

@@ -6,6 +6,7 @@
 
 #include "cpu/drivers.h"
 #include "cpu/linear_cross_entropy.h"
+#include "cuda_chunks.h"
 #include "torch_api.h"
 
 #define RF_CROSS_ENTROPY_OPTIONS \
@@ -121,18 +122,21 @@ pybind11::dict build_info() {
 }
 
 // The plan for a reduced loss of class indices with all gradients: rows of a chunk, the bytes that it takes, the
-// budget.
+// budget. Without one it is the default of the CPU, or of a CUDA device of so much memory.
 std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, int64_t features, int64_t classes,
-                                                                const std::string& type,
-                                                                std::optional<int64_t> budget) {
-  const rf::LinearCrossEntropySize size = {
-      dtype_named(type), rows, features, classes, 1, 1, budget.value_or(rf::default_memory_budget())};
-  return {rf::chunk_rows(size), rf::peak_bytes(size), size.memory_budget};
+                                                                const std::string& type, bool cuda,
+                                                                std::optional<int64_t> budget, int64_t memory) {
+  if (!budget) budget = cuda ? rf::cuda_default_memory_budget(memory) : rf::default_memory_budget();
+  const rf::LinearCrossEntropySize size = {dtype_named(type), rows, features, classes, 1, 1, *budget};
+  return cuda ? std::tuple{rf::cuda_chunk_rows(size), rf::cuda_peak_bytes(size), *budget}
+              : std::tuple{rf::chunk_rows(size), rf::peak_bytes(size), *budget};
 }
 
 // The budget that makes chunks of so many rows.
-int64_t linear_cross_entropy_budget(int64_t chunk, int64_t features, int64_t classes, const std::string& type) {
-  return rf::budget_for_chunk({dtype_named(type), chunk, features, classes, 1, 1, 0}, chunk);
+int64_t linear_cross_entropy_budget(int64_t chunk, int64_t features, int64_t classes, const std::string& type,
+                                    bool cuda) {
+  const rf::LinearCrossEntropySize size = {dtype_named(type), chunk, features, classes, 1, 1, 0};
+  return cuda ? rf::cuda_budget_for_chunk(size, chunk) : rf::budget_for_chunk(size, chunk);
 }
 
 }  // namespace
@@ -141,7 +145,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
   m.def("linear_cross_entropy_plan", linear_cross_entropy_plan);
-  m.def("linear_cross_entropy_budget", linear_cross_entropy_budget);
+  m.def("linear_cross_entropy_budget", linear_cross_entropy_budget, pybind11::arg("chunk"), pybind11::arg("features"),
+        pybind11::arg("classes"), pybind11::arg("dtype"), pybind11::arg("cuda") = false);
   m.def("build_info", build_info, "What was built, against which torch, and what runs here.");
   m.def(
       "fma_gflops", [](double seconds) { return rf::kernels().fma_gflops(seconds); }, pybind11::arg("seconds"),

@@ -42,10 +42,15 @@ def linear_cross_entropy(
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` in chunks of rows.
 
     As ``torch.nn.functional.linear_cross_entropy`` (since torch 2.13), and with all that :func:`regfast.cross_entropy`
-    has besides. Logits exist for a chunk of rows at a time, in float32 for half types; sums over chunks are kept in
-    float32 (float64 for float64) and rounded once. Rows all of whose targets are ignored cost nothing, nor do gradients
-    of inputs that need none: 6 N V D operations for a reduced loss with its gradients, 2 N V D without them, and
-    8 N V D where the logits are computed again in backward (``reduction="none"`` or further differentiable outputs).
+    has besides. Logits exist for a chunk of rows at a time, on the CPU in float32 for half types; sums over chunks are
+    kept in float32 (float64 for float64) and rounded once. Rows all of whose targets are ignored cost nothing, nor do
+    gradients of inputs that need none: 6 N V D operations for a reduced loss with its gradients, 2 N V D without them,
+    and 8 N V D where the logits are computed again in backward (``reduction="none"`` or further differentiable
+    outputs).
+
+    The CUDA kernels, where they are enabled, round the logits and their gradients to a half type, as ``F.linear`` does,
+    and never wait for the device: so ignored rows take part in their products, and NaN in such a row of ``input`` makes
+    the gradient of ``linear_weight`` NaN, as it does in PyTorch.
 
     Args:
         input: rows ``(D)`` or ``(N, D)``, any strides; float32, float64, bfloat16 or float16.
@@ -57,14 +62,15 @@ def linear_cross_entropy(
         ignore_index: class that has no loss; -100 by default, and not to be given with probabilities.
         label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype: as in :func:`regfast.cross_entropy`.
         memory_budget: bytes that a call may take besides inputs, results and gradients. By default 32 MiB for
-            each core of the machine, and 1 GiB at most; a few rows are computed at a time however small it is.
-            :func:`linear_cross_entropy_plan` tells what comes of it.
+            each core of the machine, and 1 GiB at most; of a CUDA device, one 32nd of its memory. A few rows are
+            computed at a time however small it is. :func:`linear_cross_entropy_plan` tells what comes of it.
         filter_eps: the products that give the gradients of input and linear_weight leave out entries of the logits'
             gradient of at most filter_eps times the magnitude ``g`` of the row's upstream gradient (divided by the
             mean's denominator), provided that at most 3% of a chunk's entries are left; 0 computes all. The
             gradient of a row of input is then off by at most ``filter_eps * g * sum(abs(linear_weight), 0)``, that of
             each row of linear_weight by at most ``filter_eps * sum(g * abs(input), 0)`` (the idea is from Wijmans et
-            al., "Cut your losses in large-vocabulary language models", 2025, who leave out whole tiles).
+            al., "Cut your losses in large-vocabulary language models", 2025, who leave out whole tiles). The CUDA
+            kernels leave out none.
         options: a ``torch.nn.LinearCrossEntropyOptions``. Its batch_chunk_size sets the budget; its accumulation
             policies make no difference, since sums have full precision.
 
@@ -77,7 +83,7 @@ def linear_cross_entropy(
 
     Saved for backward: the inputs, and for a reduced loss alone (argmax at most besides, and no gradient of target) its
     gradients, in float32 for half types. Second derivatives, forward mode and ``torch.func`` take plain torch
-    operators, which store the logits; so do CUDA tensors.
+    operators, which store the logits; so do CUDA tensors where the CUDA kernels are not enabled.
     """
     tensors = {"input": input, "linear_weight": linear_weight, "target": target}
     if not all(isinstance(t, Tensor) for t in tensors.values()):
@@ -92,7 +98,7 @@ def linear_cross_entropy(
     chunk = getattr(options, "batch_chunk_size", None)
     if memory_budget is None and chunk is not None:
         memory_budget = _C.linear_cross_entropy_budget(
-            chunk, input.shape[-1], linear_weight.shape[:-1].numel(), _name(input.dtype)
+            chunk, input.shape[-1], linear_weight.shape[:-1].numel(), _name(input.dtype), input.is_cuda
         )
     bits, result, places = select_outputs("linear_cross_entropy", outputs)
     tensors = _linear_cross_entropy(
@@ -218,11 +224,13 @@ def linear_cross_entropy_plan(
 ) -> Plan:
     """What :func:`linear_cross_entropy` does for N rows of D features and V classes (times positions).
 
-    That is for a reduced loss of class indices, with the gradients of input, linear_weight and linear_bias.
-    ``peak_bytes`` counts what is allocated at one time; half types need ``4 * (N + V) * D`` for float32 gradients on
-    top of it until backward rounds them.
+    That is for a reduced loss of class indices, with the gradients of input, linear_weight and linear_bias; on a CUDA
+    device, of which none is needed if there is a budget, where its kernels are enabled. ``peak_bytes`` counts what is
+    allocated at one time; half types need ``4 * (N + V) * D`` for float32 gradients on top of it until backward rounds
+    them, and on a CUDA device each product may have a workspace.
 
-    Raises: NotImplementedError for a dtype without kernels, ValueError for a negative size or budget.
+    Raises: NotImplementedError for a dtype without kernels, ValueError for a negative size or budget, RuntimeError for
+    a CUDA device whose memory cannot be asked for.
     """
     for name, size in {"N": N, "D": D, "V": V}.items():
         if size < 0:
@@ -232,15 +240,30 @@ def linear_cross_entropy_plan(
             "regfast.linear_cross_entropy_plan: memory_budget: expected a positive number of bytes or None, "
             f"got {memory_budget}"
         )
-    if torch.device(device).type != "cpu" or dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+    place = torch.device(device)
+    if place.type not in ("cpu", "cuda") or dtype not in (
+        torch.float32,
+        torch.float64,
+        torch.bfloat16,
+        torch.float16,
+    ):
         raise NotImplementedError(
-            "regfast.linear_cross_entropy_plan: expected float32, float64, bfloat16 or float16 on a CPU, "
-            f"got {dtype} on {device}"
+            "regfast.linear_cross_entropy_plan: expected float32, float64, bfloat16 or float16 on a CPU or a CUDA "
+            f"device, got {dtype} on {device}"
         )
-    rows, peak, budget = _C.linear_cross_entropy_plan(N, D, V, _name(dtype), memory_budget)
+    cuda, memory = place.type == "cuda", 0
+    if cuda and memory_budget is None:
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "regfast.linear_cross_entropy_plan: memory_budget: expected a number of bytes where no CUDA device is "
+                "found whose memory would give the default, got None"
+            )
+        memory = torch.cuda.get_device_properties(place).total_memory
+    rows, peak, budget = _C.linear_cross_entropy_plan(N, D, V, _name(dtype), cuda, memory_budget, memory)
     chunks = max(1, -(-N // rows))
     if peak > budget:
-        reason = f"fewer rows would be all packing; the budget is {budget / 2**20:.1f} MiB"
+        fewer = "leave tiles of the products empty" if cuda else "be all packing"
+        reason = f"fewer rows would {fewer}; the budget is {budget / 2**20:.1f} MiB"
     elif chunks == 1:
         reason = f"all logits fit the budget of {budget / 2**20:.1f} MiB"
     else:

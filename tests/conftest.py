@@ -79,6 +79,13 @@ def device(request):
         yield place
 
 
+@pytest.fixture(params=[*CUDA, *EMULATED[-1:]])
+def cuda_device(request):
+    """For what surrounds the CUDA kernels: one order of the threads is enough."""
+    with kernels_of(request.param) as place:
+        yield place
+
+
 @pytest.fixture(params=["cpu", *EMULATED])
 def kernels(request):
     """For tests that make CPU tensors and nothing else: whose kernels they meet."""

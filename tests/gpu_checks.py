@@ -156,6 +156,52 @@ def check_linear_large(small: bool) -> None:
     torch.testing.assert_close(grad.float(), true_grad, rtol=2**-6, atol=0.02 * true_grad.abs().max().item())
 
 
+def check_linear_cross_entropy(small: bool) -> None:
+    """In one chunk and in several, of 128 rows each."""
+    options = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 15.0, "logit_scale": 0.7}
+    shapes = [(150, 33, 70)] if small else [(150, 33, 70), (1000, 256, 2051), (300, 64, 70003)]
+    for dtype, (n, d, v) in itertools.product(DTYPES[: 2 if small else 4], shapes):
+        x, w, b = (spiky(*s, dtype=dtype).mul(d**-0.25).requires_grad_() for s in ((n, d), (v, d), (v,)))
+        classes, probabilities = classes_of((n,), v), spiky(n, v).softmax(1).to(dtype).requires_grad_()
+        weight = (torch.rand(v, device="cuda") + 0.1).to(dtype)
+        for target, (outputs, reduction) in itertools.product(
+            (classes, probabilities), (("loss", "mean"), ("loss", "none"), (FLOATING, "sum"))
+        ):
+            for further, budget in ((options, None), ({}, 1), (options, 1)):
+                further = {"reduction": reduction, "outputs": outputs, **further}
+                compare(
+                    lambda x, w, b, t, c=weight, f=further, m=budget: regfast.linear_cross_entropy(
+                        x, w, t, linear_bias=b, weight=c, memory_budget=m, **f
+                    ),
+                    lambda x, w, b, t, c=weight, f=further: reference.cross_entropy(
+                        F.linear(x, w, b), t, c.to(x.dtype), **f
+                    ),
+                    x,
+                    w,
+                    b,
+                    target,
+                    what=f"linear_cross_entropy {(n, d, v)} {dtype} {further} budget={budget} target={target.dtype}",
+                )
+
+
+def check_linear_cross_entropy_memory(small: bool) -> None:
+    """A call takes what the plan says, besides the gradients, and less than the logits would."""
+    n, d, v = 4096, 512, 50257
+    need_memory(small, 4 * n * v * 2)
+    x, w = (spiky(*s, dtype=torch.bfloat16).mul(d**-0.25).requires_grad_() for s in ((n, d), (v, d)))
+    target, budget = classes_of((n,), v), 64 << 20
+    plan = regfast.linear_cross_entropy_plan(n, d, v, x.dtype, "cuda", memory_budget=budget)
+    for _ in range(2):  # the first call allocates the libraries' workspaces
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        loss = regfast.linear_cross_entropy(x, w, target, memory_budget=budget)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        del loss
+    grads = 4 * (n + v) * d
+    assert plan.chunks > 4 and peak <= grads + plan.peak_bytes + (32 << 20), (peak, grads, plan)
+
+
 def check_mse_loss(small: bool) -> None:
     for dtype, reduction in itertools.product(DTYPES, ("none", "mean", "sum")):
         x, y = (spiky(129, 1001, dtype=dtype).requires_grad_() for _ in range(2))
@@ -178,6 +224,8 @@ def everything(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> list[Tensor]:
         regfast.mse_loss(z, z.detach() * 2),
         regfast.cross_entropy(z, target),
         *regfast.cross_entropy(z, target, outputs=FLOATING, label_smoothing=0.1, z_loss=0.01),
+        regfast.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget=1),
+        *regfast.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget=1, outputs=FLOATING, reduction="none"),
     ]
 
 

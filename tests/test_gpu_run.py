@@ -21,6 +21,7 @@ CASE = {
     "ratio": {"eager": 1.5},
     "share": 0.876543,
     "bound": "copy_gb_s",
+    "peak_mib": {"regfast": 12345.6},
 }
 
 
@@ -100,7 +101,8 @@ def test_whole_run(gpu, tmp_path, monkeypatch, capsys, failing):
     assert {part["name"] for part in result["parts"]} == set(kernels)
     assert kernels["checks of gemm_sm90"] == kernels["racecheck of gemm_sm90"] == "sm90"
     assert kernels["op tests"] == kernels["memcheck"] == kernels["benchmarks: linear, gemm sm80"] == "sm80"
-    assert "88% of copy" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "88% of copy" in printed and "12346" in printed
 
 
 def test_without_a_gpu(gpu, monkeypatch, capsys):

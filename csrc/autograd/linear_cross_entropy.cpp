@@ -133,9 +133,15 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       const bool one = !traced && upstream[0].is_cpu() && upstream[0].item<double>() == 1;
       for (int i = 0; i < 3; ++i) {
         if (!mask[i]) continue;
+        const auto type = inputs[i]->scalar_type();
         Tensor g = grads[i];
+        if (g.is_cuda() && !traced && g.scalar_type() != type) {  // scaled and rounded in one pass over memory
+          Tensor rounded = at::empty(g.sizes(), g.options().dtype(type));
+          result[places[i]] = at::mul_out(rounded, g, upstream[0]);
+          continue;
+        }
         if (!one) g = traced ? g * upstream[0] : g.mul_(upstream[0]);
-        result[places[i]] = g.to(inputs[i]->scalar_type());
+        result[places[i]] = g.to(type);
       }
       return result;
     }
@@ -170,8 +176,7 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
   const bool probabilities = at::isFloatingType(target.scalar_type());
   const bool promotes = probabilities && has_kernel(x.scalar_type()) && target.scalar_type() != x.scalar_type() &&
                         target.scalar_type() != acc_type(x.scalar_type());
-  const bool has_own = x.is_cpu() || x.is_meta();
-  if (promotes || (c.defined() && c.requires_grad()) || !has_own || takes_composite({&x, &w, &target, &b, &c}))
+  if (promotes || (c.defined() && c.requires_grad()) || takes_composite({&x, &w, &target, &b, &c}))
     return composite({x, w, target, bias, weight}, o);
   if (any_requires_grad({&x, &w, &target, &b})) return LinearCrossEntropyFunction::apply(x, w, target, bias, weight, o);
   return forward({x, w, target, bias, weight}, o);

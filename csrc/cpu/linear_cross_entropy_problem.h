@@ -6,7 +6,7 @@
 #include "../checks.h"
 #include "../torch_api.h"
 #include "parallel.h"
-#include "tensor_layouts.h"
+#include "linear_cross_entropy_tensors.h"
 #include "tuning.h"
 
 namespace rf {
@@ -35,8 +35,6 @@ struct LinearCrossEntropyProblem {
   CrossEntropyArgs loss = {};
 };
 
-inline Tensor as_matrix(const Tensor& t) { return t.dim() == 1 ? t.unsqueeze(0) : t; }
-
 inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& input, const Tensor& linear_weight,
                                                               const Tensor& target, const OptionalTensor& linear_bias,
                                                               const OptionalTensor& weight,
@@ -50,7 +48,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& inpu
   p.features = p.x.size(1);
   p.classes = linear_weight.size(0);
   p.outputs = p.w.size(0);
-  p.positions = product(linear_weight.sizes(), 1, linear_weight.dim() - 1);
+  p.positions = positions_of(linear_weight);
   if (linear_bias.has_value()) p.bias = linear_bias->to(p.acc).contiguous();
   CrossEntropyArgs& a = p.loss;
   a.classes = p.classes;

@@ -71,9 +71,7 @@ struct Upstream {
   Tensor loss, lse, entropy, logprob;  // acc, per loss; loss may be one number
   double scale = 1;
 };
-struct Gradients {
-  Tensor x, w, bias, target;  // undefined where not wanted; w and bias in acc, target in its own type
-};
+using Gradients = LinearCrossEntropyGradients;
 
 // Advances a pointer to a number per loss.
 void* at_loss(const Tensor& t, int64_t index) {
@@ -231,19 +229,6 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
 
 Tensor number(double value, at::ScalarType type) { return at::scalar_tensor(value, at::TensorOptions(type)); }
 
-std::vector<int64_t> loss_shape(const Tensor& input, const Tensor& linear_weight) {
-  std::vector<int64_t> shape;
-  if (input.dim() == 2) shape.push_back(input.size(0));
-  for (int64_t d = 1; d + 1 < linear_weight.dim(); ++d) shape.push_back(linear_weight.size(d));
-  return shape;
-}
-
-at::ScalarType result_type(const Tensor& input, const Tensor& target, std::optional<at::ScalarType> asked) {
-  if (asked) return *asked;
-  const bool wide = at::isFloatingType(target.scalar_type());
-  return wide ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
-}
-
 std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                                 const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index,
                                 int64_t reduction, double label_smoothing, double z_loss, std::optional<double> softcap,
@@ -266,7 +251,7 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
                                    (int64_t*)at_loss(argmax, 0)};
   const CrossEntropyPartial sums = over_chunks(p, o, out, entropy, nullptr, {});
 
-  const auto type = result_type(input, target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
+  const auto type = loss_type(input, target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
   const auto finished = [&](const Tensor& t, at::ScalarType to) {
     return of_all(p, t, all_rows).reshape(shape).to(to);
   };
@@ -298,18 +283,6 @@ Gradients new_gradients(const Problem& p, const Tensor& input, const Tensor& lin
   return g;
 }
 
-// Gradients as the ops return them: in the shapes of what they belong to.
-std::tuple<Tensor, Tensor, Tensor, Tensor> shaped(const Gradients& g, const Tensor& input, const Tensor& linear_weight,
-                                                  const Tensor& target, bool rounded) {
-  const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
-    if (!t.defined()) return at::empty({0}, like.options());
-    return (rounded ? t.to(like.scalar_type()) : t).view(sizes);
-  };
-  return {finished(g.x, input, input.sizes()), finished(g.w, linear_weight, linear_weight.sizes()),
-          finished(g.bias, linear_weight, linear_weight.sizes().slice(0, linear_weight.dim() - 1)),
-          finished(g.target, target, target.sizes())};
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
     const OptionalTensor& weight, int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
@@ -326,9 +299,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
   CrossEntropyOutputs out = {};
   if (argmax_too) out.argmax = argmax.mutable_data_ptr<int64_t>();
   const CrossEntropyPartial sums = over_chunks(p, o, out, Tensor(), &up, g);
-  auto [dx, dw, db, none] = shaped(g, input, linear_weight, target, false);
+  auto [dx, dw, db, none] = g.shaped(input, linear_weight, target, false);
   return {number(reduction == at::Reduction::Mean ? sums.loss / p.denominator : sums.loss,
-                 result_type(input, target, loss_dtype)),
+                 loss_type(input, target, loss_dtype)),
           argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax, dx, dw, db};
 }
 
@@ -351,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
   up.entropy = rows(grad_entropy);
   up.logprob = rows(grad_logprob);
   over_chunks(p, o, {}, Tensor(), &up, g);
-  return shaped(g, input, linear_weight, target, true);
+  return g.shaped(input, linear_weight, target, true);
 }
 
 }  // namespace

@@ -1,11 +1,10 @@
-// The CUDA kernels of the ops but cross-entropy: tensors to plain structs, allocation, the current stream. Arguments
-// were checked above. Nothing here waits for the device.
+// The CUDA kernels of the ops but the cross-entropies: tensors to plain structs, allocation, the current stream.
+// Arguments were checked above. Nothing here waits for the device.
 #include <cstdlib>
 #include <cstring>
 
 #include "../checks.h"
 #include "../cpu/tensor_layouts.h"
-#include "launch.h"
 #include "ops.h"
 #include "tuning.h"
 
@@ -21,6 +20,10 @@ bool enabled(const Tensor& t) {
 }
 [[maybe_unused]] const bool announced = (cuda_kernels_enabled = enabled, true);
 
+}  // namespace
+
+// ---- linear --------------------------------------------------------------------------------------------------------
+
 // As torch has been told: float32 products are exact unless it may take tf32. (allowTF32CuBLAS() throws where only the
 // newer of torch's two settings was made.)
 bool tf32_allowed(const Tensor& t) {
@@ -29,8 +32,6 @@ bool tf32_allowed(const Tensor& t) {
              at::Float32Precision::TF32;
 }
 
-// ---- linear --------------------------------------------------------------------------------------------------------
-
 void product(const OnDevice& device, const Tensor& like, Gemm g) {
   const DType dtype = dtype_of(like.scalar_type());
   const bool tf32 = tf32_allowed(like);
@@ -38,6 +39,8 @@ void product(const OnDevice& device, const Tensor& like, Gemm g) {
   g.workspace = workspace.data();
   launch_gemm(dtype, tf32, g, device.stream);
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                                           string_view activation, bool save_preactivation) {
@@ -230,6 +233,7 @@ RF_CUDA_OPS(m) {
   m.impl("logsumexp_forward", logsumexp_forward);
   m.impl("logsumexp_backward", logsumexp_backward);
   register_cross_entropy(m);
+  register_linear_cross_entropy(m);
   m.impl("mse_loss_forward", mse_loss_forward);
   m.impl("mse_loss_backward", mse_loss_backward);
 }

@@ -1,7 +1,8 @@
-// What ops.cpp and ops_cross_entropy.cpp share: with device/torch_device.h they are all of this folder that knows
-// torch.
+// What the files ops*.cpp share: with device/torch_device.h they are all of this folder that knows torch.
 #pragma once
 #include <device/torch_device.h>
+
+#include "launch.h"
 
 namespace rf::cuda {
 
@@ -14,6 +15,13 @@ struct Workspace {
   Tensor memory;
 };
 
+// Whether float32 may be multiplied in tf32.
+bool tf32_allowed(const Tensor& t);
+
+// A product by launch_gemm of elements of like's type; its workspace is filled in.
+void product(const OnDevice& device, const Tensor& like, Gemm g);
+
 void register_cross_entropy(torch::Library& m);
+void register_linear_cross_entropy(torch::Library& m);
 
 }  // namespace rf::cuda

@@ -1,7 +1,6 @@
 // The CUDA kernels of cross-entropy: tensors to plain structs, allocation, the current stream. Arguments were checked
 // above. Nothing here waits for the device.
 #include "../cpu/cross_entropy_tensors.h"
-#include "launch.h"
 #include "ops.h"
 
 namespace rf::cuda {

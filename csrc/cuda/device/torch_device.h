@@ -26,4 +26,28 @@ inline int architecture(const Tensor& t) {
   return 10 * major + minor;
 }
 
+// Bytes of the device's memory, whether free or not. Asked of all devices once, since the question takes long.
+inline int64_t memory_of_device(const Tensor& t) {
+  static const std::vector<int64_t> known = [] {
+    int devices = 0;
+    C10_CUDA_CHECK(cudaGetDeviceCount(&devices));
+    std::vector<int64_t> bytes;
+    for (int i = 0; i < devices; ++i) {
+      cudaDeviceProp properties;
+      C10_CUDA_CHECK(cudaGetDeviceProperties(&properties, i));
+      bytes.push_back((int64_t)properties.totalGlobalMem);
+    }
+    return bytes;
+  }();
+  return known.at(t.device().index());
+}
+
+// out = a b, or out += a b; out has their type, or float32 where that is a half type. By ATen.
+inline void wide_addmm(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  if (out.scalar_type() == a.scalar_type())
+    accumulate ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+  else
+    accumulate ? at::addmm_out(out, out, a, b, out.scalar_type()) : at::mm_out(out, a, b, out.scalar_type());
+}
+
 }  // namespace rf::cuda

@@ -16,4 +16,12 @@ struct OnDevice {
 
 inline int architecture(const Tensor&) { return 0; }
 
+inline int64_t memory_of_device(const Tensor&) { return int64_t(2) << 30; }
+
+// CPUs have no product of half types with a float32 result.
+inline void wide_addmm(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  const Tensor left = a.to(out.scalar_type()), right = b.to(out.scalar_type());
+  accumulate ? at::addmm_out(out, out, left, right) : at::mm_out(out, left, right);
+}
+
 }  // namespace rf::cuda
