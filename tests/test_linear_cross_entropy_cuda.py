@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear_cross_entropy import (
+from linear_cross_entropy_cases import (
     FLOATING,
     NAMES,
     REDUCTIONS,
