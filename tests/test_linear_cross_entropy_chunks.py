@@ -266,10 +266,11 @@ def test_batch_chunk_size_is_the_rows_of_a_chunk(dtype):
         assert fewer.rows_per_chunk < rounded or rounded == 16
 
 
-# No rows; one of everything; some rows; a vocabulary.
-@pytest.mark.parametrize(
-    "n, d, v", [(0, 5, 5), (1, 1, 1), (100, 40, 1000), (300, 40, 1000), (5000, 64, 30000)], ids=str
-)
+# No rows, features or classes; one of everything; some rows; a vocabulary.
+PLANNED = [(0, 5, 5), (4, 0, 5), (4, 3, 0), (1, 1, 1), (100, 40, 1000), (300, 40, 1000), (5000, 64, 30000)]
+
+
+@pytest.mark.parametrize("n, d, v", PLANNED, ids=str)
 def test_the_plan(n, d, v, dtype):
     last = None
     for budget in (None, 2**30, 2**26, 2**22, 10**6, 2**17, 1):
@@ -287,13 +288,6 @@ def test_the_plan(n, d, v, dtype):
             assert plan.rows_per_chunk <= 16 and "fit" not in plan.reason
         else:
             assert "fit" in plan.reason
-
-
-def test_the_plan_of_nothing():
-    # In a process of its own, which a division by zero once ended.
-    code = "import regfast, torch; print(regfast.linear_cross_entropy_plan({}, torch.float32).flops)"
-    for sizes in ("4, 0, 5", "4, 3, 0", "0, 0, 0"):
-        assert fresh_process(code.format(sizes)) == "0\n"
 
 
 def test_errors_of_the_plan():
@@ -314,30 +308,31 @@ PEAK = """
     from pathlib import Path
     def status(name):
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-    def step(n, d, v):
+    def step(n, d, v, dtype, budget):
         torch.manual_seed(0)
-        x, w = torch.randn(n, d).to({dtype}).requires_grad_(), (torch.randn(v, d) / 8).to({dtype}).requires_grad_()
-        b, target = torch.zeros(v, dtype={dtype}, requires_grad=True), torch.randint(v, (n,))
+        x, w = torch.randn(n, d).to(dtype).requires_grad_(), (torch.randn(v, d) / 8).to(dtype).requires_grad_()
+        b, target = torch.zeros(v, dtype=dtype, requires_grad=True), torch.randint(v, (n,))
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
-        regfast.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget={budget}).backward()
+        regfast.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget=budget).backward()
         return status("VmHWM") - before
-    step(40, 8, 50)
     n, d, v = 700, 32, 50000
-    grads = ((n + v) * d + v) * 4  # float32 until backward rounds them
-    print(step(n, d, v) - grads, regfast.linear_cross_entropy_plan(n, d, v, {dtype}, memory_budget={budget}).peak_bytes)
+    for dtype, budget in ((torch.float32, 2**24), (torch.bfloat16, 2**26), (torch.float32, None)):
+        step(40, 8, 50, dtype, budget)
+        grads = ((n + v) * d + v) * 4  # float32 until backward rounds them
+        plan = regfast.linear_cross_entropy_plan(n, d, v, dtype, memory_budget=budget)
+        print(step(n, d, v, dtype, budget) - grads, plan.peak_bytes)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
-@pytest.mark.parametrize(
-    "dtype, budget", [(torch.float32, None), (torch.float32, 2**24), (torch.bfloat16, 2**26)], ids=str
-)
-def test_peak_memory_is_what_the_plan_says(dtype, budget):
+def test_peak_memory_is_what_the_plan_says():
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         pytest.skip("this kernel does not reset the high-water mark")
-    used, planned = map(int, fresh_process(PEAK.format(dtype=dtype, budget=budget)).split())
-    allowed = max(0.25 * planned, 12 * 2**20)
-    assert abs(used - planned) <= allowed, f"{used / 2**20:.1f} MiB used, {planned / 2**20:.1f} MiB planned"
+    # With its threshold given, malloc returns what is freed, so that no call finds memory of the one before.
+    for line in fresh_process(PEAK, MALLOC_MMAP_THRESHOLD_="65536").splitlines():
+        used, planned = map(int, line.split())
+        allowed = max(0.25 * planned, 12 * 2**20)
+        assert abs(used - planned) <= allowed, f"{used / 2**20:.1f} MiB used, {planned / 2**20:.1f} MiB planned"
