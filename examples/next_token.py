@@ -111,8 +111,8 @@ def batches(tokens: Tensor, context: int, rows: int, seed: int) -> Iterator[tupl
             yield windows[chosen, :-1], windows[chosen, -1]
 
 
-def build(name: str, args: argparse.Namespace, classes: int) -> Run:
-    """The variant as it is before its first step: the seed alone decides about weights."""
+def build(name: str, args: argparse.Namespace, classes: int) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """The variant's network, its head with the loss, and the weights of both; the seed alone decides about them."""
     torch.manual_seed(args.seed)
     linear, head = VARIANTS[name]
     embedding = nn.Embedding(classes, args.features)
@@ -122,14 +122,16 @@ def build(name: str, args: argparse.Namespace, classes: int) -> Run:
         nn.init.normal_(embedding.weight, std=args.features**-0.5)
         loss.linear.weight = embedding.weight
     model = nn.Sequential(embedding, nn.Flatten(), *layers)
-    parameters = dict.fromkeys([*model.parameters(), *loss.parameters()])  # a tied weight once
-    return Run(model, loss, torch.optim.Adam(parameters, args.lr, fused=True))
+    return model, loss, list(dict.fromkeys([*model.parameters(), *loss.parameters()]))  # a tied weight once
 
 
 def train(args: argparse.Namespace, tokens: Tensor, classes: int) -> dict[str, Run]:
     """All variants take a step on each batch, in an order that is reversed every time so that none is timed on a busier
     machine than the others; the chunked one stops after its few steps."""
-    runs = {name: build(name, args, classes) for name in VARIANTS}
+    runs = {}
+    for name in VARIANTS:
+        model, loss, weights = build(name, args, classes)
+        runs[name] = Run(model, loss, torch.optim.Adam(weights, args.lr, fused=True))
     limits = {name: args.chunked_steps if name == "PyTorch chunked" else args.steps for name in runs}
     data = batches(tokens, args.context, args.batch_size, args.seed)
     for i in (progress := tqdm(range(args.steps), unit="batch", disable=None)):
@@ -146,28 +148,25 @@ def resident(key: str) -> float:
     return int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
 
 
-def measure_memory(name: str, args: argparse.Namespace, classes: int) -> tuple[float, float]:
+def measure_memory(name: str, args: argparse.Namespace) -> tuple[float, float]:
     """MiB before a step and at most. To be run in a fresh process, whose memory nobody else has used before."""
-    run = build(name, args, classes)
-    tokens = torch.randint(classes, (args.batch_size + args.context,))
-    data = batches(tokens, args.context, args.batch_size, args.seed)
-    # A first update by nothing: the optimizer's state is there, as in every step but the first.
-    for group in run.optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()
-    run.optimizer.zero_grad()
+    model, loss, weights = build(name, args, args.vocabulary)
+    contexts = torch.randint(args.vocabulary, (args.batch_size, args.context))
+    targets = torch.randint(args.vocabulary, (args.batch_size,))
+    # Two for each weight, as Adam has them. The update, which takes no more memory, is left out.
+    state = [torch.empty_like(weight).zero_() for weight in weights for _ in range(2)]
     before = resident("VmRSS")
-    run.step(*next(data))
+    loss(model(contexts), targets).backward()
+    del state
     return before, resident("VmHWM")
 
 
-def memory_of_each(args: argparse.Namespace, classes: int) -> dict[str, tuple[float, float]]:
+def memory_of_each(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    """To be called before torch has computed anything, since a fork does not inherit the threads that it then starts."""
     found = {}
-    for name in VARIANTS:
-        fresh = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with fresh:
-            found[name] = fresh.submit(measure_memory, name, args, classes).result()
+    for name in tqdm(VARIANTS, "memory", unit="variant", disable=None):
+        with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as fresh:
+            found[name] = fresh.submit(measure_memory, name, args).result()
     return found
 
 
@@ -178,11 +177,11 @@ def differences(runs: dict[str, Run], name: str) -> list[float]:
     return [d if math.isfinite(d) else math.inf for d in found]  # max() could drop one that is not a number
 
 
-def report(runs: dict[str, Run], memory: dict[str, tuple[float, float]]) -> bool:
+def report(title: str, runs: dict[str, Run], memory: dict[str, tuple[float, float]]) -> bool:
     """Prints the variants side by side; returns whether all losses agree with PyTorch's within LOSS_LIMIT."""
     steps = len(runs["PyTorch"].losses)
     few = {len(run.losses) for run in runs.values()}
-    table = Table("step", *(f"loss\n{name}" for name in runs), title="next token", title_justify="left")
+    table = Table("step", *(f"loss\n{name}" for name in runs), title=title, title_justify="left")
     for i in sorted({round(i * (steps - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)} | {n - 1 for n in few if n}):
         losses = [f"{run.losses[i]:.6g}" if i < len(run.losses) else "" for run in runs.values()]
         table.add_row(str(i + 1), *losses)
@@ -213,14 +212,14 @@ def report(runs: dict[str, Run], memory: dict[str, tuple[float, float]]) -> bool
     return agree
 
 
-def draw(path: Path, runs: dict[str, Run], memory: dict[str, tuple[float, float]]) -> None:
+def draw(path: Path, title: str, runs: dict[str, Run], memory: dict[str, tuple[float, float]]) -> None:
     """The curves of all variants; then a bar for each: seconds per step, peak memory."""
     picture, (curves, times, peaks) = plt.subplots(1, 3, figsize=(13.5, 3.5))
     # The curves coincide: the first is wide, and the others are dashed on top of it, so that all can be seen.
     styles = {"PyTorch": {"lw": 5, "alpha": 0.4}, "PyTorch chunked": {"marker": "o"}, "regfast": {"ls": "--"}}
     for i, (name, run) in enumerate(runs.items()):
         curves.plot(range(1, len(run.losses) + 1), run.losses, color=f"C{i}", label=name, **styles[name])
-    curves.set(title="next token", xlabel="step", ylabel="training loss")
+    curves.set(title=title, xlabel="step", ylabel="training loss")
     curves.legend()
     colors = [f"C{i}" for i in range(len(runs))]
     medians = [statistics.median(run.seconds) if run.seconds else 0 for run in runs.values()]
@@ -255,6 +254,7 @@ def main() -> None:
     options.add_argument("--tied", action="store_true", help="the head's weight is the embedding's")
     args = options.parse_args()
 
+    memory = memory_of_each(args)
     start = time.perf_counter()
     tokens, words = corpus(args.tokens, args.vocabulary)
     unknown = (tokens == 0).float().mean().item()
@@ -263,9 +263,10 @@ def main() -> None:
         f"{len(words):,} are told apart, {unknown:.1%} of the text is none of them"
     )
     runs = train(args, tokens, len(words))
-    memory = memory_of_each(args, len(words))
-    agree = report(runs, memory)
-    draw(args.figure or FIGURES / "next_token.png", runs, memory)
+    form = "tied" if args.tied else "free"
+    title = f"next token, {form} head"
+    agree = report(title, runs, memory)
+    draw(args.figure or FIGURES / f"next_token_{form}.png", title, runs, memory)
     if not agree:
         raise SystemExit("the losses of PyTorch and regfast differ by more than rounding")
 
