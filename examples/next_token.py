@@ -162,7 +162,7 @@ def measure_memory(name: str, args: argparse.Namespace) -> tuple[float, float]:
 
 
 def memory_of_each(args: argparse.Namespace) -> dict[str, tuple[float, float]]:
-    """To be called before torch has computed anything, since a fork does not inherit the threads that it then starts."""
+    """To be called before torch has computed anything: a fork does not inherit the threads that it then starts."""
     found = {}
     for name in tqdm(VARIANTS, "memory", unit="variant", disable=None):
         with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as fresh:
