@@ -34,6 +34,15 @@ def compact(raw: dict) -> dict:
     return {"machine": raw["machine_info"]["regfast"], "date": raw["datetime"][:10], "cases": rounded(cases)}
 
 
+def combined(results: list[dict]) -> dict:
+    """The cases of all these results of one machine, each as it was measured last; its ceilings are the first ones."""
+    slugs = {result["machine"]["slug"] for result in results}
+    if len(slugs) > 1:
+        raise SystemExit(f"results of several machines: {', '.join(sorted(slugs))}")
+    cases = {(case["name"], case["grid"]): case for result in results for case in result["cases"]}
+    return results[0] | {"date": results[-1]["date"], "cases": list(cases.values())}
+
+
 def rounded(value):
     if isinstance(value, float):
         return float(f"{value:.4g}")

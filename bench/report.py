@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 import plots
-from facts import BUSY, Row, compact, disturbed, further_facts, grids, machine_line, rows, vocabularies
+from facts import BUSY, Row, combined, compact, disturbed, further_facts, grids, machine_line, rows, vocabularies
 from rich.console import Console
 from rich.table import Table
 
@@ -117,13 +117,18 @@ def rewrite(readme: Path, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("raw", type=Path, help="the file of pytest --benchmark-json")
+    parser.add_argument("raw", type=Path, nargs="+", help="files of pytest --benchmark-json, of one machine")
+    parser.add_argument("--keep", action="store_true", help="keep the cases of the result that was there before")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture")
     parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="file whose table is rewritten")
     parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
     parser.add_argument("--table-only", action="store_true", help="print the table, write nothing")
     args = parser.parse_args()
-    result = compact(json.loads(args.raw.read_text()))
+    parts = [compact(json.loads(raw.read_text())) for raw in args.raw]
+    path = args.out / f"{parts[-1]['machine']['slug']}.json"
+    if args.keep:
+        parts.insert(0, json.loads(path.read_text()))
+    result = combined(parts)
     console = Console()
     console.width = max(console.width, 150)  # the table needs it, in a pipe too
     print_table(result, console)
@@ -131,7 +136,6 @@ def main() -> None:
         console.print("Nothing was written" + ("." if args.table_only else ": a quick run is no result."))
         return
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{result['machine']['slug']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     if rows(result):
         plots.draw_cases(result, path.with_suffix(".png"))
