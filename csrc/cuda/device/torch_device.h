@@ -3,6 +3,7 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
+#include <torch/version.h>
 
 #include "../../torch_api.h"
 
@@ -44,10 +45,17 @@ inline int64_t memory_of_device(const Tensor& t) {
 
 // out = a b, or out += a b; out has their type, or float32 where that is a half type. By ATen.
 inline void wide_addmm(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  if (out.scalar_type() == a.scalar_type())
+  const auto type = out.scalar_type();
+  if (type == a.scalar_type())
     accumulate ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
+  else if (!accumulate)
+    at::mm_out(out, a, b, type);
   else
-    accumulate ? at::addmm_out(out, out, a, b, out.scalar_type()) : at::mm_out(out, a, b, out.scalar_type());
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
+    at::addmm_out(out, out, a, b, type);
+#else  // older ones want a summand of the half type
+    out.add_(at::mm(a, b, type));
+#endif
 }
 
 }  // namespace rf::cuda
