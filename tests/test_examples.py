@@ -88,7 +88,7 @@ def test_next_token(tmp_path, options):
     _, stock, *_, ours = re.findall(r"^│ +10 │.*│$", output, re.MULTILINE)[-1].strip("│").split("│")
     assert float(ours) == pytest.approx(float(stock), rel=1e-4)
     assert float(ours) < math.log(1000), "no better than a guess"
-    assert re.search(r"^│ peak resident memory.* \d+ │$", output, re.MULTILINE), output
+    assert re.search(r"^│ memory of a step.* \d+ │$", output, re.MULTILINE), output
 
 
 def test_losses_that_differ_are_an_error(tmp_path):
