@@ -1,6 +1,7 @@
 """Runs one case in this process, which runner.py started with variables that torch reads once; prints one JSON line."""
 
 import argparse
+import contextlib
 import importlib
 import json
 import re
@@ -17,9 +18,8 @@ import torch.nn.functional as F
 
 def resident_bytes() -> int:
     """The resident size of this process, from which peak_bytes() starts again where the system allows that."""
-    clear = Path("/proc/self/clear_refs")
-    if clear.exists():
-        clear.write_text("5")
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
     return psutil.Process().memory_info().rss
 
 
