@@ -9,47 +9,13 @@
 #include "gemm_packed.h"
 #include "linear_cross_entropy.h"
 #include "linear_cross_entropy_problem.h"
+#include "products.h"
 
 namespace rf {
 namespace {
 
 using Options = LinearCrossEntropyOptions;
 using Problem = LinearCrossEntropyProblem;
-
-MatrixView view_of(const Tensor& t) { return {t.const_data_ptr(), 1, t.stride(0), 0, t.stride(1)}; }
-
-// c = a b + bias, or c += a b, by whichever GEMM the table names. a may have the accumulator's type beside a b of a
-// half type, and so may c.
-void multiply(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
-  const DType dtype = dtype_of(b.scalar_type());
-  const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
-  if (a.scalar_type() == b.scalar_type() && c.scalar_type() == b.scalar_type() && gemm_by_aten(dtype, m, n, k)) {
-    Tensor out = c;
-    if (accumulate)
-      out.addmm_(a, b);
-    else if (bias.defined())
-      at::addmm_out(out, bias, a, b);
-    else
-      at::mm_out(out, a, b);
-    return;
-  }
-  Gemm g = {};
-  g.m = m;
-  g.n = n;
-  g.k = k;
-  // A matrix whose rows are adjacent down its columns is the transpose of one that is stored by rows.
-  g.a_transposed = a.stride(1) != 1 && a.stride(0) == 1;
-  g.a = view_of(g.a_transposed ? a.t() : a);
-  g.b_transposed = b.stride(1) != 1 && b.stride(0) == 1;
-  g.b = view_of(g.b_transposed ? b.t() : b);
-  g.wide_a = a.scalar_type() != b.scalar_type();
-  g.wide_c = c.scalar_type() != b.scalar_type();
-  g.accumulate = accumulate;
-  g.epilogue.c = c.mutable_data_ptr();
-  g.epilogue.c_stride = c.stride(0);
-  g.epilogue.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-  gemm(dtype, g);
-}
 
 // The bounds under which filter_eps drops entries of a chunk's gradient: a row's upstream gradients, of its positions
 // those of the least.
