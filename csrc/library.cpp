@@ -16,6 +16,9 @@
 #define RF_LINEAR_CROSS_ENTROPY \
   "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
 #define RF_BUDGET "int? memory_budget"
+#define RF_LINEAR_NLL                                                                            \
+  "Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? scale, Tensor? sample_weight, " \
+  "int family, float variance, bool full, int reduction"
 
 TORCH_LIBRARY(regfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
@@ -65,6 +68,16 @@ TORCH_LIBRARY(regfast, m) {
   m.def("linear_cross_entropy_backward(" RF_CROSS_ENTROPY_GRADS ", " RF_LINEAR_CROSS_ENTROPY ", " RF_BUDGET
         ", float filter_eps, bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("composite_linear_cross_entropy(" RF_LINEAR_CROSS_ENTROPY ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
+
+  // scale: a gaussian's variance, or bernoulli's pos_weight; variance: a gaussian's without scale.
+  m.def("linear_nll(" RF_LINEAR_NLL ", ScalarType? loss_dtype) -> Tensor");
+  m.def("linear_nll_forward(" RF_LINEAR_NLL ", ScalarType? loss_dtype) -> Tensor");
+  // A reduced loss, and its gradients for an upstream gradient of 1, in the accumulator's type.
+  m.def("linear_nll_forward_backward(" RF_LINEAR_NLL
+        ", ScalarType? loss_dtype, bool[4] output_mask) -> (Tensor loss, Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_nll_backward(Tensor grad, " RF_LINEAR_NLL
+        ", bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("composite_linear_nll(" RF_LINEAR_NLL ", ScalarType? loss_dtype) -> Tensor");
 
   m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
   m.def("mse_loss_forward(Tensor input, Tensor target, int reduction) -> Tensor");

@@ -5,6 +5,7 @@ from ._extension import build_info, isa, isas
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .linear import Linear, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
+from .linear_nll import LinearNLLLoss, linear_mse_loss, linear_nll
 from .mse import MSELoss, mse_loss
 from .softmax import log_softmax, logsumexp, softmax
 
@@ -13,6 +14,7 @@ __all__ = [
     "CrossEntropyLoss",
     "Linear",
     "LinearCrossEntropyLoss",
+    "LinearNLLLoss",
     "MSELoss",
     "Plan",
     "build_info",
@@ -22,6 +24,8 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_plan",
+    "linear_mse_loss",
+    "linear_nll",
     "log_softmax",
     "logsumexp",
     "mse_loss",

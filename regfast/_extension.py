@@ -109,6 +109,7 @@ for _name, _composite in {
     "composite_logsumexp": reference.logsumexp,
     "composite_cross_entropy": _composite_cross_entropy,
     "composite_linear_cross_entropy": _composite_linear_cross_entropy,
+    "composite_linear_nll": reference.linear_nll_loss,
     "composite_mse_loss": lambda input, target, reduction: reference.mse_loss(
         input, target, reduction=reference.REDUCTIONS[reduction]
     ),

@@ -7,6 +7,7 @@ operators that have first and second derivatives, forward mode and batching rule
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import reduce as fold
 
@@ -21,6 +22,9 @@ __all__ = [
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_outputs",
+    "linear_mse_loss",
+    "linear_nll",
+    "linear_nll_loss",
     "log_softmax",
     "logsumexp",
     "mse_loss",
@@ -38,6 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's reduction numbers
+FAMILIES = ("squared", "gaussian", "bernoulli", "poisson")  # in the order of the extension's numbers
 OUTPUTS = ("loss", "lse", "entropy", "logprob", "argmax")
 HALF = (torch.float16, torch.bfloat16)
 FLOATING = "a floating-point dtype"
@@ -296,6 +301,116 @@ def linear_cross_entropy_outputs(
         result if name == "argmax" else result.to(loss_dtype or dtypes[name])
         for name, result in zip(outputs, results, strict=True)
     ]
+
+
+def linear_nll(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    family: str,
+    sigma: float | Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    full: bool | None = None,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Negative log-likelihood of ``target`` under ``family`` with ``linear(input, weight, bias)`` as its parameter."""
+    known = (*FAMILIES[1:], "categorical")
+    _require(family in known, ValueError, "linear_nll: family", f"one of {', '.join(known)}", repr(family))
+    if family == "categorical":
+        mode = reduction if sample_weight is None else "none"
+        loss = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=mode, loss_dtype=loss_dtype)
+        return loss if sample_weight is None else weighted(loss, sample_weight, reduction)
+    variance, number = gaussian_variance(sigma, eps)
+    scale = variance if family == "gaussian" else pos_weight
+    full = family == "gaussian" if full is None else full
+    options = (FAMILIES.index(family), number, full, reduction, loss_dtype)
+    return linear_nll_loss(input, weight, target, bias, scale, sample_weight, *options)
+
+
+def linear_mse_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``(linear(input, weight, bias) - target) ** 2``, reduced."""
+    return linear_nll_loss(input, weight, target, bias, None, sample_weight, 0, 1.0, False, reduction, loss_dtype)
+
+
+def gaussian_variance(sigma: float | Tensor | None, eps: float) -> tuple[Tensor | None, float]:
+    """The variance, of at least eps, as a tensor or as a number. As in F.gaussian_nll_loss the bound has no
+    derivative."""
+    if not isinstance(sigma, Tensor):
+        return None, max(1.0 if sigma is None else float(sigma) ** 2, eps)
+    variance = sigma.square()
+    return variance + (variance.detach().clamp(min=eps) - variance.detach()), 1.0
+
+
+def weighted(loss: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:
+    """A loss of each row, or of each of its outputs, under a weight for each row; a mean is divided by the weights."""
+    weights = sample_weight.reshape(sample_weight.shape + (1,) * (loss.dim() - sample_weight.dim())).expand(loss.shape)
+    terms = _up(loss) * weights
+    if reduction == "none":
+        return terms.to(loss.dtype)
+    total = terms.sum()
+    return (total if reduction == "sum" else total / _up(weights).sum()).to(loss.dtype)
+
+
+def linear_nll_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    sample_weight: Tensor | None,
+    family: int,
+    variance: float,
+    full: bool,
+    reduction: int | str,
+    loss_dtype: torch.dtype | None,
+) -> Tensor:
+    """As the op of that name: ``scale`` is a gaussian's variance or bernoulli's pos_weight, ``variance`` the number in
+    its place. Predictions of half types stay in float32."""
+    if isinstance(reduction, int):
+        reduction = REDUCTIONS[reduction]
+    name = FAMILIES[family]
+    op = "linear_mse_loss" if name == "squared" else "linear_nll"
+    names = ", ".join(REDUCTIONS)
+    _require(reduction in REDUCTIONS, ValueError, f"{op}: reduction", f"one of {names}", repr(reduction))
+    eta, y = F.linear(_up(input), _up(weight), _up(bias)), _up(target)
+    _require(eta.shape == y.shape, RuntimeError, f"{op}: target", f"shape {tuple(eta.shape)}", tuple(y.shape))
+    y = y if y.is_floating_point() else y.to(eta.dtype)
+    if name == "squared":
+        loss = (eta - y).square()
+    elif name == "gaussian":
+        v = eta.new_full((), variance) if scale is None else _up(scale)
+        loss = 0.5 * (torch.log(v) + (eta - y).square() / v)
+        loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
+    elif name == "bernoulli":
+        loss = F.binary_cross_entropy_with_logits(eta, y, pos_weight=_up(scale), reduction="none")
+    else:
+        loss = torch.exp(eta) - y * eta
+        if full:  # Stirling's approximation of log(y!), as in F.poisson_nll_loss
+            above = torch.where(y > 1, y, 2)
+            stirling = above * torch.log(above) - above + 0.5 * torch.log(2 * math.pi * above)
+            loss = loss + torch.where(y > 1, stirling, 0)
+    dtype = _promoted(input, target) if target.dtype.is_floating_point else input.dtype
+    if _autocast(input):
+        dtype = torch.promote_types(dtype, torch.float32)
+    if sample_weight is not None:
+        loss = weighted(loss, _up(sample_weight).to(loss.dtype), reduction)
+    else:
+        loss = {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
+    return loss.to(loss_dtype or dtype)
 
 
 def _loss(

@@ -45,6 +45,10 @@ constexpr Saved saved_for(Activation a) {
   }
 }
 
+// Likelihoods of the exponential family with a linear model's prediction as their parameter. squared is a gaussian
+// without its constants: (prediction - target)^2.
+enum class Family { squared, gaussian, bernoulli, poisson };
+
 // The outputs of cross_entropy as bits, in the order in which ops return them.
 enum CrossEntropyOutput : int64_t {
   kOutputLoss = 1,

@@ -1,0 +1,219 @@
+// regfast::linear_nll: a reduced loss has its gradients computed in forward, while the residuals are there, and saves
+// them; a loss per element saves its inputs alone and computes the predictions again in backward.
+#include "../checks.h"
+#include "../torch_api.h"
+
+namespace rf {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using ScalarTypes = std::optional<at::ScalarType>;
+
+struct Operands {
+  Tensor x, w, target;
+  OptionalTensor bias, scale, sample_weight;
+};
+struct Options {
+  int64_t family;
+  double variance;
+  bool full;
+  int64_t reduction;
+  ScalarTypes loss_dtype;
+};
+
+#define RF_LINEAR_NLL                                                                                               \
+  const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&, \
+      int64_t, double, bool, int64_t
+using ForwardSignature = Tensor(RF_LINEAR_NLL, ScalarTypes);
+using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(RF_LINEAR_NLL, ScalarTypes,
+                                                                                    std::array<bool, 4>);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, RF_LINEAR_NLL, std::array<bool, 4>);
+#undef RF_LINEAR_NLL
+
+Tensor composite(const Operands& t, const Options& o) {
+  static const auto op = find_op<ForwardSignature>("regfast::composite_linear_nll");
+  return op.call(t.x, t.w, t.target, t.bias, t.scale, t.sample_weight, o.family, o.variance, o.full, o.reduction,
+                 o.loss_dtype);
+}
+
+Tensor forward(const Operands& t, const Options& o) {
+  static const auto op = find_op<ForwardSignature>("regfast::linear_nll_forward");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(t.x, t.w, t.target, t.bias, t.scale, t.sample_weight, o.family, o.variance, o.full, o.reduction,
+                 o.loss_dtype);
+}
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// The differentiable inputs: x, w, bias and a gaussian's variance, at these places among forward's arguments.
+constexpr int kPlaces[] = {0, 1, 3, 4};
+
+struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& target,
+                        const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& sample_weight,
+                        const Options& o) {
+    const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale);
+    auto& d = ctx->saved_data;
+    Tensor result;
+    if (o.reduction != at::Reduction::None) {
+      at::AutoDispatchBelowADInplaceOrView below;
+      static const auto op = find_op<ForwardBackwardSignature>("regfast::linear_nll_forward_backward");
+      const std::array<bool, 4> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad(),
+                                        v.defined() && v.requires_grad()};
+      auto [loss, dx, dw, db, dv] = op.call(x, w, target, bias, scale, sample_weight, o.family, o.variance, o.full,
+                                            o.reduction, o.loss_dtype, mask);
+      result = loss;
+      d["grads"] = std::vector<Tensor>{dx, dw, db, dv};
+    } else {
+      result = rf::forward({x, w, target, bias, scale, sample_weight}, o);
+    }
+    ctx->save_for_backward({x, w, target, b, v, value_or_undefined(sample_weight)});
+    d["family"] = o.family;
+    d["variance"] = o.variance;
+    d["full"] = o.full;
+    d["reduction"] = o.reduction;
+    d["loss_dtype"] = o.loss_dtype;
+    ctx->set_materialize_grads(false);
+    return result;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list upstream) {
+    variable_list result(7);
+    const Tensor& up = upstream[0];
+    if (!up.defined()) return result;
+    auto& d = ctx->saved_data;
+    const Options o = {d["family"].toInt(), d["variance"].toDouble(), d["full"].toBool(), d["reduction"].toInt(),
+                       d["loss_dtype"].toOptional<at::ScalarType>()};
+    const auto saved = ctx->get_saved_variables();
+    const Tensor *inputs[] = {&saved[0], &saved[1], &saved[3], &saved[4]}, &target = saved[2];
+    const auto sample_weight = optional(saved[5]);
+    if (backward_takes_composite()) {
+      auto g = composite_gradients({*inputs[0], *inputs[1], *inputs[2], *inputs[3]}, {up},
+                                   [&](const std::vector<Tensor>& in) {
+                                     return std::vector<Tensor>{composite(
+                                         {in[0], in[1], target, optional(in[2]), optional(in[3]), sample_weight}, o)};
+                                   });
+      for (int i = 0; i < 4; ++i) result[kPlaces[i]] = g[i];
+      return result;
+    }
+    std::array<bool, 4> mask;
+    for (int i = 0; i < 4; ++i) mask[i] = inputs[i]->defined() && ctx->needs_input_grad(kPlaces[i]);
+    if (const auto written = d.find("grads"); written != d.end()) {
+      const auto grads = written->second.toTensorVector();
+      const bool traced = saved[0].unsafeGetTensorImpl()->is_python_dispatch();
+      // They are given away, so a second backward through a retained graph computes its own. A tracer keeps them.
+      if (!traced) d.erase(written);
+      const bool one = !traced && up.is_cpu() && up.item<double>() == 1;
+      for (int i = 0; i < 4; ++i) {
+        if (!mask[i]) continue;
+        Tensor g = grads[i];
+        if (!one) g = traced ? g * up : g.mul_(up);
+        result[kPlaces[i]] = g.to(inputs[i]->scalar_type());
+      }
+      return result;
+    }
+    static const auto op = find_op<BackwardSignature>("regfast::linear_nll_backward");
+    auto [dx, dw, db, dv] =
+        op.call(up, *inputs[0], *inputs[1], target, optional(*inputs[2]), optional(*inputs[3]), sample_weight, o.family,
+                o.variance, o.full, o.reduction, mask);
+    const Tensor* grads[] = {&dx, &dw, &db, &dv};
+    for (int i = 0; i < 4; ++i)
+      if (mask[i]) result[kPlaces[i]] = *grads[i];
+    return result;
+  }
+};
+
+Tensor linear_nll(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
+                  const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
+                  bool full, int64_t reduction, ScalarTypes loss_dtype) {
+  const Options o = {family, variance, full, reduction, loss_dtype};
+  const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale), &s = value_or_undefined(sample_weight);
+  const bool gaussian = (Family)family == Family::gaussian;
+  check_linear_nll((Family)family == Family::squared ? "linear_mse_loss" : "linear_nll", x, w, target, b, v, s,
+                   gaussian);
+  // Targets of a wider type promote, and gradients of what is observed rather than fitted are rare.
+  const auto type = target.scalar_type();
+  const bool promotes = at::isFloatingType(type) && c10::promoteTypes(type, acc_type(x.scalar_type())) !=
+                                                        acc_type(x.scalar_type());
+  const bool observed = any_requires_grad({&target, &s}) || (!gaussian && any_requires_grad({&v}));
+  if (promotes || observed || takes_composite({&x, &w, &target, &b, &v, &s}))
+    return composite({x, w, target, bias, scale, sample_weight}, o);
+  if (any_requires_grad({&x, &w, &b, &v}))
+    return LinearNllFunction::apply(x, w, target, bias, scale, sample_weight, o);
+  return forward({x, w, target, bias, scale, sample_weight}, o);
+}
+
+Tensor batched(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
+               const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
+               bool full, int64_t reduction, ScalarTypes loss_dtype) {
+  return composite({x, w, target, bias, scale, sample_weight}, {family, variance, full, reduction, loss_dtype});
+}
+
+// As F.linear followed by a loss: products of autocast's type, a float32 loss.
+Tensor autocast(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
+                const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
+                bool full, int64_t reduction, ScalarTypes loss_dtype) {
+  const auto device = x.device().type();
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto to = at::autocast::get_autocast_dtype(device);
+  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(to, t, device); };
+  const Tensor input = cast(x);
+  if (input.scalar_type() == to && !loss_dtype) loss_dtype = at::kFloat;
+  const auto wide = [&](const OptionalTensor& t) { return t ? t->to(acc_type(input.scalar_type())) : t; };
+  return linear_nll(input, cast(w), target, cast(bias), wide(scale), wide(sample_weight), family, variance, full,
+                    reduction, loss_dtype);
+}
+
+at::ScalarType loss_type(const Tensor& x, const Tensor& target, ScalarTypes asked) {
+  if (asked) return *asked;
+  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(x.scalar_type(), target.scalar_type())
+                                                  : x.scalar_type();
+}
+
+Tensor forward_meta(const Tensor& x, const Tensor&, const Tensor& target, const OptionalTensor&, const OptionalTensor&,
+                    const OptionalTensor&, int64_t, double, bool, int64_t reduction, ScalarTypes loss_dtype) {
+  const auto options = x.options().dtype(loss_type(x, target, loss_dtype));
+  return reduction == at::Reduction::None ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options);
+}
+
+// Gradients in a type of their own, or in that of what they belong to.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_meta(const Tensor& x, const Tensor& w, const OptionalTensor& scale,
+                                                          std::array<bool, 4> mask, ScalarTypes type) {
+  const auto like = [&](bool wanted, const Tensor& t, c10::SymIntArrayRef sizes) {
+    const auto options = wanted && type ? t.options().dtype(*type) : t.options();
+    return wanted ? at::empty_symint(sizes, options) : at::empty({0}, options);
+  };
+  const Tensor& v = scale.has_value() ? *scale : w;
+  return {like(mask[0], x, x.sym_sizes()), like(mask[1], w, w.sym_sizes()), like(mask[2], w, w.sym_sizes().slice(0, 1)),
+          like(mask[3], v, v.sym_sizes())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
+    const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&, const OptionalTensor& scale,
+    const OptionalTensor&, int64_t, double, bool, int64_t, ScalarTypes loss_dtype, std::array<bool, 4> mask) {
+  auto [dx, dw, db, dv] = gradients_meta(x, w, scale, mask, acc_type(x.scalar_type()));
+  return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))), dx, dw, db, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const Tensor& x, const Tensor& w, const Tensor&,
+                                                         const OptionalTensor&, const OptionalTensor& scale,
+                                                         const OptionalTensor&, int64_t, double, bool, int64_t,
+                                                         std::array<bool, 4> mask) {
+  return gradients_meta(x, w, scale, mask, std::nullopt);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_nll", linear_nll); }
+TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear_nll", linear_nll); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("linear_nll", batched); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_nll", autocast); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_nll", autocast); }
+TORCH_LIBRARY_IMPL(regfast, Meta, m) {
+  m.impl("linear_nll_forward", forward_meta);
+  m.impl("linear_nll_forward_backward", forward_backward_meta);
+  m.impl("linear_nll_backward", backward_meta);
+}
+
+}  // namespace rf

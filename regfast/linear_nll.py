@@ -1,0 +1,221 @@
+"""Negative log-likelihoods of linear models, without storing their predictions."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ._extension import not_a_tensor, reduction_number
+from .linear_cross_entropy import linear_cross_entropy
+from .reference import FAMILIES, gaussian_variance, weighted
+
+_linear_nll = torch.ops.regfast.linear_nll.default
+_FAMILIES = (*FAMILIES[1:], "categorical")
+
+
+def linear_nll(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    family: str,
+    sigma: float | Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    full: bool | None = None,
+    eps: float = 1e-6,
+    reduction: str = "mean",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``-log P(target | linear(input, weight, bias))`` for a likelihood of the exponential family.
+
+    With ``eta`` the linear layer's output, and the same values and gradients as F.linear followed by the loss named:
+
+    ============= ======================================== =========================== ================================
+    family        loss                                     d loss / d eta              as
+    ============= ======================================== =========================== ================================
+    gaussian      log(sigma) + (eta - y)^2 / (2 sigma^2),  (eta - y) / sigma^2         F.gaussian_nll_loss
+                  and log(2 pi) / 2 with full
+    bernoulli     log(1 + exp(eta)) - y eta                sigmoid(eta) - y            F.binary_cross_entropy_with_logits
+    poisson       exp(eta) - y eta, and Stirling's         exp(eta) - y                F.poisson_nll_loss
+                  log(y!) with full
+    categorical   log(sum(exp(eta))) - eta[y]              softmax(eta) - onehot(y)    F.cross_entropy
+    ============= ======================================== =========================== ================================
+
+    Each gradient is estimate minus observation (McCullagh and Nelder, "Generalized Linear Models", 1989). A chunk of
+    rows at a time is multiplied, turned into loss and residual in place and multiplied again; up to eight outputs are
+    predicted, compared and multiplied in a single read of input.
+
+    Args:
+        input: ``(*, in_features)``, any strides; float32, float64, bfloat16 or float16. Half types are multiplied and
+            accumulated in float32, predictions are not rounded to them.
+        weight: ``(out_features, in_features)``, input's dtype.
+        target: ``(*, out_features)``, real numbers of any dtype: in [0, 1] for bernoulli, at least 0 for poisson. For
+            categorical, classes or probabilities as :func:`regfast.linear_cross_entropy` takes them.
+        bias: ``(out_features,)`` or None, input's dtype.
+        family: gaussian, bernoulli, poisson or categorical.
+        sigma: the gaussian's standard deviation in target's units: a positive number, or a tensor ``()`` or
+            ``(out_features,)``, which may be learned. 1 by default.
+        pos_weight: of bernoulli: factors of the losses of ones, ``()`` or ``(out_features,)``.
+        sample_weight: a weight for each row, input's shape without its last dimension.
+        full: whether a gaussian has its ``log(2 pi) / 2`` (by default it does), poisson Stirling's term (it does not).
+        eps: the variance ``sigma^2`` is at least that, as in F.gaussian_nll_loss.
+        reduction: none (of target's shape), mean (over all losses; with sample_weight divided by the sum of their
+            weights) or sum.
+        loss_dtype: of the result; by default what input and target promote to.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: for an unknown family or reduction, an option of another family, or a sigma that is not positive.
+        RuntimeError: for shapes, dtypes or devices that do not fit. Nothing broadcasts.
+
+    Saved for backward: the inputs, and for a reduced loss its gradients, in float32 for half types. Gradients are
+    computed only for the inputs that need them; those of target, pos_weight and sample_weight, second derivatives,
+    forward mode and ``torch.func`` take plain torch operators.
+    """
+    _require_tensors("linear_nll", input, weight, target, bias=bias, sample_weight=sample_weight)
+    mode = reduction_number("linear_nll", reduction)
+    _check_options("linear_nll", family, sigma, pos_weight, full)
+    if family == "categorical":
+        if sample_weight is None:
+            return linear_cross_entropy(
+                input, weight, target, linear_bias=bias, reduction=reduction, loss_dtype=loss_dtype
+            )
+        each = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction="none", loss_dtype=loss_dtype)
+        return weighted(each, sample_weight, reduction)
+    scale, variance = gaussian_variance(sigma, eps) if family == "gaussian" else (pos_weight, 1.0)
+    full = family == "gaussian" if full is None else full
+    number = FAMILIES.index(family)
+    return _linear_nll(
+        input, weight, target, bias, scale, sample_weight, number, variance, full, mode, loss_dtype
+    )
+
+
+def linear_mse_loss(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    reduction: str = "mean",
+    loss_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``mse_loss(linear(input, weight, bias), target)`` without storing the predictions.
+
+    The gaussian family of :func:`linear_nll` without its constants, whose arguments, errors, precision and saved
+    tensors it has. ``target`` has the predictions' shape ``(*, out_features)``: where F.mse_loss would broadcast ``(N)``
+    against ``(N, 1)`` into N x N residuals, this raises RuntimeError.
+
+    Returns: the mean or sum of the squared residuals, or each of them; with sample_weight the mean is divided by the
+    sum of the weights, as F.mse_loss does.
+    """
+    _require_tensors("linear_mse_loss", input, weight, target, bias=bias, sample_weight=sample_weight)
+    mode = reduction_number("linear_mse_loss", reduction)
+    return _linear_nll(input, weight, target, bias, None, sample_weight, 0, 1.0, False, mode, loss_dtype)
+
+
+def _require_tensors(op: str, input: object, weight: object, target: object, **optional: object) -> None:
+    given = {"input": input, "weight": weight, "target": target}
+    given |= {name: value for name, value in optional.items() if value is not None}
+    if not all(isinstance(value, Tensor) for value in given.values()):
+        raise not_a_tensor(op, **given)
+
+
+def _check_options(op: str, family: str, sigma: object, pos_weight: object, full: bool | None) -> None:
+    """Options that no family, or another one, has."""
+
+    def fail(argument: str, expected: str, got: object) -> None:
+        raise ValueError(f"regfast.{op}: {argument}: expected {expected}, got {got}")
+
+    if family not in _FAMILIES:
+        fail("family", f"one of {', '.join(_FAMILIES)}", repr(family))
+    if sigma is not None and family != "gaussian":
+        fail("sigma", f"None for family {family}", sigma)
+    if pos_weight is not None and family != "bernoulli":
+        fail("pos_weight", f"None for family {family}", pos_weight)
+    if full and family in ("bernoulli", "categorical"):
+        fail("full", f"None or False for family {family}, which has no constant", full)
+    if pos_weight is not None and not isinstance(pos_weight, Tensor):
+        raise not_a_tensor(op, pos_weight=pos_weight)
+    # Values of a tensor are not looked at: a device would have to be waited for.
+    if sigma is not None and not isinstance(sigma, Tensor) and not 0 < sigma < math.inf:
+        fail("sigma", "a positive number", sigma)
+
+
+class LinearNLLLoss(nn.Module):
+    """A linear model together with its likelihood: :func:`linear_nll` of ``linear``'s parameters.
+
+    Shapes: input ``(*, in_features)`` and target ``(*, out_features)`` to the loss; ``linear`` is a
+    :class:`torch.nn.Linear`, initialised as that is, and gives predictions of ``eta``.
+
+    Args:
+        family, pos_weight, full, eps, reduction, loss_dtype: as in :func:`linear_nll`.
+        sigma: a gaussian's: a number, a tensor of one number or one for each output (a buffer), or ``"learned"``: a
+            parameter ``log_sigma`` of each output, 0 at first. ``loss.sigma`` is the value in use.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        family: str,
+        sigma: float | Tensor | str | None = None,
+        pos_weight: Tensor | None = None,
+        full: bool | None = None,
+        eps: float = 1e-6,
+        reduction: str = "mean",
+        loss_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        learned = sigma == "learned" if isinstance(sigma, str) else False
+        if isinstance(sigma, str) and not learned:
+            raise ValueError(
+                f"regfast.LinearNLLLoss: sigma: expected a positive number, a tensor or 'learned', got {sigma!r}"
+            )
+        reduction_number("LinearNLLLoss", reduction)
+        _check_options("LinearNLLLoss", family, 1.0 if learned else sigma, pos_weight, full)
+        self.family, self.full, self.eps, self.reduction, self.loss_dtype = family, full, eps, reduction, loss_dtype
+        self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
+        self.register_buffer("pos_weight", pos_weight)
+        self.register_parameter("log_sigma", nn.Parameter(torch.zeros_like(self.linear.weight[:, 0])) if learned else None)
+        self._sigma = None if isinstance(sigma, (Tensor, str)) else sigma
+        self.register_buffer("fixed_sigma", sigma if isinstance(sigma, Tensor) else None)
+
+    @property
+    def sigma(self) -> float | Tensor | None:
+        """The gaussian's standard deviation; None for another family."""
+        if self.log_sigma is not None:
+            return self.log_sigma.exp()
+        if self.fixed_sigma is not None:
+            return self.fixed_sigma
+        return 1.0 if self._sigma is None and self.family == "gaussian" else self._sigma
+
+    def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        return linear_nll(
+            input,
+            self.linear.weight,
+            target,
+            self.linear.bias,
+            family=self.family,
+            sigma=self.sigma,
+            pos_weight=self.pos_weight,
+            sample_weight=sample_weight,
+            full=self.full,
+            eps=self.eps,
+            reduction=self.reduction,
+            loss_dtype=self.loss_dtype,
+        )
+
+    def extra_repr(self) -> str:
+        sigma = "" if self.family != "gaussian" else f", sigma={'learned' if self.log_sigma is not None else self.sigma}"
+        return f"family={self.family}{sigma}, reduction={self.reduction}"
