@@ -144,7 +144,7 @@ def _check_options(op: str, family: str, sigma: object, pos_weight: object, full
     if pos_weight is not None and not isinstance(pos_weight, Tensor):
         raise not_a_tensor(op, pos_weight=pos_weight)
     # Values of a tensor are not looked at: a device would have to be waited for.
-    if sigma is not None and not isinstance(sigma, Tensor) and not 0 < sigma < math.inf:
+    if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
         fail("sigma", "a positive number", sigma)
 
 
@@ -183,7 +183,7 @@ class LinearNLLLoss(nn.Module):
                 f"regfast.LinearNLLLoss: sigma: expected a positive number, a tensor or 'learned', got {sigma!r}"
             )
         reduction_number("LinearNLLLoss", reduction)
-        _check_options("LinearNLLLoss", family, 1.0 if learned else sigma, pos_weight, full)
+        _check_options("LinearNLLLoss", family, sigma, pos_weight, full)
         self.family, self.full, self.eps, self.reduction, self.loss_dtype = family, full, eps, reduction, loss_dtype
         self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self.register_buffer("pos_weight", pos_weight)
