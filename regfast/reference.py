@@ -348,10 +348,10 @@ def linear_mse_loss(
 
 def gaussian_variance(sigma: float | Tensor | None, eps: float) -> tuple[Tensor | None, float]:
     """The variance, of at least eps, as a tensor or as a number. As in F.gaussian_nll_loss the bound has no
-    derivative."""
+    derivative. That of a half type is computed in float32, where squares of its range fit."""
     if not isinstance(sigma, Tensor):
         return None, max(1.0 if sigma is None else float(sigma) ** 2, eps)
-    variance = sigma.square()
+    variance = _up(sigma).square()
     return variance + (variance.detach().clamp(min=eps) - variance.detach()), 1.0
 
 
@@ -396,7 +396,9 @@ def linear_nll_loss(
         loss = 0.5 * (torch.log(v) + (eta - y).square() / v)
         loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
     elif name == "bernoulli":
-        loss = F.binary_cross_entropy_with_logits(eta, y, pos_weight=_up(scale), reduction="none")
+        # F.binary_cross_entropy_with_logits' formula, which itself has no derivative with respect to pos_weight.
+        factor = 1 if scale is None else 1 + (_up(scale) - 1) * y
+        loss = (1 - y) * eta - factor * F.logsigmoid(eta)
     else:
         loss = torch.exp(eta) - y * eta
         if full:  # Stirling's approximation of log(y!), as in F.poisson_nll_loss
