@@ -101,10 +101,10 @@ struct LikelihoodSums {
   double loss;
 };
 
-// All of a linear model with a few outputs in one pass over x's rows, which lie adjacent along features.
+// All of a linear model with a few outputs in one pass over x.
 struct FewOutputsArgs {
-  MatrixView x;
-  int64_t features;
+  const void* x;
+  int64_t x_stride, features;  // between rows; features are adjacent
   const void* weight;  // outputs x features, contiguous
   const void* bias;    // acc, one per output
   LikelihoodArgs likelihood;

@@ -117,7 +117,8 @@ double one_pass(const Problem& p, const Wanted& to) {
   const Tensor w = p.w.contiguous(), bias = p.bias.defined() ? p.bias : for_outputs(p, 0);
   Tensor target;
   FewOutputsArgs a = {};
-  a.x = {p.x.const_data_ptr(), 1, p.x.stride(0), 0, 1};
+  a.x = p.x.const_data_ptr();
+  a.x_stride = p.x.stride(0);
   a.features = p.features;
   a.weight = w.const_data_ptr();
   a.bias = bias.const_data_ptr();
