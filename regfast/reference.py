@@ -324,7 +324,7 @@ def linear_nll(
     if family == "categorical":
         mode = reduction if sample_weight is None else "none"
         loss = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=mode, loss_dtype=loss_dtype)
-        return loss if sample_weight is None else weighted(loss, sample_weight, reduction)
+        return loss if sample_weight is None else weighted_classes(loss, target, sample_weight, reduction)
     variance, number = gaussian_variance(sigma, eps)
     scale = variance if family == "gaussian" else pos_weight
     full = family == "gaussian" if full is None else full
@@ -363,6 +363,16 @@ def weighted(loss: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:
         return terms.to(loss.dtype)
     total = terms.sum()
     return (total if reduction == "sum" else total / _up(weights).sum()).to(loss.dtype)
+
+
+def weighted_classes(loss: Tensor, target: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:
+    """A loss of each row's class under a weight for each row. Rows that are ignored count for nothing in a mean."""
+    expected = f"one number for each row, shape {tuple(loss.shape)}"
+    fits = sample_weight.shape == loss.shape
+    _require(fits, RuntimeError, "linear_nll: sample_weight", expected, tuple(sample_weight.shape))
+    if not target.is_floating_point():
+        sample_weight = torch.where(target == -100, 0, sample_weight)
+    return weighted(loss, sample_weight, reduction)
 
 
 def linear_nll_loss(
