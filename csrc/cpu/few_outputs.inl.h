@@ -55,7 +55,8 @@ inline vec_t<A> judge_lanes(const LikelihoodArgs& a, int64_t row, int64_t n, int
   V y = gather<A>(a.target, a.outputs, row, n, j), s = zero, c = zero;
   V w = a.row_weight ? load_up_to((const A*)a.row_weight + row, n) : set1(A(1));
   if constexpr (family != Family::poisson) s = set1(((const A*)a.scale)[j]);
-  if constexpr (family == Family::gaussian) c = set1(((const A*)a.constant)[j]);
+  if constexpr (family == Family::gaussian)
+    if (a.constant) c = set1(((const A*)a.constant)[j]);
   const Judged<V> judged = judge<family>(eta, y, s, c);
   if constexpr (value) {
     V l = w * judged.loss;
@@ -131,7 +132,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
     for (int64_t j = 0; j < outputs; ++j) {
       const A* w = weight + j * F;
       // Two chains of additions: one alone would be waited for.
-      V even = set1(bias[j]), odd = set1(A(0));
+      V even = set1(bias ? bias[j] : A(0)), odd = set1(A(0));
 #pragma GCC unroll 8
       for (int c = 0; c < F; c += 2) {
         even = fma(set1(w[c]), columns[c], even);
@@ -288,7 +289,8 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
       for (int64_t r = 0; r < rows; r += V::size) {
         const int64_t n = std::min<int64_t>(V::size, rows - r);
         A* at = slopes + j * kPassRows + r;
-        V eta = load_up_to(at, n) + set1(((const A*)a.bias)[j]);
+        V eta = load_up_to(at, n);
+        if (a.bias) eta = eta + set1(((const A*)a.bias)[j]);
         store(at, judge_lanes<A, family, value, slope>(a.likelihood, row + r, n, j, eta, &lanes));
       }
     if (slope && grad_weight) add_weight_gradient(x, a.x_stride, rows, slopes, outputs, features, grad_weight);
