@@ -111,7 +111,8 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
         if (!mask[i]) continue;
         Tensor g = grads[i];
         if (!one) g = traced ? g * up : g.mul_(up);
-        result[kPlaces[i]] = g.to(inputs[i]->scalar_type());
+        const auto type = inputs[i]->scalar_type();
+        result[kPlaces[i]] = g.scalar_type() == type ? g : g.to(type);
       }
       return result;
     }

@@ -115,8 +115,6 @@ constexpr int64_t kLibraryProducts = 1 << 20;
 // Likelihoods of up to so many outputs are computed in one pass over x, so many of its rows at a time: 100 features of
 // them take 13 KiB of L1.
 constexpr int64_t kFewOutputs = 8, kPassRows = 32;
-// Rows of up to a vector's features are asked for so many rows before.
-constexpr int64_t kPassAhead = 128;
 // Rows to a partial sum there: enough of them for any number of threads, few enough additions in a chain for float32.
 // All partial sums together take at most so many bytes; a larger weight is left to the GEMMs.
 constexpr int64_t kFewSumRows = 4096, kFewSumBytes = 8 << 20;
