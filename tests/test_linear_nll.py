@@ -104,13 +104,21 @@ def test_many_rows_are_summed_in_parts(family, dtype, threads):
 
 
 @each_family
-def test_several_chunks(family):
-    # Predictions of more than 64 MiB, which is what two cores may have of them at once; the last chunk is shorter.
+def test_chunks_are_the_sum_of_their_rows(family):
+    # 76 MiB of predictions, where two cores may have 64 MiB of them at once; a tenth of the rows are one chunk.
     n, v = 66_001, 300
     x, w, b = operands((n,), 2, v)
     t, weights, scale = targets(family, n, v), torch.rand(n), scales(family, v)[-1]
-    for mode in ("none", "mean"):
-        check_nll(x, w, t, b, scale, weights, family=family, reduction=mode)
+    leaves = [x, w, b] + ([scale] if scale is not None and scale.requires_grad else [])
+
+    def sums(rows):
+        loss = ours(x[rows], w, t[rows], b, scale, weights[rows], family=family, reduction="sum")
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    parts = [sums(slice(begin, begin + n // 10)) for begin in range(0, n, n // 10)]
+    for whole, *part in zip(sums(slice(None)), *parts, strict=True):
+        total = torch.stack(part).double().sum(0)
+        assert_close(whole.double(), total, rtol=1e-5, atol=1e-5 * total.abs().max().item())
 
 
 def test_few_outputs_of_very_many_features(dtype):
