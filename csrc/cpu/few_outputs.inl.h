@@ -90,7 +90,8 @@ inline void store_gradient(const FewOutputsArgs& a, int64_t row, int64_t c, vec_
   a.wide_grad_x ? store_up_to((acc_t<T>*)a.grad_x + at, d, n) : store_up_to((T*)a.grad_x + at, d, n);
 }
 
-// ---- up to a vector's features: rows are transposed ------------------------------------------------------------------
+// ---- up to a vector's features: rows are transposed
+// ------------------------------------------------------------------
 
 // Columns of up to V::size rows, zero beyond the last row and feature. Rows of up to half a vector lie in pairs.
 template <class T, int F>
@@ -103,7 +104,8 @@ inline void load_columns(const T* x, int64_t stride, int64_t rows, int64_t featu
     static_assert(2 * F == V::size, "a vector holds two rows");
 #pragma GCC unroll 16
     for (int i = 0; i < F; ++i)
-      columns[i] = load_pair(x + i * stride, i < rows ? features : 0, x + (i + F) * stride, i + F < rows ? features : 0);
+      columns[i] =
+          load_pair(x + i * stride, i < rows ? features : 0, x + (i + F) * stride, i + F < rows ? features : 0);
   }
   transpose(columns);
 }
@@ -165,7 +167,8 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
   lanes.write(outputs, sums);
 }
 
-// ---- more features: dot products -------------------------------------------------------------------------------------
+// ---- more features: dot products
+// -------------------------------------------------------------------------------------
 
 // Reads a byte of each line of some rows in the order in which they lie. Dot products read several rows side by side,
 // which the hardware's prefetchers do not follow (Zen 5: 16 GB/s a core instead of 40; prefetch instructions changed
