@@ -105,6 +105,7 @@ struct LikelihoodSums {
 struct FewOutputsArgs {
   const void* x;
   int64_t x_stride, features;  // between rows; features are adjacent
+  bool x_is_far;               // as many_are_far of DotArgs
   const void* weight;          // outputs x features, contiguous
   const void* bias;            // acc, one per output, or null
   LikelihoodArgs likelihood;
@@ -164,6 +165,7 @@ struct DotArgs {
   int64_t begin, end;    // range of many's rows
   int64_t few_rows, k;
   bool many_are_columns;  // of C: few rows of X against all of W; else X's rows against few of W
+  bool many_are_far;      // in memory, and short: they are read in order first
   Epilogue epilogue;
 };
 
