@@ -157,7 +157,8 @@ void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Ra
   int64_t at = 0;
   const int64_t cells = rows > 0 ? (rows - 1) * stride + features : 0;
   const Buffer<T> x = input<T>(cells, [&] { return at++ % stride < features ? random.spiky() : kNaN; }, guard);
-  const double size = 1 / std::sqrt(std::fmax(1, (double)features));
+  const double most = family == Family::poisson ? 0.25 : 1;  // exp of the prediction is finite
+  const double size = most / std::sqrt(std::fmax(1, (double)features));
   const Buffer<T> w = input<T>(outputs * features, [&] { return size * random.spiky(); }, guard);
   const Buffer<A> b = input<A>(outputs, [&] { return random.spiky(); }, guard);
   Buffer<A> each(rows * outputs, guard), dw(outputs * features, guard), db(outputs, guard), dv(outputs, guard);
