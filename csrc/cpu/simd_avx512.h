@@ -137,11 +137,11 @@ inline void transpose(f32v (&r)[16]) {
 // The first n of up to 8 lanes from `low` and as many from `high`, one behind the other; the other lanes are zero.
 // Whole ones are loaded without a mask: masked loads from memory took twice as long (Zen 5).
 inline __m256 load_half(const float* p, int64_t n) {
-  return n == 8 ? _mm256_loadu_ps(p) : _mm256_maskz_loadu_ps(lanes8(n), p);
+  return n == 8 ? _mm256_loadu_ps(p) : _mm512_castps512_ps256(load_n(p, n).v);
 }
 template <class T>
 inline __m128i load_half(const T* p, int64_t n) {
-  return n == 8 ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi16(lanes8(n), p);
+  return n == 8 ? _mm_loadu_si128((const __m128i*)p) : _mm256_castsi256_si128(_mm256_maskz_loadu_epi16(lanes16(n), p));
 }
 inline f32v load_pair(const float* low, int64_t low_n, const float* high, int64_t high_n) {
   return {_mm512_insertf32x8(_mm512_castps256_ps512(load_half(low, low_n)), load_half(high, high_n), 1)};
