@@ -14,6 +14,16 @@ namespace rf::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The state of a plain sum.
+template <class A>
+struct Sum {
+  A sum = A(0);
+};
+template <class A>
+__device__ __forceinline__ void merge(Sum<A>& into, const Sum<A>& other) {
+  into.sum += other.sum;
+}
+
 // Applies one shuffle to each 32-bit word of a state.
 template <class State, class Shuffle>
 __device__ __forceinline__ State shuffled(const State& s, Shuffle&& shuffle) {
