@@ -1,6 +1,6 @@
 // Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
 // their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp,
-// gemm_packed.cpp and sparse.cpp.
+// gemm_packed.cpp, likelihood.cpp and sparse.cpp.
 #pragma once
 #include <vector>
 
@@ -23,6 +23,14 @@ void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows)
 double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n);
 void squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
                             void* dx, void* dy, int64_t n);
+
+// Losses of predictions (acc, rows x outputs, replaced by their slopes where those are asked for), and sums: their own
+// over all rows is returned, those of columns are written where `sums` points.
+double likelihood(DType acc, const LikelihoodArgs& args, void* predictions, int64_t rows, LikelihoodSums sums);
+// The same for predictions of a linear model with few outputs, and the gradients of its operands. few_outputs_fit tells
+// whether a model of that size is one.
+bool few_outputs_fit(DType dtype, int64_t features, int64_t outputs);
+double few_outputs(DType dtype, const FewOutputsArgs& args, int64_t rows, LikelihoodSums sums);
 
 // C = op(A) op(B) with an epilogue; all strides of A and B are allowed, C's columns are adjacent.
 struct Gemm {

@@ -30,6 +30,8 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
 #include "gemm.inl.h"
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
+#include "likelihood.inl.h"
+#include "few_outputs.inl.h"
 #include "sparse.inl.h"
 }  // namespace rf::avx512
 

@@ -75,6 +75,44 @@ struct ActivationBackwardArgs {  // dz = dy * act'(saved), rows x columns
   void* column_sums;  // acc, columns of them, overwritten; or null
 };
 
+// ---- likelihoods ---------------------------------------------------------------------------------------------------
+
+// Losses of predictions and their derivatives: with w = row_weight, g = grad * grad_scale,
+//   gaussian   w (scale (eta - y)^2 / 2 + constant)   its slope w g scale (eta - y); scale is 1 / variance
+//   bernoulli  w ((1 - y) log(1 + exp(eta)) + scale y log(1 + exp(-eta)))
+//   poisson    w (exp(eta) - y eta)
+// squared is gaussian with scale 2 and constant 0. Pointers to void are acc.
+struct LikelihoodArgs {
+  Family family;
+  int64_t outputs;        // of a row
+  const void* target;     // rows x outputs
+  const void* scale;      // one per output; not read for poisson
+  const void* constant;   // one per output, gaussian's
+  const void* row_weight; // or null
+  const void* grad;       // rows x outputs, or null: 1
+  double grad_scale;
+  void* loss;  // rows x outputs, or null
+};
+// Sums of a range of rows. Of columns: acc, overwritten, or null where not asked for; a variance's derivative is
+// w g scale (1 - scale (eta - y)^2) / 2.
+struct LikelihoodSums {
+  bool value, slope;  // what is asked for: losses, gradients
+  void *bias, *variance;
+  double loss;
+};
+
+// All of a linear model with a few outputs in one pass over x's rows, which lie adjacent along features.
+struct FewOutputsArgs {
+  MatrixView x;
+  int64_t features;
+  const void* weight;  // outputs x features, contiguous
+  const void* bias;    // acc, one per output
+  LikelihoodArgs likelihood;
+  void* grad_weight;  // acc, outputs x features, overwritten; or null
+  void* grad_x;       // rows x features, or null
+  bool wide_grad_x;   // of type acc
+};
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
 // What happens to a tile of C = A B once its products are summed. C, pre-activation and bias have the entry's dtype.
@@ -174,6 +212,10 @@ struct Kernels {
   // dx = scale * g * (x - y), dy = -dx, either may be null; g is one number or, with each_grad, n of them
   void (*squared_error_backward[kDTypes])(const void* x, const void* y, const void* grad, bool each_grad, double scale,
                                           void* dx, void* dy, int64_t n);
+
+  // Predictions of a range of rows (acc, rows x outputs), replaced by their slopes where those are asked for.
+  void (*likelihood[kDTypes])(const LikelihoodArgs&, void* eta, int64_t row_begin, int64_t row_end, LikelihoodSums*);
+  void (*few_outputs[kDTypes])(const FewOutputsArgs&, int64_t row_begin, int64_t row_end, LikelihoodSums*);
 
   void (*pack_a[kDTypes])(const PackArgs&);
   void (*pack_b[kDTypes])(const PackArgs&);

@@ -25,22 +25,6 @@ int64_t thread_count() {
 
 namespace {
 
-// A tensor of one number, without the dispatch of a fill.
-Tensor number(double value, at::ScalarType type) {
-  Tensor t = at::empty({}, at::TensorOptions(type));
-  switch (type) {
-    case at::kDouble:
-      *t.mutable_data_ptr<double>() = value;
-      break;
-    case at::kFloat:
-      *t.mutable_data_ptr<float>() = (float)value;
-      break;
-    default:
-      t.fill_(value);
-  }
-  return t;
-}
-
 // ---- linear --------------------------------------------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,

@@ -193,8 +193,6 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
   return total;
 }
 
-Tensor number(double value, at::ScalarType type) { return at::scalar_tensor(value, at::TensorOptions(type)); }
-
 std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
                                 const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index,
                                 int64_t reduction, double label_smoothing, double z_loss, std::optional<double> softcap,

@@ -18,6 +18,8 @@ constexpr Kernels make_table(const char* isa) {
       RF_EACH_DTYPE(activation_backward),
       RF_EACH_DTYPE(squared_error),
       RF_EACH_DTYPE(squared_error_backward),
+      RF_EACH_DTYPE(likelihood),
+      RF_EACH_DTYPE(few_outputs),
       RF_EACH_DTYPE(pack_a),
       RF_EACH_DTYPE(pack_b),
       RF_EACH_DTYPE(widen_a),

@@ -79,4 +79,20 @@ inline Tensor advised(Tensor t) {
   return t;
 }
 
+// A tensor of one number, without the dispatch of a fill.
+inline Tensor number(double value, at::ScalarType type) {
+  Tensor t = at::empty({}, at::TensorOptions(type));
+  switch (type) {
+    case at::kDouble:
+      *t.mutable_data_ptr<double>() = value;
+      break;
+    case at::kFloat:
+      *t.mutable_data_ptr<float>() = (float)value;
+      break;
+    default:
+      t.fill_(value);
+  }
+  return t;
+}
+
 }  // namespace rf

@@ -112,6 +112,13 @@ constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 // Elsewhere ours was measured faster (bf16 without instructions: 4 to 60 times) or there is no measurement.
 constexpr int64_t kLibraryProducts = 1 << 20;
 
+// Likelihoods of up to so many outputs are computed in one pass over x, so many of its rows at a time: 100 features of
+// them take 13 KiB of L1.
+constexpr int64_t kFewOutputs = 8, kPassRows = 32;
+// Rows to a partial sum there: enough of them for any number of threads, few enough additions in a chain for float32.
+// All partial sums together take at most so many bytes; a larger weight is left to the GEMMs.
+constexpr int64_t kFewSumRows = 4096, kFewSumBytes = 8 << 20;
+
 // linear_cross_entropy: bytes that it may take besides inputs and gradients, for each core of the machine (not each
 // thread in use, so that sums over chunks have the same bits with any number), and at most. A chunk reads and writes
 // all of dW, which at 256 rows takes a tenth of its products' time on two cores; more cores multiply faster, but share

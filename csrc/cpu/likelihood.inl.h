@@ -1,0 +1,130 @@
+// Negative log-likelihoods of the exponential family and their derivatives with respect to a linear prediction, each
+// estimate minus observation (McCullagh and Nelder, "Generalized Linear Models", 1989), over rows of predictions.
+
+// log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e), whose series in s^2 <= 1/9 converges fast. The float's
+// coefficients are fitted to 4e-9; the double's are the series, up to 2e-17.
+inline f32v log1p_unit(f32v e) {
+  f32v s = e / (e + set1(2.0f)), u = s * s;
+  f32v p = set1(0.140788891816f);
+  p = fma(p, u, set1(0.139825788726f));
+  p = fma(p, u, set1(0.200122976154f));
+  p = fma(p, u, set1(0.333331608207f));
+  p = fma(p, u, set1(1.0f));
+  return (s + s) * p;
+}
+inline f64v log1p_unit(f64v e) {
+  f64v s = e / (e + set1(2.0)), u = s * s;
+  f64v p = set1(1.0 / 33);
+  for (int k = 31; k > 0; k -= 2) p = fma(p, u, set1(1.0 / k));
+  return (s + s) * p;
+}
+
+// Whole vectors, or their first n lanes where n is less.
+template <class T>
+inline vec_t<T> load_up_to(const T* p, int64_t n) {
+  return n == vec_t<T>::size ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void store_up_to(T* p, vec_t<T> x, int64_t n) {
+  n == vec_t<T>::size ? store(p, x) : store_n(p, x, n);
+}
+
+template <class V>
+struct Judged {
+  V loss, slope;
+};
+// squared is computed as gaussian. What is not used is not computed: this is inlined.
+template <Family family, class V>
+inline Judged<V> judge(V eta, V y, V scale, V constant) {
+  using A = typename V::scalar;
+  if constexpr (family == Family::gaussian) {
+    V residual = eta - y, slope = scale * residual;
+    return {fma(slope * set1(A(0.5)), residual, constant), slope};
+  } else if constexpr (family == Family::bernoulli) {
+    // Both tails from e = exp(-|eta|) <= 1: no overflow, and no difference of numbers that are nearly 1.
+    const V zero = set1(A(0)), one = set1(A(1)), e = exp(zero - abs(eta)), positive = scale * y, negative = one - y;
+    V larger = one / (one + e), smaller = e * larger;
+    V up = select_lt(eta, zero, smaller, larger), down = select_lt(eta, zero, larger, smaller);
+    V far = negative * max(zero, eta) + positive * max(zero, zero - eta);
+    return {fma(positive + negative, log1p_unit(e), far), negative * up - positive * down};
+  } else {
+    V mean = exp(eta);
+    return {mean - y * eta, mean - y};
+  }
+}
+
+template <class A, Family family, bool value, bool slope>
+inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end,
+                            LikelihoodSums* sums) {
+  using V = vec_t<A>;
+  const A *scale = (const A*)a.scale, *constant = (const A*)a.constant, *row_weight = (const A*)a.row_weight;
+  A *bias = (A*)sums->bias, *variance = (A*)sums->variance;
+  for (int64_t j = 0; j < a.outputs; ++j) {
+    if (bias) bias[j] = 0;
+    if (variance) variance[j] = 0;
+  }
+  const V half = set1(A(0.5)), zero = set1(A(0));
+  double total = 0;
+  V sum = zero;
+  int64_t terms = 0;
+  for (int64_t r = begin; r < end; ++r) {
+    const int64_t at = r * a.outputs;
+    A* eta = (A*)predictions + at;
+    const A *target = (const A*)a.target + at, *grad = a.grad ? (const A*)a.grad + at : nullptr;
+    A* loss = a.loss ? (A*)a.loss + at : nullptr;
+    const V w = set1(row_weight ? row_weight[r] : A(1)), shared = w * set1(A(a.grad_scale));
+    for (int64_t j = 0; j < a.outputs; j += V::size) {
+      const int64_t n = std::min<int64_t>(V::size, a.outputs - j);
+      V x = load_up_to(eta + j, n), y = load_up_to(target + j, n), s = zero, c = zero;
+      if constexpr (family != Family::poisson) s = load_up_to(scale + j, n);
+      if constexpr (family == Family::gaussian) c = load_up_to(constant + j, n);
+      const Judged<V> judged = judge<family>(x, y, s, c);
+      if constexpr (value) {
+        V l = w * judged.loss;
+        if (loss) store_up_to(loss + j, l, n);
+        sum = sum + (n == V::size ? l : first_n(l, n, zero));
+        if (++terms == tuning::kBlockVectors) {
+          total += (double)reduce_add(sum);
+          sum = zero;
+          terms = 0;
+        }
+      }
+      if constexpr (slope) {
+        V g = grad ? shared * load_up_to(grad + j, n) : shared, d = g * judged.slope;
+        store_up_to(eta + j, d, n);
+        if (bias) store_up_to(bias + j, load_up_to(bias + j, n) + d, n);
+        if constexpr (family == Family::gaussian)
+          if (variance) {
+            V v = half * s * (g - d * (x - y));
+            store_up_to(variance + j, load_up_to(variance + j, n) + v, n);
+          }
+      }
+    }
+  }
+  sums->loss = total + (double)reduce_add(sum);
+}
+
+// The instance for a call's family, and for what it asks for.
+#define RF_EACH_LIKELIHOOD(function, T, args, sums, ...)                                                        \
+  const bool value = sums->value, slope = sums->slope;                                                          \
+  switch (args.family) {                                                                                        \
+    case Family::squared:                                                                                       \
+    case Family::gaussian:                                                                                      \
+      return value && slope ? function<T, Family::gaussian, true, true>(__VA_ARGS__)                            \
+             : value        ? function<T, Family::gaussian, true, false>(__VA_ARGS__)                           \
+                            : function<T, Family::gaussian, false, true>(__VA_ARGS__);                          \
+    case Family::bernoulli:                                                                                     \
+      return value && slope ? function<T, Family::bernoulli, true, true>(__VA_ARGS__)                           \
+             : value        ? function<T, Family::bernoulli, true, false>(__VA_ARGS__)                          \
+                            : function<T, Family::bernoulli, false, true>(__VA_ARGS__);                         \
+    case Family::poisson:                                                                                       \
+      return value && slope ? function<T, Family::poisson, true, true>(__VA_ARGS__)                             \
+             : value        ? function<T, Family::poisson, true, false>(__VA_ARGS__)                            \
+                            : function<T, Family::poisson, false, true>(__VA_ARGS__);                           \
+  }
+
+template <class T>
+inline void likelihood(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end, LikelihoodSums* sums) {
+  using A = acc_t<T>;
+  RF_EACH_LIKELIHOOD(likelihood_rows, A, a, sums, a, predictions, begin, end, sums)
+}

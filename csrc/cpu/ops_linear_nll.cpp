@@ -1,0 +1,248 @@
+// linear_nll on the CPU. A chunk of rows at a time: their predictions into one panel that is used again and again, the
+// panel turned into losses and slopes in place, the slopes multiplied into dX and dW, whose sums over the chunks stay
+// in the accumulator's type. A few outputs take one pass over x instead, and no panel.
+#include <algorithm>
+#include <cmath>
+
+#include "drivers.h"
+#include "gemm_packed.h"
+#include "linear_cross_entropy.h"
+#include "parallel.h"
+#include "products.h"
+#include "tensor_layouts.h"
+
+namespace rf {
+namespace {
+
+// A call's tensors as the kernels want them; all but x, w and target are of the accumulator's type.
+struct Problem {
+  Tensor x, w, target;  // rows x features, outputs x features, rows x outputs
+  Tensor bias, scale, constant, row_weight;
+  int64_t rows, features, outputs;
+  DType dtype;
+  at::ScalarType acc;
+  Family family;
+  bool stirling;
+  double denominator;  // of a mean
+
+  at::TensorOptions options() const { return x.options().dtype(acc); }
+};
+
+// One number for each output.
+Tensor for_outputs(const Problem& p, double value) {
+  Tensor t = at::empty({p.outputs}, p.options());
+  if (p.acc == at::kDouble)
+    std::fill_n(t.mutable_data_ptr<double>(), p.outputs, value);
+  else
+    std::fill_n(t.mutable_data_ptr<float>(), p.outputs, (float)value);
+  return t;
+}
+
+Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                   const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
+                   bool full) {
+  Problem p;
+  p.dtype = dtype_of(input.scalar_type());
+  p.acc = acc_type(input.scalar_type());
+  p.rows = rows_of(input);
+  p.outputs = weight.size(0);
+  p.features = weight.size(1);
+  p.x = input.reshape({p.rows, p.features});
+  p.w = weight;
+  p.target = target.reshape({p.rows, p.outputs});
+  if (bias.has_value()) p.bias = bias->to(p.acc).contiguous();
+  p.family = (Family)family;
+  p.stirling = p.family == Family::poisson && full;
+  if (p.family == Family::gaussian) {
+    const double constant = full ? 0.5 * std::log(2 * M_PI) : 0;
+    if (scale.has_value()) {
+      const Tensor v = scale->to(p.acc).expand({p.outputs});
+      p.scale = v.reciprocal();
+      p.constant = v.log().mul_(0.5).add_(constant);
+    } else {
+      p.scale = for_outputs(p, 1 / variance);
+      p.constant = for_outputs(p, 0.5 * std::log(variance) + constant);
+    }
+  } else if (p.family == Family::squared) {
+    p.scale = for_outputs(p, 2);
+    p.constant = for_outputs(p, 0);
+  } else if (p.family == Family::bernoulli) {
+    p.scale = scale.has_value() ? scale->to(p.acc).expand({p.outputs}).contiguous() : for_outputs(p, 1);
+  }
+  p.denominator = (double)p.rows * (double)p.outputs;
+  if (sample_weight.has_value()) {
+    p.row_weight = sample_weight->to(p.acc).reshape({p.rows}).contiguous();
+    p.denominator = (double)p.outputs * p.row_weight.sum(at::kDouble).item<double>();
+  }
+  return p;
+}
+
+// What a call computes, undefined or false where not wanted.
+struct Wanted {
+  bool value = false;
+  Tensor each;            // losses, acc, rows x outputs
+  Tensor x, w, bias, variance;  // gradients: x's in its own type or the accumulator's, the others in the latter
+  Tensor grad;            // upstream, acc: of each loss; or none, and
+  double grad_scale = 1;
+
+  bool slope() const { return x.defined() || w.defined() || bias.defined() || variance.defined(); }
+};
+
+void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
+
+// Stirling's approximation of log(y!), where y > 1.
+Tensor stirling(const Tensor& y) {
+  const Tensor above = at::where(y > 1, y, 2);
+  return at::where(y > 1, above * above.log() - above + (above * (2 * M_PI)).log() * 0.5, 0);
+}
+
+// Rows from `begin` on; their targets are kept in `target`.
+LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin, int64_t rows, Tensor* target) {
+  *target = p.target.narrow(0, begin, rows).to(p.acc).contiguous();
+  const int64_t at = begin * p.outputs * acc_size(p.dtype);
+  const auto from = [](const Tensor& t, int64_t bytes) { return t.defined() ? (char*)t.data_ptr() + bytes : nullptr; };
+  return {p.family,         p.outputs,        target->const_data_ptr(), data_or_null(p.scale), data_or_null(p.constant),
+          from(p.row_weight, begin * acc_size(p.dtype)), from(to.grad, at), to.grad_scale, from(to.each, at)};
+}
+
+double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Tensor& target) {
+  if (!p.stirling || !to.value) return 0;
+  Tensor term = stirling(target);
+  if (p.row_weight.defined()) term = term * p.row_weight.narrow(0, begin, target.size(0)).unsqueeze(1);
+  if (to.each.defined()) Tensor(to.each).narrow(0, begin, target.size(0)).add_(term);
+  return term.sum(at::kDouble).item<double>();
+}
+
+double one_pass(const Problem& p, const Wanted& to) {
+  const Tensor w = p.w.contiguous(), bias = p.bias.defined() ? p.bias : for_outputs(p, 0);
+  Tensor target;
+  FewOutputsArgs a = {};
+  a.x = {p.x.const_data_ptr(), 1, p.x.stride(0), 0, 1};
+  a.features = p.features;
+  a.weight = w.const_data_ptr();
+  a.bias = bias.const_data_ptr();
+  a.likelihood = likelihood_args(p, to, 0, p.rows, &target);
+  a.grad_weight = data_or_null(to.w);
+  a.grad_x = data_or_null(to.x);
+  a.wide_grad_x = to.x.defined() && to.x.scalar_type() == p.acc;
+  const double sum = few_outputs(p.dtype, a, p.rows,
+                                 {to.value, to.slope(), data_or_null(to.bias), data_or_null(to.variance), 0});
+  return sum + add_stirling(p, to, 0, target);
+}
+
+double over_chunks(const Problem& p, const Wanted& to) {
+  const bool widens = p.target.scalar_type() != p.acc || !p.target.is_contiguous();
+  const int64_t most = chunk_rows({p.dtype, p.rows, p.features, p.outputs, 1, widens ? 2 : 1, default_memory_budget()});
+  const Tensor panel = at::empty({most, p.outputs}, p.options());
+  const auto column_sums = [&](const Tensor& t) { return t.defined() ? at::empty_like(t) : Tensor(); };
+  const Tensor bias = column_sums(to.bias), variance = column_sums(to.variance);
+  double total = 0;
+  for (int64_t begin = 0; begin < p.rows; begin += most) {
+    const int64_t rows = std::min(most, p.rows - begin);
+    const Tensor x = p.x.narrow(0, begin, rows), eta = panel.narrow(0, 0, rows);
+    multiply(x, p.w.t(), eta, p.bias, false);
+    Tensor target;
+    const LikelihoodArgs args = likelihood_args(p, to, begin, rows, &target);
+    total += likelihood(acc_dtype(p.dtype), args, eta.data_ptr(), rows,
+                        {to.value, to.slope(), data_or_null(bias), data_or_null(variance), 0});
+    total += add_stirling(p, to, begin, target);
+    if (to.bias.defined()) Tensor(to.bias).add_(bias);
+    if (to.variance.defined()) Tensor(to.variance).add_(variance);
+    if (to.x.defined()) multiply(eta, p.w, to.x.narrow(0, begin, rows), Tensor(), false);
+    if (to.w.defined()) multiply(eta.t(), x, to.w, Tensor(), begin > 0);
+  }
+  return total;
+}
+
+double run(const Problem& p, const Wanted& to) {
+  if (p.rows == 0 || p.outputs == 0) {
+    for (const Tensor* t : {&to.w, &to.bias, &to.variance})
+      if (t->defined()) Tensor(*t).zero_();
+    if (to.x.defined()) Tensor(to.x).zero_();
+    return 0;
+  }
+  const bool adjacent = p.features <= 1 || p.x.stride(1) == 1;
+  return adjacent && few_outputs_fit(p.dtype, p.features, p.outputs) ? one_pass(p, to) : over_chunks(p, to);
+}
+
+void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Wanted* to) {
+  if (mask[0]) to->x = advised(at::empty({p.rows, p.features}, p.x.options().dtype(dx_type)));
+  if (mask[1]) to->w = advised(at::empty({p.outputs, p.features}, p.options()));
+  if (mask[2]) to->bias = at::zeros({p.outputs}, p.options());
+  if (mask[3]) to->variance = at::zeros({p.outputs}, p.options());
+}
+
+// As the ops return them: in the shapes of what they belong to, and, rounded, in its types.
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const Tensor& input, const Tensor& weight,
+                                                        const OptionalTensor& scale, bool rounded) {
+  const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
+    if (!t.defined()) return at::empty({0}, like.options());
+    return (rounded ? t.to(like.scalar_type()) : t).view(sizes);
+  };
+  const Tensor& v = scale.has_value() ? *scale : weight;
+  const bool one_variance = to.variance.defined() && v.dim() == 0;
+  return {finished(to.x, input, input.sizes()), finished(to.w, weight, weight.sizes()),
+          finished(to.bias, weight, weight.sizes().slice(0, 1)),
+          finished(one_variance ? to.variance.sum() : to.variance, v, v.sizes())};
+}
+
+at::ScalarType loss_type(const Tensor& input, const Tensor& target, std::optional<at::ScalarType> asked) {
+  if (asked) return *asked;
+  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(input.scalar_type(), target.scalar_type())
+                                                  : input.scalar_type();
+}
+
+Tensor forward_cpu(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+                   const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
+                   bool full, int64_t reduction, std::optional<at::ScalarType> loss_dtype) {
+  const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
+  Wanted to;
+  to.value = true;
+  if (reduction == at::Reduction::None) to.each = advised(at::empty({p.rows, p.outputs}, p.options()));
+  const double sum = run(p, to);
+  const auto type = loss_type(input, target, loss_dtype);
+  if (reduction == at::Reduction::None) return to.each.to(type).view(target.sizes());
+  return number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, type);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
+    const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
+    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance, bool full,
+    int64_t reduction, std::optional<at::ScalarType> loss_dtype, std::array<bool, 4> mask) {
+  const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
+  Wanted to;
+  to.value = true;
+  want_gradients(p, p.acc, mask, &to);
+  if (reduction == at::Reduction::Mean) to.grad_scale = 1 / p.denominator;
+  const double sum = run(p, to);
+  auto [dx, dw, db, dv] = gradients_of(to, input, weight, scale, false);
+  return {number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, loss_type(input, target, loss_dtype)),
+          dx, dw, db, dv};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& weight,
+                                                        const Tensor& target, const OptionalTensor& bias,
+                                                        const OptionalTensor& scale,
+                                                        const OptionalTensor& sample_weight, int64_t family,
+                                                        double variance, bool full, int64_t reduction,
+                                                        std::array<bool, 4> mask) {
+  const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
+  Wanted to;
+  want_gradients(p, input.scalar_type(), mask, &to);
+  if (reduction == at::Reduction::None)
+    to.grad = grad.to(p.acc).reshape({p.rows, p.outputs}).contiguous();
+  else
+    to.grad_scale = grad.item<double>() / (reduction == at::Reduction::Mean ? p.denominator : 1);
+  run(p, to);
+  return gradients_of(to, input, weight, scale, true);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, CPU, m) {
+  m.impl("linear_nll_forward", forward_cpu);
+  m.impl("linear_nll_forward_backward", forward_backward_cpu);
+  m.impl("linear_nll_backward", backward_cpu);
+}
+
+}  // namespace rf
