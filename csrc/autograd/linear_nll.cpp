@@ -97,8 +97,10 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
       for (int i = 0; i < 4; ++i) result[kPlaces[i]] = g[i];
       return result;
     }
+    // An optional input that is absent has no edge, so that those behind it move up.
+    const size_t edges[] = {0, 1, 3, inputs[2]->defined() ? size_t(4) : size_t(3)};
     std::array<bool, 4> mask;
-    for (int i = 0; i < 4; ++i) mask[i] = inputs[i]->defined() && ctx->needs_input_grad(kPlaces[i]);
+    for (int i = 0; i < 4; ++i) mask[i] = inputs[i]->defined() && ctx->needs_input_grad(edges[i]);
     if (const auto written = d.find("grads"); written != d.end()) {
       const auto grads = written->second.toTensorVector();
       const bool traced = saved[0].unsafeGetTensorImpl()->is_python_dispatch();
