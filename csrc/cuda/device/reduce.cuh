@@ -65,14 +65,20 @@ __device__ __forceinline__ State reduce_cluster(State s, State* slot) {
   return reduce_lanes(lane < (int)ptx::cluster_size() ? *ptx::cluster_map(slot, lane) : State(), kWarp);
 }
 
-// Over the threads of a block that share threadIdx.x, once per `scratch`, which holds a state for each thread.
+// Over the threads of a block that share threadIdx.x, once per `scratch`, which holds a state for each thread. Pairs of
+// neighbours, then pairs of pairs: a single column has up to 256 threads.
 template <class State>
-__device__ __forceinline__ State reduce_columns(const State& s, State* scratch) {
-  scratch[threadIdx.y * blockDim.x + threadIdx.x] = s;
+__device__ __forceinline__ State reduce_columns(State s, State* scratch) {
+  State* mine = scratch + threadIdx.y * blockDim.x + threadIdx.x;
+  *mine = s;
+  for (int step = 1; step < (int)blockDim.y; step *= 2) {
+    __syncthreads();
+    if (threadIdx.y % (2 * step) != 0 || threadIdx.y + step >= blockDim.y) continue;
+    merge(s, mine[step * blockDim.x]);
+    *mine = s;
+  }
   __syncthreads();
-  State result = scratch[threadIdx.x];
-  for (int y = 1; y < (int)blockDim.y; ++y) merge(result, scratch[y * blockDim.x + threadIdx.x]);
-  return result;
+  return scratch[threadIdx.x];
 }
 
 }  // namespace rf::cuda
