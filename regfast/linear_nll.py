@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ._extension import not_a_tensor, reduction_number
 from .linear_cross_entropy import linear_cross_entropy
-from .reference import FAMILIES, gaussian_variance, weighted
+from .reference import FAMILIES, gaussian_variance, weighted_classes
 
 _linear_nll = torch.ops.regfast.linear_nll.default
 _FAMILIES = (*FAMILIES[1:], "categorical")
@@ -39,7 +39,8 @@ def linear_nll(
     ============= ======================================== =========================== ================================
     gaussian      log(sigma) + (eta - y)^2 / (2 sigma^2),  (eta - y) / sigma^2         F.gaussian_nll_loss
                   and log(2 pi) / 2 with full
-    bernoulli     log(1 + exp(eta)) - y eta                sigmoid(eta) - y            F.binary_cross_entropy_with_logits
+    bernoulli     log(1 + exp(eta)) - y eta                sigmoid(eta) - y            F.binary_cross_entropy_with_
+                                                                                       logits
     poisson       exp(eta) - y eta, and Stirling's         exp(eta) - y                F.poisson_nll_loss
                   log(y!) with full
     categorical   log(sum(exp(eta))) - eta[y]              softmax(eta) - onehot(y)    F.cross_entropy
@@ -87,13 +88,11 @@ def linear_nll(
                 input, weight, target, linear_bias=bias, reduction=reduction, loss_dtype=loss_dtype
             )
         each = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction="none", loss_dtype=loss_dtype)
-        return weighted(each, sample_weight, reduction)
+        return weighted_classes(each, target, sample_weight, reduction)
     scale, variance = gaussian_variance(sigma, eps) if family == "gaussian" else (pos_weight, 1.0)
     full = family == "gaussian" if full is None else full
     number = FAMILIES.index(family)
-    return _linear_nll(
-        input, weight, target, bias, scale, sample_weight, number, variance, full, mode, loss_dtype
-    )
+    return _linear_nll(input, weight, target, bias, scale, sample_weight, number, variance, full, mode, loss_dtype)
 
 
 def linear_mse_loss(
@@ -109,8 +108,8 @@ def linear_mse_loss(
     """``mse_loss(linear(input, weight, bias), target)`` without storing the predictions.
 
     The gaussian family of :func:`linear_nll` without its constants, whose arguments, errors, precision and saved
-    tensors it has. ``target`` has the predictions' shape ``(*, out_features)``: where F.mse_loss would broadcast ``(N)``
-    against ``(N, 1)`` into N x N residuals, this raises RuntimeError.
+    tensors it has. ``target`` has the predictions' shape ``(*, out_features)``: where F.mse_loss would broadcast
+    ``(N)`` against ``(N, 1)`` into N x N residuals, this raises RuntimeError.
 
     Returns: the mean or sum of the squared residuals, or each of them; with sample_weight the mean is divided by the
     sum of the weights, as F.mse_loss does.
@@ -143,9 +142,13 @@ def _check_options(op: str, family: str, sigma: object, pos_weight: object, full
         fail("full", f"None or False for family {family}, which has no constant", full)
     if pos_weight is not None and not isinstance(pos_weight, Tensor):
         raise not_a_tensor(op, pos_weight=pos_weight)
+    learnable = op == "LinearNLLLoss"
     # Values of a tensor are not looked at: a device would have to be waited for.
-    if isinstance(sigma, (int, float)) and not 0 < sigma < math.inf:
-        fail("sigma", "a positive number", sigma)
+    if sigma is None or isinstance(sigma, Tensor) or (learnable and isinstance(sigma, str) and sigma == "learned"):
+        return
+    if isinstance(sigma, str) or not 0 < sigma < math.inf:
+        expected = "a positive number, a tensor or 'learned'" if learnable else "a positive number or a tensor"
+        fail("sigma", expected, repr(sigma))
 
 
 class LinearNLLLoss(nn.Module):
@@ -177,17 +180,13 @@ class LinearNLLLoss(nn.Module):
         loss_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        learned = sigma == "learned" if isinstance(sigma, str) else False
-        if isinstance(sigma, str) and not learned:
-            raise ValueError(
-                f"regfast.LinearNLLLoss: sigma: expected a positive number, a tensor or 'learned', got {sigma!r}"
-            )
         reduction_number("LinearNLLLoss", reduction)
         _check_options("LinearNLLLoss", family, sigma, pos_weight, full)
         self.family, self.full, self.eps, self.reduction, self.loss_dtype = family, full, eps, reduction, loss_dtype
         self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
         self.register_buffer("pos_weight", pos_weight)
-        self.register_parameter("log_sigma", nn.Parameter(torch.zeros_like(self.linear.weight[:, 0])) if learned else None)
+        learned = nn.Parameter(self.linear.weight.new_zeros(out_features)) if isinstance(sigma, str) else None
+        self.register_parameter("log_sigma", learned)
         self._sigma = None if isinstance(sigma, (Tensor, str)) else sigma
         self.register_buffer("fixed_sigma", sigma if isinstance(sigma, Tensor) else None)
 
@@ -217,5 +216,5 @@ class LinearNLLLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        sigma = "" if self.family != "gaussian" else f", sigma={'learned' if self.log_sigma is not None else self.sigma}"
-        return f"family={self.family}{sigma}, reduction={self.reduction}"
+        sigma = "learned" if self.log_sigma is not None else self.sigma
+        return f"family={self.family}{'' if sigma is None else f', sigma={sigma}'}, reduction={self.reduction}"

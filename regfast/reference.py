@@ -324,7 +324,7 @@ def linear_nll(
     if family == "categorical":
         mode = reduction if sample_weight is None else "none"
         loss = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=mode, loss_dtype=loss_dtype)
-        return loss if sample_weight is None else weighted(loss, sample_weight, reduction)
+        return loss if sample_weight is None else weighted_classes(loss, target, sample_weight, reduction)
     variance, number = gaussian_variance(sigma, eps)
     scale = variance if family == "gaussian" else pos_weight
     full = family == "gaussian" if full is None else full
@@ -348,10 +348,10 @@ def linear_mse_loss(
 
 def gaussian_variance(sigma: float | Tensor | None, eps: float) -> tuple[Tensor | None, float]:
     """The variance, of at least eps, as a tensor or as a number. As in F.gaussian_nll_loss the bound has no
-    derivative."""
+    derivative. That of a half type is computed in float32, where squares of its range fit."""
     if not isinstance(sigma, Tensor):
         return None, max(1.0 if sigma is None else float(sigma) ** 2, eps)
-    variance = sigma.square()
+    variance = _up(sigma).square()
     return variance + (variance.detach().clamp(min=eps) - variance.detach()), 1.0
 
 
@@ -363,6 +363,16 @@ def weighted(loss: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:
         return terms.to(loss.dtype)
     total = terms.sum()
     return (total if reduction == "sum" else total / _up(weights).sum()).to(loss.dtype)
+
+
+def weighted_classes(loss: Tensor, target: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:
+    """A loss of each row's class under a weight for each row. Rows that are ignored count for nothing in a mean."""
+    expected = f"one number for each row, shape {tuple(loss.shape)}"
+    fits = sample_weight.shape == loss.shape
+    _require(fits, RuntimeError, "linear_nll: sample_weight", expected, tuple(sample_weight.shape))
+    if not target.is_floating_point():
+        sample_weight = torch.where(target == -100, 0, sample_weight)
+    return weighted(loss, sample_weight, reduction)
 
 
 def linear_nll_loss(
@@ -396,7 +406,9 @@ def linear_nll_loss(
         loss = 0.5 * (torch.log(v) + (eta - y).square() / v)
         loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
     elif name == "bernoulli":
-        loss = F.binary_cross_entropy_with_logits(eta, y, pos_weight=_up(scale), reduction="none")
+        # F.binary_cross_entropy_with_logits' formula, which itself has no derivative with respect to pos_weight.
+        factor = 1 if scale is None else 1 + (_up(scale) - 1) * y
+        loss = (1 - y) * eta - factor * F.logsigmoid(eta)
     else:
         loss = torch.exp(eta) - y * eta
         if full:  # Stirling's approximation of log(y!), as in F.poisson_nll_loss

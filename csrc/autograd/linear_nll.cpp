@@ -97,8 +97,8 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
       for (int i = 0; i < 4; ++i) result[kPlaces[i]] = g[i];
       return result;
     }
-    // An optional input that is absent has no edge, so that those behind it move up.
-    const size_t edges[] = {0, 1, 3, inputs[2]->defined() ? size_t(4) : size_t(3)};
+    // Edges are counted among the tensors that were given: a variance without bias has the place before its own.
+    const size_t edges[] = {0, 1, 3, inputs[2]->defined() ? 4u : 3u};
     std::array<bool, 4> mask;
     for (int i = 0; i < 4; ++i) mask[i] = inputs[i]->defined() && ctx->needs_input_grad(edges[i]);
     if (const auto written = d.find("grads"); written != d.end()) {
@@ -111,7 +111,8 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
         if (!mask[i]) continue;
         Tensor g = grads[i];
         if (!one) g = traced ? g * up : g.mul_(up);
-        result[kPlaces[i]] = g.to(inputs[i]->scalar_type());
+        const auto type = inputs[i]->scalar_type();
+        result[kPlaces[i]] = g.scalar_type() == type ? g : g.to(type);
       }
       return result;
     }

@@ -87,7 +87,7 @@ struct LikelihoodArgs {
   int64_t outputs;        // of a row
   const void* target;     // rows x outputs
   const void* scale;      // one per output; not read for poisson
-  const void* constant;   // one per output, gaussian's
+  const void* constant;   // one per output, gaussian's; or null
   const void* row_weight; // or null
   const void* grad;       // rows x outputs, or null: 1
   double grad_scale;
@@ -101,12 +101,12 @@ struct LikelihoodSums {
   double loss;
 };
 
-// All of a linear model with a few outputs in one pass over x's rows, which lie adjacent along features.
+// All of a linear model with a few outputs in one pass over x.
 struct FewOutputsArgs {
-  MatrixView x;
-  int64_t features;
+  const void* x;
+  int64_t x_stride, features;  // between rows; features are adjacent
   const void* weight;  // outputs x features, contiguous
-  const void* bias;    // acc, one per output
+  const void* bias;    // acc, one per output, or null
   LikelihoodArgs likelihood;
   void* grad_weight;  // acc, outputs x features, overwritten; or null
   void* grad_x;       // rows x features, or null

@@ -77,7 +77,8 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
       const int64_t n = std::min<int64_t>(V::size, a.outputs - j);
       V x = load_up_to(eta + j, n), y = load_up_to(target + j, n), s = zero, c = zero;
       if constexpr (family != Family::poisson) s = load_up_to(scale + j, n);
-      if constexpr (family == Family::gaussian) c = load_up_to(constant + j, n);
+      if constexpr (family == Family::gaussian)
+        if (constant) c = load_up_to(constant + j, n);
       const Judged<V> judged = judge<family>(x, y, s, c);
       if constexpr (value) {
         V l = w * judged.loss;

@@ -38,6 +38,11 @@ Tensor for_outputs(const Problem& p, double value) {
   return t;
 }
 
+// A tensor with leading dimensions as a matrix; a call of few rows is mostly dispatch, so none that changes nothing.
+Tensor as_rows(const Tensor& t, int64_t rows, int64_t columns) {
+  return t.dim() == 2 ? t : t.reshape({rows, columns});
+}
+
 Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
                    bool full) {
@@ -47,9 +52,9 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& targ
   p.rows = rows_of(input);
   p.outputs = weight.size(0);
   p.features = weight.size(1);
-  p.x = input.reshape({p.rows, p.features});
+  p.x = as_rows(input, p.rows, p.features);
   p.w = weight;
-  p.target = target.reshape({p.rows, p.outputs});
+  p.target = as_rows(target, p.rows, p.outputs);
   if (bias.has_value()) p.bias = bias->to(p.acc).contiguous();
   p.family = (Family)family;
   p.stirling = p.family == Family::poisson && full;
@@ -65,7 +70,6 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& targ
     }
   } else if (p.family == Family::squared) {
     p.scale = for_outputs(p, 2);
-    p.constant = for_outputs(p, 0);
   } else if (p.family == Family::bernoulli) {
     p.scale = scale.has_value() ? scale->to(p.acc).expand({p.outputs}).contiguous() : for_outputs(p, 1);
   }
@@ -98,7 +102,8 @@ Tensor stirling(const Tensor& y) {
 
 // Rows from `begin` on; their targets are kept in `target`.
 LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin, int64_t rows, Tensor* target) {
-  *target = p.target.narrow(0, begin, rows).to(p.acc).contiguous();
+  *target = rows == p.rows ? p.target : p.target.narrow(0, begin, rows);
+  if (target->scalar_type() != p.acc || !target->is_contiguous()) *target = target->to(p.acc).contiguous();
   const int64_t at = begin * p.outputs * acc_size(p.dtype);
   const auto from = [](const Tensor& t, int64_t bytes) { return t.defined() ? (char*)t.data_ptr() + bytes : nullptr; };
   return {p.family,         p.outputs,        target->const_data_ptr(), data_or_null(p.scale), data_or_null(p.constant),
@@ -114,13 +119,14 @@ double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Ten
 }
 
 double one_pass(const Problem& p, const Wanted& to) {
-  const Tensor w = p.w.contiguous(), bias = p.bias.defined() ? p.bias : for_outputs(p, 0);
+  const Tensor w = p.w.contiguous();
   Tensor target;
   FewOutputsArgs a = {};
-  a.x = {p.x.const_data_ptr(), 1, p.x.stride(0), 0, 1};
+  a.x = p.x.const_data_ptr();
+  a.x_stride = p.x.stride(0);
   a.features = p.features;
   a.weight = w.const_data_ptr();
-  a.bias = bias.const_data_ptr();
+  a.bias = data_or_null(p.bias);
   a.likelihood = likelihood_args(p, to, 0, p.rows, &target);
   a.grad_weight = data_or_null(to.w);
   a.grad_x = data_or_null(to.x);
@@ -146,8 +152,8 @@ double over_chunks(const Problem& p, const Wanted& to) {
     total += likelihood(acc_dtype(p.dtype), args, eta.data_ptr(), rows,
                         {to.value, to.slope(), data_or_null(bias), data_or_null(variance), 0});
     total += add_stirling(p, to, begin, target);
-    if (to.bias.defined()) Tensor(to.bias).add_(bias);
-    if (to.variance.defined()) Tensor(to.variance).add_(variance);
+    for (const auto& [sum, part] : {std::pair(to.bias, bias), std::pair(to.variance, variance)})
+      if (sum.defined()) begin == 0 ? Tensor(sum).copy_(part) : Tensor(sum).add_(part);
     if (to.x.defined()) multiply(eta, p.w, to.x.narrow(0, begin, rows), Tensor(), false);
     if (to.w.defined()) multiply(eta.t(), x, to.w, Tensor(), begin > 0);
   }
@@ -168,8 +174,8 @@ double run(const Problem& p, const Wanted& to) {
 void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Wanted* to) {
   if (mask[0]) to->x = advised(at::empty({p.rows, p.features}, p.x.options().dtype(dx_type)));
   if (mask[1]) to->w = advised(at::empty({p.outputs, p.features}, p.options()));
-  if (mask[2]) to->bias = at::zeros({p.outputs}, p.options());
-  if (mask[3]) to->variance = at::zeros({p.outputs}, p.options());
+  if (mask[2]) to->bias = at::empty({p.outputs}, p.options());
+  if (mask[3]) to->variance = at::empty({p.outputs}, p.options());
 }
 
 // As the ops return them: in the shapes of what they belong to, and, rounded, in its types.
@@ -177,7 +183,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const 
                                                         const OptionalTensor& scale, bool rounded) {
   const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
     if (!t.defined()) return at::empty({0}, like.options());
-    return (rounded ? t.to(like.scalar_type()) : t).view(sizes);
+    const Tensor result = rounded ? t.to(like.scalar_type()) : t;
+    return result.sizes() == sizes ? result : result.view(sizes);
   };
   const Tensor& v = scale.has_value() ? *scale : weight;
   const bool one_variance = to.variance.defined() && v.dim() == 0;

@@ -133,3 +133,43 @@ inline void transpose(f32v (&r)[16]) {
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i].v = t[i];
 }
+
+// The first n of up to 8 lanes from `low` and as many from `high`, one behind the other; the other lanes are zero.
+// Whole ones are loaded without a mask: masked loads from memory took twice as long (Zen 5).
+inline __m256 load_half(const float* p, int64_t n) {
+  return n == 8 ? _mm256_loadu_ps(p) : _mm256_maskz_loadu_ps(lanes8(n), p);
+}
+template <class T>
+inline __m128i load_half(const T* p, int64_t n) {
+  return n == 8 ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi16(lanes8(n), p);
+}
+inline f32v load_pair(const float* low, int64_t low_n, const float* high, int64_t high_n) {
+  return {_mm512_insertf32x8(_mm512_castps256_ps512(load_half(low, low_n)), load_half(high, high_n), 1)};
+}
+template <class T>
+inline f32v load_pair(const T* low, int64_t low_n, const T* high, int64_t high_n) {
+  return widen(_mm256_inserti128_si256(_mm256_castsi128_si256(load_half(low, low_n)), load_half(high, high_n), 1), low);
+}
+// Two squares of 8 x 8 side by side, each as above.
+inline void transpose(f32v (&r)[8]) {
+  __m512 t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm512_unpacklo_ps(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i].v, r[2 * i + 1].v);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    r[4 * i].v = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
+    r[4 * i + 1].v = _mm512_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
+    r[4 * i + 2].v = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
+    r[4 * i + 3].v = _mm512_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
+  }
+  const __m512i even = _mm512_set_epi64(13, 12, 5, 4, 9, 8, 1, 0), odd = _mm512_set_epi64(15, 14, 7, 6, 11, 10, 3, 2);
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    __m512d low = _mm512_castps_pd(r[j].v), high = _mm512_castps_pd(r[4 + j].v);
+    r[j].v = _mm512_castpd_ps(_mm512_permutex2var_pd(low, even, high));
+    r[4 + j].v = _mm512_castpd_ps(_mm512_permutex2var_pd(low, odd, high));
+  }
+}

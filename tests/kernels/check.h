@@ -22,6 +22,7 @@ void test_cross_entropy();
 void test_cross_entropy_edges();
 void test_activations();
 void test_squared_error();
+void test_likelihood();
 void test_sparse();
 void test_gemm();
 void test_packing();

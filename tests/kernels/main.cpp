@@ -42,6 +42,7 @@ Counts run_tests() {
                      {"cross_entropy edges", test::test_cross_entropy_edges},
                      {"activations", test::test_activations},
                      {"squared_error", test::test_squared_error},
+                     {"likelihood", test::test_likelihood},
                      {"sparse", test::test_sparse},
                      {"packing", test::test_packing},
                      {"gemm", test::test_gemm}};
