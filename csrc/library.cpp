@@ -16,7 +16,7 @@
 #define RF_LINEAR_CROSS_ENTROPY \
   "Tensor input, Tensor linear_weight, Tensor target, Tensor? linear_bias, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
 #define RF_BUDGET "int? memory_budget"
-#define RF_LINEAR_NLL                                                                            \
+#define RF_LINEAR_NLL                                                                                \
   "Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? scale, Tensor? sample_weight, " \
   "int family, float variance, bool full, int reduction"
 
@@ -75,8 +75,7 @@ TORCH_LIBRARY(regfast, m) {
   // A reduced loss, and its gradients for an upstream gradient of 1, in the accumulator's type.
   m.def("linear_nll_forward_backward(" RF_LINEAR_NLL
         ", ScalarType? loss_dtype, bool[4] output_mask) -> (Tensor loss, Tensor, Tensor, Tensor, Tensor)");
-  m.def("linear_nll_backward(Tensor grad, " RF_LINEAR_NLL
-        ", bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("linear_nll_backward(Tensor grad, " RF_LINEAR_NLL ", bool[4] output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("composite_linear_nll(" RF_LINEAR_NLL ", ScalarType? loss_dtype) -> Tensor");
 
   m.def("mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");

@@ -90,7 +90,8 @@ inline void store_gradient(const FewOutputsArgs& a, int64_t row, int64_t c, vec_
   a.wide_grad_x ? store_up_to((acc_t<T>*)a.grad_x + at, d, n) : store_up_to((T*)a.grad_x + at, d, n);
 }
 
-// ---- up to a vector's features: rows are transposed ------------------------------------------------------------------
+// ---- up to a vector's features: rows are transposed
+// ------------------------------------------------------------------
 
 // Columns of up to V::size rows, zero beyond the last row and feature. Rows of up to half a vector lie in pairs.
 template <class T, int F>
@@ -103,7 +104,8 @@ inline void load_columns(const T* x, int64_t stride, int64_t rows, int64_t featu
     static_assert(2 * F == V::size, "a vector holds two rows");
 #pragma GCC unroll 16
     for (int i = 0; i < F; ++i)
-      columns[i] = load_pair(x + i * stride, i < rows ? features : 0, x + (i + F) * stride, i + F < rows ? features : 0);
+      columns[i] =
+          load_pair(x + i * stride, i < rows ? features : 0, x + (i + F) * stride, i + F < rows ? features : 0);
   }
   transpose(columns);
 }
@@ -165,38 +167,28 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
   lanes.write(outputs, sums);
 }
 
-// ---- more features: dot products -------------------------------------------------------------------------------------
-
-// Reads a byte of each line of some rows in the order in which they lie. Dot products read several rows side by side,
-// which the hardware's prefetchers do not follow (Zen 5: 16 GB/s a core instead of 40; prefetch instructions changed
-// nothing).
-template <class T>
-inline void read_in_order(const T* const* x, int64_t rows, int64_t features) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const volatile char* line = (const volatile char*)x[r];
-    for (int64_t i = 0; i < features * (int64_t)sizeof(T); i += 64) line[i];
-  }
-}
+// ---- more features: dot products
+// -------------------------------------------------------------------------------------
 
 // Predictions without bias: dot products of R rows at a time with all of weight's, as gemm_dot has them. Results of a
 // block have lanes along rows: element (r, j) at j * kPassRows + r.
 constexpr int64_t kPassRows = tuning::kPassRows;
 template <class T, int R>
 inline void predict_rows(const T* const* x, int64_t rows, const T* const* weight, int64_t outputs, int64_t features,
-                         acc_t<T>* to) {
+                         bool far, acc_t<T>* to) {
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
-    read_in_order(x + r, R, features);
+    if (far) read_in_order(x + r, R, features);
     dot_rows<T, R>(x + r, weight, outputs, features, to + r, 1, kPassRows);
   }
   for (; r < rows; ++r) dot_rows<T, 1>(x + r, weight, outputs, features, to + r, 1, kPassRows);
 }
 template <class T>
 inline void predict_block(const T* const* x, int64_t rows, const T* const* weight, int64_t outputs, int64_t features,
-                          acc_t<T>* to) {
-  outputs == 1   ? predict_rows<T, 8>(x, rows, weight, outputs, features, to)
-  : outputs == 2 ? predict_rows<T, 4>(x, rows, weight, outputs, features, to)
-                 : predict_rows<T, kTile.dot_rows>(x, rows, weight, outputs, features, to);
+                          bool far, acc_t<T>* to) {
+  outputs == 1   ? predict_rows<T, 8>(x, rows, weight, outputs, features, far, to)
+  : outputs == 2 ? predict_rows<T, 4>(x, rows, weight, outputs, features, far, to)
+                 : predict_rows<T, kTile.dot_rows>(x, rows, weight, outputs, features, far, to);
 }
 
 // sums[j][c] += over rows of slopes[j][row] * x[row][c], for Q outputs and, from column c on, N vectors.
@@ -284,7 +276,7 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
     const T *x = (const T*)a.x + row * a.x_stride, *each[kPassRows];
     for (int64_t r = 0; r < rows; ++r) each[r] = x + r * a.x_stride;
     alignas(64) A slopes[tuning::kFewOutputs * kPassRows];
-    predict_block(each, rows, weight, outputs, features, slopes);
+    predict_block(each, rows, weight, outputs, features, a.x_is_far, slopes);
     for (int64_t j = 0; j < outputs; ++j)
       for (int64_t r = 0; r < rows; r += V::size) {
         const int64_t n = std::min<int64_t>(V::size, rows - r);

@@ -63,9 +63,10 @@ void split_k(DType dtype, const Gemm& g, int64_t parts) {
 void dot(DType dtype, const Gemm& g, bool few_rows) {
   const int64_t many = few_rows ? g.n : g.m, few = few_rows ? g.m : g.n;
   const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, few * g.k / 8) + 1;
+  const bool far = short_and_far(g.k * size_of(dtype), many);
   parallel_for(many, grain, [&](int64_t begin, int64_t end) {
     kernels().gemm_dot[(int)dtype](
-        {few_rows ? g.b : g.a, few_rows ? g.a : g.b, begin, end, few, g.k, few_rows, g.epilogue});
+        {few_rows ? g.b : g.a, few_rows ? g.a : g.b, begin, end, few, g.k, few_rows, far, g.epilogue});
   });
 }
 
@@ -108,6 +109,10 @@ void direct(DType dtype, const Gemm& g) {
 }
 
 }  // namespace
+
+bool short_and_far(int64_t row_bytes, int64_t rows) {
+  return row_bytes < tuning::kShortRow && rows * row_bytes > 2 * caches().l2;
+}
 
 GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;

@@ -14,6 +14,9 @@ struct Caches {
 };
 const Caches& caches();
 
+// Whether rows come from memory and are shorter than what its prefetchers follow side by side.
+bool short_and_far(int64_t row_bytes, int64_t rows);
+
 // On at most so many threads. The bits of C do not depend on how many.
 void gemm_packed(DType dtype, const Gemm& g, int64_t threads);
 // What that takes of scratch memory, all threads together.

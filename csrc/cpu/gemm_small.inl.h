@@ -83,6 +83,17 @@ inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows
   }
 }
 
+// Reads a byte of each line of some rows in the order in which they lie. Dot products read several rows side by side,
+// which the hardware's prefetchers do not follow (Zen 5: 16 GB/s a core instead of 40; prefetch instructions changed
+// nothing).
+template <class T>
+inline void read_in_order(const T* const* x, int64_t rows, int64_t features) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const volatile char* line = (const volatile char*)x[r];
+    for (int64_t i = 0; i < features * (int64_t)sizeof(T); i += 64) line[i];
+  }
+}
+
 template <class T, int R>
 inline void dot_strips(const DotArgs& d) {
   using A = acc_t<T>;
@@ -99,6 +110,7 @@ inline void dot_strips(const DotArgs& d) {
       const T* many[R];
       for (int64_t r = 0; r < rows; ++r) many[r] = (const T*)d.many.data + d.many.row_offset(s + i + r);
       A* out = strip + i * along_many;
+      if (d.many_are_far) read_in_order(many, rows, d.k);
       if (rows == R)
         dot_rows<T, R>(many, few, d.few_rows, d.k, out, along_many, along_few);
       else

@@ -84,12 +84,12 @@ struct ActivationBackwardArgs {  // dz = dy * act'(saved), rows x columns
 // squared is gaussian with scale 2 and constant 0. Pointers to void are acc.
 struct LikelihoodArgs {
   Family family;
-  int64_t outputs;        // of a row
-  const void* target;     // rows x outputs
-  const void* scale;      // one per output; not read for poisson
-  const void* constant;   // one per output, gaussian's; or null
-  const void* row_weight; // or null
-  const void* grad;       // rows x outputs, or null: 1
+  int64_t outputs;         // of a row
+  const void* target;      // rows x outputs
+  const void* scale;       // one per output; not read for poisson
+  const void* constant;    // one per output, gaussian's; or null
+  const void* row_weight;  // or null
+  const void* grad;        // rows x outputs, or null: 1
   double grad_scale;
   void* loss;  // rows x outputs, or null
 };
@@ -105,8 +105,9 @@ struct LikelihoodSums {
 struct FewOutputsArgs {
   const void* x;
   int64_t x_stride, features;  // between rows; features are adjacent
-  const void* weight;  // outputs x features, contiguous
-  const void* bias;    // acc, one per output, or null
+  bool x_is_far;               // as many_are_far of DotArgs
+  const void* weight;          // outputs x features, contiguous
+  const void* bias;            // acc, one per output, or null
   LikelihoodArgs likelihood;
   void* grad_weight;  // acc, outputs x features, overwritten; or null
   void* grad_x;       // rows x features, or null
@@ -164,6 +165,7 @@ struct DotArgs {
   int64_t begin, end;    // range of many's rows
   int64_t few_rows, k;
   bool many_are_columns;  // of C: few rows of X against all of W; else X's rows against few of W
+  bool many_are_far;      // in memory, and short: they are read in order first
   Epilogue epilogue;
 };
 

@@ -70,9 +70,11 @@ double few_outputs(DType dtype, const FewOutputsArgs& args, int64_t rows, Likeli
   std::vector<double> losses(parts);
   const double work = (double)rows * (double)(weights + outputs);
   const int64_t threads = std::min<int64_t>(thread_count(), 1 + (int64_t)(work / tuning::kParallelElements));
+  const bool far = short_and_far(args.features * size_of(dtype), rows);
   take_tasks(parts, threads, [&](int64_t part) {
     const Range range = part_of(rows, tuning::kPassRows, part, parts);
     FewOutputsArgs mine = args;
+    mine.x_is_far = far;
     LikelihoodSums own = sums;
     char* to = partial + part * stride * size;
     if (args.grad_weight) mine.grad_weight = to;

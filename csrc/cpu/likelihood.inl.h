@@ -106,22 +106,22 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
 }
 
 // The instance for a call's family, and for what it asks for.
-#define RF_EACH_LIKELIHOOD(function, T, args, sums, ...)                                                        \
-  const bool value = sums->value, slope = sums->slope;                                                          \
-  switch (args.family) {                                                                                        \
-    case Family::squared:                                                                                       \
-    case Family::gaussian:                                                                                      \
-      return value && slope ? function<T, Family::gaussian, true, true>(__VA_ARGS__)                            \
-             : value        ? function<T, Family::gaussian, true, false>(__VA_ARGS__)                           \
-                            : function<T, Family::gaussian, false, true>(__VA_ARGS__);                          \
-    case Family::bernoulli:                                                                                     \
-      return value && slope ? function<T, Family::bernoulli, true, true>(__VA_ARGS__)                           \
-             : value        ? function<T, Family::bernoulli, true, false>(__VA_ARGS__)                          \
-                            : function<T, Family::bernoulli, false, true>(__VA_ARGS__);                         \
-    case Family::poisson:                                                                                       \
-      return value && slope ? function<T, Family::poisson, true, true>(__VA_ARGS__)                             \
-             : value        ? function<T, Family::poisson, true, false>(__VA_ARGS__)                            \
-                            : function<T, Family::poisson, false, true>(__VA_ARGS__);                           \
+#define RF_EACH_LIKELIHOOD(function, T, args, sums, ...)                                \
+  const bool value = sums->value, slope = sums->slope;                                  \
+  switch (args.family) {                                                                \
+    case Family::squared:                                                               \
+    case Family::gaussian:                                                              \
+      return value && slope ? function<T, Family::gaussian, true, true>(__VA_ARGS__)    \
+             : value        ? function<T, Family::gaussian, true, false>(__VA_ARGS__)   \
+                            : function<T, Family::gaussian, false, true>(__VA_ARGS__);  \
+    case Family::bernoulli:                                                             \
+      return value && slope ? function<T, Family::bernoulli, true, true>(__VA_ARGS__)   \
+             : value        ? function<T, Family::bernoulli, true, false>(__VA_ARGS__)  \
+                            : function<T, Family::bernoulli, false, true>(__VA_ARGS__); \
+    case Family::poisson:                                                               \
+      return value && slope ? function<T, Family::poisson, true, true>(__VA_ARGS__)     \
+             : value        ? function<T, Family::poisson, true, false>(__VA_ARGS__)    \
+                            : function<T, Family::poisson, false, true>(__VA_ARGS__);   \
   }
 
 template <class T>

@@ -39,9 +39,7 @@ Tensor for_outputs(const Problem& p, double value) {
 }
 
 // A tensor with leading dimensions as a matrix; a call of few rows is mostly dispatch, so none that changes nothing.
-Tensor as_rows(const Tensor& t, int64_t rows, int64_t columns) {
-  return t.dim() == 2 ? t : t.reshape({rows, columns});
-}
+Tensor as_rows(const Tensor& t, int64_t rows, int64_t columns) { return t.dim() == 2 ? t : t.reshape({rows, columns}); }
 
 Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
@@ -84,9 +82,9 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& targ
 // What a call computes, undefined or false where not wanted.
 struct Wanted {
   bool value = false;
-  Tensor each;            // losses, acc, rows x outputs
+  Tensor each;                  // losses, acc, rows x outputs
   Tensor x, w, bias, variance;  // gradients: x's in its own type or the accumulator's, the others in the latter
-  Tensor grad;            // upstream, acc: of each loss; or none, and
+  Tensor grad;                  // upstream, acc: of each loss; or none, and
   double grad_scale = 1;
 
   bool slope() const { return x.defined() || w.defined() || bias.defined() || variance.defined(); }
@@ -106,8 +104,15 @@ LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin
   if (target->scalar_type() != p.acc || !target->is_contiguous()) *target = target->to(p.acc).contiguous();
   const int64_t at = begin * p.outputs * acc_size(p.dtype);
   const auto from = [](const Tensor& t, int64_t bytes) { return t.defined() ? (char*)t.data_ptr() + bytes : nullptr; };
-  return {p.family,         p.outputs,        target->const_data_ptr(), data_or_null(p.scale), data_or_null(p.constant),
-          from(p.row_weight, begin * acc_size(p.dtype)), from(to.grad, at), to.grad_scale, from(to.each, at)};
+  return {p.family,
+          p.outputs,
+          target->const_data_ptr(),
+          data_or_null(p.scale),
+          data_or_null(p.constant),
+          from(p.row_weight, begin * acc_size(p.dtype)),
+          from(to.grad, at),
+          to.grad_scale,
+          from(to.each, at)};
 }
 
 double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Tensor& target) {
@@ -131,8 +136,8 @@ double one_pass(const Problem& p, const Wanted& to) {
   a.grad_weight = data_or_null(to.w);
   a.grad_x = data_or_null(to.x);
   a.wide_grad_x = to.x.defined() && to.x.scalar_type() == p.acc;
-  const double sum = few_outputs(p.dtype, a, p.rows,
-                                 {to.value, to.slope(), data_or_null(to.bias), data_or_null(to.variance), 0});
+  const double sum =
+      few_outputs(p.dtype, a, p.rows, {to.value, to.slope(), data_or_null(to.bias), data_or_null(to.variance), 0});
   return sum + add_stirling(p, to, 0, target);
 }
 

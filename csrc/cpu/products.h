@@ -1,4 +1,5 @@
-// Products of two-dimensional tensors inside of other operations, whose partial results may keep the accumulator's type.
+// Products of two-dimensional tensors inside of other operations, whose partial results may keep the accumulator's
+// type.
 #pragma once
 #include "../torch_api.h"
 #include "drivers.h"

@@ -100,6 +100,9 @@ constexpr int64_t kPackTask = 16 * 1024;
 // place.
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
+// Rows of fewer bytes are read in order before their dot products, if they come from memory: 200,000 x 100 -> 4
+// took 2.8 instead of 6.3 ms (Zen 5). Prefetchers follow rows of a page and more side by side.
+constexpr int64_t kShortRow = 4096;
 // B in place, along so many columns: so many of its rows at a time where K is longer than kSkinny and B beyond the L2
 // of two cores.
 constexpr int64_t kDirectK = 32, kDirectColumns = 512;
