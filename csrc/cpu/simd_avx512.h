@@ -103,6 +103,27 @@ inline double reduce_add(f64v a) { return _mm512_reduce_add_pd(a.v); }
 inline float reduce_max(f32v a) { return _mm512_reduce_max_ps(a.v); }
 inline double reduce_max(f64v a) { return _mm512_reduce_max_pd(a.v); }
 
+// Lane i of the result is the sum of v[i]'s lanes: pairs of vectors are folded into one, halves onto halves as in
+// reduce_add, since a row's sum must not depend on whether it came in a group.
+inline f32v reduce_each(const f32v (&v)[16]) {
+  __m512 half[8], quarter[4], pair[2];
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) {
+    const __m512 a = v[k % 4 + k / 4 * 8].v, b = v[k % 4 + k / 4 * 8 + 4].v;
+    half[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k)
+    quarter[k] = _mm512_add_ps(_mm512_shuffle_f32x4(half[k], half[4 + k], 0x88),
+                               _mm512_shuffle_f32x4(half[k], half[4 + k], 0xdd));
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    const __m512d a = _mm512_castps_pd(quarter[2 * k]), b = _mm512_castps_pd(quarter[2 * k + 1]);
+    pair[k] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd))};
+}
+
 // 16 x 16: r[i][j] becomes r[j][i].
 inline void transpose(f32v (&r)[16]) {
   __m512 t[16];
