@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -283,6 +284,26 @@ def linear_cases() -> list[Case]:
     return cases
 
 
+def likelihood_cases() -> list[Case]:
+    """Gradients of weight and bias: a regression that reads its rows, and layers as wide as their input."""
+    cases, bernoulli = [], partial(regfast.linear_nll, family="bernoulli")
+    for dtype, (n, d, v), label, ours, loss in (
+        (torch.float32, (1 << 20, 256, 1), "squared", regfast.linear_mse_loss, F.mse_loss),
+        (torch.bfloat16, (1 << 16, 1024, 1024), "squared", regfast.linear_mse_loss, F.mse_loss),
+        (torch.bfloat16, (1 << 16, 1024, 1024), "bernoulli", bernoulli, F.binary_cross_entropy_with_logits),
+    ):
+
+        def make(n=n, d=d, v=v, dtype=dtype):
+            x, w, b = (torch.randn(s, device="cuda", dtype=dtype).mul_(d**-0.25) for s in ((n, d), (v, d), (v,)))
+            return [x, w.requires_grad_(), torch.rand(n, v, device="cuda", dtype=dtype), b.requires_grad_()]
+
+        fns = {"regfast": ours, "eager": lambda x, w, y, b, loss=loss: loss(F.linear(x, w, b), y)}
+        moved, flops = 2 * n * d * dtype.itemsize + n * v * dtype.itemsize, 4 * n * d * v
+        options = {"formula": "2NDs+NVs, 4NDV", "compile": v > 1, "label": label, "memory": True}
+        cases.append(Case("linear_nll", "fwd_bwd", dtype, (n, d, v), make, fns, moved, flops, **options))
+    return cases
+
+
 def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
     """The case's times, its ratios to the others within each round, and its share of the ceiling."""
     torch.manual_seed(0)
@@ -350,7 +371,7 @@ def main() -> int:
     print("  " + ", ".join(f"{name} {value:.4g}" for name, value in limits.items()), flush=True)
     with open(args.out, "w", buffering=1) as out:
         out.write(json.dumps({"ceilings": limits}) + "\n")
-        for case in row_cases() if args.what == "rows" else linear_cases():
+        for case in row_cases() + likelihood_cases() if args.what == "rows" else linear_cases():
             if time.perf_counter() - begin > args.seconds:
                 failed += 1
                 print(f"  {case.name}: not measured, the time is over", flush=True)

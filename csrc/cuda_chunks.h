@@ -1,5 +1,6 @@
-// How linear_cross_entropy's rows are divided into chunks on a CUDA device, and the memory that it takes: what its loop
-// does, and what its plan tells in a build without CUDA too, hence not in csrc/cuda. No torch.
+// How the rows of linear_cross_entropy and linear_nll are divided into chunks on a CUDA device, and the memory that it
+// takes: what their loops do, and what the former's plan tells in a build without CUDA too, hence not in csrc/cuda. No
+// torch.
 #pragma once
 #include "cpu/linear_cross_entropy.h"
 #include "cpu/parallel.h"

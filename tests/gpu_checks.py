@@ -214,8 +214,65 @@ def check_mse_loss(small: bool) -> None:
         )
 
 
+NLL = [
+    ("squared", {"reduction": "mean"}),
+    ("gaussian", {"reduction": "none"}),
+    ("gaussian", {"reduction": "mean", "scaled": True, "weighted": True}),
+    ("bernoulli", {"reduction": "sum", "scaled": True}),
+    ("poisson", {"reduction": "mean", "weighted": True, "full": True}),
+]
+
+
+def check_linear_nll(small: bool) -> None:
+    shapes = [(150, 33, 70), (700, 5, 1)] if small else [(150, 33, 70), (5000, 5, 1), (1000, 256, 2051)]
+    for dtype, (n, d, v), (family, options) in itertools.product(DTYPES[: 2 if small else 4], shapes, NLL):
+        x, w, b = (spiky(*s).mul(0.3 * d**-0.25).to(dtype).requires_grad_() for s in ((n, d), (v, d), (v,)))
+        y = torch.rand(n, v, device="cuda").mul(1 if family == "bernoulli" else 4).to(dtype)
+        scale = (torch.rand(v, device="cuda") + 0.3).to(dtype).requires_grad_(family == "gaussian")
+        weight = torch.rand(n, device="cuda").to(dtype)
+        given = [scale] * ("scaled" in options) + [weight] * ("weighted" in options)
+
+        def loss(op, x, w, b, y, *rest, family=family, options=options):
+            rest = list(rest)
+            scale = rest.pop(0) if "scaled" in options else None
+            number, mode = reference.FAMILIES.index(family), reference.REDUCTIONS.index(options["reduction"])
+            return op(x, w, y, b, scale, *(rest or [None]), number, 1.0, "full" in options, mode, None)
+
+        compare(
+            lambda *t, loss=loss: loss(torch.ops.regfast.linear_nll, *t),
+            lambda *t, loss=loss: loss(reference.linear_nll_loss, *t),
+            x,
+            w,
+            b,
+            y,
+            *given,
+            what=f"linear_nll {(n, d, v)} {dtype} {family} {options}",
+        )
+
+
+def check_linear_nll_large(small: bool) -> None:
+    """More than 2**31 losses, in several chunks."""
+    n, v = LARGE
+    need_memory(small, 4 * n * v * 2)
+    x, w, b = (spiky(*s, dtype=torch.bfloat16).mul(64**-0.25) for s in ((n, 64), (v, 64), (v,)))
+    y = torch.empty(n, v, dtype=torch.bfloat16, device="cuda").normal_()
+    picked = [0, 1, n // 2, n - 2, n - 1]
+    loss = regfast.linear_nll(x, w.requires_grad_(), y, b, family="gaussian", full=False, reduction="none")
+    upstream = torch.zeros_like(loss)
+    upstream[picked] = torch.randn(len(picked), v, device="cuda", dtype=torch.bfloat16)
+    (grad,) = torch.autograd.grad(loss, w, upstream, retain_graph=True)
+    exact = w.detach().float().requires_grad_()
+    true = 0.5 * (F.linear(x[picked].float(), exact, b.float()) - y[picked].float()).square()
+    (true_grad,) = torch.autograd.grad(true, exact, upstream[picked].float())
+    del upstream
+    torch.testing.assert_close(loss.detach()[picked].float(), true.detach(), rtol=2**-7, atol=1e-4)
+    torch.testing.assert_close(grad.float(), true_grad, rtol=2**-6, atol=0.02 * true_grad.abs().max().item())
+    total = regfast.linear_mse_loss(x, w, y, b, reduction="sum", loss_dtype=torch.float32)
+    torch.testing.assert_close(total.double(), 2 * loss.detach().sum(dtype=torch.float64), rtol=1e-4, atol=0)
+
+
 def everything(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> list[Tensor]:
-    z = regfast.linear(x, w, b, activation="gelu")
+    z, weight = regfast.linear(x, w, b, activation="gelu"), x.detach()[:, 0].square()
     return [
         z,
         regfast.softmax(z, -1),
@@ -226,6 +283,9 @@ def everything(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> list[Tensor]:
         *regfast.cross_entropy(z, target, outputs=FLOATING, label_smoothing=0.1, z_loss=0.01),
         regfast.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget=1),
         *regfast.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget=1, outputs=FLOATING, reduction="none"),
+        regfast.linear_mse_loss(x, w, z.detach(), b),
+        regfast.linear_nll(x, w, z.detach(), b, family="gaussian", sigma=b.square() + 1, sample_weight=weight),
+        regfast.linear_nll(x, w, z.detach().sigmoid(), b, family="bernoulli", reduction="none"),
     ]
 
 

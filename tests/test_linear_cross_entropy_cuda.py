@@ -2,7 +2,6 @@
 for every option and several chunks, sums over chunks, same bits, and what a call must not do."""
 
 import itertools
-import time
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from linear_cross_entropy_cases import (
     regfasts,
     torchs,
 )
+from on_cuda import PRODUCTS, WAITS, on, placed, seen
 from torch import nn
 from torch.testing import assert_close
 from util import HALF, INF, LAYOUTS, NAN, Pool, class_targets, evaluate, lay_out, probability_targets
@@ -28,40 +28,12 @@ import regfast
 
 ops = torch.ops.regfast
 ROWS = 131  # in two chunks, of 128 rows and the rest, at a budget of one byte: the emulator takes its time for each row
-# Of these ops a GPU's would wait for it.
-WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
-PRODUCTS = {"aten::mm", "aten::addmm"}
-
-
-def on(device, *tensors):
-    return [t if t is None else t.detach().to(device).requires_grad_(t.requires_grad) for t in tensors]
-
-
-def placed(device, *tensors):
-    """on(), but with the layouts of CPU tensors kept, for the emulator."""
-    return tensors if device == "cpu" else on(device, *tensors)
 
 
 def targets_of(kind, n, v, positions=(), dtype=torch.float32, ignored=0.2):
     if kind == "classes":
         return class_targets((n, *positions), v, ignored)
     return probability_targets(n, v, *positions, dtype=dtype).requires_grad_()
-
-
-def seen(fn):
-    """The names of all ops below fn(), those of kernels too, with how often each was called."""
-    # On a busy machine the profiler can lose what lies near the ends of its time: two other ops stand guard there.
-    for wait in (0, 0.01, 0.1, 1):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-            time.sleep(wait)
-            torch.zeros(1).erfinv()
-            fn()
-            torch.zeros(1).lgamma()
-            time.sleep(wait)
-        counts = {event.key: event.count for event in profile.key_averages()}
-        if {"aten::erfinv", "aten::lgamma"} <= counts.keys():
-            return counts
-    raise RuntimeError("the profiler saw nothing")
 
 
 # Values and gradients

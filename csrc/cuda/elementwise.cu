@@ -5,6 +5,7 @@
 
 #include <device/launch_kernel.cuh>
 #include "device/activation.cuh"
+#include "device/columns.cuh"
 #include "device/reduce.cuh"
 #include "device/vec128.cuh"
 #include "launch.h"
@@ -12,8 +13,6 @@
 
 namespace rf::cuda {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- one vector after the other ------------------------------------------------------------------------------------
 
@@ -103,11 +102,6 @@ struct SquaredErrorBackward {
 
 // ---- squared error, summed -----------------------------------------------------------------------------------------
 
-struct Total {
-  double sum = 0;
-};
-__device__ __forceinline__ void merge(Total& into, const Total& other) { into.sum += other.sum; }
-
 // A thread's few squares are added in the accumulator's type, all further sums are double.
 template <class T>
 __global__ void __launch_bounds__(tuning::kSumThreads)
@@ -125,7 +119,7 @@ __global__ void __launch_bounds__(tuning::kSumThreads)
 #pragma unroll
     for (int e = 0; e < kWidth<T>; ++e) sum += (a[e] - b[e]) * (a[e] - b[e]);
   }
-  const Total total = reduce_block(Total{(double)sum}, reinterpret_cast<Total*>(scratch));
+  const Sum<double> total = reduce_block(Sum<double>{(double)sum}, reinterpret_cast<Sum<double>*>(scratch));
   if (threadIdx.x == 0) parts[blockIdx.x] = total.sum;
 }
 
@@ -133,9 +127,9 @@ template <class T>
 __global__ void __launch_bounds__(tuning::kSumThreads)
     squared_error_total(const double* parts, int64_t count, double scale, T* total) {
   __shared__ double scratch[kWarp];
-  Total mine;
+  Sum<double> mine;
   for (int64_t i = threadIdx.x; i < count; i += tuning::kSumThreads) mine.sum += parts[i];
-  const Total all = reduce_block(mine, reinterpret_cast<Total*>(scratch));
+  const Sum<double> all = reduce_block(mine, reinterpret_cast<Sum<double>*>(scratch));
   if (threadIdx.x == 0) *total = narrowed<T>((acc_t<T>)(all.sum * scale));
 }
 
@@ -186,37 +180,15 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads,
       parts[(int64_t)blockIdx.y * p.columns + column + i] = sums.sum[i];
 }
 
-struct OneSum {
-  double sum = 0;
-};
-__device__ __forceinline__ void merge(OneSum& into, const OneSum& other) { into.sum += other.sum; }
-
 template <class T>
 __global__ void __launch_bounds__(tuning::kElementwiseThreads)
     add_parts(const acc_t<T>* parts, int64_t count, int64_t columns, T* sums) {
   const int64_t column = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-  OneSum mine;
+  Sum<double> mine;
   if (column < columns)
     for (int64_t part = threadIdx.y; part < count; part += blockDim.y) mine.sum += parts[part * columns + column];
-  const OneSum all = reduce_columns(mine, ptx::dynamic_shared<OneSum>());
+  const Sum<double> all = reduce_columns(mine, ptx::dynamic_shared<Sum<double>>());
   if (threadIdx.y == 0 && column < columns) sums[column] = narrowed<T>((acc_t<T>)all.sum);
-}
-
-// How the matrix is divided: `lanes` vectors of columns for a block, `parts` of the rows.
-struct Division {
-  int64_t lanes, panels, parts, part_rows;
-};
-Division divide(int64_t element_size, int64_t rows, int64_t columns) {
-  const int64_t vectors = ceil_div(columns, 16 / element_size);
-  Division d;
-  d.lanes = tuning::power_of_two(2 * vectors - 1, 1, kWarp);
-  d.panels = ceil_div(vectors, d.lanes);
-  const int64_t thread_rows = tuning::kElementwiseThreads / d.lanes;
-  const int64_t wanted = ceil_div((int64_t)device().sms * tuning::kColumnSumBlocksPerSm, d.panels);
-  const int64_t most = ceil_div(rows, thread_rows * tuning::kColumnSumLeastRows);
-  d.parts = std::max<int64_t>(1, std::min({wanted, most, (int64_t)tuning::kColumnSumMostParts}));
-  d.part_rows = ceil_div(rows, d.parts);
-  return d;
 }
 
 }  // namespace
@@ -240,16 +212,15 @@ int64_t activation_backward_workspace(DType dtype, int64_t rows, int64_t columns
 void launch_activation_backward(DType dtype, const ActivationBackward& args, cudaStream_t stream) {
   if (args.columns == 0) return;
   const Division d = divide(size_of(dtype), args.rows, args.columns);
-  const dim3 block((unsigned)d.lanes, (unsigned)(tuning::kElementwiseThreads / d.lanes));
   with_type(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     const int64_t scratch = args.column_sums ? tuning::kElementwiseThreads * (int64_t)sizeof(ColumnSums<T>) : 0;
-    launch(activation_backward_kernel<T>, dim3((unsigned)d.panels, (unsigned)d.parts), block, scratch, stream, args,
-           d.part_rows, (acc_t<T>*)args.workspace);
+    launch(activation_backward_kernel<T>, d.grid(), d.block(), scratch, stream, args, d.part_rows,
+           (acc_t<T>*)args.workspace);
     if (!args.column_sums || d.parts == 1) return;
     const dim3 adders(kWarp, tuning::kElementwiseThreads / kWarp);
     launch(add_parts<T>, dim3((unsigned)ceil_div(args.columns, kWarp)), adders,
-           tuning::kElementwiseThreads * (int64_t)sizeof(OneSum), stream, (const acc_t<T>*)args.workspace, d.parts,
+           tuning::kElementwiseThreads * (int64_t)sizeof(Sum<double>), stream, (const acc_t<T>*)args.workspace, d.parts,
            args.columns, (T*)args.column_sums);
   });
 }

@@ -36,6 +36,33 @@ void launch_squared_error(DType dtype, const void* x, const void* y, void* each,
 void launch_squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad,
                                    double scale, void* dx, void* dy, int64_t n, cudaStream_t stream);
 
+// ---- likelihoods ---------------------------------------------------------------------------------------------------
+
+// The loss of each output of a linear model, prediction = product + bias, and its gradient there. Matrices are
+// rows x outputs and contiguous.
+struct Likelihood {
+  Family family;
+  int64_t rows, outputs;
+  const void* product;  // acc
+  const void* bias;     // one per output, or null
+  const void* target;   // acc where target_is_acc, else of `dtype`
+  bool target_is_acc;
+  const void* scale;  // acc, one per output: a gaussian's variance, bernoulli's weight of positives; or null:
+  double variance;    // a gaussian's then
+  bool full;          // with a gaussian's and poisson's constants
+  // Of losses and gradients; upstream, of the latter alone, acc, one per loss.
+  double factor;
+  const void *row_factor, *upstream;  // row_factor: acc, one per row; either may be null
+  // Null where not wanted. loss: acc; loss_sums: likelihood_blocks numbers, of which the sum is the loss's.
+  void* loss;
+  double* loss_sums;
+  void* gradient;                // of `dtype`; may be the product where that has the type
+  void *bias_sums, *scale_sums;  // acc, likelihood_parts x outputs: add up to the gradients of bias and variance
+};
+int64_t likelihood_blocks(DType dtype, int64_t rows, int64_t outputs);
+int64_t likelihood_parts(DType dtype, int64_t rows, int64_t outputs);
+void launch_likelihood(DType dtype, const Likelihood& args, cudaStream_t stream);
+
 // ---- softmax family, cross-entropy ---------------------------------------------------------------------------------
 
 // Rows are those of a tensor's reduced dimension, anywhere in it; see RowLayout.

@@ -40,6 +40,19 @@ void product(const OnDevice& device, const Tensor& like, Gemm g) {
   launch_gemm(dtype, tf32, g, device.stream);
 }
 
+void linear_into(const OnDevice& device, const Tensor& x, const Tensor& w, const Tensor& bias, Tensor& out) {
+  const int64_t m = x.size(0), n = w.size(0), k = w.size(1);
+  if (gemm_by_aten(dtype_of(x.scalar_type()), tf32_allowed(x), m, n, k)) {
+    bias.defined() ? at::addmm_out(out, bias, x, w.t()) : at::mm_out(out, x, w.t());
+    return;
+  }
+  const Tensor b = bias.defined() ? bias.contiguous() : Tensor();
+  const Operand left = operand(x), right = operand(w);
+  product(device, x,
+          {m, n, k, left.view, false, right.view, true, out.mutable_data_ptr(), n,
+           b.defined() ? b.const_data_ptr() : nullptr, Activation::none, nullptr, nullptr});
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
@@ -234,6 +247,7 @@ RF_CUDA_OPS(m) {
   m.impl("logsumexp_backward", logsumexp_backward);
   register_cross_entropy(m);
   register_linear_cross_entropy(m);
+  register_linear_nll(m);
   m.impl("mse_loss_forward", mse_loss_forward);
   m.impl("mse_loss_backward", mse_loss_backward);
 }

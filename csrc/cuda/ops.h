@@ -21,7 +21,11 @@ bool tf32_allowed(const Tensor& t);
 // A product by launch_gemm of elements of like's type; its workspace is filled in.
 void product(const OnDevice& device, const Tensor& like, Gemm g);
 
+// out = x w^T + bias of matrices, bias undefined where there is none, by the GEMM that linear takes.
+void linear_into(const OnDevice& device, const Tensor& x, const Tensor& w, const Tensor& bias, Tensor& out);
+
 void register_cross_entropy(torch::Library& m);
 void register_linear_cross_entropy(torch::Library& m);
+void register_linear_nll(torch::Library& m);
 
 }  // namespace rf::cuda

@@ -89,20 +89,6 @@ Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Ten
   return p;
 }
 
-// By the GEMM that linear takes.
-void logits_of(const OnDevice& device, const Problem& p, const Tensor& x, Tensor& logits) {
-  const int64_t m = x.size(0), n = p.outputs, k = x.size(1);
-  if (gemm_by_aten(dtype_of(x.scalar_type()), tf32_allowed(x), m, n, k)) {
-    p.bias.defined() ? at::addmm_out(logits, p.bias, x, p.w.t()) : at::mm_out(logits, x, p.w.t());
-    return;
-  }
-  const Tensor bias = p.bias.defined() ? p.bias.contiguous() : Tensor();
-  const Operand a = operand(x), b = operand(p.w);
-  product(device, x,
-          {m, n, k, a.view, false, b.view, true, logits.mutable_data_ptr(), n,
-           bias.defined() ? bias.const_data_ptr() : nullptr, Activation::none, nullptr, nullptr});
-}
-
 // Numbers per loss, acc but for argmax, and each chunk's sum of losses, float64; undefined where not wanted.
 struct Outputs {
   Tensor loss, lse, entropy, logprob, argmax, totals;
@@ -133,7 +119,7 @@ void over_chunks(const OnDevice& device, const Problem& p, const Outputs& out, G
     const int64_t begin = i * p.chunk, rows = std::min(p.chunk, p.rows - begin), first = begin * p.positions;
     const Tensor x = p.x.narrow(0, begin, rows);
     Tensor logits = panel.narrow(0, 0, rows);
-    logits_of(device, p, x, logits);
+    linear_into(device, x, p.w, p.bias, logits);
     Tensor read = logits;
     if (p.widens) (read = wide.narrow(0, 0, rows)).copy_(logits);
 

@@ -72,15 +72,6 @@ struct SoftmaxProgram {
   }
 };
 
-template <class A>
-struct Sum {
-  A sum = A(0);
-};
-template <class A>
-__device__ __forceinline__ void merge(Sum<A>& into, const Sum<A>& other) {
-  into.sum += other.sum;
-}
-
 // softmax: dx = y (g - sum g y); log-softmax: dx = g - exp(y) sum g.
 template <class T>
 struct SoftmaxBackwardProgram {

@@ -8,6 +8,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <utility>
+
+#include <device/torch_device.h>
 
 #include "emulator.h"
 
@@ -67,4 +70,5 @@ void enable(const std::string& schedule, int arch) {
 PYBIND11_MODULE(cuda_on_host, m) {
   m.def("enable", enable, pybind11::arg("schedule"), pybind11::arg("arch"));
   m.def("disable", disable);
+  m.def("set_memory", [](int64_t bytes) { return std::exchange(rf::cuda::memory_of_all, bytes); });
 }

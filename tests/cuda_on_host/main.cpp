@@ -39,7 +39,8 @@ const Test tests[] = {{"faults", test::test_faults},
                       {"softmax", test::test_softmax},
                       {"cross_entropy", test::test_cross_entropy},
                       {"cross_entropy_edges", test::test_cross_entropy_edges},
-                      {"gemm", test::test_gemm}};
+                      {"gemm", test::test_gemm},
+                      {"likelihood", test::test_likelihood}};
 
 void run_test(const Test& t) {
   try {

@@ -10,5 +10,6 @@ void test_softmax();
 void test_cross_entropy();
 void test_cross_entropy_edges();
 void test_gemm();
+void test_likelihood();
 
 }  // namespace test

@@ -34,15 +34,7 @@ __device__ __forceinline__ void load_bias(const GemmOutput& out, int64_t column,
 template <class T>
 __device__ __forceinline__ void keep_partial(void* partial, int64_t row, int64_t column, int64_t n,
                                              const acc_t<T> (&x)[kWidth<T>]) {
-  using A = acc_t<T>;
-  A* to = (A*)partial + row * n;
-#pragma unroll
-  for (int i = 0; i < kWidth<T>; i += kWidth<A>) {
-    A part[kWidth<A>];
-#pragma unroll
-    for (int j = 0; j < kWidth<A>; ++j) part[j] = x[i + j];
-    store_vec(to, 1, column + i, n, narrowed_vec<A>(part));
-  }
+  store_vecs((acc_t<T>*)partial + row * n, column, n, x);
 }
 
 }  // namespace rf::cuda

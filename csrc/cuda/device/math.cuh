@@ -30,6 +30,8 @@ __device__ __forceinline__ acc_t<T> exp_of(acc_t<T> x) {
 
 __device__ __forceinline__ float log_of(float x) { return logf(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
+__device__ __forceinline__ float log1p_of(float x) { return log1pf(x); }
+__device__ __forceinline__ double log1p_of(double x) { return log1p(x); }
 __device__ __forceinline__ float max_of(float a, float b) { return fmaxf(a, b); }  // the number, if one is NaN
 __device__ __forceinline__ double max_of(double a, double b) { return fmax(a, b); }
 __device__ __forceinline__ float tanh_of(float x) { return tanhf(x); }

@@ -14,6 +14,16 @@ namespace rf::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
+// The state of a plain sum.
+template <class A>
+struct Sum {
+  A sum = A(0);
+};
+template <class A>
+__device__ __forceinline__ void merge(Sum<A>& into, const Sum<A>& other) {
+  into.sum += other.sum;
+}
+
 // Applies one shuffle to each 32-bit word of a state.
 template <class State, class Shuffle>
 __device__ __forceinline__ State shuffled(const State& s, Shuffle&& shuffle) {
@@ -55,14 +65,20 @@ __device__ __forceinline__ State reduce_cluster(State s, State* slot) {
   return reduce_lanes(lane < (int)ptx::cluster_size() ? *ptx::cluster_map(slot, lane) : State(), kWarp);
 }
 
-// Over the threads of a block that share threadIdx.x, once per `scratch`, which holds a state for each thread.
+// Over the threads of a block that share threadIdx.x, once per `scratch`, which holds a state for each thread. Pairs of
+// neighbours, then pairs of pairs: a single column has up to 256 threads.
 template <class State>
-__device__ __forceinline__ State reduce_columns(const State& s, State* scratch) {
-  scratch[threadIdx.y * blockDim.x + threadIdx.x] = s;
+__device__ __forceinline__ State reduce_columns(State s, State* scratch) {
+  State* mine = scratch + threadIdx.y * blockDim.x + threadIdx.x;
+  *mine = s;
+  for (int step = 1; step < (int)blockDim.y; step *= 2) {
+    __syncthreads();
+    if (threadIdx.y % (2 * step) != 0 || threadIdx.y + step >= blockDim.y) continue;
+    merge(s, mine[step * blockDim.x]);
+    *mine = s;
+  }
   __syncthreads();
-  State result = scratch[threadIdx.x];
-  for (int y = 1; y < (int)blockDim.y; ++y) merge(result, scratch[y * blockDim.x + threadIdx.x]);
-  return result;
+  return scratch[threadIdx.x];
 }
 
 }  // namespace rf::cuda

@@ -151,4 +151,27 @@ __device__ __forceinline__ void store_vec(T* row, int64_t stride, int64_t j, int
     if (0 <= j + i && j + i < n) row[(j + i) * stride] = lane[i];
 }
 
+// As many elements of a row of accumulators as a vector of another type has, in several vectors.
+template <class A, int width>
+__device__ __forceinline__ void load_vecs(const A* row, int64_t j, int64_t n, A (&out)[width]) {
+#pragma unroll
+  for (int i = 0; i < width; i += kWidth<A>) {
+    A part[kWidth<A>];
+    widen(load_vec(row, 1, j + i, n, A(0)), part);
+#pragma unroll
+    for (int k = 0; k < kWidth<A>; ++k) out[i + k] = part[k];
+  }
+}
+
+template <class A, int width>
+__device__ __forceinline__ void store_vecs(A* row, int64_t j, int64_t n, const A (&in)[width]) {
+#pragma unroll
+  for (int i = 0; i < width; i += kWidth<A>) {
+    A part[kWidth<A>];
+#pragma unroll
+    for (int k = 0; k < kWidth<A>; ++k) part[k] = in[i + k];
+    store_vec(row, 1, j + i, n, narrowed_vec<A>(part));
+  }
+}
+
 }  // namespace rf::cuda
