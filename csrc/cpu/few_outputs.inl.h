@@ -36,7 +36,7 @@ struct LaneSums {
 
 // Output j of n rows.
 template <class A>
-inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n, int64_t j) {
+[[gnu::always_inline]] inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n, int64_t j) {
   using V = vec_t<A>;
   const A* at = (const A*)from + row * outputs + j;
   if (outputs == 1) return load_up_to(at, n);
@@ -45,10 +45,12 @@ inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n
   return load(lanes);
 }
 
+// Calls would put all of a block's columns on the stack and fetch them back: what follows is inlined by force.
+
 // Losses of output j of n rows from `row` on; returns their slopes, 0 beyond the last row.
 template <class A, Family family, bool value, bool slope>
-inline vec_t<A> judge_lanes(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j, vec_t<A> eta,
-                            LaneSums<vec_t<A>>* sums) {
+[[gnu::always_inline]] inline vec_t<A> judge_lanes(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j,
+                                                   vec_t<A> eta, LaneSums<vec_t<A>>* sums) {
   using V = vec_t<A>;
   const V zero = set1(A(0));
   const bool full = n == V::size;
@@ -95,7 +97,8 @@ inline void store_gradient(const FewOutputsArgs& a, int64_t row, int64_t c, vec_
 
 // Columns of up to V::size rows, zero beyond the last row and feature. Rows of up to half a vector lie in pairs.
 template <class T, int F>
-inline void load_columns(const T* x, int64_t stride, int64_t rows, int64_t features, vec_t<T> (&columns)[F]) {
+[[gnu::always_inline]] inline void load_columns(const T* x, int64_t stride, int64_t rows, int64_t features,
+                                                vec_t<T> (&columns)[F]) {
   using V = vec_t<T>;
   if constexpr (F == V::size) {
 #pragma GCC unroll 16
