@@ -6,6 +6,7 @@ from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .linear import Linear, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
 from .mse import MSELoss, mse_loss
+from .phm import PHMLinear, phm_linear
 from .softmax import log_softmax, logsumexp, softmax
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "MSELoss",
+    "PHMLinear",
     "Plan",
     "build_info",
     "cross_entropy",
@@ -25,6 +27,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "mse_loss",
+    "phm_linear",
     "reference",
     "softmax",
 ]

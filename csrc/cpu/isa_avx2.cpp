@@ -28,6 +28,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx2;
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::avx2
 
 #pragma GCC pop_options

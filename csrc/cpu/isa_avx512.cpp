@@ -31,6 +31,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::avx512
 
 #pragma GCC pop_options

@@ -25,6 +25,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileNeon;
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::neon
 
 namespace rf::neon {

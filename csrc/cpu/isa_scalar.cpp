@@ -22,6 +22,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileScalar;
 #include "gemm_small.inl.h"
 #include "elementwise.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::scalar
 
 namespace rf::scalar {

@@ -23,6 +23,7 @@ void test_cross_entropy_edges();
 void test_activations();
 void test_squared_error();
 void test_sparse();
+void test_phm();
 void test_gemm();
 void test_packing();
 

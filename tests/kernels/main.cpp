@@ -43,6 +43,7 @@ Counts run_tests() {
                      {"activations", test::test_activations},
                      {"squared_error", test::test_squared_error},
                      {"sparse", test::test_sparse},
+                     {"phm", test::test_phm},
                      {"packing", test::test_packing},
                      {"gemm", test::test_gemm}};
   test::quick = std::getenv("QUICK") != nullptr;
