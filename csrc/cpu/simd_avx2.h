@@ -148,7 +148,7 @@ inline double reduce_max(f64v a) {
 
 // Lane i of the result is the sum of v[i]'s lanes: pairs of vectors are folded into one, halves onto halves as in
 // reduce_add, since a row's sum must not depend on whether it came in a group.
-inline f32v reduce_each(const f32v (&v)[8]) {
+[[gnu::always_inline]] inline f32v reduce_each(const f32v (&v)[8]) {
   __m256 quarter[4], pair[2];
 #pragma GCC unroll 4
   for (int k = 0; k < 4; ++k)

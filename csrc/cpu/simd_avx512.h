@@ -105,7 +105,7 @@ inline double reduce_max(f64v a) { return _mm512_reduce_max_pd(a.v); }
 
 // Lane i of the result is the sum of v[i]'s lanes: pairs of vectors are folded into one, halves onto halves as in
 // reduce_add, since a row's sum must not depend on whether it came in a group.
-inline f32v reduce_each(const f32v (&v)[16]) {
+[[gnu::always_inline]] inline f32v reduce_each(const f32v (&v)[16]) {
   __m512 half[8], quarter[4], pair[2];
 #pragma GCC unroll 8
   for (int k = 0; k < 8; ++k) {
@@ -172,7 +172,7 @@ inline f32v load_pair(const T* low, int64_t low_n, const T* high, int64_t high_n
   return widen(_mm256_inserti128_si256(_mm256_castsi128_si256(load_half(low, low_n)), load_half(high, high_n), 1), low);
 }
 // Two squares of 8 x 8 side by side, each as above.
-inline void transpose(f32v (&r)[8]) {
+[[gnu::always_inline]] inline void transpose(f32v (&r)[8]) {
   __m512 t[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
