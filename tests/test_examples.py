@@ -56,6 +56,11 @@ def test_softmax_regression_on_digits(tmp_path, options):
     output = train("softmax_regression.py", tmp_path / "figure.png", "--epochs", 10, *options)
     epoch, *_, stock_accuracy, our_accuracy = last_epoch(output)
     assert epoch == 10
+    dense, phm = re.findall(r"^(?:dense|PHM, n = 2) +(\d+) +([\d.]+)$", output, re.MULTILINE)
+    assert float(dense[1]) == pytest.approx(our_accuracy, abs=1e-4)
+    # Half of the weights, eight numbers of the table, ten of the bias; and not much less right.
+    assert int(phm[0]) == (int(dense[0]) - 10) // 2 + 8 + 10
+    assert float(phm[1]) > float(dense[1]) - 0.1
     assert our_accuracy == pytest.approx(stock_accuracy, abs=0.01)  # rounding may turn a tie
     assert our_accuracy > 0.8
 
