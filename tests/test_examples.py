@@ -39,6 +39,14 @@ def test_linear_regression(tmp_path):
     output = train("linear_regression.py", tmp_path / "figure.png", "--diabetes-epochs", 10)
     w1, w2, b = map(float, re.search(r"regfast: +(\S+) +(\S+) +(\S+)", output).groups())
     assert (w1, w2, b) == pytest.approx((2, -3.4, 4.2), abs=0.01)
+    # Of each data set: PyTorch's, regfast's and the learned sigma's likelihood and sigma.
+    rows = re.findall(r"^ *(PyTorch|regfast|regfast, sigma learned) +(-?[\d.]+) +([\d.]+)$", output, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["PyTorch", "regfast", "regfast, sigma learned"] * 2
+    for i, noise in ((0, 0.01), (3, None)):
+        (stock, s), (ours, o), (most, learned) = (tuple(map(float, row[1:])) for row in rows[i : i + 3])
+        assert ours == pytest.approx(stock, rel=1e-3) and o == pytest.approx(s, rel=1e-3)
+        assert most >= ours - 0.1 and learned == pytest.approx(o, rel=0.05)
+        assert noise is None or learned == pytest.approx(noise, rel=0.1)
     *_, stock_r2, our_r2 = last_epoch(output)
     assert our_r2 == pytest.approx(stock_r2, abs=1e-4) and our_r2 > 0.4
 
@@ -94,7 +102,7 @@ def test_next_token(tmp_path, options):
 def test_losses_that_differ_are_an_error(tmp_path):
     code = f"""
 import runpy, sys, torch, regfast
-regfast.MSELoss = torch.nn.L1Loss
+regfast.linear_mse_loss = lambda x, w, y, b: torch.nn.functional.l1_loss(x @ w.T + b, y)
 sys.path.insert(0, {str(EXAMPLES)!r})
 sys.argv = ["linear_regression.py", "--diabetes-epochs", "1", "--figure", {str(tmp_path / "figure.png")!r}]
 runpy.run_path({str(EXAMPLES / "linear_regression.py")!r}, run_name="__main__")
