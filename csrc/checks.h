@@ -154,8 +154,8 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
            "Long class indices", t.scalar_type());
 }
 
-// `op` is the function that the user called. Values of scale and sample_weight are not looked at: a device would have to
-// be waited for.
+// `op` is the function that the user called. Values of scale and sample_weight are not looked at: a device would have
+// to be waited for.
 inline void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
                              const Tensor& scale, const Tensor& sample_weight, bool scale_is_variance) {
   const auto require = [&](bool fits, const char* argument, const auto& expected, const auto& got) {

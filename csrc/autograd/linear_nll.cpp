@@ -89,11 +89,11 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
     const Tensor *inputs[] = {&saved[0], &saved[1], &saved[3], &saved[4]}, &target = saved[2];
     const auto sample_weight = optional(saved[5]);
     if (backward_takes_composite()) {
-      auto g = composite_gradients({*inputs[0], *inputs[1], *inputs[2], *inputs[3]}, {up},
-                                   [&](const std::vector<Tensor>& in) {
-                                     return std::vector<Tensor>{composite(
-                                         {in[0], in[1], target, optional(in[2]), optional(in[3]), sample_weight}, o)};
-                                   });
+      auto g = composite_gradients(
+          {*inputs[0], *inputs[1], *inputs[2], *inputs[3]}, {up}, [&](const std::vector<Tensor>& in) {
+            return std::vector<Tensor>{
+                composite({in[0], in[1], target, optional(in[2]), optional(in[3]), sample_weight}, o)};
+          });
       for (int i = 0; i < 4; ++i) result[kPlaces[i]] = g[i];
       return result;
     }
@@ -135,13 +135,12 @@ Tensor linear_nll(const Tensor& x, const Tensor& w, const Tensor& target, const 
                    gaussian);
   // Targets of a wider type promote, and gradients of what is observed rather than fitted are rare.
   const auto type = target.scalar_type();
-  const bool promotes = at::isFloatingType(type) && c10::promoteTypes(type, acc_type(x.scalar_type())) !=
-                                                        acc_type(x.scalar_type());
+  const bool promotes =
+      at::isFloatingType(type) && c10::promoteTypes(type, acc_type(x.scalar_type())) != acc_type(x.scalar_type());
   const bool observed = any_requires_grad({&target, &s}) || (!gaussian && any_requires_grad({&v}));
   if (promotes || observed || takes_composite({&x, &w, &target, &b, &v, &s}))
     return composite({x, w, target, bias, scale, sample_weight}, o);
-  if (any_requires_grad({&x, &w, &b, &v}))
-    return LinearNllFunction::apply(x, w, target, bias, scale, sample_weight, o);
+  if (any_requires_grad({&x, &w, &b, &v})) return LinearNllFunction::apply(x, w, target, bias, scale, sample_weight, o);
   return forward({x, w, target, bias, scale, sample_weight}, o);
 }
 
