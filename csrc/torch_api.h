@@ -65,6 +65,7 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 // A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through
 // the composite, whose own derivatives and batching rules are torch's.
 inline bool backward_takes_composite() { return at::GradMode::is_enabled() || inside_transform(); }
