@@ -174,24 +174,11 @@ std::vector<Tensor> autocast(const Tensor& x, const Tensor& w, const Tensor& tar
                               loss_dtype);
 }
 
-std::vector<c10::SymInt> loss_shape(const Tensor& x, const Tensor& w) {
-  std::vector<c10::SymInt> shape;
-  if (x.dim() == 2) shape.push_back(x.sym_size(0));
-  for (int64_t d = 1; d + 1 < w.dim(); ++d) shape.push_back(w.sym_size(d));
-  return shape;
-}
-
-at::ScalarType loss_type(const Tensor& x, const Tensor& target, std::optional<at::ScalarType> asked) {
-  if (asked) return *asked;
-  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(x.scalar_type(), target.scalar_type())
-                                                  : x.scalar_type();
-}
-
 std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&,
                                  const OptionalTensor&, int64_t, int64_t reduction, double, double,
                                  std::optional<double>, std::optional<double>, int64_t outputs, std::optional<int64_t>,
                                  std::optional<at::ScalarType> loss_dtype) {
-  const auto shape = loss_shape(x, w);
+  const auto shape = symbolic_loss_shape(x, w);
   const auto type = loss_type(x, target, loss_dtype), other = loss_dtype.value_or(x.scalar_type());
   std::vector<Tensor> results;
   if (outputs & kOutputLoss)
@@ -224,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
   auto [dx, dw, db, none] = gradients_meta(x, w, target, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
   const auto classes = x.options().dtype(at::kLong);
   return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))),
-          argmax ? at::empty_symint(loss_shape(x, w), classes) : at::empty({0}, classes), dx, dw, db};
+          argmax ? at::empty_symint(symbolic_loss_shape(x, w), classes) : at::empty({0}, classes), dx, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const OptionalTensor&, const OptionalTensor&,

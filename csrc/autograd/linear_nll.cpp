@@ -149,12 +149,6 @@ Tensor autocast(const Tensor& x, const Tensor& w, const Tensor& target, const Op
                     reduction, loss_dtype);
 }
 
-at::ScalarType loss_type(const Tensor& x, const Tensor& target, ScalarTypes asked) {
-  if (asked) return *asked;
-  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(x.scalar_type(), target.scalar_type())
-                                                  : x.scalar_type();
-}
-
 Tensor forward_meta(const Tensor& x, const Tensor&, const Tensor& target, const OptionalTensor&, const OptionalTensor&,
                     const OptionalTensor&, int64_t, double, bool, int64_t reduction, ScalarTypes loss_dtype) {
   const auto options = x.options().dtype(loss_type(x, target, loss_dtype));

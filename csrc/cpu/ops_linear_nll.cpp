@@ -193,12 +193,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const 
           finished(one_variance ? to.variance.sum() : to.variance, v, v.sizes())};
 }
 
-at::ScalarType loss_type(const Tensor& input, const Tensor& target, std::optional<at::ScalarType> asked) {
-  if (asked) return *asked;
-  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(input.scalar_type(), target.scalar_type())
-                                                  : input.scalar_type();
-}
-
 Tensor forward_cpu(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
                    bool full, int64_t reduction, std::optional<at::ScalarType> loss_dtype) {
