@@ -1,8 +1,9 @@
 // How linear_cross_entropy's rows are divided into chunks on a CUDA device, and the memory that it takes: what its loop
 // does, and what its plan tells in a build without CUDA too, hence not in csrc/cuda. No torch.
 #pragma once
+#include <algorithm>
+
 #include "cpu/linear_cross_entropy.h"
-#include "cpu/parallel.h"
 
 namespace rf {
 
@@ -17,7 +18,7 @@ constexpr int64_t kCudaChunkRows = 128;
 
 // The logits, of the input's type, in the accumulator's each further panel; and six numbers per loss.
 inline int64_t cuda_bytes_per_row(const LinearCrossEntropySize& s) {
-  const int64_t wide = s.dtype == DType::f64 ? 8 : 4;
+  const int64_t wide = acc_size(s.dtype);
   return s.positions * (s.classes * (size_of(s.dtype) + (s.panels - 1) * wide) + 6 * wide);
 }
 

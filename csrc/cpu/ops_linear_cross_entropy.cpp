@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "drivers.h"
-#include "gemm_packed.h"
 #include "linear_cross_entropy.h"
 #include "linear_cross_entropy_problem.h"
 #include "products.h"

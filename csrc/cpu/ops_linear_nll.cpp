@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "drivers.h"
-#include "gemm_packed.h"
 #include "linear_cross_entropy.h"
 #include "parallel.h"
 #include "products.h"
