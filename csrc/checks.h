@@ -114,6 +114,14 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& 
            c10::str(x.scalar_type(), " as input has"), w.scalar_type());
 }
 
+// linear_cross_entropy's losses: of each row, and of each position of a K-dimensional weight.
+inline std::vector<c10::SymInt> symbolic_loss_shape(const Tensor& input, const Tensor& linear_weight) {
+  std::vector<c10::SymInt> shape;
+  if (input.dim() == 2) shape.push_back(input.sym_size(0));
+  for (int64_t d = 1; d + 1 < linear_weight.dim(); ++d) shape.push_back(linear_weight.sym_size(d));
+  return shape;
+}
+
 // Types of exception as torch.nn.functional.linear_cross_entropy raises them. `target` holds probabilities where it is
 // floating, as it has to be then where its shape is that of the logits.
 inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
@@ -136,14 +144,9 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
            "a positive number of bytes or None", *memory_budget);
   RF_CHECK(TORCH_CHECK_VALUE, filter_eps >= 0, "linear_cross_entropy", "filter_eps", "a number of at least 0",
            filter_eps);
-  std::vector<c10::SymInt> logits, losses;
-  if (x.dim() == 2) logits.push_back(x.sym_size(0));
-  losses = logits;
-  logits.push_back(w.sym_size(0));
-  for (int64_t d = 1; d + 1 < w.dim(); ++d) {
-    logits.push_back(w.sym_size(d));
-    losses.push_back(w.sym_size(d));
-  }
+  const auto losses = symbolic_loss_shape(x, w);
+  auto logits = losses;
+  logits.insert(logits.begin() + (x.dim() - 1), w.sym_size(0));
   const auto is = [](const Tensor& tensor, c10::SymIntArrayRef sizes) { return tensor.sym_sizes() == sizes; };
   const auto same = [&](const char* name, const Tensor& tensor, bool dtype) {
     if (!tensor.defined()) return;
