@@ -25,7 +25,6 @@ from linear_cross_entropy_cases import (
 )
 from torch.testing import assert_close
 from util import (
-    DTYPES,
     HALF,
     INF,
     LAYOUTS,
