@@ -85,7 +85,8 @@ CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const Cross
   CrossEntropyArgs& a = c.args = p.loss;
   a.logits = c.logits.data_ptr();
   point_to_stats(a, work.stats);
-  if (!up || !up->entropy.defined()) a.row_entropy = at_loss(entropy, first);  // null: not computed
+  // Null, and not computed, where nobody wants it.
+  if (!up || !up->entropy.defined()) a.row_entropy = at_loss(entropy, first);
   Tensor dt;  // in the kernel's type
   if (p.probabilities.defined()) {
     const Tensor t = p.probabilities.narrow(0, c.begin, c.rows);
