@@ -25,7 +25,8 @@ SHAPES = [
     (1, 2, 2, 2),  # parts of one element
     (1, 64, 48, 4),  # one row, whose mixed rows are dot products
     (7, 15, 9, 3),  # n is no power of two: tiles of one part, groups of 30 mixed rows
-    (9, 40, 24, 8),  # 72 mixed rows: beyond the dot products
+    (5, 40, 24, 8),  # 40 mixed rows: more than one group of dot products
+    (9, 40, 24, 8),  # 72: beyond the dot products
     (5, 34, 66, 2),  # parts with tails
     (33, 48, 32, 16),  # n * n = 256 combinations
     (6, 66, 33, 33),  # n beyond a group of dot products; one output to a part

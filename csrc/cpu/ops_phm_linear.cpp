@@ -40,10 +40,10 @@ struct PhmProblem {
   MatrixView x_rows(int64_t begin) const {
     return {(const char*)x.const_data_ptr() + begin * x.stride(0) * size_of(dtype), 1, x.stride(0), 0, 1};
   }
-  // Equal chunks of rows whose mixed rows stay in the last-level cache.
+  // Equal chunks of rows whose mixed rows stay in the L2 of a few cores.
   int64_t chunk_rows() const {
-    const int64_t row = std::max<int64_t>(1, n * inputs * acc_size(dtype));
-    const int64_t most = std::max(caches().last / tuning::kCacheShare / row, ceil_div(tuning::kLeastMixedRows, n));
+    const int64_t mixed = tuning::kMixedBytes / std::max<int64_t>(1, inputs * acc_size(dtype));
+    const int64_t most = ceil_div(std::max(mixed, tuning::kLeastMixedRows), n);
     return std::max<int64_t>(1, ceil_div(rows, ceil_div(std::max<int64_t>(1, rows), most)));
   }
   Tensor mixed_rows() const { return at::empty({std::min(rows, chunk_rows()) * n, inputs}, s.options().dtype(acc)); }

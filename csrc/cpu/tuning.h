@@ -128,11 +128,13 @@ constexpr int64_t kFewSumRows = 4096, kFewSumBytes = 8 << 20;
 // the memory. Chunks of fewer rows would be all packing.
 constexpr int64_t kCoreBudget = 32 << 20, kMostBudget = 1 << 30, kLeastChunkRows = 16;
 
-// phm_linear: rows are mixed as long as what they become takes kCacheShare of the last-level cache, and at least so
-// many mixed rows, since S is packed again for each such chunk.
-constexpr int64_t kLeastMixedRows = 512;
-// Up to so many mixed rows S is read where it lies by dot products, kSkinny of them at a time.
-constexpr int64_t kFewMixedRows = 64;
+// phm_linear: bytes of mixed rows at a time, and at least so many rows, each of whose chunks reads S again. Zen 5, a
+// core with 1 MiB of L2: 2048 x 1024 -> 4096 with n = 4 takes 89 ms with 2 MiB, 91 with 4 or 8; 4096 -> 1024 87 with 2
+// MiB, 92 with 8, 115 with 64.
+constexpr int64_t kMixedBytes = 2 << 20, kLeastMixedRows = 128;
+// Up to so many mixed rows S is read where it lies by dot products, kSkinny of them at a time: 48 take 0.94 ms of a
+// core for 1024 -> 4096, 64 take 1.20 and packed, with four more, 1.10.
+constexpr int64_t kFewMixedRows = 48;
 
 // Gradients of which at most so much is left by filter_eps are multiplied entry by entry. That runs at a twentieth of
 // the dense product's rate, since each entry reads a row of W or X from wherever it lies.
