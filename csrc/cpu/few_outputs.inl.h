@@ -3,6 +3,8 @@
 // reading x, which F.linear and the gradient of its weight would read twice. Lanes go along rows in all but the dot
 // products.
 
+constexpr int64_t kPassRows = tuning::kPassRows;
+
 // Sums over rows, a lane each, which are put aside in double precision before a lane has added too many.
 template <class V>
 struct LaneSums {
@@ -46,10 +48,11 @@ struct LaneSums {
   }
 };
 
-// Output j of n rows.
+// Output j of n rows, 1 where there is nothing.
 template <class A>
 [[gnu::always_inline]] inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n, int64_t j) {
   using V = vec_t<A>;
+  if (!from) return set1(A(1));
   const A* at = (const A*)from + row * outputs + j;
   if (outputs == 1) return load_up_to(at, n);
   alignas(64) A lanes[V::size] = {};
@@ -57,16 +60,27 @@ template <class A>
   return load(lanes);
 }
 
+// Outputs of a block of rows, each in kPassRows lanes. A vector of lanes gathered just before it is loaded would be
+// waited for: the targets of a block are spread before its predictions are computed.
+template <class A>
+inline void spread(const void* from, int64_t outputs, int64_t row, int64_t rows, A* to) {
+  const A* at = (const A*)from + row * outputs;
+  for (int64_t j = 0; j < outputs; ++j) {
+    for (int64_t r = 0; r < rows; ++r) to[j * kPassRows + r] = from ? at[r * outputs + j] : A(1);
+    for (int64_t r = rows; r < kPassRows; ++r) to[j * kPassRows + r] = 0;
+  }
+}
+
 // Calls would put all of a block's columns on the stack and fetch them back: what follows is inlined by force.
 
 // Losses of output j of n rows from `row` on; returns their slopes, 0 beyond the last row.
 template <class A, Family family, bool value, bool slope>
 [[gnu::always_inline]] inline vec_t<A> judge_lanes(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j,
-                                                   vec_t<A> eta, LaneSums<vec_t<A>>* sums) {
+                                                   vec_t<A> eta, vec_t<A> y, vec_t<A> grad, LaneSums<vec_t<A>>* sums) {
   using V = vec_t<A>;
   const V zero = set1(A(0));
   const bool full = n == V::size;
-  V y = gather<A>(a.target, a.outputs, row, n, j), s = zero, c = zero;
+  V s = zero, c = zero;
   V w = a.row_weight ? load_up_to((const A*)a.row_weight + row, n) : set1(A(1));
   if constexpr (family != Family::poisson) s = set1(((const A*)a.scale)[j]);
   if constexpr (family == Family::gaussian)
@@ -83,8 +97,7 @@ template <class A, Family family, bool value, bool slope>
   }
   V d = zero;
   if constexpr (slope) {
-    V g = w * set1(A(a.grad_scale));
-    if (a.grad) g = g * gather<A>(a.grad, a.outputs, row, n, j);
+    V g = w * set1(A(a.grad_scale)) * grad;
     d = g * judged.slope;
     V v = set1(A(0.5)) * s * (g - d * (eta - y));
     if (!full) {
@@ -154,7 +167,9 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
         even = fma(set1(w[c]), columns[c], even);
         odd = fma(set1(w[c + 1]), columns[c + 1], odd);
       }
-      V d = judge_lanes<A, family, value, slope>(a.likelihood, row, n, j, even + odd, &lanes);
+      const V y = gather<A>(a.likelihood.target, outputs, row, n, j),
+              g = gather<A>(a.likelihood.grad, outputs, row, n, j);
+      V d = judge_lanes<A, family, value, slope>(a.likelihood, row, n, j, even + odd, y, g, &lanes);
       if constexpr (slope) {
         V* to = outer + j * F;
 #pragma GCC unroll 16
@@ -187,7 +202,6 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
 
 // Predictions without bias: dot products of R rows at a time with all of weight's, as gemm_dot has them. Results of a
 // block have lanes along rows: element (r, j) at j * kPassRows + r.
-constexpr int64_t kPassRows = tuning::kPassRows;
 template <class T, int R>
 inline void predict_rows(const T* const* x, int64_t rows, const T* const* weight, int64_t outputs, int64_t features,
                          bool far, acc_t<T>* to) {
@@ -289,7 +303,10 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
     const int64_t rows = std::min(kPassRows, end - row);
     const T *x = (const T*)a.x + row * a.x_stride, *each[kPassRows];
     for (int64_t r = 0; r < rows; ++r) each[r] = x + r * a.x_stride;
-    alignas(64) A slopes[tuning::kFewOutputs * kPassRows];
+    alignas(64) A slopes[tuning::kFewOutputs * kPassRows], targets[tuning::kFewOutputs * kPassRows],
+        grads[tuning::kFewOutputs * kPassRows];
+    spread(a.likelihood.target, outputs, row, rows, targets);
+    spread(a.likelihood.grad, outputs, row, rows, grads);
     predict_block(each, rows, weight, outputs, features, a.x_is_far, slopes);
     for (int64_t j = 0; j < outputs; ++j)
       for (int64_t r = 0; r < rows; r += V::size) {
@@ -297,7 +314,8 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
         A* at = slopes + j * kPassRows + r;
         V eta = load_up_to(at, n);
         if (a.bias) eta = eta + set1(((const A*)a.bias)[j]);
-        store(at, judge_lanes<A, family, value, slope>(a.likelihood, row + r, n, j, eta, &lanes));
+        const V y = load(targets + j * kPassRows + r), g = load(grads + j * kPassRows + r);
+        store(at, judge_lanes<A, family, value, slope>(a.likelihood, row + r, n, j, eta, y, g, &lanes));
       }
     lanes.count(kPassRows / V::size, outputs);
     if (slope && grad_weight) add_weight_gradient(x, a.x_stride, rows, slopes, outputs, features, grad_weight);
