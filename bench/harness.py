@@ -61,6 +61,7 @@ class Case:
     environments: tuple[str, ...] = ()
     memory: bool = False
     vocabulary: bool = False  # a point of the curves of time and memory over V
+    peak: bool = False  # its peak of memory is measured
     headline: bool = False  # a row of README.md's table
     quick: bool = False
     cold: bool = False

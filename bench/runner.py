@@ -139,7 +139,7 @@ def run_case(benchmark, case: Case, module: str) -> None:
             name: in_subprocess(case, module, {}, "--memory", name)["buffers"]
             for name in ("eager", "regfast", "in_place")
         }
-    if case.vocabulary:
+    if case.vocabulary or case.peak:
         info["peak_bytes"] = {
             name: in_subprocess(case, module, {}, "--memory", name)["bytes"]
             for name in ("eager", "chunked", "regfast")

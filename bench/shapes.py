@@ -58,6 +58,14 @@ LINEAR_CROSS_ENTROPY_OPTIONS = (1024, 1024, 32000)  # ignored rows, a weight wit
 # The curves of time and memory over V, with N rows and D inputs: logits of 134 MB to 4.3 GB.
 VOCABULARIES, VOCABULARIES_ROWS = (8192, 32000, 128256, 262144), (4096, 64)
 
+# (N, D, V, n): a weight of n Kronecker products
+PHM_LINEAR = [
+    (2048, 1024, 4096, 4),  # compute-bound: the dense layer's arithmetic, after a pass that mixes the rows
+    (1, 1024, 4096, 4),  # the weights are read once: a quarter of the dense layer's 16 MB
+    (8, 1024, 4096, 4),  # 32 mixed rows
+]
+PHM_LINEAR_HALF = (256, 1024, 1024, 4)  # bfloat16
+
 # (N, D, V): a softmax regression's layer and loss in one step
 TRAINING = [(256, 784, 10), (256, 64, 10)]
 # (N, D, V): the notes' linear regression, batch 10

@@ -8,7 +8,7 @@
 
 namespace rf {
 
-inline Activation parse_activation(string_view name) {
+inline Activation parse_activation(string_view name, const char* op = "linear") {
   if (name == "none") return Activation::none;
   if (name == "relu") return Activation::relu;
   if (name == "gelu") return Activation::gelu;
@@ -16,8 +16,9 @@ inline Activation parse_activation(string_view name) {
   if (name == "silu") return Activation::silu;
   if (name == "sigmoid") return Activation::sigmoid;
   if (name == "tanh") return Activation::tanh;
-  RF_CHECK(TORCH_CHECK_VALUE, false, "linear", "activation", "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh",
-           std::string(name));
+  TORCH_CHECK_VALUE(false, "regfast.", op,
+                    ": activation: expected one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, got ",
+                    std::string(name));
 }
 
 // As torch: IndexError for a dimension that is not there; a scalar has one.
@@ -48,6 +49,29 @@ inline void check_linear(const Tensor& x, const Tensor& w, const Tensor& b) {
            c10::str(x.scalar_type(), " as input has"), b.scalar_type());
   RF_CHECK(TORCH_CHECK, x.device() == b.device(), "linear", "bias", c10::str(x.device(), " as input is on"),
            b.device());
+}
+
+inline void check_phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& b) {
+  const bool cube = a.dim() == 3 && a.sym_size(0) == a.sym_size(1) && a.sym_size(1) == a.sym_size(2);
+  RF_CHECK(TORCH_CHECK, cube && a.sym_size(0) >= 1, "phm_linear", "a", "shape (n, n, n)", a.sym_sizes());
+  const auto n = a.sym_size(0);
+  RF_CHECK(TORCH_CHECK, s.dim() == 3 && s.sym_size(0) == n, "phm_linear", "s",
+           c10::str("shape (n, out_features / n, in_features / n) with n = ", n, " as a has it"), s.sym_sizes());
+  RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == n * s.sym_size(2), "phm_linear", "input",
+           c10::str("last dimension ", n * s.sym_size(2), " as s of shape ", s.sym_sizes(), " has it"), x.sym_sizes());
+  if (b.defined())
+    RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == n * s.sym_size(1), "phm_linear", "bias",
+             c10::str("shape [", n * s.sym_size(1), "]"), b.sym_sizes());
+  const auto same = [&](const char* name, const Tensor& tensor) {
+    if (!tensor.defined()) return;
+    TORCH_CHECK(x.scalar_type() == tensor.scalar_type(), "regfast.phm_linear: ", name, ": expected ", x.scalar_type(),
+                " as input has, got ", tensor.scalar_type());
+    TORCH_CHECK(x.device() == tensor.device(), "regfast.phm_linear: ", name, ": expected ", x.device(),
+                " as input is on, got ", tensor.device());
+  };
+  same("a", a);
+  same("s", s);
+  same("bias", b);
 }
 
 inline int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }

@@ -19,6 +19,7 @@
 #define RF_LINEAR_NLL                                                                                \
   "Tensor input, Tensor weight, Tensor target, Tensor? bias, Tensor? scale, Tensor? sample_weight, " \
   "int family, float variance, bool full, int reduction"
+#define RF_PHM_LINEAR "Tensor input, Tensor a, Tensor s, Tensor? bias"
 
 TORCH_LIBRARY(regfast, m) {
   m.def("linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
@@ -29,6 +30,14 @@ TORCH_LIBRARY(regfast, m) {
       "linear_backward(Tensor grad, Tensor? input, Tensor? weight, Tensor? saved, str activation, bool[3] output_mask) "
       "-> (Tensor, Tensor, Tensor)");
   m.def("composite_linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
+
+  m.def("phm_linear(" RF_PHM_LINEAR ", str activation) -> Tensor");
+  m.def("phm_linear_forward(" RF_PHM_LINEAR
+        ", str activation, bool save_preactivation) -> (Tensor output, Tensor preactivation)");
+  m.def(
+      "phm_linear_backward(Tensor grad, Tensor? input, Tensor a, Tensor s, Tensor? saved, str activation, bool[4] "
+      "output_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("composite_phm_linear(" RF_PHM_LINEAR ", str activation) -> Tensor");
 
   m.def("softmax(Tensor input, int dim, bool log) -> Tensor");
   m.def("softmax_forward(Tensor input, int dim, bool log) -> Tensor");

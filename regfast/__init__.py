@@ -7,6 +7,7 @@ from .linear import Linear, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
 from .linear_nll import LinearNLLLoss, linear_mse_loss, linear_nll
 from .mse import MSELoss, mse_loss
+from .phm import PHMLinear, phm_linear
 from .softmax import log_softmax, logsumexp, softmax
 
 __version__ = "0.1.0"
@@ -16,6 +17,7 @@ __all__ = [
     "LinearCrossEntropyLoss",
     "LinearNLLLoss",
     "MSELoss",
+    "PHMLinear",
     "Plan",
     "build_info",
     "cross_entropy",
@@ -29,6 +31,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "mse_loss",
+    "phm_linear",
     "reference",
     "softmax",
 ]

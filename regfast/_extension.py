@@ -105,6 +105,9 @@ for _name, _composite in {
     "composite_linear": lambda input, weight, bias, activation: reference.linear(
         input, weight, bias, activation=activation
     ),
+    "composite_phm_linear": lambda input, a, s, bias, activation: reference.phm_linear(
+        input, a, s, bias, activation=activation
+    ),
     "composite_softmax": _composite_softmax,
     "composite_logsumexp": reference.logsumexp,
     "composite_cross_entropy": _composite_cross_entropy,

@@ -28,6 +28,7 @@ __all__ = [
     "log_softmax",
     "logsumexp",
     "mse_loss",
+    "phm_linear",
     "softmax",
 ]
 
@@ -80,6 +81,27 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         # Under autocast F.linear has chosen the dtype of the result.
         return y if _autocast(input) else y.to(input.dtype)
     return ACTIVATIONS[activation](F.linear(input, weight, bias))
+
+
+def phm_weight(a: Tensor, s: Tensor) -> Tensor:
+    """The weight that ``a`` and ``s`` stand for: the sum over i of ``torch.kron(a[i], s[i])``."""
+    return torch.einsum("mup,mvr->uvpr", a, s).reshape(a.shape[1] * s.shape[1], a.shape[2] * s.shape[2])
+
+
+def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """``activation(input @ w.T + bias)`` with ``w`` the sum of ``kron(a[i], s[i])``, which here is stored."""
+    names = ", ".join(ACTIVATIONS)
+    _require(activation in ACTIVATIONS, ValueError, "phm_linear: activation", f"one of {names}", repr(activation))
+    cube = a.dim() == 3 and a.shape[0] == a.shape[1] == a.shape[2] >= 1
+    _require(cube, RuntimeError, "phm_linear: a", "shape (n, n, n)", tuple(a.shape))
+    fits = s.dim() == 3 and s.shape[0] == a.shape[0]
+    shape = f"shape ({a.shape[0]}, out_features / {a.shape[0]}, in_features / {a.shape[0]})"
+    _require(fits, RuntimeError, "phm_linear: s", shape, tuple(s.shape))
+    if input.dtype in HALF and all(x is None or x.dtype == input.dtype for x in (a, s, bias)):
+        y = ACTIVATIONS[activation](F.linear(_up(input), phm_weight(_up(a), _up(s)), _up(bias)))
+        # Under autocast F.linear has chosen the dtype of the result.
+        return y if _autocast(input) else y.to(input.dtype)
+    return ACTIVATIONS[activation](F.linear(input, phm_weight(a, s), bias))
 
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:

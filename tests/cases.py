@@ -34,6 +34,25 @@ CASES = {
     },
     "linear plain": (lambda m, x, w: m.linear(x, w), lambda: [leaf(2, 3, 4), leaf(5, 4)]),
     "linear vector": (lambda m, x, w, b: m.linear(x, w, b, activation="tanh"), lambda: [leaf(4), leaf(3, 4), leaf(3)]),
+    **{
+        f"phm_linear {name}": (
+            lambda m, x, a, s, b, name=name: m.phm_linear(x, a, s, b, activation=name),
+            lambda: [leaf(4, 6), leaf(2, 2, 2), leaf(2, 4, 3), leaf(8)],
+        )
+        for name in ("none", "relu", "gelu")
+    },
+    "phm_linear plain": (
+        lambda m, x, a, s: m.phm_linear(x, a, s),
+        lambda: [leaf(2, 3, 6), leaf(3, 3, 3), leaf(3, 1, 2)],
+    ),
+    "phm_linear vector": (
+        lambda m, x, a, s, b: m.phm_linear(x, a, s, b, activation="tanh"),
+        lambda: [leaf(4), leaf(2, 2, 2), leaf(2, 1, 2), leaf(2)],
+    ),
+    "phm_linear of one summand": (
+        lambda m, x, a, s, b: m.phm_linear(x, a, s, b),
+        lambda: [leaf(3, 4), leaf(1, 1, 1), leaf(1, 3, 4), leaf(3)],
+    ),
     "softmax": (lambda m, x: m.softmax(x, -1), lambda: [leaf(3, 5)]),
     "softmax strided": (lambda m, x: m.softmax(x, 1), lambda: [leaf(2, 4, 3)]),
     "log_softmax": (lambda m, x: m.log_softmax(x, -1), lambda: [leaf(3, 5)]),

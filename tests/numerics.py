@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_linear import ACTIVATIONS, check_linear
+from test_phm_linear import check_phm
 from util import Pool, check, class_targets, lay_out, probability_targets, spiky
 
 import regfast
@@ -33,6 +34,16 @@ def test_linear(dtype, pool):
         x, w = spiky(n, k, dtype=dtype).requires_grad_(), spiky(v, k, dtype=dtype).requires_grad_()
         b = spiky(v, dtype=dtype).requires_grad_()
         check_linear(x, w, b, "relu", what=f"{n} {k} {v}", pool=pool)
+
+
+def test_phm_linear(dtype, pool):
+    # Parts with every tail; few rows as dot products, many packed; n with and without whole tiles of parts.
+    tails = [(1 + t % 3, t, 35 - min(t, 34), 2 + t % 3) for t in TAILS]
+    for rows, length, height, n in [*tails, (40, 33, 17, 4), (20, 7, 5, 8), (9, 260, 50, 4)]:
+        x = spiky(rows, n * length, dtype=dtype).requires_grad_()
+        a = (spiky(n, n, n) / n).to(dtype).requires_grad_()
+        s, b = spiky(n, height, length, dtype=dtype).requires_grad_(), spiky(n * height, dtype=dtype).requires_grad_()
+        check_phm(x, a, s, b, "relu", what=f"{rows} {length} {height} {n}", pool=pool)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

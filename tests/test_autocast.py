@@ -40,6 +40,16 @@ def test_linear(lower, given_dtype, activation):
 
 
 @lower
+@pytest.mark.parametrize("given_dtype", [torch.float32, *HALF], ids=str)  # autocast leaves float64 alone
+@pytest.mark.parametrize("n", [1, 2])
+def test_phm_linear(lower, given_dtype, n):
+    x = spiky(6, 8, dtype=given_dtype, size=1).requires_grad_()
+    a, s, b = (spiky(*size, size=1).requires_grad_() for size in ((n, n, n), (n, 6 // n, 8 // n), (6,)))
+    theirs = lambda x, a, s, b: F.linear(x, sum(map(torch.kron, a, s)), b)  # noqa: E731
+    agree(regfast.phm_linear, theirs, x, a, s, b, half=lower)
+
+
+@lower
 @given_dtype
 @pytest.mark.parametrize("op", ["softmax", "log_softmax", "logsumexp"])
 def test_softmax(lower, given_dtype, op):

@@ -35,6 +35,9 @@ def test_full_graph(name):
 
 DYNAMIC = {
     "linear": lambda x, w, t: regfast.linear(x, w, activation="gelu"),
+    "phm_linear": lambda x, w, t: regfast.phm_linear(
+        torch.cat([x, x * 2], 1), w[:2, :2].expand(2, 2, 2), torch.stack([w, w * 3]), activation="gelu"
+    ),
     "softmax": lambda x, w, t: regfast.softmax(x, 0),
     "log_softmax": lambda x, w, t: regfast.log_softmax(x, -1),
     "logsumexp": lambda x, w, t: regfast.logsumexp(x, 1),
@@ -159,6 +162,9 @@ def test_func_transforms_when_compiled():
 def calls(x, target, probabilities, w, b):
     """Every op on the same inputs; x is (N, C, d)."""
     yield from (regfast.linear(x, w, b), regfast.linear(x, w), regfast.linear(x, w, b, activation="silu"))
+    a, s = w[None, :2, :2].expand(2, 2, 2), w[:, 1:].view(2, 2, 2, 3).flatten(1, 2)[:, :, :3]
+    for bias in (None, torch.cat([b, b])):
+        yield regfast.phm_linear(x[..., :6], a, s, bias, activation="gelu")
     for dim in (0, 1, -1):
         yield from (regfast.softmax(x, dim), regfast.log_softmax(x, dim), regfast.logsumexp(x, dim))
     yield from (regfast.softmax(x, 1, dtype=torch.float64), regfast.logsumexp(x, (0, 2), keepdim=True))
@@ -222,6 +228,7 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         self.hidden, self.out = regfast.Linear(20, 16, activation="gelu"), regfast.Linear(16, 7)
+        self.phm = regfast.PHMLinear(16, 8, 4, activation="silu")
         self.loss = regfast.CrossEntropyLoss(label_smoothing=0.1)
         self.head = regfast.LinearCrossEntropyLoss(16, 7, bias=True, label_smoothing=0.1)
 
@@ -230,6 +237,7 @@ class Model(nn.Module):
         z = self.out(hidden)
         return (
             self.head(hidden, target),
+            self.phm(hidden),
             self.loss(z, target),
             regfast.softmax(z, -1),
             regfast.log_softmax(z),

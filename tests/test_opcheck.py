@@ -29,6 +29,30 @@ def test_linear(activation, requires_grad, dtype):
 
 
 @gradients
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_phm_linear(activation, requires_grad, dtype):
+    a, s, b = (spiky(*shape, dtype=dtype).requires_grad_(requires_grad) for shape in ((2, 2, 2), (2, 5, 3), (10,)))
+    for x, bias in ((spiky(4, 6, dtype=dtype), b), (lay_out(spiky(2, 3, 6, dtype=dtype), "strided"), None)):
+        opcheck(ops.phm_linear.default, (x.requires_grad_(requires_grad), a, s, bias, activation))
+
+
+def test_forward_and_backward_ops_of_phm_linear(dtype):
+    tests = ("test_schema", "test_faketensor")
+    x, a, b, z = (spiky(*shape, dtype=dtype) for shape in ((4, 6), (2, 2, 2), (10,), (4, 10)))
+    s = spiky(2, 5, 3, dtype=dtype)
+    for weights in (s, s.transpose(0, 1).contiguous().transpose(0, 1)):
+        for activation, keep, mask in (
+            ("none", False, [True] * 4),
+            ("gelu", True, [True] * 4),
+            ("relu", False, [False, False, True, False]),
+        ):
+            opcheck(ops.phm_linear_forward.default, (x, a, weights, b, activation, keep), test_utils=tests)
+            saved = None if activation == "none" else z
+            arguments = (spiky(4, 10, dtype=dtype), x, a, weights, saved, activation, mask)
+            opcheck(ops.phm_linear_backward.default, arguments, test_utils=tests)
+
+
+@gradients
 @pytest.mark.parametrize("log", [False, True])
 def test_softmax(log, requires_grad, dtype):
     for dim in (0, 1, -1):

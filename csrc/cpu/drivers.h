@@ -1,6 +1,6 @@
 // Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
 // their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp,
-// gemm_packed.cpp, likelihood.cpp and sparse.cpp.
+// gemm_packed.cpp, likelihood.cpp, sparse.cpp and phm.cpp.
 #pragma once
 #include <vector>
 
@@ -62,6 +62,14 @@ SparseMatrix transposed(DType dtype, const SparseMatrix& m, int64_t columns);
 // C = A B, or added to it; C has the accumulator's type.
 void sparse_product(DType dtype, const SparseMatrix& a, const MatrixView& b, int64_t columns, void* c, int64_t c_stride,
                     bool add);
+
+// Combinations of the parts of rows: from the dtype to its accumulator's type, or back.
+void mix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
+void unmix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
+// Products of parts with parts, added to of_parts x parts sums.
+void add_part_products(DType dtype, PartProductsArgs args, int64_t rows, double* sums);
+// C = Z S^T with Z's rows `n` to each row of what it was mixed from; few of them are not worth packing S.
+void phm_product(DType dtype, const Gemm& g, int64_t n);
 
 // Whether a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements;
 // REGFAST_GEMM=own or aten forces either side.

@@ -43,6 +43,7 @@ inline void finish_tile(const acc_t<T>* tile, int64_t tile_stride, int64_t rows,
   using V = vec_t<T>;
   const T* bias = e.bias ? (const T*)e.bias + col : nullptr;
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride) {
+    if (bias && e.bias_rows > 1) bias = (const T*)e.bias + (row + i) % e.bias_rows * e.bias_stride + col;
     T* c = (T*)e.c + (row + i) * e.c_stride + col;
     T* z = e.preactivation ? (T*)e.preactivation + (row + i) * e.c_stride + col : nullptr;
     const A* partial = (const A*)e.partial + (row + i) * e.partial_stride + col;

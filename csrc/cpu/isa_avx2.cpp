@@ -30,6 +30,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx2;
 #include "likelihood.inl.h"
 #include "few_outputs.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::avx2
 
 #pragma GCC pop_options

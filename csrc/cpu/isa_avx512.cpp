@@ -33,6 +33,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
 #include "likelihood.inl.h"
 #include "few_outputs.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::avx512
 
 #pragma GCC pop_options

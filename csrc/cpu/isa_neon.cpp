@@ -27,6 +27,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileNeon;
 #include "likelihood.inl.h"
 #include "few_outputs.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::neon
 
 namespace rf::neon {

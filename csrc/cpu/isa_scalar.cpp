@@ -24,6 +24,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileScalar;
 #include "likelihood.inl.h"
 #include "few_outputs.inl.h"
 #include "sparse.inl.h"
+#include "phm.inl.h"
 }  // namespace rf::scalar
 
 namespace rf::scalar {

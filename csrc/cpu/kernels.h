@@ -125,6 +125,8 @@ struct Epilogue {
   const void* bias;  // one per column, or null
   Activation activation;
   void* preactivation;  // laid out as c, or null
+  // Rows of C take turns in so many rows of biases, bias_stride apart.
+  int64_t bias_rows = 1, bias_stride = 0;
 };
 
 // Rows of memory, their distance and length in bytes.
@@ -194,6 +196,25 @@ struct SparseRow {
   bool add;  // to what is there
 };
 
+// ---- parts of rows -------------------------------------------------------------------------------------------------
+
+// Part j of a row of `to` = sum over i of coefficients[j * parts + i] times part i of that row of `from`. A row's parts
+// are adjacent and equally long, from's rows lie anywhere, to's follow one another.
+struct CombinePartsArgs {
+  MatrixView from;  // col_stride 1
+  int64_t parts, to_parts, length;
+  const void* coefficients;  // acc, to_parts x parts
+  void* to;
+};
+
+// sums[j * parts + i] = sum over rows of the dot product of part j of `of` and part i of `with`.
+struct PartProductsArgs {
+  const void* of;   // acc, rows follow one another
+  MatrixView with;  // col_stride 1
+  int64_t of_parts, parts, length;
+  void* sums;  // acc
+};
+
 struct Kernels {
   const char* isa;
   int64_t mr[kDTypes], nr[kDTypes];  // register tile of the GEMM
@@ -230,6 +251,10 @@ struct Kernels {
   int64_t (*count_entries[kDTypes])(const void* row, int64_t n, double bound);
   void (*list_entries[kDTypes])(const void* row, int64_t n, double bound, int32_t* columns, void* values);
   void (*sparse_row_product[kDTypes])(const SparseRow&);
+
+  void (*mix_parts[kDTypes])(const CombinePartsArgs&, int64_t row_begin, int64_t row_end);    // to acc
+  void (*unmix_parts[kDTypes])(const CombinePartsArgs&, int64_t row_begin, int64_t row_end);  // from acc
+  void (*part_products[kDTypes])(const PartProductsArgs&, int64_t row_begin, int64_t row_end);
 
   double (*fma_gflops)(double seconds);  // this core's float32 peak, measured for about so long
 };

@@ -29,6 +29,9 @@ constexpr Kernels make_table(const char* isa) {
       RF_EACH_DTYPE(count_entries),
       RF_EACH_DTYPE(list_entries),
       RF_EACH_DTYPE(sparse_row_product),
+      RF_EACH_DTYPE(mix_parts),
+      RF_EACH_DTYPE(unmix_parts),
+      RF_EACH_DTYPE(part_products),
       fma_gflops,
   };
 }

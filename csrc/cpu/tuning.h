@@ -128,6 +128,12 @@ constexpr int64_t kFewSumRows = 4096, kFewSumBytes = 8 << 20;
 // the memory. Chunks of fewer rows would be all packing.
 constexpr int64_t kCoreBudget = 32 << 20, kMostBudget = 1 << 30, kLeastChunkRows = 16;
 
+// phm_linear: rows are mixed as long as what they become takes kCacheShare of the last-level cache, and at least so
+// many mixed rows, since S is packed again for each such chunk.
+constexpr int64_t kLeastMixedRows = 512;
+// Up to so many mixed rows S is read where it lies by dot products, kSkinny of them at a time.
+constexpr int64_t kFewMixedRows = 64;
+
 // Gradients of which at most so much is left by filter_eps are multiplied entry by entry. That runs at a twentieth of
 // the dense product's rate, since each entry reads a row of W or X from wherever it lies.
 constexpr double kSparseShare = 0.03;

@@ -24,6 +24,7 @@ void test_activations();
 void test_squared_error();
 void test_likelihood();
 void test_sparse();
+void test_phm();
 void test_gemm();
 void test_packing();
 

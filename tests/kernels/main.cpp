@@ -44,6 +44,7 @@ Counts run_tests() {
                      {"squared_error", test::test_squared_error},
                      {"likelihood", test::test_likelihood},
                      {"sparse", test::test_sparse},
+                     {"phm", test::test_phm},
                      {"packing", test::test_packing},
                      {"gemm", test::test_gemm}};
   test::quick = std::getenv("QUICK") != nullptr;

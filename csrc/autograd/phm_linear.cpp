@@ -1,0 +1,148 @@
+// regfast::phm_linear: saves its operands and what the activation's derivative is computed from, never the weight that
+// they stand for; computes only the gradients that are asked for.
+#include "../checks.h"
+#include "../torch_api.h"
+
+namespace rf {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, string_view);
+using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                                                    string_view, bool);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&,
+                                                                     const Tensor&, const Tensor&,
+                                                                     const OptionalTensor&, string_view,
+                                                                     std::array<bool, 4>);
+
+Tensor composite(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b, string_view activation) {
+  static const auto op = find_op<Signature>("regfast::composite_phm_linear");
+  return op.call(x, a, s, b, activation);
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b,
+                                   string_view activation, bool save_preactivation) {
+  static const auto op = find_op<ForwardSignature>("regfast::phm_linear_forward");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return op.call(x, a, s, b, activation, save_preactivation);
+}
+
+OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& s,
+                        const OptionalTensor& b, string_view activation) {
+    const Activation act = parse_activation(activation, "phm_linear");
+    const Saved kind = saved_for(act);
+    auto [y, z] = rf::forward(x, a, s, b, activation, kind == Saved::preactivation);
+    // A derivative of an activation's derivative starts again from all operands.
+    const bool all = act != Activation::none;
+    ctx->save_for_backward({all || a.requires_grad() || s.requires_grad() ? x : Tensor(), a, s,
+                            all ? value_or_undefined(b) : Tensor(),
+                            kind == Saved::output          ? y
+                            : kind == Saved::preactivation ? z
+                                                           : Tensor()});
+    ctx->saved_data["has_bias"] = b.has_value() && b->defined();
+    ctx->saved_data["activation"] = std::string(activation);
+    ctx->set_materialize_grads(false);
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(5);
+    if (!grads[0].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &g = grads[0], &x = saved[0], &a = saved[1], &s = saved[2], &b = saved[3];
+    const std::string activation = ctx->saved_data["activation"].toStringRef();
+    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
+                                      ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)};
+    if (backward_takes_composite()) {
+      // Without an activation, what was not saved has no part in its own gradient: any values will do.
+      Tensor input = x, bias = b;
+      if (!x.defined()) {
+        auto sizes = g.sym_sizes().vec();
+        sizes.back() = a.sym_size(0) * s.sym_size(2);
+        input = at::zeros_symint(sizes, g.options()).requires_grad_(mask[0]);
+      }
+      if (!b.defined() && mask[3]) bias = at::zeros_symint({g.sym_size(-1)}, g.options()).requires_grad_();
+      auto computed = composite_gradients({input, a, s, bias}, {g}, [&](const std::vector<Tensor>& in) {
+        return std::vector<Tensor>{composite(in[0], in[1], in[2], optional(in[3]), activation)};
+      });
+      std::copy(computed.begin(), computed.end(), result.begin());
+      return result;
+    }
+    static const auto op = find_op<BackwardSignature>("regfast::phm_linear_backward");
+    auto [dx, da, ds, db] = op.call(g, optional(x), a, s, optional(saved[4]), activation, mask);
+    if (mask[0]) result[0] = dx;
+    if (mask[1]) result[1] = da;
+    if (mask[2]) result[2] = ds;
+    if (mask[3]) result[3] = db;
+    return result;
+  }
+};
+
+Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias,
+                  string_view activation) {
+  const Tensor& b = value_or_undefined(bias);
+  parse_activation(activation, "phm_linear");
+  check_phm_linear(x, a, s, b);
+  // One summand of one block is a dense layer with a number for its scale.
+  if (a.sym_size(0) == 1) {
+    static const auto linear =
+        find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view)>("regfast::linear");
+    return linear.call(x * a.reshape({}), s.select(0, 0), bias, activation);
+  }
+  // No kernels for CUDA.
+  if (x.is_cuda() || takes_composite({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
+  if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, activation);
+  return std::get<0>(forward(x, a, s, bias, activation, false));
+}
+
+// As linear.
+Tensor phm_linear_autocast(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b,
+                           string_view activation) {
+  const auto device = x.device().type();
+  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
+  const auto to = at::autocast::get_autocast_dtype(device);
+  return phm_linear(at::autocast::cached_cast(to, x, device), at::autocast::cached_cast(to, a, device),
+                    at::autocast::cached_cast(to, s, device), at::autocast::cached_cast(to, b, device), activation);
+}
+
+std::tuple<Tensor, Tensor> phm_linear_forward_meta(const Tensor& x, const Tensor& a, const Tensor& s,
+                                                   const OptionalTensor&, string_view, bool save_preactivation) {
+  auto sizes = x.sym_sizes().vec();
+  sizes.back() = a.sym_size(0) * s.sym_size(1);
+  return {at::empty_symint(sizes, x.options()),
+          save_preactivation ? at::empty_symint(sizes, x.options()) : at::empty({0}, x.options())};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward_meta(const Tensor& grad, const OptionalTensor&,
+                                                                    const Tensor& a, const Tensor& s,
+                                                                    const OptionalTensor&, string_view,
+                                                                    std::array<bool, 4> mask) {
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  const c10::SymInt n = a.sym_size(0);
+  auto sizes = grad.sym_sizes().vec();
+  sizes.back() = n * s.sym_size(2);
+  return {mask[0] ? at::empty_symint(sizes, grad.options()) : none(),
+          mask[1] ? at::empty_symint({n, n, n}, grad.options()) : none(),
+          // n to each row of S, as the kernels multiply it
+          mask[2] ? at::empty_symint({s.sym_size(1), n, s.sym_size(2)}, grad.options()).permute({1, 0, 2}) : none(),
+          mask[3] ? at::empty_symint({grad.sym_size(-1)}, grad.options()) : none()};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("phm_linear", phm_linear); }
+TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("phm_linear", phm_linear); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("phm_linear", composite); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("phm_linear", phm_linear_autocast); }
+TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("phm_linear", phm_linear_autocast); }
+TORCH_LIBRARY_IMPL(regfast, Meta, m) {
+  m.impl("phm_linear_forward", phm_linear_forward_meta);
+  m.impl("phm_linear_backward", phm_linear_backward_meta);
+}
+
+}  // namespace rf

@@ -1,0 +1,124 @@
+"""The fully connected layer with parameterised hypercomplex multiplication: an n-th of the weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._extension import not_a_tensor
+from .linear import Linear
+from .reference import ACTIVATIONS, phm_weight
+
+_phm_linear = torch.ops.regfast.phm_linear.default
+
+
+def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+    """``activation(input @ w.T + bias)``, ``w`` the sum over i of ``torch.kron(a[i], s[i])``, which is never stored.
+
+    Args:
+        input: ``(*, in_features)``, any strides. float32, float64, bfloat16 and float16 have kernels on the CPU; half
+            types are multiplied and accumulated in float32 and rounded once. CUDA tensors take plain PyTorch, which
+            stores ``w``.
+        a: ``(n, n, n)``, input's dtype: the multiplication table.
+        s: ``(n, out_features / n, in_features / n)``, input's dtype. Each call copies it unless its memory is that of
+            a contiguous ``(out_features / n, n, in_features / n)``, as :class:`PHMLinear` lays out its parameter.
+        bias: ``(out_features,)`` or None.
+        activation: none, relu, gelu, gelu_tanh, silu, sigmoid or tanh, applied before the result is rounded and stored.
+
+    Returns:
+        ``(*, out_features)``, input's dtype. With n = 1 it is ``linear(input * a, s[0], bias)``.
+
+    Raises:
+        ValueError: for an unknown activation. RuntimeError: for shapes, dtypes or devices that do not fit.
+
+    Saved for backward: a, s, and input if a or s needs a gradient (with an activation all, bias, and the output or the
+    pre-activation). Gradients are computed only for the inputs that need them. The method is that of Zhang et al.,
+    "Beyond fully-connected layers with quaternions: parameterization of hypercomplex multiplications with 1/n
+    parameters" (2021). A chunk of rows is mixed by ``a`` into n rows each, which are multiplied by ``s``: the FLOPs of
+    the dense layer and n * n * in_features multiplications more for each row, on an n-th of its weights.
+    """
+    tensors = isinstance(input, Tensor) and isinstance(a, Tensor) and isinstance(s, Tensor)
+    if not (tensors and (bias is None or isinstance(bias, Tensor))):
+        optional = {} if bias is None else {"bias": bias}
+        raise not_a_tensor("phm_linear", input=input, a=a, s=s, **optional)
+    return _phm_linear(input, a, s, bias, activation)
+
+
+class PHMLinear(nn.Module):
+    """A fully connected layer of ``in_features * out_features / n + n ** 3`` weights, by :func:`phm_linear`.
+
+    It saves memory, not arithmetic: its FLOPs are those of the dense layer of the same size. For a few rows, where
+    reading the weights is what takes the time, it is faster.
+
+    Shapes: ``(*, in_features)`` to ``(*, out_features)``; ``n`` divides both. Parameters: ``a`` (n, n, n), ``s`` (n,
+    out_features / n, in_features / n), whose memory is laid out as the kernels read it, and ``bias``. At the start the
+    weight that they stand for, and so the output, has the variance of :class:`torch.nn.Linear`'s.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        n: int,
+        bias: bool = True,
+        *,
+        activation: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"regfast.PHMLinear: activation: expected one of {names}, got {activation!r}")
+        if n < 1 or in_features % n or out_features % n:
+            raise ValueError(
+                f"regfast.PHMLinear: n: expected a positive number that divides in_features = {in_features} and "
+                f"out_features = {out_features}, got {n}"
+            )
+        super().__init__()
+        self.in_features, self.out_features, self.n, self.activation = in_features, out_features, n, activation
+        options = {"device": device, "dtype": dtype}
+        self.a = nn.Parameter(torch.empty(n, n, n, **options))
+        # Row v of all n matrices together, as a row of the product's right side.
+        self.s = nn.Parameter(torch.empty(out_features // n, n, in_features // n, **options).transpose(0, 1))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Numbers of ``s`` and ``bias`` as :class:`torch.nn.Linear` draws its own; ``a`` leaves variances as they are.
+
+        An output is the sum of n * n numbers of ``a`` times products of rows of ``s``, each of an n-th of the variance
+        that the dense layer's output has: their squares sum to n.
+        """
+        bound = self.in_features**-0.5 if self.in_features else 0.0
+        nn.init.uniform_(self.s, -bound, bound)
+        nn.init.normal_(self.a)
+        self.a.mul_((self.n / self.a.square().sum((0, 2), keepdim=True)).sqrt())
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _phm_linear(input, self.a, self.s, self.bias, self.activation)
+
+    @torch.no_grad()
+    def merge(self) -> Linear:
+        """The dense layer that this one stands for, with its weight stored, for inference."""
+        dense = Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device="meta",
+            dtype=self.s.dtype,
+            activation=self.activation,
+        )
+        wide = torch.promote_types(self.s.dtype, torch.float32)
+        weight = phm_weight(self.a.to(wide), self.s.to(wide)).to(self.s.dtype)
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        activation = "" if self.activation == "none" else f", activation={self.activation}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, n={self.n}"
+        return f"{sizes}, bias={self.bias is not None}{activation}"
