@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1)
     combine_parts_kernel(CombineParts p, int64_t vectors) {
   using A = acc_t<T>;
   constexpr int kW = kWidth<T>;
-  const int64_t item = (int64_t)blockIdx.x * tuning::kElementwiseThreads + threadIdx.x;
+  const int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
   const int64_t row = item / vectors, r = item % vectors * kW;
   if (row >= p.rows) return;
   const From* from = (const From*)p.from + row * p.from_stride;
@@ -79,11 +79,10 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1)
   using A = acc_t<T>;
   constexpr int kW = kWidth<T>;
   __shared__ TileSums<A> scratch[kWarp];
-  const int64_t i0 = (int64_t)blockIdx.z * kTile, step = (int64_t)gridDim.x * tuning::kElementwiseThreads;
+  const int64_t i0 = (int64_t)blockIdx.z * kTile, step = (int64_t)gridDim.x * blockDim.x;
   for (int64_t j0 = (int64_t)blockIdx.y * kTile; j0 < p.of_parts; j0 += (int64_t)gridDim.y * kTile) {
     TileSums<A> sums;
-    for (int64_t item = (int64_t)blockIdx.x * tuning::kElementwiseThreads + threadIdx.x; item < p.rows * vectors;
-         item += step) {
+    for (int64_t item = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; item < p.rows * vectors; item += step) {
       const int64_t row = item / vectors, r = item % vectors * kW;
       const A* of = (const A*)p.of + (row * p.of_parts + j0) * p.length;
       const T* with = (const T*)p.with + row * p.with_stride + i0 * p.length;
@@ -118,19 +117,22 @@ constexpr int64_t kMostBlocksAlongY = 65535;
 
 int64_t vectors_of(DType dtype, int64_t length) { return ceil_div(length * size_of(dtype), 16); }
 
+// Of a block; with many parts there are many blocks for a few vectors.
+int64_t threads_for(int64_t items) { return tuning::power_of_two(2 * items - 1, kWarp, tuning::kElementwiseThreads); }
+
 }  // namespace
 
 // ---- launchers -----------------------------------------------------------------------------------------------------
 
 void launch_combine_parts(DType dtype, const CombineParts& args, cudaStream_t stream) {
   if (args.rows * args.to_parts * args.length == 0) return;
-  const int64_t vectors = vectors_of(dtype, args.length);
-  const dim3 grid((unsigned)ceil_div(args.rows * vectors, tuning::kElementwiseThreads),
+  const int64_t vectors = vectors_of(dtype, args.length), threads = threads_for(args.rows * vectors);
+  const dim3 grid((unsigned)ceil_div(args.rows * vectors, threads),
                   (unsigned)std::min(kMostBlocksAlongY, ceil_div(args.to_parts, kParts)));
   with_type(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
     launch(args.from_is_acc ? combine_parts_kernel<T, acc_t<T>> : combine_parts_kernel<T, T>, grid,
-           dim3(tuning::kElementwiseThreads), 0, stream, args, vectors);
+           dim3((unsigned)threads), 0, stream, args, vectors);
   });
 }
 
@@ -145,10 +147,10 @@ void launch_part_products(DType dtype, const PartProducts& args, cudaStream_t st
   if (blocks * args.of_parts * args.parts == 0) return;
   const dim3 grid((unsigned)blocks, (unsigned)std::min(kMostBlocksAlongY, ceil_div(args.of_parts, kTile)),
                   (unsigned)ceil_div(args.parts, kTile));
+  const int64_t vectors = vectors_of(dtype, args.length), threads = threads_for(args.rows * vectors);
   with_type(dtype, [&](auto t) {
     using T = typename decltype(t)::type;
-    launch(part_products_kernel<T>, grid, dim3(tuning::kElementwiseThreads), 0, stream, args,
-           vectors_of(dtype, args.length));
+    launch(part_products_kernel<T>, grid, dim3((unsigned)threads), 0, stream, args, vectors);
   });
 }
 
