@@ -70,3 +70,10 @@ PHM_LINEAR_HALF = (256, 1024, 1024, 4)  # bfloat16
 TRAINING = [(256, 784, 10), (256, 64, 10)]
 # (N, D, V): the notes' linear regression, batch 10
 REGRESSION = (10, 2, 1)
+# (N, D, V): a linear regression's layer and loss in one, all data at once
+LINEAR_MSE = [
+    (1_000_000, 8, 1),  # rows shorter than a vector, 32 MB: read once
+    (200_000, 100, 4),  # longer ones, a few outputs, 80 MB
+    REGRESSION,  # overhead
+]
+LINEAR_NLL = (4096, 512, 1000)  # many outputs, 16 MB of predictions: compute-bound

@@ -114,6 +114,14 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& 
            c10::str(x.scalar_type(), " as input has"), w.scalar_type());
 }
 
+// linear_cross_entropy's losses: of each row, and of each position of a K-dimensional weight.
+inline std::vector<c10::SymInt> symbolic_loss_shape(const Tensor& input, const Tensor& linear_weight) {
+  std::vector<c10::SymInt> shape;
+  if (input.dim() == 2) shape.push_back(input.sym_size(0));
+  for (int64_t d = 1; d + 1 < linear_weight.dim(); ++d) shape.push_back(linear_weight.sym_size(d));
+  return shape;
+}
+
 // Types of exception as torch.nn.functional.linear_cross_entropy raises them. `target` holds probabilities where it is
 // floating, as it has to be then where its shape is that of the logits.
 inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
@@ -136,14 +144,9 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
            "a positive number of bytes or None", *memory_budget);
   RF_CHECK(TORCH_CHECK_VALUE, filter_eps >= 0, "linear_cross_entropy", "filter_eps", "a number of at least 0",
            filter_eps);
-  std::vector<c10::SymInt> logits, losses;
-  if (x.dim() == 2) logits.push_back(x.sym_size(0));
-  losses = logits;
-  logits.push_back(w.sym_size(0));
-  for (int64_t d = 1; d + 1 < w.dim(); ++d) {
-    logits.push_back(w.sym_size(d));
-    losses.push_back(w.sym_size(d));
-  }
+  const auto losses = symbolic_loss_shape(x, w);
+  auto logits = losses;
+  logits.insert(logits.begin() + (x.dim() - 1), w.sym_size(0));
   const auto is = [](const Tensor& tensor, c10::SymIntArrayRef sizes) { return tensor.sym_sizes() == sizes; };
   const auto same = [&](const char* name, const Tensor& tensor, bool dtype) {
     if (!tensor.defined()) return;
@@ -178,47 +181,50 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
            "Long class indices", t.scalar_type());
 }
 
+// As RF_CHECK, for an op that is known when it runs. A macro: the words are put together only if they are needed.
+#define RF_REQUIRE(fits, argument, expected, got) \
+  TORCH_CHECK(fits, "regfast.", op, ": ", argument, ": expected ", expected, ", got ", got)
+
 // `op` is the function that the user called. Values of scale and sample_weight are not looked at: a device would have
 // to be waited for.
 inline void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
                              const Tensor& scale, const Tensor& sample_weight, bool scale_is_variance) {
-  const auto require = [&](bool fits, const char* argument, const auto& expected, const auto& got) {
-    TORCH_CHECK(fits, "regfast.", op, ": ", argument, ": expected ", expected, ", got ", got);
-  };
   check_floating(op, x);
-  require(w.dim() == 2, "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
-  require(x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), "input",
-          c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"), x.sym_sizes());
+  RF_REQUIRE(w.dim() == 2, "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
+  RF_REQUIRE(x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), "input",
+             c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"),
+             x.sym_sizes());
   auto predictions = x.sym_sizes().vec();
   predictions.pop_back();
   const auto rows = predictions;
   predictions.push_back(w.sym_size(0));
   const auto same = [&](const char* name, const Tensor& tensor, bool or_wider) {
     if (!tensor.defined()) return;
-    require(x.device() == tensor.device(), name, c10::str(x.device(), " as input is on"), tensor.device());
+    RF_REQUIRE(x.device() == tensor.device(), name, c10::str(x.device(), " as input is on"), tensor.device());
     const auto type = tensor.scalar_type();
-    require(type == x.scalar_type() || (or_wider && type == acc_type(x.scalar_type())), name,
-            c10::str(x.scalar_type(), " as input has"), type);
+    RF_REQUIRE(type == x.scalar_type() || (or_wider && type == acc_type(x.scalar_type())), name,
+               c10::str(x.scalar_type(), " as input has"), type);
   };
   same("weight", w, false);
   same("bias", b, false);
   const char* scale_name = scale_is_variance ? "sigma" : "pos_weight";
   same(scale_name, scale, true);
   same("sample_weight", sample_weight, true);
-  require(x.device() == t.device(), "target", c10::str(x.device(), " as input is on"), t.device());
-  require(!at::isComplexType(t.scalar_type()), "target", "real numbers", t.scalar_type());
+  RF_REQUIRE(x.device() == t.device(), "target", c10::str(x.device(), " as input is on"), t.device());
+  RF_REQUIRE(!at::isComplexType(t.scalar_type()), "target", "real numbers", t.scalar_type());
   // Not what broadcasts: (N) beside (N, 1) would be N^2 residuals, which nobody means.
-  require(t.sym_sizes() == c10::SymIntArrayRef(predictions), "target",
-          c10::str("the predictions' shape ", c10::SymIntArrayRef(predictions)), t.sym_sizes());
+  RF_REQUIRE(t.sym_sizes() == c10::SymIntArrayRef(predictions), "target",
+             c10::str("the predictions' shape ", c10::SymIntArrayRef(predictions)), t.sym_sizes());
   if (b.defined())
-    require(b.dim() == 1 && b.sym_size(0) == w.sym_size(0), "bias", c10::str("shape [", w.sym_size(0), "]"),
-            b.sym_sizes());
+    RF_REQUIRE(b.dim() == 1 && b.sym_size(0) == w.sym_size(0), "bias", c10::str("shape [", w.sym_size(0), "]"),
+               b.sym_sizes());
   if (scale.defined())
-    require(scale.dim() == 0 || (scale.dim() == 1 && scale.sym_size(0) == w.sym_size(0)), scale_name,
-            c10::str("shape [] or [", w.sym_size(0), "]"), scale.sym_sizes());
+    RF_REQUIRE(scale.dim() == 0 || (scale.dim() == 1 && scale.sym_size(0) == w.sym_size(0)), scale_name,
+               c10::str("shape [] or [", w.sym_size(0), "]"), scale.sym_sizes());
   if (sample_weight.defined())
-    require(sample_weight.sym_sizes() == c10::SymIntArrayRef(rows), "sample_weight",
-            c10::str("one number for each row, shape ", c10::SymIntArrayRef(rows)), sample_weight.sym_sizes());
+    RF_REQUIRE(sample_weight.sym_sizes() == c10::SymIntArrayRef(rows), "sample_weight",
+               c10::str("one number for each row, shape ", c10::SymIntArrayRef(rows)), sample_weight.sym_sizes());
 }
+#undef RF_REQUIRE
 
 }  // namespace rf

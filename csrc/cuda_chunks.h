@@ -2,8 +2,9 @@
 // takes: what their loops do, and what the former's plan tells in a build without CUDA too, hence not in csrc/cuda. No
 // torch.
 #pragma once
+#include <algorithm>
+
 #include "cpu/linear_cross_entropy.h"
-#include "cpu/parallel.h"
 
 namespace rf {
 
@@ -18,7 +19,7 @@ constexpr int64_t kCudaChunkRows = 128;
 
 // The logits, of the input's type, in the accumulator's each further panel; and six numbers per loss.
 inline int64_t cuda_bytes_per_row(const LinearCrossEntropySize& s) {
-  const int64_t wide = s.dtype == DType::f64 ? 8 : 4;
+  const int64_t wide = acc_size(s.dtype);
   return s.positions * (s.classes * (size_of(s.dtype) + (s.panels - 1) * wide) + 6 * wide);
 }
 

@@ -24,6 +24,13 @@ inline DType dtype_of(at::ScalarType t) {
 }
 inline at::ScalarType acc_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 
+// Of a linear model's loss: what is asked for, or what input promotes to with a floating target.
+inline at::ScalarType loss_type(const Tensor& input, const Tensor& target, std::optional<at::ScalarType> asked) {
+  if (asked) return *asked;
+  const bool floating = at::isFloatingType(target.scalar_type());
+  return floating ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
+}
+
 // Whether a torch.func transform is active: it keeps this key on its thread from the first layer to the last.
 inline bool inside_transform() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
@@ -58,6 +65,7 @@ inline const Tensor& value_or_undefined(const OptionalTensor& t) {
   static const Tensor undefined;
   return t.has_value() ? *t : undefined;
 }
+inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // A schema of ours as a typed handle, looked up once per call site.
 template <class Signature>

@@ -40,7 +40,7 @@ class Run:
 
     name: str
     model: nn.Module
-    loss: nn.Module
+    loss: nn.Module | None  # none where the model itself takes the targets
     batches: DataLoader
     optimizer: torch.optim.Optimizer
     history: History = field(default_factory=dict)
@@ -62,9 +62,14 @@ class Run:
         return total / rows
 
 
-def step(model: nn.Module, loss: nn.Module, optimizer: torch.optim.Optimizer, inputs, targets) -> torch.Tensor:
+def loss_of(model: nn.Module, loss: nn.Module | None, inputs, targets) -> torch.Tensor:
+    """The loss of a batch; a model without one has it inside, fused with its last layer."""
+    return model(inputs, targets) if loss is None else loss(model(inputs), targets)
+
+
+def step(model: nn.Module, loss: nn.Module | None, optimizer: torch.optim.Optimizer, inputs, targets) -> torch.Tensor:
     """The notes' step: loss, zero_grad, backward, step."""
-    value = loss(model(inputs), targets)
+    value = loss_of(model, loss, inputs, targets)
     optimizer.zero_grad()
     value.backward()
     optimizer.step()
@@ -93,9 +98,9 @@ def loader(dataset: Dataset, batch_size: int, *, seed: int = 0, shuffle: bool = 
 
 
 def train_both(
-    build: Callable[[ModuleType], tuple[nn.Module, nn.Module]],
+    build: Callable[[ModuleType], tuple[nn.Module, nn.Module | None]],
     batches: Callable[[], DataLoader],
-    evaluate: Callable[[nn.Module, nn.Module], dict[str, float]],
+    evaluate: Callable[[nn.Module, nn.Module | None], dict[str, float]],
     *,
     epochs: int,
     lr: float,

@@ -3,6 +3,7 @@
 By default on the 8x8 handwritten digits that ship with scikit-learn, so that nothing is downloaded; with
 `--data fashion-mnist` on Fashion-MNIST, 784 inputs -> 10 classes, through torchvision. Prints both trainings side by
 side, saves a picture of the curves and exits with an error if the losses after training differ by more than rounding.
+Then trains the same model with a PHMLinear of half the weights, and compares parameters and accuracy.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from common import FIGURES, loader, parser, plot, report, train_both
+from common import FIGURES, Run, loader, parser, plot, report, train_both
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from tqdm import tqdm
+
+import regfast
 
 CLASSES = 10
+PHM = 2  # divides the classes: a PHMLinear has about half of the dense layer's weights
 EPOCHS = {"digits": 30, "fashion-mnist": 10}
 LEARNING_RATE = {"digits": 0.5, "fashion-mnist": 0.1}
 
@@ -58,6 +63,17 @@ def evaluate(model: nn.Module, loss: nn.Module, batches: DataLoader) -> dict[str
     return {"test loss": total / rows, "test accuracy": right / rows}
 
 
+def train_phm(inputs: int, batches: DataLoader, *, epochs: int, lr: float, seed: int) -> Run:
+    """The model with a PHMLinear for its layer: on the same batches, by the same optimizer."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Flatten(), regfast.PHMLinear(inputs, CLASSES, PHM))
+    run = Run("PHM", model, regfast.CrossEntropyLoss(), batches, torch.optim.SGD(model.parameters(), lr))
+    with tqdm(total=epochs * len(batches), desc=run.name, unit="batch", disable=None) as progress:
+        for _ in range(epochs):
+            run.epoch(progress)
+    return run
+
+
 def by_data(defaults: dict[str, float]) -> str:
     return ", ".join(f"{value} for {data}" for data, value in defaults.items())
 
@@ -78,15 +94,22 @@ def main() -> None:
 
     train, test = digits(args.resize) if args.data == "digits" else fashion_mnist(args.root, args.resize)
     test_batches = loader(test, args.batch_size, workers=args.workers)
+    inputs = train[0][0].numel()
+    batches = functools.partial(loader, train, args.batch_size, seed=args.seed, shuffle=True, workers=args.workers)
+    options = {
+        "epochs": args.epochs or EPOCHS[args.data],
+        "lr": args.lr or LEARNING_RATE[args.data],
+        "seed": args.seed,
+    }
     runs = train_both(
-        functools.partial(build, inputs=train[0][0].numel()),
-        lambda: loader(train, args.batch_size, seed=args.seed, shuffle=True, workers=args.workers),
-        functools.partial(evaluate, batches=test_batches),
-        epochs=args.epochs or EPOCHS[args.data],
-        lr=args.lr or LEARNING_RATE[args.data],
-        seed=args.seed,
+        functools.partial(build, inputs=inputs), batches, functools.partial(evaluate, batches=test_batches), **options
     )
     agree = report(args.data, runs)
+    print("layer          parameters  test accuracy")
+    for name, run in (("dense", runs["regfast"]), (f"PHM, n = {PHM}", train_phm(inputs, batches(), **options))):
+        with torch.no_grad():
+            accuracy = evaluate(run.model, run.loss, test_batches)["test accuracy"]
+        print(f"{name:<13}  {sum(p.numel() for p in run.model.parameters()):10}  {accuracy:13.4f}")
     plot(args.figure or FIGURES / f"softmax_regression_{args.data}.png", {args.data: runs})
     if not agree:
         raise SystemExit("the losses of PyTorch and regfast differ by more than rounding")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,22 @@ def not_a_tensor(op: str, **arguments: object) -> TypeError:
     return TypeError(f"regfast.{op}: {name}: expected a Tensor, got {type(value).__name__}")
 
 
+def require_tensors(
+    op: str, names: tuple[str, ...], input: object, weight: object, target: object, bias: object, factors: object
+) -> None:
+    """Raises for the first of these arguments, called by names, that is no tensor; the last two may be None."""
+    if (
+        isinstance(input, Tensor)
+        and isinstance(weight, Tensor)
+        and isinstance(target, Tensor)
+        and (bias is None or isinstance(bias, Tensor))
+        and (factors is None or isinstance(factors, Tensor))
+    ):
+        return
+    optional = {name: value for name, value in zip(names[3:], (bias, factors), strict=True) if value is not None}
+    raise not_a_tensor(op, **dict(zip(names[:3], (input, weight, target), strict=True)), **optional)
+
+
 # The outputs of cross_entropy in the order of their bits and of the tensors that the op returns.
 OUTPUTS = reference.OUTPUTS
 
@@ -49,55 +67,14 @@ def _composite_softmax(input: Tensor, dim: int, log: bool) -> Tensor:
     return reference.log_softmax(input, dim) if log else reference.softmax(input, dim)
 
 
-def _composite_cross_entropy(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float | None,
-    outputs: int,
-    loss_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    names = [name for bit, name in enumerate(OUTPUTS) if outputs >> bit & 1]
-    return reference.cross_entropy_outputs(
-        input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, names, loss_dtype
-    )
+def _with_names(composite: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """An op's composite by a function of the reference, which wants the names that the op's outputs have as bits."""
 
+    def call(*arguments) -> list[Tensor]:
+        *others, bits, loss_dtype = arguments
+        return composite(*others, [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1], loss_dtype)
 
-def _composite_linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
-    target: Tensor,
-    linear_bias: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float | None,
-    outputs: int,
-    loss_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    return reference.linear_cross_entropy_outputs(
-        input,
-        linear_weight,
-        target,
-        linear_bias,
-        weight,
-        ignore_index,
-        reduction,
-        label_smoothing,
-        z_loss,
-        softcap,
-        logit_scale,
-        [name for bit, name in enumerate(OUTPUTS) if outputs >> bit & 1],
-        loss_dtype,
-    )
+    return call
 
 
 _library = torch.library.Library("regfast", "FRAGMENT")
@@ -110,8 +87,8 @@ for _name, _composite in {
     ),
     "composite_softmax": _composite_softmax,
     "composite_logsumexp": reference.logsumexp,
-    "composite_cross_entropy": _composite_cross_entropy,
-    "composite_linear_cross_entropy": _composite_linear_cross_entropy,
+    "composite_cross_entropy": _with_names(reference.cross_entropy_outputs),
+    "composite_linear_cross_entropy": _with_names(reference.linear_cross_entropy_outputs),
     "composite_linear_nll": reference.linear_nll_loss,
     "composite_mse_loss": lambda input, target, reduction: reference.mse_loss(
         input, target, reduction=reference.REDUCTIONS[reduction]

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from ._extension import not_a_tensor, reduction_number
+from ._extension import reduction_number, require_tensors
 from .cross_entropy import select_outputs
 
 _linear_cross_entropy = torch.ops.regfast.linear_cross_entropy.default
+_TENSORS = ("input", "linear_weight", "target", "linear_bias", "weight")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -85,12 +86,7 @@ def linear_cross_entropy(
     gradients, in float32 for half types. Second derivatives, forward mode and ``torch.func`` take plain torch
     operators, which store the logits; so do CUDA tensors where the CUDA kernels are not enabled.
     """
-    tensors = {"input": input, "linear_weight": linear_weight, "target": target}
-    if not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise not_a_tensor("linear_cross_entropy", **tensors)
-    optional = {name: t for name, t in (("linear_bias", linear_bias), ("weight", weight)) if t is not None}
-    if not all(isinstance(t, Tensor) for t in optional.values()):
-        raise not_a_tensor("linear_cross_entropy", **optional)
+    require_tensors("linear_cross_entropy", _TENSORS, input, linear_weight, target, linear_bias, weight)
     if ignore_index is not None and torch.is_floating_point(target):
         raise RuntimeError(
             f"regfast.linear_cross_entropy: ignore_index: expected None with probability targets, got {ignore_index}"

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ._extension import not_a_tensor, reduction_number
+from ._extension import not_a_tensor, reduction_number, require_tensors
 from .linear_cross_entropy import linear_cross_entropy
 from .reference import FAMILIES, gaussian_variance, weighted_classes
 
 _linear_nll = torch.ops.regfast.linear_nll.default
+_TENSORS = ("input", "weight", "target", "bias", "sample_weight")
 _FAMILIES = (*FAMILIES[1:], "categorical")
 
 
@@ -79,7 +80,7 @@ def linear_nll(
     computed only for the inputs that need them; those of target, pos_weight and sample_weight, second derivatives,
     forward mode and ``torch.func`` take plain torch operators.
     """
-    _require_tensors("linear_nll", input, weight, target, bias=bias, sample_weight=sample_weight)
+    require_tensors("linear_nll", _TENSORS, input, weight, target, bias, sample_weight)
     mode = reduction_number("linear_nll", reduction)
     _check_options("linear_nll", family, sigma, pos_weight, full)
     if family == "categorical":
@@ -114,16 +115,9 @@ def linear_mse_loss(
     Returns: the mean or sum of the squared residuals, or each of them; with sample_weight the mean is divided by the
     sum of the weights, as F.mse_loss does.
     """
-    _require_tensors("linear_mse_loss", input, weight, target, bias=bias, sample_weight=sample_weight)
+    require_tensors("linear_mse_loss", _TENSORS, input, weight, target, bias, sample_weight)
     mode = reduction_number("linear_mse_loss", reduction)
     return _linear_nll(input, weight, target, bias, None, sample_weight, 0, 1.0, False, mode, loss_dtype)
-
-
-def _require_tensors(op: str, input: object, weight: object, target: object, **optional: object) -> None:
-    given = {"input": input, "weight": weight, "target": target}
-    given |= {name: value for name, value in optional.items() if value is not None}
-    if not all(isinstance(value, Tensor) for value in given.values()):
-        raise not_a_tensor(op, **given)
 
 
 def _check_options(op: str, family: str, sigma: object, pos_weight: object, full: bool | None) -> None:

@@ -22,6 +22,9 @@ CLASSES = class_targets((4,), 6, 0.3)
 CLASSES[0] = 2  # not all ignored
 WEIGHT = torch.rand(6, dtype=torch.float64) + 0.1
 PIXELS = class_targets((2, 3), 5, 0.2)
+SHARES = torch.rand(4, dtype=torch.float64) + 0.1
+COUNTS = torch.randint(4, (4, 5)).double()
+ONES = torch.rand(4, 5, dtype=torch.float64)
 
 # name -> (function of regfast or reference, arguments that are differentiated)
 CASES = {
@@ -108,6 +111,52 @@ CASES = {
         lambda m, x, w, b: m.linear_cross_entropy(
             x, w, CLASSES, linear_bias=b, weight=WEIGHT, z_loss=0.2, softcap=3.0, logit_scale=0.7, outputs=FLOATING
         ),
+        lambda: [leaf(4, 3), leaf(6, 3), leaf(6)],
+    ),
+    **{
+        f"linear_mse_loss {r}": (
+            lambda m, x, w, y, b, r=r: m.linear_mse_loss(x, w, y, b, reduction=r),
+            lambda: [leaf(4, 3), leaf(5, 3), leaf(4, 5), leaf(5)],
+        )
+        for r in ("none", "mean", "sum")
+    },
+    "linear_nll gaussian": (
+        lambda m, x, w, b: m.linear_nll(x, w, COUNTS, b, family="gaussian", sigma=0.7),
+        lambda: [leaf(4, 3), leaf(5, 3), leaf(5)],
+    ),
+    **{
+        f"linear_nll gaussian, learned, {r}": (
+            lambda m, x, w, b, s, r=r: m.linear_nll(
+                x, w, COUNTS, b, family="gaussian", sigma=s.exp(), sample_weight=SHARES, reduction=r
+            ),
+            lambda: [leaf(4, 3), leaf(5, 3), leaf(5), leaf(5)],
+        )
+        for r in ("none", "mean")
+    },
+    "linear_nll gaussian, one learned, no bias": (
+        lambda m, x, w, s: m.linear_nll(x, w, COUNTS.view(2, 2, 5), family="gaussian", sigma=s.exp(), reduction="sum"),
+        lambda: [leaf(2, 2, 3), leaf(5, 3), leaf()],
+    ),
+    "linear_nll bernoulli": (
+        lambda m, x, w, b: m.linear_nll(x, w, ONES, b, family="bernoulli", pos_weight=WEIGHT[:5], sample_weight=SHARES),
+        lambda: [leaf(4, 3), leaf(5, 3), leaf(5)],
+    ),
+    "linear_nll bernoulli, observed": (
+        lambda m, x, w, y, p, s: m.linear_nll(
+            x, w, y.sigmoid(), family="bernoulli", pos_weight=p.exp(), sample_weight=s.exp(), reduction="none"
+        ),
+        lambda: [leaf(4, 3), leaf(5, 3), leaf(4, 5), leaf(5), leaf(4)],
+    ),
+    "linear_nll poisson": (
+        lambda m, x, w, b: m.linear_nll(x, w, COUNTS, b, family="poisson", full=True, sample_weight=SHARES),
+        lambda: [leaf(4, 3), leaf(5, 3), leaf(5)],
+    ),
+    "linear_nll poisson, one sample": (
+        lambda m, x, w: m.linear_nll(x, w, COUNTS[1], family="poisson", reduction="none"),
+        lambda: [leaf(3), leaf(5, 3)],
+    ),
+    "linear_nll categorical": (
+        lambda m, x, w, b: m.linear_nll(x, w, CLASSES, b, family="categorical", sample_weight=SHARES),
         lambda: [leaf(4, 3), leaf(6, 3), leaf(6)],
     ),
     "cross_entropy everything, probabilities": (

@@ -3,9 +3,11 @@
 import itertools
 
 import pytest
+import torch
 import torch.nn.functional as F
+from hypothesis import strategies as st
 from torch import float32, float64
-from util import check, class_targets, probability_targets, spiky
+from util import DTYPES, HALF, LAYOUTS, check, class_targets, lay_out, probability_targets, spiky
 
 import regfast
 from regfast import reference
@@ -81,3 +83,45 @@ def check_at_budgets(*tensors, **options):
 
 def modes_and_budgets(*modes):
     return itertools.product(modes or REDUCTIONS, BUDGETS)
+
+
+def combination(n, d, v, position):
+    """Draws anything together, of sizes up to these, for combined()."""
+    some_names = st.permutations(FLOATING).flatmap(lambda p: st.integers(1, 4).map(lambda k: tuple(p[:k])))
+    options = {
+        "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
+        "reduction": st.sampled_from(REDUCTIONS),
+        "z_loss": st.sampled_from([0.0, 0.01, 1.0]),
+        "softcap": st.sampled_from([None, 2.0, 30.0]),
+        "logit_scale": st.sampled_from([None, 0.5, 2.0]),
+        "outputs": some_names.map(lambda names: names if len(names) > 1 else names[0]),
+        "budget": st.sampled_from([None, 1, 20_000]),
+    }
+    return st.fixed_dictionaries(
+        {
+            "n": st.integers(0, n),
+            "d": st.integers(1, d),
+            "v": st.integers(1, v),
+            "positions": st.lists(st.integers(1, position), max_size=2),
+            "layout": st.sampled_from(LAYOUTS),
+            "dtype": st.sampled_from(DTYPES),
+            "target_kind": st.sampled_from(["classes", "probabilities", "float32 probabilities"]),
+            "biased": st.booleans(),
+            "weighted": st.booleans(),
+            "ignored": st.sampled_from([0.0, 0.5, 1.0]),
+            "options": st.fixed_dictionaries(options),
+        }
+    )
+
+
+def combined(n, d, v, positions, layout, dtype, target_kind, biased, weighted, ignored, options):
+    """check_lce's tensors and options."""
+    torch.manual_seed(n + 13 * v + 7 * d)
+    x, w, b = operands(n, d, v, dtype, positions)
+    x = lay_out(x.detach(), layout).requires_grad_()
+    if target_kind == "classes":
+        target = class_targets((n, *positions), v, ignored)
+    else:
+        wide = float32 if "float32" in target_kind and dtype in HALF else dtype
+        target = lay_out(probability_targets(n, v, *positions, dtype=wide), layout).requires_grad_()
+    return (x, w, target, b if biased else None, torch.rand(v).to(dtype) if weighted else None), options

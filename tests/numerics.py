@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from linear_nll_cases import FAMILIES, check_nll, operands, scales, targets
 from test_linear import ACTIVATIONS, check_linear
 from test_phm_linear import check_phm
 from util import Pool, check, class_targets, lay_out, probability_targets, spiky
@@ -108,3 +109,16 @@ def test_mse(dtype, pool):
         for mode in ("none", "mean", "sum"):
             ours, theirs = (lambda x, y, f=f, m=mode: f(x, y, reduction=m) for f in (regfast.mse_loss, F.mse_loss))
             check(ours, theirs, x, y, what=f"{n} {mode}", pool=pool)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linear_nll(family, dtype, pool):
+    # Rows, features and outputs at the tails: one pass of each kind, and the products.
+    for n, d, v in [(t, t % 9 + 1, t % 8 + 1) for t in TAILS] + [(33, t, t % 8 + 1) for t in TAILS]:
+        for lead, outputs in (((n,), v), ((9,), n)):
+            x, w, b = operands(lead, d, outputs, dtype)
+            t, weights = targets(family, *lead, outputs, dtype=dtype), torch.rand(lead).to(dtype)
+            for mode in ("none", "mean"):
+                options = {"family": family, "reduction": mode, "what": f"{lead} {d} {outputs} {mode}"}
+                terms = 8.0 if mode == "none" else 1.0  # slopes of both signs cancel
+                check_nll(x, w, t, b, scales(family, outputs, dtype)[-1], weights, pool=pool, terms=terms, **options)

@@ -2,6 +2,7 @@
 
 import itertools
 
+import linear_nll_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -109,6 +110,24 @@ def test_linear_cross_entropy(lower, given_dtype, mode):
             target,
             half=lower,
         )
+
+
+@lower
+@pytest.mark.parametrize("given_dtype", [torch.float32, *HALF], ids=str)  # autocast leaves float64 alone
+@pytest.mark.parametrize("mode", ["none", "mean", "sum"])
+@pytest.mark.parametrize("family", ["squared", "gaussian", "bernoulli", "poisson"])
+def test_linear_nll(lower, given_dtype, mode, family):
+    for v, weighted in itertools.product((3, 20), (False, True)):
+        x, w, b = (t.detach() for t in linear_nll_cases.operands((40,), 9, v))
+        x, w, b = x.to(given_dtype).requires_grad_(), w.requires_grad_(), b.requires_grad_()
+        t, weights = linear_nll_cases.targets(family, 40, v), torch.rand(40) if weighted else None
+        scale = linear_nll_cases.scales(family, v)[-1]
+        leaves = [x, w, b] + ([scale] if scale is not None and scale.requires_grad else [])
+        fns = [
+            lambda x, w, b, s=scale, fn=fn, t=t, c=weights: fn(x, w, t, b, s, c, family=family, reduction=mode)
+            for fn in (linear_nll_cases.ours, linear_nll_cases.torchs)
+        ]
+        agree(*fns, *leaves, half=lower)
 
 
 @lower

@@ -48,6 +48,10 @@ DYNAMIC = {
     ),
     "probabilities": lambda x, w, t: regfast.cross_entropy(x, x.detach().softmax(1)),
     "linear_cross_entropy": lambda x, w, t: regfast.linear_cross_entropy(x, w, t, label_smoothing=0.1),
+    "linear_mse_loss": lambda x, w, t: regfast.linear_mse_loss(x, w, t[:, None].expand(-1, len(w))),
+    "linear_nll": lambda x, w, t: regfast.linear_nll(
+        x, w, t[:, None].expand(-1, len(w)), family="gaussian", sigma=w.square().sum(1) + 1, reduction="none"
+    ),
     "all outputs of linear_cross_entropy": lambda x, w, t: tuple(
         regfast.linear_cross_entropy(x, w, t, outputs=NAMES[:4], softcap=5.0, reduction="none", memory_budget=1)
     ),
@@ -178,6 +182,12 @@ def calls(x, target, probabilities, w, b):
         yield from regfast.cross_entropy(x, probabilities, outputs=NAMES, reduction=mode, loss_dtype=torch.float64)
         rows, classes = x[:, 0], target[:, 0] % 4
         yield regfast.linear_cross_entropy(rows, w, classes, linear_bias=b, reduction=mode)
+        yield regfast.linear_mse_loss(x, w, probabilities[:, :, :4], reduction=mode)
+        for family in ("bernoulli", "poisson"):
+            options = {"family": family, "sample_weight": probabilities[:, 0, 0], "reduction": mode}
+            yield regfast.linear_nll(rows, w, probabilities[:, 0, :4], b, **options)
+        options = {"family": "gaussian", "sigma": b.square() + 1, "reduction": mode, "loss_dtype": torch.float64}
+        yield regfast.linear_nll(rows, w, target[:, :4], b, **options)
         more = {"outputs": NAMES, "reduction": mode}
         yield from regfast.linear_cross_entropy(rows, w.unflatten(0, (2, 2)), target[:, :2] % 2, **more)
         yield from regfast.linear_cross_entropy(rows, w, probabilities[:, :4, 0], loss_dtype=torch.float64, **more)

@@ -39,6 +39,14 @@ def test_linear_regression(tmp_path):
     output = train("linear_regression.py", tmp_path / "figure.png", "--diabetes-epochs", 10)
     w1, w2, b = map(float, re.search(r"regfast: +(\S+) +(\S+) +(\S+)", output).groups())
     assert (w1, w2, b) == pytest.approx((2, -3.4, 4.2), abs=0.01)
+    # Of each data set: PyTorch's, regfast's and the learned sigma's likelihood and sigma.
+    rows = re.findall(r"^ *(PyTorch|regfast|regfast, sigma learned) +(-?[\d.]+) +([\d.]+)$", output, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["PyTorch", "regfast", "regfast, sigma learned"] * 2
+    for i, noise in ((0, 0.01), (3, None)):
+        (stock, s), (ours, o), (most, learned) = (tuple(map(float, row[1:])) for row in rows[i : i + 3])
+        assert ours == pytest.approx(stock, rel=1e-3) and o == pytest.approx(s, rel=1e-3)
+        assert most >= ours - 0.1 and learned == pytest.approx(o, rel=0.05)
+        assert noise is None or learned == pytest.approx(noise, rel=0.1)
     *_, stock_r2, our_r2 = last_epoch(output)
     assert our_r2 == pytest.approx(stock_r2, abs=1e-4) and our_r2 > 0.4
 
@@ -48,6 +56,11 @@ def test_softmax_regression_on_digits(tmp_path, options):
     output = train("softmax_regression.py", tmp_path / "figure.png", "--epochs", 10, *options)
     epoch, *_, stock_accuracy, our_accuracy = last_epoch(output)
     assert epoch == 10
+    dense, phm = re.findall(r"^(?:dense|PHM, n = 2) +(\d+) +([\d.]+)$", output, re.MULTILINE)
+    assert float(dense[1]) == pytest.approx(our_accuracy, abs=1e-4)
+    # Half of the weights, eight numbers of the table, ten of the bias; far better than a guess after ten epochs.
+    assert int(phm[0]) == (int(dense[0]) - 10) // 2 + 8 + 10
+    assert float(phm[1]) > 0.7
     assert our_accuracy == pytest.approx(stock_accuracy, abs=0.01)  # rounding may turn a tie
     assert our_accuracy > 0.8
 
@@ -94,7 +107,7 @@ def test_next_token(tmp_path, options):
 def test_losses_that_differ_are_an_error(tmp_path):
     code = f"""
 import runpy, sys, torch, regfast
-regfast.MSELoss = torch.nn.L1Loss
+regfast.linear_mse_loss = lambda x, w, y, b: torch.nn.functional.l1_loss(x @ w.T + b, y)
 sys.path.insert(0, {str(EXAMPLES)!r})
 sys.argv = ["linear_regression.py", "--diabetes-epochs", "1", "--figure", {str(tmp_path / "figure.png")!r}]
 runpy.run_path({str(EXAMPLES / "linear_regression.py")!r}, run_name="__main__")

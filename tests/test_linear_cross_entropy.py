@@ -5,7 +5,6 @@ import itertools
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from linear_cross_entropy_cases import (
     BUDGETS,
     FLOATING,
@@ -13,6 +12,8 @@ from linear_cross_entropy_cases import (
     REDUCTIONS,
     check_at_budgets,
     check_lce,
+    combination,
+    combined,
     each_reduction,
     each_target,
     modes_and_budgets,
@@ -24,7 +25,6 @@ from linear_cross_entropy_cases import (
 )
 from torch.testing import assert_close
 from util import (
-    DTYPES,
     HALF,
     INF,
     LAYOUTS,
@@ -241,40 +241,7 @@ def test_layouts_of_targets_and_class_weights(layout, dtype):
 # Anything together
 
 
-@given(
-    n=st.integers(0, 50),
-    d=st.integers(1, 20),
-    v=st.integers(1, 70),
-    positions=st.lists(st.integers(1, 3), max_size=2),
-    layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from(DTYPES),
-    target_kind=st.sampled_from(["classes", "probabilities", "float32 probabilities"]),
-    biased=st.booleans(),
-    weighted=st.booleans(),
-    ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    names=st.permutations(FLOATING).flatmap(lambda p: st.integers(1, 4).map(lambda k: tuple(p[:k]))),
-    budget=st.sampled_from([None, 1, 20_000]),
-    options=st.fixed_dictionaries(
-        {
-            "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
-            "reduction": st.sampled_from(REDUCTIONS),
-            "z_loss": st.sampled_from([0.0, 0.01, 1.0]),
-            "softcap": st.sampled_from([None, 2.0, 30.0]),
-            "logit_scale": st.sampled_from([None, 0.5, 2.0]),
-        }
-    ),
-)
-def test_any_combination(
-    n, d, v, positions, layout, dtype, target_kind, biased, weighted, ignored, names, budget, options
-):
-    torch.manual_seed(n + 13 * v + 7 * d)
-    x, w, b = operands(n, d, v, dtype, positions)
-    x = lay_out(x.detach(), layout).requires_grad_()
-    if target_kind == "classes":
-        target = class_targets((n, *positions), v, ignored)
-    else:
-        wide = torch.float32 if "float32" in target_kind and dtype in HALF else dtype
-        target = lay_out(probability_targets(n, v, *positions, dtype=wide), layout).requires_grad_()
-    c = torch.rand(v).to(dtype) if weighted else None
-    names = names if len(names) > 1 else names[0]
-    check_lce(x, w, target, b if biased else None, c, budget=budget, outputs=names, **options)
+@given(combination(50, 20, 70, 3))
+def test_any_combination(drawn):
+    tensors, options = combined(**drawn)
+    check_lce(*tensors, **options)

@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from linear_cross_entropy_cases import (
     FLOATING,
     NAMES,
     REDUCTIONS,
     check_lce,
+    combination,
+    combined,
     logits_of,
     needs_torchs,
     operands,
@@ -176,63 +177,10 @@ def test_no_rows_no_features_one_class(cuda_device, n, d, v, positions):
 
 
 @settings(max_examples=30)
-@given(
-    n=st.integers(0, 140),
-    d=st.integers(1, 12),
-    v=st.integers(1, 20),
-    positions=st.lists(st.integers(1, 2), max_size=2),
-    layout=st.sampled_from(LAYOUTS),
-    dtype=st.sampled_from([torch.float32, torch.float64, *HALF]),
-    target_kind=st.sampled_from(["classes", "probabilities", "float32 probabilities"]),
-    given=st.tuples(st.booleans(), st.booleans()),
-    smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    mode=st.sampled_from(REDUCTIONS),
-    z_loss=st.sampled_from([0.0, 0.1]),
-    softcap=st.sampled_from([None, 2.0, 30.0]),
-    scale=st.sampled_from([None, 0.5]),
-    names=st.permutations(FLOATING).flatmap(lambda p: st.integers(1, 4).map(lambda k: tuple(p[:k]))),
-    budget=st.sampled_from([None, 1, 20_000]),
-)
-def test_any_combination(
-    cuda_device,
-    n,
-    d,
-    v,
-    positions,
-    layout,
-    dtype,
-    target_kind,
-    given,
-    smoothing,
-    ignored,
-    mode,
-    z_loss,
-    softcap,
-    scale,
-    names,
-    budget,
-):
-    torch.manual_seed(n + 13 * v + 7 * d)
-    biased, weighted = given
-    x, w, b = operands(n, d, v, dtype, positions)
-    if target_kind == "classes":
-        target = class_targets((n, *positions), v, ignored)
-    else:
-        wide = torch.float32 if "float32" in target_kind and dtype in HALF else dtype
-        target = lay_out(probability_targets(n, v, *positions, dtype=wide), layout).requires_grad_()
-    x = lay_out(x.detach(), layout).requires_grad_()
-    c = torch.rand(v).to(dtype) if weighted else None
-    check_lce(
-        *placed(cuda_device, x, w, target, b if biased else None, c),
-        budget=budget,
-        label_smoothing=smoothing,
-        reduction=mode,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=scale,
-        outputs=names if len(names) > 1 else names[0],
-    )
+@given(drawn=combination(140, 12, 20, 2))
+def test_any_combination(cuda_device, drawn):
+    tensors, options = combined(**drawn)
+    check_lce(*placed(cuda_device, *tensors), **options)
 
 
 # Chunks

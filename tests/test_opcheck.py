@@ -101,6 +101,29 @@ def test_linear_cross_entropy(mode, outputs, requires_grad):
     opcheck(ops.linear_cross_entropy.default, (x, w, target, None, None, *options))
 
 
+# family, the gaussian's variance, full, reduction
+NLL_OPTIONS = [(0, 1.0, False, 1), (1, 0.5, True, 0), (1, 1.0, False, 2), (2, 1.0, False, 1), (3, 1.0, True, 1)]
+
+
+def nll_arguments(family, dtype=torch.float32, requires_grad=False):
+    """input to sample_weight; a gaussian's variance is learned."""
+    x, w, b = (spiky(*shape, dtype=dtype).requires_grad_(requires_grad) for shape in ((2, 10, 4), (6, 4), (6,)))
+    target, weights = torch.rand(2, 10, 6).to(dtype), torch.rand(2, 10).to(dtype)
+    scale = (
+        None if family in (0, 3) else torch.rand(6).to(dtype).add_(0.5).requires_grad_(requires_grad and family == 1)
+    )
+    return x, w, target, b, scale, weights
+
+
+@gradients
+@pytest.mark.parametrize("options", NLL_OPTIONS, ids=str)
+def test_linear_nll(options, requires_grad):
+    x, w, target, b, scale, weights = nll_arguments(options[0], requires_grad=requires_grad)
+    opcheck(ops.linear_nll.default, (x, w, target, b, scale, weights, *options, None))
+    opcheck(ops.linear_nll.default, (x, w, target, None, scale, None, *options, torch.float64))
+    opcheck(ops.linear_nll.default, (x[0, 0], w, target[0, 0].long(), None, None, None, *options, None))
+
+
 def test_forward_and_backward_ops():
     # What the autograd functions call: without gradients of their own, so the registration of autograd is not asked.
     tests = ("test_schema", "test_faketensor")
@@ -158,3 +181,16 @@ def test_forward_and_backward_ops_of_linear_cross_entropy(probabilities, dtype):
         opcheck(ops.linear_cross_entropy_forward_backward.default, forward_backward, test_utils=tests)
         backward = (*seeds, *saved, 1, 0.0, [*mask, probabilities])
         opcheck(ops.linear_cross_entropy_backward.default, backward, test_utils=tests)
+
+
+@pytest.mark.parametrize("options", NLL_OPTIONS, ids=str)
+def test_forward_and_backward_ops_of_linear_nll(options, dtype):
+    tests = ("test_schema", "test_faketensor")
+    arguments = (*nll_arguments(options[0], dtype), *options)
+    opcheck(ops.linear_nll_forward.default, (*arguments, None), test_utils=tests)
+    seed = spiky(2, 10, 6, dtype=dtype) if options[-1] == 0 else torch.tensor(0.7).to(dtype)
+    learned = options[0] == 1
+    for mask in ([True, True, True, learned], [False, True, False, False], [False, False, False, learned]):
+        opcheck(ops.linear_nll_backward.default, (seed, *arguments, mask), test_utils=tests)
+        if options[-1] != 0:
+            opcheck(ops.linear_nll_forward_backward.default, (*arguments, None, mask), test_utils=tests)

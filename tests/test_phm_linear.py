@@ -35,7 +35,7 @@ LARGE = (1500, 512, 256, 4)  # 12 MB of mixed rows: chunks, with caches of up to
 
 
 def weight(a, s):
-    return reduce(torch.add, map(torch.kron, a, s))
+    return reduce(torch.add, map(torch.kron, a.contiguous(), s.contiguous()))  # kron refuses some layouts
 
 
 def composed(activation="none"):

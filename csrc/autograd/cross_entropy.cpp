@@ -2,6 +2,7 @@
 // on devices that compute it in the pass that gives the loss, the gradient itself.
 #include "../checks.h"
 #include "../torch_api.h"
+#include "cross_entropy_options.h"
 
 namespace rf {
 namespace {
@@ -9,13 +10,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Options {
-  int64_t ignore_index, reduction;
-  double label_smoothing, z_loss;
-  std::optional<double> softcap, logit_scale;
-  int64_t outputs;
-  std::optional<at::ScalarType> loss_dtype;
-};
+using Options = CrossEntropyOptions;
 
 using ForwardSignature = std::vector<Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
                                              double, double, std::optional<double>, std::optional<double>, int64_t,
@@ -69,8 +64,6 @@ bool may_write_in_forward(const Tensor& x, const Tensor& t, const Options& o) {
          forward_backward_op().hasKernelForDispatchKey(x.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
 }
 
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& t, const OptionalTensor& w,
                                const Options& o, Way way) {
@@ -93,14 +86,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       results.pop_back();
     }
     ctx->save_for_backward({x, t, value_or_undefined(w), stats, weight_sum});
-    d["ignore_index"] = o.ignore_index;
-    d["reduction"] = o.reduction;
-    d["label_smoothing"] = o.label_smoothing;
-    d["z_loss"] = o.z_loss;
-    d["softcap"] = o.softcap;
-    d["logit_scale"] = o.logit_scale;
-    d["outputs"] = o.outputs;
-    d["loss_dtype"] = o.loss_dtype;
+    o.save(ctx);
     d["inplace"] = way == Way::in_place;
     ctx->set_materialize_grads(false);
     if (o.outputs & kOutputArgmax) ctx->mark_non_differentiable({results.back()});
@@ -109,18 +95,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list result(5);
-    bool used = false;
-    for (const Tensor& g : grads) used = used || g.defined();
-    if (!used) return result;
-    auto& d = ctx->saved_data;
-    const Options o = {d["ignore_index"].toInt(),
-                       d["reduction"].toInt(),
-                       d["label_smoothing"].toDouble(),
-                       d["z_loss"].toDouble(),
-                       d["softcap"].toOptional<double>(),
-                       d["logit_scale"].toOptional<double>(),
-                       d["outputs"].toInt(),
-                       d["loss_dtype"].toOptional<at::ScalarType>()};
+    if (!any_defined(grads)) return result;
+    const Options o = Options::saved(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &t = saved[1], &w = saved[2];
     if (backward_takes_composite()) {
@@ -130,12 +106,8 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       result[1] = g[1];
       return result;
     }
-    // Which gradient belongs to which output: they came in the order of the bits.
-    OptionalTensor up[4];
-    size_t next = 0;
-    for (int64_t bit = 0; bit < 4; ++bit)
-      if (o.outputs & (int64_t(1) << bit)) up[bit] = optional(grads[next++]);
-
+    const auto up = o.by_output(grads);
+    auto& d = ctx->saved_data;
     const bool need_x = ctx->needs_input_grad(0), need_t = ctx->needs_input_grad(1);
     if (const auto written = d.find("grad"); written != d.end()) {
       // It is given away, so a second backward through a retained graph computes its own.

@@ -64,14 +64,12 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         return result;
       }
       auto computed = composite_gradients({x, w, b}, {g}, [&](const std::vector<Tensor>& in) {
-        return std::vector<Tensor>{
-            composite(in[0], in[1], in[2].defined() ? OptionalTensor(in[2]) : std::nullopt, activation)};
+        return std::vector<Tensor>{composite(in[0], in[1], optional(in[2]), activation)};
       });
       std::copy(computed.begin(), computed.end(), result.begin());
       return result;
     }
     static const auto op = find_op<BackwardSignature>("regfast::linear_backward");
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; };
     auto [dx, dw, db] = op.call(g, optional(x), optional(w), optional(saved[3]), activation, mask);
     if (mask[0]) result[0] = dx;
     if (mask[1]) result[1] = dw;

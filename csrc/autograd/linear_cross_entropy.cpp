@@ -2,6 +2,8 @@
 // are there, and saves them; anything else saves its inputs alone and computes the logits again in backward.
 #include "../checks.h"
 #include "../torch_api.h"
+#include "cross_entropy_options.h"
+#include "saved_gradients.h"
 
 namespace rf {
 namespace {
@@ -9,14 +11,19 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Options {
-  int64_t ignore_index, reduction;
-  double label_smoothing, z_loss;
-  std::optional<double> softcap, logit_scale;
-  int64_t outputs;
+struct Options : CrossEntropyOptions {
   std::optional<int64_t> memory_budget;
   double filter_eps;
-  std::optional<at::ScalarType> loss_dtype;
+
+  void save(AutogradContext* ctx) const {
+    CrossEntropyOptions::save(ctx);
+    ctx->saved_data["memory_budget"] = memory_budget;
+    ctx->saved_data["filter_eps"] = filter_eps;
+  }
+  static Options saved(AutogradContext* ctx) {
+    auto& d = ctx->saved_data;
+    return {CrossEntropyOptions::saved(ctx), d["memory_budget"].toOptional<int64_t>(), d["filter_eps"].toDouble()};
+  }
 };
 
 struct Operands {
@@ -53,8 +60,6 @@ std::vector<Tensor> forward(const Operands& t, const Options& o) {
                  o.softcap, o.logit_scale, o.outputs, o.memory_budget, o.loss_dtype);
 }
 
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
 // Whether forward computes the gradients: of a number alone, and none of the size of the logits, which a target's is.
 bool grads_in_forward(const Tensor& target, const Options& o) {
   return (o.outputs & kOutputLoss) && !(o.outputs & ~(kOutputLoss | kOutputArgmax)) &&
@@ -65,7 +70,6 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& target,
                                const OptionalTensor& bias, const OptionalTensor& weight, const Options& o) {
     const Tensor& b = value_or_undefined(bias);
-    auto& d = ctx->saved_data;
     std::vector<Tensor> results;
     if (grads_in_forward(target, o)) {
       at::AutoDispatchBelowADInplaceOrView below;
@@ -76,21 +80,12 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
                   o.logit_scale, o.outputs & kOutputArgmax, o.memory_budget, o.filter_eps, o.loss_dtype, mask);
       results.push_back(loss);
       if (o.outputs & kOutputArgmax) results.push_back(argmax);
-      d["grads"] = std::vector<Tensor>{dx, dw, db};
+      ctx->saved_data["grads"] = std::vector<Tensor>{dx, dw, db};
     } else {
       results = rf::forward({x, w, target, bias, weight}, o);
     }
     ctx->save_for_backward({x, w, target, b, value_or_undefined(weight)});
-    d["ignore_index"] = o.ignore_index;
-    d["reduction"] = o.reduction;
-    d["label_smoothing"] = o.label_smoothing;
-    d["z_loss"] = o.z_loss;
-    d["softcap"] = o.softcap;
-    d["logit_scale"] = o.logit_scale;
-    d["outputs"] = o.outputs;
-    d["memory_budget"] = o.memory_budget;
-    d["filter_eps"] = o.filter_eps;
-    d["loss_dtype"] = o.loss_dtype;
+    o.save(ctx);
     ctx->set_materialize_grads(false);
     if (o.outputs & kOutputArgmax) ctx->mark_non_differentiable({results.back()});
     return results;
@@ -98,20 +93,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
 
   static variable_list backward(AutogradContext* ctx, variable_list upstream) {
     variable_list result(6);
-    bool used = false;
-    for (const Tensor& g : upstream) used = used || g.defined();
-    if (!used) return result;
-    auto& d = ctx->saved_data;
-    const Options o = {d["ignore_index"].toInt(),
-                       d["reduction"].toInt(),
-                       d["label_smoothing"].toDouble(),
-                       d["z_loss"].toDouble(),
-                       d["softcap"].toOptional<double>(),
-                       d["logit_scale"].toOptional<double>(),
-                       d["outputs"].toInt(),
-                       d["memory_budget"].toOptional<int64_t>(),
-                       d["filter_eps"].toDouble(),
-                       d["loss_dtype"].toOptional<at::ScalarType>()};
+    if (!any_defined(upstream)) return result;
+    const Options o = Options::saved(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1], &target = saved[2], &b = saved[3], &weight = saved[4];
     if (backward_takes_composite()) {
@@ -123,33 +106,10 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     }
     const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       b.defined() && ctx->needs_input_grad(3), ctx->needs_input_grad(2)};
-    const Tensor* inputs[] = {&x, &w, &b};
+    const Tensor* inputs[] = {&x, &w, &b, &target};
     const int places[] = {0, 1, 3, 2};
-    if (const auto written = d.find("grads"); written != d.end()) {
-      const auto grads = written->second.toTensorVector();
-      const bool traced = x.unsafeGetTensorImpl()->is_python_dispatch();
-      // They are given away, so a second backward through a retained graph computes its own. A tracer keeps them.
-      if (!traced) d.erase(written);
-      const bool one = !traced && upstream[0].is_cpu() && upstream[0].item<double>() == 1;
-      for (int i = 0; i < 3; ++i) {
-        if (!mask[i]) continue;
-        const auto type = inputs[i]->scalar_type();
-        Tensor g = grads[i];
-        if (g.is_cuda() && !traced && g.scalar_type() != type) {  // scaled and rounded in one pass over memory
-          Tensor rounded = at::empty(g.sizes(), g.options().dtype(type));
-          result[places[i]] = at::mul_out(rounded, g, upstream[0]);
-          continue;
-        }
-        if (!one) g = traced ? g * upstream[0] : g.mul_(upstream[0]);
-        result[places[i]] = g.to(type);
-      }
-      return result;
-    }
-    // Which gradient belongs to which output: they came in the order of the bits.
-    OptionalTensor up[4];
-    size_t next = 0;
-    for (int64_t bit = 0; bit < 4; ++bit)
-      if (o.outputs & (int64_t(1) << bit)) up[bit] = optional(upstream[next++]);
+    if (take_saved_gradients(ctx, upstream[0], inputs, mask, places, result)) return result;
+    const auto up = o.by_output(upstream);
     static const auto op = find_op<BackwardSignature>("regfast::linear_cross_entropy_backward");
     auto [dx, dw, db, dt] =
         op.call(up[0], up[1], up[2], up[3], x, w, target, optional(b), optional(weight), o.ignore_index, o.reduction,
@@ -167,8 +127,9 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
                                          std::optional<double> softcap, std::optional<double> logit_scale,
                                          int64_t outputs, std::optional<int64_t> memory_budget, double filter_eps,
                                          std::optional<at::ScalarType> loss_dtype) {
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss,     softcap,
-                     logit_scale,  outputs,   memory_budget,   filter_eps, loss_dtype};
+  const Options o = {{ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype},
+                     memory_budget,
+                     filter_eps};
   const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
   check_linear_cross_entropy(x, w, target, b, c, ignore_index, label_smoothing, softcap, memory_budget, filter_eps);
   // Probabilities of a type that is neither input's nor its accumulator's promote; a differentiated class weight is
@@ -187,8 +148,10 @@ std::vector<Tensor> batched(const Tensor& x, const Tensor& w, const Tensor& targ
                             double label_smoothing, double z_loss, std::optional<double> softcap,
                             std::optional<double> logit_scale, int64_t outputs, std::optional<int64_t> memory_budget,
                             double filter_eps, std::optional<at::ScalarType> loss_dtype) {
-  return composite({x, w, target, bias, weight}, {ignore_index, reduction, label_smoothing, z_loss, softcap,
-                                                  logit_scale, outputs, memory_budget, filter_eps, loss_dtype});
+  return composite({x, w, target, bias, weight},
+                   {{ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype},
+                    memory_budget,
+                    filter_eps});
 }
 
 // As F.linear followed by F.cross_entropy: products of autocast's type, a float32 loss.
@@ -211,24 +174,11 @@ std::vector<Tensor> autocast(const Tensor& x, const Tensor& w, const Tensor& tar
                               loss_dtype);
 }
 
-std::vector<c10::SymInt> loss_shape(const Tensor& x, const Tensor& w) {
-  std::vector<c10::SymInt> shape;
-  if (x.dim() == 2) shape.push_back(x.sym_size(0));
-  for (int64_t d = 1; d + 1 < w.dim(); ++d) shape.push_back(w.sym_size(d));
-  return shape;
-}
-
-at::ScalarType loss_type(const Tensor& x, const Tensor& target, std::optional<at::ScalarType> asked) {
-  if (asked) return *asked;
-  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(x.scalar_type(), target.scalar_type())
-                                                  : x.scalar_type();
-}
-
 std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&,
                                  const OptionalTensor&, int64_t, int64_t reduction, double, double,
                                  std::optional<double>, std::optional<double>, int64_t outputs, std::optional<int64_t>,
                                  std::optional<at::ScalarType> loss_dtype) {
-  const auto shape = loss_shape(x, w);
+  const auto shape = symbolic_loss_shape(x, w);
   const auto type = loss_type(x, target, loss_dtype), other = loss_dtype.value_or(x.scalar_type());
   std::vector<Tensor> results;
   if (outputs & kOutputLoss)
@@ -261,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
   auto [dx, dw, db, none] = gradients_meta(x, w, target, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
   const auto classes = x.options().dtype(at::kLong);
   return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))),
-          argmax ? at::empty_symint(loss_shape(x, w), classes) : at::empty({0}, classes), dx, dw, db};
+          argmax ? at::empty_symint(symbolic_loss_shape(x, w), classes) : at::empty({0}, classes), dx, dw, db};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const OptionalTensor&, const OptionalTensor&,

@@ -2,6 +2,7 @@
 // them; a loss per element saves its inputs alone and computes the predictions again in backward.
 #include "../checks.h"
 #include "../torch_api.h"
+#include "saved_gradients.h"
 
 namespace rf {
 namespace {
@@ -43,8 +44,6 @@ Tensor forward(const Operands& t, const Options& o) {
   return op.call(t.x, t.w, t.target, t.bias, t.scale, t.sample_weight, o.family, o.variance, o.full, o.reduction,
                  o.loss_dtype);
 }
-
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // The differentiable inputs: x, w, bias and a gaussian's variance, at these places among forward's arguments.
 constexpr int kPlaces[] = {0, 1, 3, 4};
@@ -101,21 +100,7 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
     const size_t edges[] = {0, 1, 3, inputs[2]->defined() ? 4u : 3u};
     std::array<bool, 4> mask;
     for (int i = 0; i < 4; ++i) mask[i] = inputs[i]->defined() && ctx->needs_input_grad(edges[i]);
-    if (const auto written = d.find("grads"); written != d.end()) {
-      const auto grads = written->second.toTensorVector();
-      const bool traced = saved[0].unsafeGetTensorImpl()->is_python_dispatch();
-      // They are given away, so a second backward through a retained graph computes its own. A tracer keeps them.
-      if (!traced) d.erase(written);
-      const bool one = !traced && up.is_cpu() && up.item<double>() == 1;
-      for (int i = 0; i < 4; ++i) {
-        if (!mask[i]) continue;
-        Tensor g = grads[i];
-        if (!one) g = traced ? g * up : g.mul_(up);
-        const auto type = inputs[i]->scalar_type();
-        result[kPlaces[i]] = g.scalar_type() == type ? g : g.to(type);
-      }
-      return result;
-    }
+    if (take_saved_gradients(ctx, up, inputs, mask, kPlaces, result)) return result;
     static const auto op = find_op<BackwardSignature>("regfast::linear_nll_backward");
     auto [dx, dw, db, dv] = op.call(up, *inputs[0], *inputs[1], target, optional(*inputs[2]), optional(*inputs[3]),
                                     sample_weight, o.family, o.variance, o.full, o.reduction, mask);
@@ -164,12 +149,6 @@ Tensor autocast(const Tensor& x, const Tensor& w, const Tensor& target, const Op
   const auto wide = [&](const OptionalTensor& t) { return t ? t->to(acc_type(input.scalar_type())) : t; };
   return linear_nll(input, cast(w), target, cast(bias), wide(scale), wide(sample_weight), family, variance, full,
                     reduction, loss_dtype);
-}
-
-at::ScalarType loss_type(const Tensor& x, const Tensor& target, ScalarTypes asked) {
-  if (asked) return *asked;
-  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(x.scalar_type(), target.scalar_type())
-                                                  : x.scalar_type();
 }
 
 Tensor forward_meta(const Tensor& x, const Tensor&, const Tensor& target, const OptionalTensor&, const OptionalTensor&,

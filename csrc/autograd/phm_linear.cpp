@@ -29,8 +29,6 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& a, const Tenso
   return op.call(x, a, s, b, activation, save_preactivation);
 }
 
-OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
 struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& s,
                         const OptionalTensor& b, string_view activation) {

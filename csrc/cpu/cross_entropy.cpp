@@ -16,7 +16,7 @@ bool needs_tiles(const CrossEntropyArgs& a) {
 // Runs body(args, block, begin, end) over blocks of rows, with scratch where classes are not adjacent.
 template <class F>
 void for_row_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& body) {
-  const int64_t block = tuning::rows_per_sum(args.classes), blocks = (rows + block - 1) / block;
+  const int64_t block = tuning::rows_per_sum(args.classes), blocks = ceil_div(rows, block);
   const int64_t grain = tuning::kParallelElements / (block * (args.classes > 0 ? args.classes : 1)) + 1;
   parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
     CrossEntropyArgs mine = args;

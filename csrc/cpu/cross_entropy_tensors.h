@@ -6,6 +6,16 @@
 
 namespace rf {
 
+template <class Args>
+void set_options(Args& a, int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap,
+                 std::optional<double> logit_scale) {
+  a.ignore_index = ignore_index;
+  a.label_smoothing = label_smoothing;
+  a.z_loss = z_loss;
+  a.softcap = softcap.value_or(0.0);
+  a.logit_scale = logit_scale.value_or(1.0);
+}
+
 // The tensors that `args` points into.
 template <class Args>
 struct CrossEntropyTensors {
@@ -40,11 +50,7 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const Tensor& input, const Tenso
     t.target = target.to(at::kLong).contiguous();
     a.target = t.target.template const_data_ptr<int64_t>();
   }
-  a.ignore_index = ignore_index;
-  a.label_smoothing = label_smoothing;
-  a.z_loss = z_loss;
-  a.softcap = softcap.value_or(0.0);
-  a.logit_scale = logit_scale.value_or(1.0);
+  set_options(a, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   return t;
 }
 

@@ -1,6 +1,6 @@
 // Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
 // their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp,
-// gemm_packed.cpp, likelihood.cpp, sparse.cpp and phm.cpp.
+// gemm_packed.cpp, likelihood.cpp, phm.cpp and sparse.cpp.
 #pragma once
 #include <vector>
 

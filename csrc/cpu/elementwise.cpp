@@ -32,8 +32,8 @@ void add_blocks(const A* partial, int64_t blocks, int64_t columns, int64_t begin
 
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows) {
   const auto kernel = kernels().activation_backward[(int)dtype];
-  const int64_t acc = dtype == DType::f64 ? 8 : 4, columns = args.columns;
-  const int64_t block = tuning::kColumnSumRows, blocks = (rows + block - 1) / block;
+  const int64_t acc = acc_size(dtype), columns = args.columns;
+  const int64_t block = tuning::kColumnSumRows, blocks = ceil_div(rows, block);
   const int64_t grain = tuning::kParallelElements / (block * (columns > 0 ? columns : 1)) + 1;
   // Column sums of each block, added in order.
   char* partial = args.column_sums ? (char*)scratch(Slot::partial, blocks * columns * acc) : nullptr;
@@ -55,7 +55,7 @@ void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows)
 
 double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n) {
   const auto kernel = kernels().squared_error[(int)dtype];
-  const int64_t block = tuning::kSumElements, blocks = (n + block - 1) / block, size = size_of(dtype);
+  const int64_t block = tuning::kSumElements, blocks = ceil_div(n, block), size = size_of(dtype);
   std::vector<double> partial(blocks);
   parallel_for(blocks, 2, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {

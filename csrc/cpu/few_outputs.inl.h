@@ -3,40 +3,52 @@
 // reading x, which F.linear and the gradient of its weight would read twice. Lanes go along rows in all but the dot
 // products.
 
-// Sums over rows, a lane each, of which the loss's are put aside in double precision.
+// Sums over rows, a lane each, which are put aside in double precision before a lane has added too many.
 template <class V>
 struct LaneSums {
-  V bias[tuning::kFewOutputs], variance[tuning::kFewOutputs], loss;
-  int64_t terms;
-  double total;
+  static constexpr int64_t kMost = tuning::kFewOutputs;
+  V bias[kMost], variance[kMost], loss;
+  double bias_total[kMost], variance_total[kMost], loss_total;
+  int64_t vectors, losses;
 
-  void clear() {
+  LaneSums() : bias_total(), variance_total(), loss_total(0), vectors(0), losses(0) {
     loss = set1(typename V::scalar(0));
-    for (V& v : bias) v = loss;
-    for (V& v : variance) v = loss;
-    terms = 0;
-    total = 0;
+    for (int64_t j = 0; j < kMost; ++j) bias[j] = variance[j] = loss;
   }
   void add_loss(V l) {
     loss = loss + l;
-    if (++terms < tuning::kBlockVectors) return;
-    total += (double)reduce_add(loss);
+    if (++losses < tuning::kBlockVectors) return;
+    loss_total += (double)reduce_add(loss);
     loss = set1(typename V::scalar(0));
-    terms = 0;
+    losses = 0;
   }
-  void write(int64_t outputs, LikelihoodSums* to) const {
-    using A = typename V::scalar;
+  // To be told of every so many vectors of rows.
+  void count(int64_t more, int64_t outputs) {
+    vectors += more;
+    if (vectors >= tuning::kBlockVectors) put_aside(outputs);
+  }
+  void put_aside(int64_t outputs) {
     for (int64_t j = 0; j < outputs; ++j) {
-      if (to->bias) ((A*)to->bias)[j] = reduce_add(bias[j]);
-      if (to->variance) ((A*)to->variance)[j] = reduce_add(variance[j]);
+      bias_total[j] += (double)reduce_add(bias[j]);
+      variance_total[j] += (double)reduce_add(variance[j]);
+      bias[j] = variance[j] = set1(typename V::scalar(0));
     }
-    to->loss = total + (double)reduce_add(loss);
+    vectors = 0;
+  }
+  void write(int64_t outputs, LikelihoodSums* to) {
+    using A = typename V::scalar;
+    put_aside(outputs);
+    for (int64_t j = 0; j < outputs; ++j) {
+      if (to->bias) ((A*)to->bias)[j] = (A)bias_total[j];
+      if (to->variance) ((A*)to->variance)[j] = (A)variance_total[j];
+    }
+    to->loss = loss_total + (double)reduce_add(loss);
   }
 };
 
 // Output j of n rows.
 template <class A>
-inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n, int64_t j) {
+[[gnu::always_inline]] inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n, int64_t j) {
   using V = vec_t<A>;
   const A* at = (const A*)from + row * outputs + j;
   if (outputs == 1) return load_up_to(at, n);
@@ -45,10 +57,12 @@ inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n
   return load(lanes);
 }
 
+// Calls would put all of a block's columns on the stack and fetch them back: what follows is inlined by force.
+
 // Losses of output j of n rows from `row` on; returns their slopes, 0 beyond the last row.
 template <class A, Family family, bool value, bool slope>
-inline vec_t<A> judge_lanes(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j, vec_t<A> eta,
-                            LaneSums<vec_t<A>>* sums) {
+[[gnu::always_inline]] inline vec_t<A> judge_lanes(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j,
+                                                   vec_t<A> eta, LaneSums<vec_t<A>>* sums) {
   using V = vec_t<A>;
   const V zero = set1(A(0));
   const bool full = n == V::size;
@@ -95,7 +109,8 @@ inline void store_gradient(const FewOutputsArgs& a, int64_t row, int64_t c, vec_
 
 // Columns of up to V::size rows, zero beyond the last row and feature. Rows of up to half a vector lie in pairs.
 template <class T, int F>
-inline void load_columns(const T* x, int64_t stride, int64_t rows, int64_t features, vec_t<T> (&columns)[F]) {
+[[gnu::always_inline]] inline void load_columns(const T* x, int64_t stride, int64_t rows, int64_t features,
+                                                vec_t<T> (&columns)[F]) {
   using V = vec_t<T>;
   if constexpr (F == V::size) {
 #pragma GCC unroll 16
@@ -123,7 +138,6 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
     outer[i] = set1(A(0));
   }
   LaneSums<V> lanes;
-  lanes.clear();
   for (int64_t row = begin; row < end; row += V::size) {
     const int64_t n = std::min<int64_t>(V::size, end - row);
     const T* x = (const T*)a.x + row * a.x_stride;
@@ -150,6 +164,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
           for (int c = 0; c < F; ++c) dx[c] = fma(d, set1(w[c]), dx[c]);
       }
     }
+    lanes.count(1, outputs);
     if (slope && a.grad_x) {
       alignas(64) A lane[F][V::size];
       for (int c = 0; c < F; ++c) store(lane[c], dx[c]);
@@ -270,7 +285,6 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
   A* grad_weight = (A*)a.grad_weight;
   for (int64_t i = 0; grad_weight && i < outputs * features; ++i) grad_weight[i] = 0;
   LaneSums<V> lanes;
-  lanes.clear();
   for (int64_t row = begin; row < end; row += kPassRows) {
     const int64_t rows = std::min(kPassRows, end - row);
     const T *x = (const T*)a.x + row * a.x_stride, *each[kPassRows];
@@ -285,6 +299,7 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
         if (a.bias) eta = eta + set1(((const A*)a.bias)[j]);
         store(at, judge_lanes<A, family, value, slope>(a.likelihood, row + r, n, j, eta, &lanes));
       }
+    lanes.count(kPassRows / V::size, outputs);
     if (slope && grad_weight) add_weight_gradient(x, a.x_stride, rows, slopes, outputs, features, grad_weight);
     if (slope && a.grad_x) write_x_gradient(a, weight, row, rows, slopes);
   }

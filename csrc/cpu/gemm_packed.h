@@ -4,8 +4,6 @@
 
 namespace rf {
 
-constexpr int64_t acc_size(DType t) { return t == DType::f64 ? 8 : 4; }
-constexpr DType acc_dtype(DType t) { return t == DType::f64 ? t : DType::f32; }
 inline DType c_type(DType operands, const Gemm& g) { return g.wide_c ? acc_dtype(operands) : operands; }
 
 // Bytes; of L2 what one core has.

@@ -2,18 +2,6 @@
 
 // ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
 
-// Lane i of the result is the sum of v[i]'s lanes: one transposition instead of a reduction for each. Halves are added
-// to halves, as reduce_add does: a row's sum must not depend on whether it came in a group.
-template <class V>
-inline V reduce_each(V (&v)[V::size]) {
-  transpose(v);
-#pragma GCC unroll 4
-  for (int step = V::size / 2; step > 0; step /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < step; ++i) v[i] = v[i] + v[i + step];
-  return v[0];
-}
-
 // out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q
 // times.
 template <class T, int R, int Q>

@@ -5,6 +5,7 @@
 
 #include "../checks.h"
 #include "../torch_api.h"
+#include "cross_entropy_tensors.h"
 #include "parallel.h"
 #include "linear_cross_entropy_tensors.h"
 #include "tuning.h"
@@ -59,11 +60,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& inpu
     a.class_weight = p.class_weight.const_data_ptr();
     a.class_weight_sum = p.class_weight.sum(at::kDouble).item<double>();
   }
-  a.ignore_index = o.ignore_index;
-  a.label_smoothing = o.label_smoothing;
-  a.z_loss = o.z_loss;
-  a.softcap = o.softcap.value_or(0.0);
-  a.logit_scale = o.logit_scale.value_or(1.0);
+  set_options(a, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale);
 
   if (at::isFloatingType(target.scalar_type())) {
     p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);

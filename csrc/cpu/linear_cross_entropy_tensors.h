@@ -1,6 +1,7 @@
 // linear_cross_entropy's tensors as matrices, and its results in the shapes and types that the ops return, for every
 // device.
 #pragma once
+#include "../checks.h"
 #include "tensor_layouts.h"
 
 namespace rf {
@@ -13,16 +14,7 @@ inline int64_t positions_of(const Tensor& linear_weight) {
 }
 
 inline std::vector<int64_t> loss_shape(const Tensor& input, const Tensor& linear_weight) {
-  std::vector<int64_t> shape;
-  if (input.dim() == 2) shape.push_back(input.size(0));
-  for (int64_t d = 1; d + 1 < linear_weight.dim(); ++d) shape.push_back(linear_weight.size(d));
-  return shape;
-}
-
-inline at::ScalarType loss_type(const Tensor& input, const Tensor& target, std::optional<at::ScalarType> asked) {
-  if (asked) return *asked;
-  const bool wide = at::isFloatingType(target.scalar_type());
-  return wide ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
+  return C10_AS_INTARRAYREF_SLOW(symbolic_loss_shape(input, linear_weight)).vec();
 }
 
 // Undefined where not wanted; of matrices, w and bias in the accumulator's type, target in its own.

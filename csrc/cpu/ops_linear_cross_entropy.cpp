@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "drivers.h"
-#include "gemm_packed.h"
 #include "linear_cross_entropy.h"
 #include "linear_cross_entropy_problem.h"
 #include "products.h"
@@ -53,7 +52,7 @@ struct Work {
   Tensor stats;        // of the losses
   Tensor x, dx, sums;  // listed rows, their gradient; column sums of a chunk
 
-  Work(const Problem& p, const Options& o, const Gradients& grads) {
+  Work(const Problem& p, const Options& o, const Gradients& grads, bool entropy) {
     const bool widens = p.probabilities.defined() && p.probabilities.scalar_type() != p.acc;
     const bool narrows = widens && grads.target.defined();
     rows = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
@@ -63,7 +62,7 @@ struct Work {
     panel = panel_like();
     if (widens) wide = panel_like();
     if (narrows) wide_grad = panel_like();
-    stats = at::empty({5, rows * p.positions}, options);
+    stats = at::empty({cross_entropy_stat_rows(p.probabilities.defined(), entropy), rows * p.positions}, options);
     if (p.listed) x = at::empty({rows, p.features}, p.x.options());
     if (p.listed && grads.x.defined()) dx = at::empty({rows, p.features}, grads.x.options());
     if (grads.bias.defined()) sums = at::empty({p.outputs}, options);
@@ -85,16 +84,12 @@ CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const Cross
   const DType acc = acc_dtype(p.dtype);
   CrossEntropyArgs& a = c.args = p.loss;
   a.logits = c.logits.data_ptr();
-  a.row_max = at_loss(work.stats[kMax], 0);
-  a.row_log_sum = at_loss(work.stats[kLogSum], 0);
-  a.row_entropy = entropy.defined()             ? at_loss(entropy, first)
-                  : up && up->entropy.defined() ? at_loss(work.stats[kEntropy], 0)
-                                                : nullptr;
+  point_to_stats(a, work.stats);
+  // Null, and not computed, where nobody wants it.
+  if (!up || !up->entropy.defined()) a.row_entropy = at_loss(entropy, first);
   Tensor dt;  // in the kernel's type
   if (p.probabilities.defined()) {
     const Tensor t = p.probabilities.narrow(0, c.begin, c.rows);
-    a.row_mass = at_loss(work.stats[kMass], 0);
-    a.row_target_mass = at_loss(work.stats[kTargetMass], 0);
     const auto in_panel = [&](const Tensor& panel) { return panel.narrow(0, 0, c.rows).view(t.sizes()); };
     const Tensor read = work.wide.defined() ? in_panel(work.wide).copy_(t) : t;
     a.probabilities = read.const_data_ptr();
@@ -176,7 +171,7 @@ void multiply_gradient(const Problem& p, const Work& work, const Gradients& grad
 
 CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs& out,
                                 const Tensor& entropy, const Upstream* up, const Gradients& grads) {
-  const Work work(p, o, grads);
+  const Work work(p, o, grads, up && up->entropy.defined());
   CrossEntropyPartial total = {0, 0, -1};
   for (int64_t begin = 0; begin < p.rows; begin += work.rows) {
     Chunk c = {};

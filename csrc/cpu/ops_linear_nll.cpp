@@ -5,7 +5,6 @@
 #include <cmath>
 
 #include "drivers.h"
-#include "gemm_packed.h"
 #include "linear_cross_entropy.h"
 #include "parallel.h"
 #include "products.h"
@@ -196,12 +195,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const 
   return {finished(to.x, input, input.sizes()), finished(to.w, weight, weight.sizes()),
           finished(to.bias, weight, weight.sizes().slice(0, 1)),
           finished(one_variance ? to.variance.sum() : to.variance, v, v.sizes())};
-}
-
-at::ScalarType loss_type(const Tensor& input, const Tensor& target, std::optional<at::ScalarType> asked) {
-  if (asked) return *asked;
-  return at::isFloatingType(target.scalar_type()) ? c10::promoteTypes(input.scalar_type(), target.scalar_type())
-                                                  : input.scalar_type();
 }
 
 Tensor forward_cpu(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,

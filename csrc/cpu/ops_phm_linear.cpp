@@ -102,7 +102,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   std::vector<double> da(mask[1] ? p.n * p.n * p.n : 0);
   if (p.rows > 0 && (mask[0] || mask[1] || mask[2])) {
     const int64_t step = p.chunk_rows();
-    const Tensor z = p.mixed_rows(), mixing = p.mixing(), unmixing = p.unmixing(), all = dy.view({-1, p.to_part});
+    const Tensor z = p.mixed_rows(), mixing = p.mixing(), unmixing = p.unmixing(),
+                 all = dy.view({p.rows * p.n, p.to_part});
     // Z and its gradient have the accumulator's type, which the other side of a product has to share.
     const Tensor wide = p.acc == grad.scalar_type() ? Tensor() : at::empty({z.size(0), p.to_part}, acc_options);
     for (int64_t begin = 0; begin < p.rows; begin += step) {

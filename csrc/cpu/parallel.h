@@ -8,6 +8,8 @@
 #include <new>
 #include <type_traits>
 
+#include "types.h"
+
 namespace rf {
 
 // Runs fn(ctx, begin, end) over a partition of [0, n) into ranges of at least `grain`, on as many threads as there are.
@@ -23,9 +25,6 @@ inline void parallel_for(int64_t n, int64_t grain, F&& f) {
   run_parallel(
       n, grain < 1 ? 1 : grain, [](int64_t begin, int64_t end, void* ctx) { (*(Fn*)ctx)(begin, end); }, (void*)&f);
 }
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Tasks are taken as threads come free, since on a busy machine one of them may be held up; what a task computes does
 // not depend on who takes it.

@@ -49,7 +49,8 @@ void phm_product(DType dtype, const Gemm& g, int64_t n) {
   const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, g.m * g.k / 8) + 1;
   parallel_for(g.n, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = 0; row < g.m; row += group) {
-      DotArgs d = {g.b, g.a, begin, end, std::min(group, g.m - row), g.k, true, g.epilogue};
+      DotArgs d = {g.b,       g.a, begin, end, std::min(group, g.m - row), g.k, true, short_and_far(g.k * size, g.n),
+                   g.epilogue};
       d.few.data = (const char*)g.a.data + g.a.row_offset(row) * size;
       d.epilogue.c = (char*)g.epilogue.c + row * g.epilogue.c_stride * size;
       if (g.epilogue.preactivation)

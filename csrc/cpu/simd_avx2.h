@@ -146,6 +146,22 @@ inline double reduce_max(f64v a) {
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
+// Lane i of the result is the sum of v[i]'s lanes: pairs of vectors are folded into one, halves onto halves as in
+// reduce_add, since a row's sum must not depend on whether it came in a group.
+[[gnu::always_inline]] inline f32v reduce_each(const f32v (&v)[8]) {
+  __m256 quarter[4], pair[2];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k)
+    quarter[k] = _mm256_add_ps(_mm256_permute2f128_ps(v[k].v, v[4 + k].v, 0x20),
+                               _mm256_permute2f128_ps(v[k].v, v[4 + k].v, 0x31));
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    const __m256d a = _mm256_castps_pd(quarter[2 * k]), b = _mm256_castps_pd(quarter[2 * k + 1]);
+    pair[k] = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(a, b)), _mm256_castpd_ps(_mm256_unpackhi_pd(a, b)));
+  }
+  return {_mm256_add_ps(_mm256_shuffle_ps(pair[0], pair[1], 0x88), _mm256_shuffle_ps(pair[0], pair[1], 0xdd))};
+}
+
 // 8 x 8: r[i][j] becomes r[j][i].
 inline void transpose(f32v (&r)[8]) {
   __m256 t[8];

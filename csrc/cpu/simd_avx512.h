@@ -103,6 +103,27 @@ inline double reduce_add(f64v a) { return _mm512_reduce_add_pd(a.v); }
 inline float reduce_max(f32v a) { return _mm512_reduce_max_ps(a.v); }
 inline double reduce_max(f64v a) { return _mm512_reduce_max_pd(a.v); }
 
+// Lane i of the result is the sum of v[i]'s lanes: pairs of vectors are folded into one, halves onto halves as in
+// reduce_add, since a row's sum must not depend on whether it came in a group.
+[[gnu::always_inline]] inline f32v reduce_each(const f32v (&v)[16]) {
+  __m512 half[8], quarter[4], pair[2];
+#pragma GCC unroll 8
+  for (int k = 0; k < 8; ++k) {
+    const __m512 a = v[k % 4 + k / 4 * 8].v, b = v[k % 4 + k / 4 * 8 + 4].v;
+    half[k] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k)
+    quarter[k] = _mm512_add_ps(_mm512_shuffle_f32x4(half[k], half[4 + k], 0x88),
+                               _mm512_shuffle_f32x4(half[k], half[4 + k], 0xdd));
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k) {
+    const __m512d a = _mm512_castps_pd(quarter[2 * k]), b = _mm512_castps_pd(quarter[2 * k + 1]);
+    pair[k] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd))};
+}
+
 // 16 x 16: r[i][j] becomes r[j][i].
 inline void transpose(f32v (&r)[16]) {
   __m512 t[16];
@@ -137,11 +158,11 @@ inline void transpose(f32v (&r)[16]) {
 // The first n of up to 8 lanes from `low` and as many from `high`, one behind the other; the other lanes are zero.
 // Whole ones are loaded without a mask: masked loads from memory took twice as long (Zen 5).
 inline __m256 load_half(const float* p, int64_t n) {
-  return n == 8 ? _mm256_loadu_ps(p) : _mm256_maskz_loadu_ps(lanes8(n), p);
+  return n == 8 ? _mm256_loadu_ps(p) : _mm512_castps512_ps256(load_n(p, n).v);
 }
 template <class T>
 inline __m128i load_half(const T* p, int64_t n) {
-  return n == 8 ? _mm_loadu_si128((const __m128i*)p) : _mm_maskz_loadu_epi16(lanes8(n), p);
+  return n == 8 ? _mm_loadu_si128((const __m128i*)p) : _mm256_castsi256_si128(_mm256_maskz_loadu_epi16(lanes16(n), p));
 }
 inline f32v load_pair(const float* low, int64_t low_n, const float* high, int64_t high_n) {
   return {_mm512_insertf32x8(_mm512_castps256_ps512(load_half(low, low_n)), load_half(high, high_n), 1)};
@@ -151,7 +172,7 @@ inline f32v load_pair(const T* low, int64_t low_n, const T* high, int64_t high_n
   return widen(_mm256_inserti128_si256(_mm256_castsi128_si256(load_half(low, low_n)), load_half(high, high_n), 1), low);
 }
 // Two squares of 8 x 8 side by side, each as above.
-inline void transpose(f32v (&r)[8]) {
+[[gnu::always_inline]] inline void transpose(f32v (&r)[8]) {
   __m512 t[8];
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {

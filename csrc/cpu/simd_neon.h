@@ -136,6 +136,15 @@ inline double reduce_add(f64v a) { return vaddvq_f64(a.v); }
 inline float reduce_max(f32v a) { return vmaxvq_f32(a.v); }
 inline double reduce_max(f64v a) { return vmaxvq_f64(a.v); }
 
+// Lane i of the result is the sum of v[i]'s lanes, in the same order: pairs of vectors are folded into one.
+[[gnu::always_inline]] inline f32v reduce_each(const f32v (&v)[4]) {
+  float32x4_t a = vcombine_f32(vadd_f32(vget_low_f32(v[0].v), vget_high_f32(v[0].v)),
+                               vadd_f32(vget_low_f32(v[1].v), vget_high_f32(v[1].v)));
+  float32x4_t b = vcombine_f32(vadd_f32(vget_low_f32(v[2].v), vget_high_f32(v[2].v)),
+                               vadd_f32(vget_low_f32(v[3].v), vget_high_f32(v[3].v)));
+  return {vpaddq_f32(a, b)};
+}
+
 // 4 x 4: r[i][j] becomes r[j][i].
 inline void transpose(f32v (&r)[4]) {
   float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(r[0].v, r[1].v));

@@ -101,4 +101,5 @@ inline float reduce_add(f32v a) { return a.v; }
 inline double reduce_add(f64v a) { return a.v; }
 inline float reduce_max(f32v a) { return a.v; }
 inline double reduce_max(f64v a) { return a.v; }
+inline f32v reduce_each(const f32v (&v)[1]) { return v[0]; }
 inline void transpose(f32v (&)[1]) {}

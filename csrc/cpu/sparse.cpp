@@ -2,7 +2,6 @@
 #include <cstring>
 
 #include "drivers.h"
-#include "gemm_packed.h"
 #include "parallel.h"
 #include "tuning.h"
 

@@ -15,6 +15,9 @@ enum class DType { f32, f64, bf16, f16 };
 constexpr int kDTypes = 4;
 constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
 // The type that arithmetic on T is done in: half types compute in float and are rounded once, when stored.
 template <class T>
 struct accumulator {
@@ -26,6 +29,8 @@ struct accumulator<double> {
 };
 template <class T>
 using acc_t = typename accumulator<T>::type;
+constexpr DType acc_dtype(DType t) { return t == DType::f64 ? t : DType::f32; }
+constexpr int64_t acc_size(DType t) { return size_of(acc_dtype(t)); }
 
 enum class Activation { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
 #define RF_EACH_ACTIVATION(what) what(none) what(relu) what(gelu) what(gelu_tanh) what(silu) what(sigmoid) what(tanh)

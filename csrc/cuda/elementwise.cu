@@ -206,7 +206,7 @@ void launch_activation_forward(DType dtype, const void* z, void* y, int64_t n, A
 int64_t activation_backward_workspace(DType dtype, int64_t rows, int64_t columns) {
   if (columns == 0) return 0;
   const int64_t parts = divide(size_of(dtype), rows, columns).parts;
-  return parts == 1 ? 0 : parts * columns * (dtype == DType::f64 ? 8 : 4);
+  return parts == 1 ? 0 : parts * columns * acc_size(dtype);
 }
 
 void launch_activation_backward(DType dtype, const ActivationBackward& args, cudaStream_t stream) {

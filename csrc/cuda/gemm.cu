@@ -21,8 +21,6 @@ namespace {
 
 using tuning::GemmKernel;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // ---- operands ------------------------------------------------------------------------------------------------------
 
 // Rows of memory are what lies adjacent in it, where anything does, however the matrix is named.
@@ -134,7 +132,7 @@ bool gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k) {
 
 int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& g) {
   const GemmPlan plan = gemm_plan(dtype, tf32, g);
-  return plan.splits > 1 ? plan.splits * g.m * g.n * (dtype == DType::f64 ? 8 : 4) : 0;
+  return plan.splits > 1 ? plan.splits * g.m * g.n * acc_size(dtype) : 0;
 }
 
 void launch_gemm(DType dtype, bool tf32, const Gemm& g, cudaStream_t stream) {

@@ -2,7 +2,6 @@
 // cores, and multiplied by S; backward multiplies the output's gradient by S, in the accumulator's type, and by the
 // mixed rows. W is never stored. Products are ATen's; nothing here waits for the device.
 #include "../checks.h"
-#include "../cpu/parallel.h"
 #include "../cpu/phm_tensors.h"
 #include "ops.h"
 #include "tuning.h"

@@ -9,8 +9,6 @@
 
 namespace rf::cuda {
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 struct Division {
   int64_t lanes, panels, parts, part_rows;  // lanes: a block's vectors of columns, a power of two
 

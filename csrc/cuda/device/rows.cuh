@@ -24,8 +24,6 @@
 
 namespace rf::cuda {
 
-__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The vectors begin + step * i < end of a row, some loads ahead of their use.
 template <int kAhead, class P, class Use>
 __device__ __forceinline__ void for_vectors(const P& p, const typename P::Row& row, int64_t begin, int64_t end,
