@@ -271,6 +271,26 @@ def check_linear_nll_large(small: bool) -> None:
     torch.testing.assert_close(total.double(), 2 * loss.detach().sum(dtype=torch.float64), rtol=1e-4, atol=0)
 
 
+def check_phm_linear(small: bool) -> None:
+    shapes = [(9, 48, 24, 4), (130, 66, 33, 3)] if small else [(9, 48, 24, 4), (1000, 66, 33, 3), (2000, 1024, 512, 8)]
+    for dtype, (rows, d, q, n) in itertools.product(DTYPES[: 2 if small else 4], shapes):
+        x, a = spiky(rows, d, dtype=dtype).requires_grad_(), spiky(n, n, n).div(n).to(dtype).requires_grad_()
+        s = spiky(n, q // n, d // n).div(d**0.5).to(dtype).requires_grad_()
+        b = spiky(q, dtype=dtype).requires_grad_()
+        for activation in ("none", "silu"):
+            compare(
+                lambda *t, f=activation: regfast.phm_linear(*t, activation=f),
+                lambda x, a, s, b, f=activation: reference.ACTIVATIONS[f](
+                    F.linear(x, sum(map(torch.kron, a, s)).to(x.dtype), b)
+                ),
+                x,
+                a,
+                s,
+                b,
+                what=f"phm_linear {(rows, d, q, n)} {dtype} {activation}",
+            )
+
+
 def everything(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> list[Tensor]:
     z, weight = regfast.linear(x, w, b, activation="gelu"), x.detach()[:, 0].square()
     return [
@@ -286,6 +306,7 @@ def everything(x: Tensor, w: Tensor, b: Tensor, target: Tensor) -> list[Tensor]:
         regfast.linear_mse_loss(x, w, z.detach(), b),
         regfast.linear_nll(x, w, z.detach(), b, family="gaussian", sigma=b.square() + 1, sample_weight=weight),
         regfast.linear_nll(x, w, z.detach().sigmoid(), b, family="bernoulli", reduction="none"),
+        regfast.phm_linear(x, b[:64].view(4, 4, 4), w[:16].view(4, 16, 24), b[:64], activation="silu"),
     ]
 
 

@@ -92,8 +92,7 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
         find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view)>("regfast::linear");
     return linear.call(x * a.reshape({}), s.select(0, 0), bias, activation);
   }
-  // No kernels for CUDA.
-  if (x.is_cuda() || takes_composite({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
+  if (takes_composite({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, activation);
   return std::get<0>(forward(x, a, s, bias, activation, false));
 }

@@ -6,6 +6,7 @@
 #include "../torch_api.h"
 #include "gemm_packed.h"
 #include "parallel.h"
+#include "phm_tensors.h"
 #include "products.h"
 #include "tensor_layouts.h"
 #include "tuning.h"
@@ -13,30 +14,9 @@
 namespace rf {
 namespace {
 
-struct PhmProblem {
-  int64_t n, rows, inputs, outputs, from_part, to_part;  // the last two: d / n, q / n
-  DType dtype;
-  at::ScalarType acc;
-  Tensor x, a, s;  // x by rows, a in acc, s as q / n rows of d
+struct PhmProblem : PhmTensors {
+  using PhmTensors::PhmTensors;
 
-  PhmProblem(const Tensor& like, const Tensor& its_a, const Tensor& its_s) {
-    n = its_a.size(0);
-    rows = rows_of(like);
-    from_part = its_s.size(2);
-    to_part = its_s.size(1);
-    inputs = n * from_part;
-    outputs = n * to_part;
-    dtype = dtype_of(like.scalar_type());
-    acc = acc_type(like.scalar_type());
-    a = its_a.to(acc);
-    // In place where PHMLinear laid its parameter out so; else a copy of an n-th of what W would take.
-    s = its_s.permute({1, 0, 2}).reshape({to_part, inputs});
-    if (s.stride(1) != 1 && inputs > 1) s = s.contiguous();
-  }
-  void set_input(const Tensor& input) {
-    x = input.reshape({rows, inputs});
-    if (x.stride(1) != 1 && inputs > 1) x = x.contiguous();
-  }
   MatrixView x_rows(int64_t begin) const {
     return {(const char*)x.const_data_ptr() + begin * x.stride(0) * size_of(dtype), 1, x.stride(0), 0, 1};
   }
@@ -50,8 +30,6 @@ struct PhmProblem {
   void mix(const Tensor& coefficients, int64_t begin, int64_t count, const Tensor& z) const {
     mix_parts(dtype, {x_rows(begin), n, n * n, from_part, coefficients.const_data_ptr(), z.mutable_data_ptr()}, count);
   }
-  Tensor mixing() const { return a.permute({1, 0, 2}).contiguous(); }    // (u, m) x p
-  Tensor unmixing() const { return a.permute({2, 1, 0}).contiguous(); }  // p x (u, m)
 };
 
 std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor& a, const Tensor& s,

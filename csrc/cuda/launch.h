@@ -134,6 +134,29 @@ void launch_cross_entropy_forward_backward(DType dtype, const CrossEntropyRows& 
                                            const CrossEntropyResults& results, void* grad_logits,
                                            const RowLayout& grad_layout, cudaStream_t stream);
 
+// ---- parts of rows -------------------------------------------------------------------------------------------------
+
+// A row is a sequence of adjacent parts of equal length.
+struct CombineParts {  // part j of a row of `to` = sum over i of coefficients(j, i) times part i of that row of `from`
+  int64_t rows, parts, to_parts, length;
+  const void* from;  // acc where from_is_acc, else of `dtype`
+  int64_t from_stride;
+  bool from_is_acc;
+  const void* coefficients;  // acc, to_parts x parts
+  void* to;                  // contiguous
+};
+void launch_combine_parts(DType dtype, const CombineParts& args, cudaStream_t stream);
+
+struct PartProducts {  // sums(j, i) = over all rows the dot products of part j of `of` with part i of `with`
+  int64_t rows, of_parts, parts, length;
+  const void* of;    // acc, contiguous
+  const void* with;  // of `dtype`
+  int64_t with_stride;
+  void* sums;  // acc, part_products_blocks x of_parts x parts: they add up to them
+};
+int64_t part_products_blocks(DType dtype, int64_t rows, int64_t length);
+void launch_part_products(DType dtype, const PartProducts& args, cudaStream_t stream);
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
 // C = op(A) op(B) with an epilogue, as csrc/cpu/drivers.h has it: all strides of A and B, C's columns adjacent.

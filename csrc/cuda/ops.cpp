@@ -53,6 +53,24 @@ void linear_into(const OnDevice& device, const Tensor& x, const Tensor& w, const
            b.defined() ? b.const_data_ptr() : nullptr, Activation::none, nullptr, nullptr});
 }
 
+ActivationGradient activation_gradient(const OnDevice& device, const Tensor& grad, const OptionalTensor& saved,
+                                       Activation activation, bool column_sums) {
+  ActivationGradient result = {grad, at::empty({column_sums ? grad.size(-1) : 0}, grad.options())};
+  if (activation == Activation::none && !column_sums) return result;
+  const DType dtype = dtype_of(grad.scalar_type());
+  const int64_t m = rows_of(grad), n = grad.size(-1);
+  const Tensor g = walkable(grad, grad.dim() - 1), s = saved.has_value() ? saved->contiguous() : Tensor();
+  if (activation != Activation::none) result.dz = at::empty(grad.sizes(), grad.options());
+  Workspace workspace(column_sums ? activation_backward_workspace(dtype, m, n) : 0, grad);
+  launch_activation_backward(
+      dtype,
+      {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
+       activation != Activation::none ? result.dz.mutable_data_ptr() : nullptr, m, n, activation,
+       column_sums ? result.column_sums.mutable_data_ptr() : nullptr, workspace.data()},
+      device.stream);
+  return result;
+}
+
 namespace {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
@@ -93,20 +111,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
   const int64_t m = rows_of(grad), n = grad.size(-1);
   const auto none = [&] { return at::empty({0}, grad.options()); };
 
-  // One pass over the upstream gradient gives the pre-activation's and its column sums.
-  Tensor dz = grad, db = none();
-  if (activation != Activation::none || mask[2]) {
-    const Tensor g = walkable(grad, grad.dim() - 1), s = saved.has_value() ? saved->contiguous() : Tensor();
-    if (activation != Activation::none) dz = at::empty(grad.sizes(), grad.options());
-    if (mask[2]) db = at::empty({n}, grad.options());
-    Workspace workspace(mask[2] ? activation_backward_workspace(dtype, m, n) : 0, grad);
-    launch_activation_backward(
-        dtype,
-        {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
-         activation != Activation::none ? dz.mutable_data_ptr() : nullptr, m, n, activation,
-         mask[2] ? db.mutable_data_ptr() : nullptr, workspace.data()},
-        device.stream);
-  }
+  const ActivationGradient of = activation_gradient(device, grad, saved, activation, mask[2]);
+  const Tensor &dz = of.dz, &db = of.column_sums;
   const auto times = [&](int64_t rows, int64_t columns, int64_t inner, bool dz_transposed, const Tensor& other,
                          at::IntArrayRef sizes) {
     if (gemm_by_aten(dtype, tf32_allowed(grad), rows, columns, inner)) {
@@ -248,6 +254,7 @@ RF_CUDA_OPS(m) {
   register_cross_entropy(m);
   register_linear_cross_entropy(m);
   register_linear_nll(m);
+  register_phm_linear(m);
   m.impl("mse_loss_forward", mse_loss_forward);
   m.impl("mse_loss_backward", mse_loss_backward);
 }

@@ -24,8 +24,17 @@ void product(const OnDevice& device, const Tensor& like, Gemm g);
 // out = x w^T + bias of matrices, bias undefined where there is none, by the GEMM that linear takes.
 void linear_into(const OnDevice& device, const Tensor& x, const Tensor& w, const Tensor& bias, Tensor& out);
 
+// What went into an activation has this gradient, the activation's result having `grad`, whose column sums are made on
+// the way where they are wanted. The gradient is grad itself where there is no activation.
+struct ActivationGradient {
+  Tensor dz, column_sums;
+};
+ActivationGradient activation_gradient(const OnDevice& device, const Tensor& grad, const OptionalTensor& saved,
+                                       Activation activation, bool column_sums);
+
 void register_cross_entropy(torch::Library& m);
 void register_linear_cross_entropy(torch::Library& m);
 void register_linear_nll(torch::Library& m);
+void register_phm_linear(torch::Library& m);
 
 }  // namespace rf::cuda

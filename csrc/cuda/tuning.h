@@ -73,6 +73,13 @@ constexpr int kSumThreads = 256, kSumVectors = 8;
 // steps.
 constexpr int kColumnSumBlocksPerSm = 4, kColumnSumLeastRows = 8, kColumnSumMostParts = 256;
 
+// ---- phm_linear ----------------------------------------------------------------------------------------------------
+
+// Rows are mixed as long as what they become takes so much, which stays in the L2 of the large GPUs (40 MB on A100, 50
+// on H100) until it is multiplied; but so many mixed rows at least, whose tiles of 128 x 128 fill 132 SMs where S has
+// 1024 rows.
+constexpr int64_t kMixedBytes = 16 << 20, kLeastMixedRows = 2048;
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
 // Bytes of K in a stage: two steps of the tensor core instructions, so that fragments of one are loaded while those of

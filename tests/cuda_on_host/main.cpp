@@ -40,7 +40,8 @@ const Test tests[] = {{"faults", test::test_faults},
                       {"cross_entropy", test::test_cross_entropy},
                       {"cross_entropy_edges", test::test_cross_entropy_edges},
                       {"gemm", test::test_gemm},
-                      {"likelihood", test::test_likelihood}};
+                      {"likelihood", test::test_likelihood},
+                      {"phm", test::test_phm}};
 
 void run_test(const Test& t) {
   try {

@@ -11,5 +11,6 @@ void test_cross_entropy();
 void test_cross_entropy_edges();
 void test_gemm();
 void test_likelihood();
+void test_phm();
 
 }  // namespace test
