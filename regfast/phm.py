@@ -16,9 +16,9 @@ def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, 
     """``activation(input @ w.T + bias)``, ``w`` the sum over i of ``torch.kron(a[i], s[i])``, which is never stored.
 
     Args:
-        input: ``(*, in_features)``, any strides. float32, float64, bfloat16 and float16 have kernels on the CPU; half
-            types are multiplied and accumulated in float32 and rounded once. CUDA tensors take plain PyTorch, which
-            stores ``w``.
+        input: ``(*, in_features)``, any strides. float32, float64, bfloat16 and float16 have kernels; half types are
+            accumulated in float32. On the CPU they are multiplied in it and rounded once; the CUDA kernels, where they
+            are enabled, round the mixed rows to input's dtype for the tensor cores.
         a: ``(n, n, n)``, input's dtype: the multiplication table.
         s: ``(n, out_features / n, in_features / n)``, input's dtype. Each call copies it unless its memory is that of
             a contiguous ``(out_features / n, n, in_features / n)``, as :class:`PHMLinear` lays out its parameter.
