@@ -133,7 +133,8 @@ def draw_cases(result: dict, path: Path) -> None:
     axes.set_xlabel("time of PyTorch / time of regfast (right of 1: regfast is faster)")
     handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in BASELINES.values()]
     machine = result["machine"]
-    figure.suptitle(f"regfast on {machine['cpu']}, {machine['threads']} threads, {machine['isa']}", fontsize=11)
+    title = f"regfast on {machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
+    figure.suptitle(title, fontsize=11, x=0.02, ha="left")
     figure.legend(handles=handles, loc="outside upper right", fontsize=8, ncols=len(handles))
     figure.savefig(path, dpi=110)
     plt.close(figure)

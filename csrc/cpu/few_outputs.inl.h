@@ -60,8 +60,8 @@ template <class A>
   return load(lanes);
 }
 
-// Outputs of a block of rows, each in kPassRows lanes. A vector of lanes gathered just before it is loaded would be
-// waited for: the targets of a block are spread before its predictions are computed.
+// Outputs of a block of rows, each in kPassRows lanes; 1 where there is nothing. A vector of lanes gathered just before
+// it is loaded would be waited for: the targets of a block are spread before its predictions are computed.
 template <class A>
 inline void spread(const void* from, int64_t outputs, int64_t row, int64_t rows, A* to) {
   const A* at = (const A*)from + row * outputs;
@@ -117,8 +117,7 @@ inline void store_gradient(const FewOutputsArgs& a, int64_t row, int64_t c, vec_
   a.wide_grad_x ? store_up_to((acc_t<T>*)a.grad_x + at, d, n) : store_up_to((T*)a.grad_x + at, d, n);
 }
 
-// ---- up to a vector's features: rows are transposed
-// ------------------------------------------------------------------
+// ---- up to a vector's features: rows are transposed ----------------------------------------------------------------
 
 // Columns of up to V::size rows, zero beyond the last row and feature. Rows of up to half a vector lie in pairs.
 template <class T, int F>
@@ -197,8 +196,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
   lanes.write(outputs, sums);
 }
 
-// ---- more features: dot products
-// -------------------------------------------------------------------------------------
+// ---- more features: dot products -----------------------------------------------------------------------------------
 
 // Predictions without bias: dot products of R rows at a time with all of weight's, as gemm_dot has them. Results of a
 // block have lanes along rows: element (r, j) at j * kPassRows + r.
@@ -298,15 +296,15 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
   for (int64_t j = 0; j < outputs; ++j) weight[j] = (const T*)a.weight + j * features;
   A* grad_weight = (A*)a.grad_weight;
   for (int64_t i = 0; grad_weight && i < outputs * features; ++i) grad_weight[i] = 0;
+  constexpr int64_t kRoom = tuning::kFewOutputs * kPassRows;
+  alignas(64) A slopes[kRoom], targets[kRoom], grads[kRoom];
   LaneSums<V> lanes;
   for (int64_t row = begin; row < end; row += kPassRows) {
     const int64_t rows = std::min(kPassRows, end - row);
     const T *x = (const T*)a.x + row * a.x_stride, *each[kPassRows];
     for (int64_t r = 0; r < rows; ++r) each[r] = x + r * a.x_stride;
-    alignas(64) A slopes[tuning::kFewOutputs * kPassRows], targets[tuning::kFewOutputs * kPassRows],
-        grads[tuning::kFewOutputs * kPassRows];
     spread(a.likelihood.target, outputs, row, rows, targets);
-    spread(a.likelihood.grad, outputs, row, rows, grads);
+    if (a.likelihood.grad || row == begin) spread(a.likelihood.grad, outputs, row, rows, grads);
     predict_block(each, rows, weight, outputs, features, a.x_is_far, slopes);
     for (int64_t j = 0; j < outputs; ++j)
       for (int64_t r = 0; r < rows; r += V::size) {
