@@ -3,8 +3,9 @@
 #pragma once
 #include "torch_api.h"
 
+// A macro: the words are put together only if they are needed.
 #define RF_CHECK(kind, condition, op, argument, expected, ...) \
-  kind(condition, "regfast." op ": " argument ": expected ", expected, ", got ", __VA_ARGS__)
+  kind(condition, "regfast.", op, ": ", argument, ": expected ", expected, ", got ", __VA_ARGS__)
 
 namespace rf {
 
@@ -16,22 +17,20 @@ inline Activation parse_activation(string_view name, const char* op = "linear") 
   if (name == "silu") return Activation::silu;
   if (name == "sigmoid") return Activation::sigmoid;
   if (name == "tanh") return Activation::tanh;
-  TORCH_CHECK_VALUE(false, "regfast.", op,
-                    ": activation: expected one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh, got ",
-                    std::string(name));
+  RF_CHECK(TORCH_CHECK_VALUE, false, op, "activation", "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh",
+           std::string(name));
 }
 
 // As torch: IndexError for a dimension that is not there; a scalar has one.
 inline int64_t checked_dim(const char* op, const Tensor& x, int64_t dim) {
   const int64_t dims = std::max<int64_t>(1, x.dim());
-  TORCH_CHECK_INDEX(-dims <= dim && dim < dims, "regfast.", op, ": dim: expected from ", -dims, " to ", dims - 1,
-                    ", got ", dim);
+  RF_CHECK(TORCH_CHECK_INDEX, -dims <= dim && dim < dims, op, "dim", c10::str("from ", -dims, " to ", dims - 1), dim);
   return dim < 0 ? dim + dims : dim;
 }
 
 inline void check_floating(const char* op, const Tensor& x) {
-  TORCH_CHECK_NOT_IMPLEMENTED(at::isFloatingType(x.scalar_type()), "regfast.", op,
-                              ": input: expected a floating point type, got ", x.scalar_type());
+  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, at::isFloatingType(x.scalar_type()), op, "input", "a floating point type",
+           x.scalar_type());
 }
 
 inline void check_linear(const Tensor& x, const Tensor& w, const Tensor& b) {
@@ -64,10 +63,10 @@ inline void check_phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, 
              c10::str("shape [", n * s.sym_size(1), "]"), b.sym_sizes());
   const auto same = [&](const char* name, const Tensor& tensor) {
     if (!tensor.defined()) return;
-    TORCH_CHECK(x.scalar_type() == tensor.scalar_type(), "regfast.phm_linear: ", name, ": expected ", x.scalar_type(),
-                " as input has, got ", tensor.scalar_type());
-    TORCH_CHECK(x.device() == tensor.device(), "regfast.phm_linear: ", name, ": expected ", x.device(),
-                " as input is on, got ", tensor.device());
+    RF_CHECK(TORCH_CHECK, x.scalar_type() == tensor.scalar_type(), "phm_linear", name,
+             c10::str(x.scalar_type(), " as input has"), tensor.scalar_type());
+    RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), "phm_linear", name, c10::str(x.device(), " as input is on"),
+             tensor.device());
   };
   same("a", a);
   same("s", s);
@@ -150,10 +149,10 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
   const auto is = [](const Tensor& tensor, c10::SymIntArrayRef sizes) { return tensor.sym_sizes() == sizes; };
   const auto same = [&](const char* name, const Tensor& tensor, bool dtype) {
     if (!tensor.defined()) return;
-    TORCH_CHECK(x.device() == tensor.device(), "regfast.linear_cross_entropy: ", name, ": expected ", x.device(),
-                " as input is on, got ", tensor.device());
-    TORCH_CHECK(!dtype || x.scalar_type() == tensor.scalar_type(), "regfast.linear_cross_entropy: ", name,
-                ": expected ", x.scalar_type(), " as input has, got ", tensor.scalar_type());
+    RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), "linear_cross_entropy", name,
+             c10::str(x.device(), " as input is on"), tensor.device());
+    RF_CHECK(TORCH_CHECK, !dtype || x.scalar_type() == tensor.scalar_type(), "linear_cross_entropy", name,
+             c10::str(x.scalar_type(), " as input has"), tensor.scalar_type());
   };
   same("linear_weight", w, true);
   same("linear_bias", b, true);
@@ -181,50 +180,45 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
            "Long class indices", t.scalar_type());
 }
 
-// As RF_CHECK, for an op that is known when it runs. A macro: the words are put together only if they are needed.
-#define RF_REQUIRE(fits, argument, expected, got) \
-  TORCH_CHECK(fits, "regfast.", op, ": ", argument, ": expected ", expected, ", got ", got)
-
 // `op` is the function that the user called. Values of scale and sample_weight are not looked at: a device would have
 // to be waited for.
 inline void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
                              const Tensor& scale, const Tensor& sample_weight, bool scale_is_variance) {
   check_floating(op, x);
-  RF_REQUIRE(w.dim() == 2, "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
-  RF_REQUIRE(x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), "input",
-             c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"),
-             x.sym_sizes());
+  RF_CHECK(TORCH_CHECK, w.dim() == 2, op, "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
+  RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), op, "input",
+           c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"), x.sym_sizes());
   auto predictions = x.sym_sizes().vec();
   predictions.pop_back();
   const auto rows = predictions;
   predictions.push_back(w.sym_size(0));
   const auto same = [&](const char* name, const Tensor& tensor, bool or_wider) {
     if (!tensor.defined()) return;
-    RF_REQUIRE(x.device() == tensor.device(), name, c10::str(x.device(), " as input is on"), tensor.device());
+    RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), op, name, c10::str(x.device(), " as input is on"),
+             tensor.device());
     const auto type = tensor.scalar_type();
-    RF_REQUIRE(type == x.scalar_type() || (or_wider && type == acc_type(x.scalar_type())), name,
-               c10::str(x.scalar_type(), " as input has"), type);
+    RF_CHECK(TORCH_CHECK, type == x.scalar_type() || (or_wider && type == acc_type(x.scalar_type())), op, name,
+             c10::str(x.scalar_type(), " as input has"), type);
   };
   same("weight", w, false);
   same("bias", b, false);
   const char* scale_name = scale_is_variance ? "sigma" : "pos_weight";
   same(scale_name, scale, true);
   same("sample_weight", sample_weight, true);
-  RF_REQUIRE(x.device() == t.device(), "target", c10::str(x.device(), " as input is on"), t.device());
-  RF_REQUIRE(!at::isComplexType(t.scalar_type()), "target", "real numbers", t.scalar_type());
+  RF_CHECK(TORCH_CHECK, x.device() == t.device(), op, "target", c10::str(x.device(), " as input is on"), t.device());
+  RF_CHECK(TORCH_CHECK, !at::isComplexType(t.scalar_type()), op, "target", "real numbers", t.scalar_type());
   // Not what broadcasts: (N) beside (N, 1) would be N^2 residuals, which nobody means.
-  RF_REQUIRE(t.sym_sizes() == c10::SymIntArrayRef(predictions), "target",
-             c10::str("the predictions' shape ", c10::SymIntArrayRef(predictions)), t.sym_sizes());
+  RF_CHECK(TORCH_CHECK, t.sym_sizes() == c10::SymIntArrayRef(predictions), op, "target",
+           c10::str("the predictions' shape ", c10::SymIntArrayRef(predictions)), t.sym_sizes());
   if (b.defined())
-    RF_REQUIRE(b.dim() == 1 && b.sym_size(0) == w.sym_size(0), "bias", c10::str("shape [", w.sym_size(0), "]"),
-               b.sym_sizes());
+    RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == w.sym_size(0), op, "bias",
+             c10::str("shape [", w.sym_size(0), "]"), b.sym_sizes());
   if (scale.defined())
-    RF_REQUIRE(scale.dim() == 0 || (scale.dim() == 1 && scale.sym_size(0) == w.sym_size(0)), scale_name,
-               c10::str("shape [] or [", w.sym_size(0), "]"), scale.sym_sizes());
+    RF_CHECK(TORCH_CHECK, scale.dim() == 0 || (scale.dim() == 1 && scale.sym_size(0) == w.sym_size(0)), op, scale_name,
+             c10::str("shape [] or [", w.sym_size(0), "]"), scale.sym_sizes());
   if (sample_weight.defined())
-    RF_REQUIRE(sample_weight.sym_sizes() == c10::SymIntArrayRef(rows), "sample_weight",
-               c10::str("one number for each row, shape ", c10::SymIntArrayRef(rows)), sample_weight.sym_sizes());
+    RF_CHECK(TORCH_CHECK, sample_weight.sym_sizes() == c10::SymIntArrayRef(rows), op, "sample_weight",
+             c10::str("one number for each row, shape ", c10::SymIntArrayRef(rows)), sample_weight.sym_sizes());
 }
-#undef RF_REQUIRE
 
 }  // namespace rf
