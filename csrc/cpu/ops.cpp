@@ -5,6 +5,7 @@
 
 #include "../checks.h"
 #include "../torch_api.h"
+#include "activation_gradient.h"
 #include "cross_entropy_tensors.h"
 #include "drivers.h"
 #include "parallel.h"
@@ -66,20 +67,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
   const int64_t m = rows_of(grad), n = grad.size(-1);
   const auto none = [&] { return at::empty({0}, grad.options()); };
 
-  Tensor dz = grad, db = none();
-  if (activation != Activation::none || mask[2]) {
-    // Rows of the upstream gradient are adjacent, or made so: an expanded scalar is the one case in practice.
-    const Tensor g = grad.stride(-1) == 1 || n == 1 ? walkable(grad, grad.dim() - 1) : grad.contiguous();
-    const Tensor s = saved.has_value() ? saved->contiguous() : Tensor();
-    Tensor sums = mask[2] ? at::empty({n}, grad.options().dtype(acc_type(grad.scalar_type()))) : Tensor();
-    dz = activation != Activation::none ? advised(at::empty(grad.sizes(), grad.options())) : g;
-    activation_backward(dtype,
-                        {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
-                         activation != Activation::none ? dz.mutable_data_ptr() : nullptr, n, activation,
-                         mask[2] ? sums.mutable_data_ptr() : nullptr},
-                        m);
-    if (mask[2]) db = sums.to(grad.scalar_type());
-  }
+  const ActivationGradient of = activation_gradient(grad, saved, activation, mask[2]);
+  const Tensor &dz = of.dz, &db = of.column_sums;
   const auto product = [&](int64_t rows, int64_t columns, int64_t inner, bool dz_transposed, const Tensor& other,
                            at::IntArrayRef sizes) {
     if (gemm_by_aten(dtype, rows, columns, inner)) {

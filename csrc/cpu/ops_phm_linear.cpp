@@ -4,6 +4,7 @@
 // Backward makes the same two products that the dense layer does, of Z's gradient with S and of Z with the output's.
 #include "../checks.h"
 #include "../torch_api.h"
+#include "activation_gradient.h"
 #include "gemm_packed.h"
 #include "parallel.h"
 #include "phm_tensors.h"
@@ -75,23 +76,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   const auto none = [&] { return at::empty({0}, grad.options()); };
   PhmProblem p(grad, a, s);
   if (mask[1] || mask[2]) p.set_input(*input);
-  Tensor dy = grad.contiguous(), db = none();
-  if (activation != Activation::none || mask[3]) {
-    const Tensor kept = saved.has_value() ? saved->contiguous() : Tensor();
-    const Tensor sums = mask[3] ? at::empty({p.outputs}, grad.options().dtype(p.acc)) : Tensor();
-    const Tensor from = dy;
-    if (activation != Activation::none) dy = advised(at::empty(grad.sizes(), grad.options()));
-    activation_backward(p.dtype,
-                        {from.const_data_ptr(),
-                         kept.defined() ? kept.const_data_ptr() : nullptr,
-                         {1, p.outputs, 0, 1},
-                         activation != Activation::none ? dy.mutable_data_ptr() : nullptr,
-                         p.outputs,
-                         activation,
-                         mask[3] ? sums.mutable_data_ptr() : nullptr},
-                        p.rows);
-    if (mask[3]) db = sums.to(grad.scalar_type());
-  }
+  const ActivationGradient of = activation_gradient(grad, saved, activation, mask[3]);
+  const Tensor dy = of.dz.contiguous();
 
   const auto acc_options = grad.options().dtype(p.acc);
   auto sizes = grad.sizes().vec();
@@ -133,7 +119,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
     da_sums = at::from_blob(da.data(), {p.n, p.n, p.n}, at::TensorOptions(at::kDouble))  // u, m, p
                   .permute({1, 0, 2})
                   .to(grad.scalar_type(), false, /*copy=*/true, at::MemoryFormat::Contiguous);
-  return {dx, da_sums, ds, db};
+  return {dx, da_sums, ds, of.column_sums};
 }
 
 }  // namespace
