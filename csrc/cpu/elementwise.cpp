@@ -21,14 +21,24 @@ void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activati
 
 namespace {
 template <class A>
-void add_blocks(const A* partial, int64_t blocks, int64_t columns, int64_t begin, int64_t end, A* sums) {
+void add_columns(const A* partial, int64_t parts, int64_t stride, int64_t begin, int64_t end, A* sums) {
   for (int64_t j = begin; j < end; ++j) {
     double sum = 0;
-    for (int64_t b = 0; b < blocks; ++b) sum += (double)partial[b * columns + j];
+    for (int64_t p = 0; p < parts; ++p) sum += (double)partial[p * stride + j];
     sums[j] = (A)sum;
   }
 }
 }  // namespace
+
+void add_parts(DType acc, const void* partial, int64_t parts, int64_t stride, int64_t columns, void* sums) {
+  if (!sums) return;
+  parallel_for(columns, tuning::kParallelElements / std::max<int64_t>(1, parts) + 1, [&](int64_t begin, int64_t end) {
+    if (acc == DType::f64)
+      add_columns((const double*)partial, parts, stride, begin, end, (double*)sums);
+    else
+      add_columns((const float*)partial, parts, stride, begin, end, (float*)sums);
+  });
+}
 
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows) {
   const auto kernel = kernels().activation_backward[(int)dtype];
@@ -44,13 +54,7 @@ void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows)
       kernel(mine, b * block, b + 1 == blocks ? rows : (b + 1) * block);
     }
   });
-  if (!partial) return;
-  parallel_for(columns, tuning::kParallelElements / std::max<int64_t>(1, blocks) + 1, [&](int64_t begin, int64_t end) {
-    if (dtype == DType::f64)
-      add_blocks((const double*)partial, blocks, columns, begin, end, (double*)args.column_sums);
-    else
-      add_blocks((const float*)partial, blocks, columns, begin, end, (float*)args.column_sums);
-  });
+  add_parts(acc_dtype(dtype), partial, blocks, columns, columns, args.column_sums);
 }
 
 double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n) {

@@ -10,21 +10,6 @@
 namespace rf {
 namespace {
 
-// Sums of parts, each `count` long, added in order.
-template <class A>
-void add_parts(const A* partial, int64_t parts, int64_t stride, int64_t count, A* sums) {
-  for (int64_t i = 0; i < count; ++i) {
-    double sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += (double)partial[p * stride + i];
-    sums[i] = (A)sum;
-  }
-}
-void add_parts(DType acc, const char* partial, int64_t parts, int64_t stride, int64_t count, void* sums) {
-  if (!sums) return;
-  acc == DType::f64 ? add_parts((const double*)partial, parts, stride, count, (double*)sums)
-                    : add_parts((const float*)partial, parts, stride, count, (float*)sums);
-}
-
 double in_order(const std::vector<double>& parts) {
   double sum = 0;
   for (double p : parts) sum += p;
