@@ -44,19 +44,17 @@ def not_a_tensor(op: str, **arguments: object) -> TypeError:
 
 
 def require_tensors(
-    op: str, names: tuple[str, ...], input: object, weight: object, target: object, bias: object, factors: object
+    op: str, names: tuple[str, ...], first: object, second: object, third: object, *optional: object
 ) -> None:
-    """Raises for the first of these arguments, called by names, that is no tensor; the last two may be None."""
-    if (
-        isinstance(input, Tensor)
-        and isinstance(weight, Tensor)
-        and isinstance(target, Tensor)
-        and (bias is None or isinstance(bias, Tensor))
-        and (factors is None or isinstance(factors, Tensor))
-    ):
-        return
-    optional = {name: value for name, value in zip(names[3:], (bias, factors), strict=True) if value is not None}
-    raise not_a_tensor(op, **dict(zip(names[:3], (input, weight, target), strict=True)), **optional)
+    """Raises for the first argument, called by names, that is no tensor; those after the third may be None."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor) and isinstance(third, Tensor):
+        for value in optional:
+            if value is not None and not isinstance(value, Tensor):
+                break
+        else:
+            return
+    given = {name: value for name, value in zip(names[3:], optional, strict=True) if value is not None}
+    raise not_a_tensor(op, **dict(zip(names[:3], (first, second, third), strict=True)), **given)
 
 
 # The outputs of cross_entropy in the order of their bits and of the tensors that the op returns.

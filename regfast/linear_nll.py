@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from ._extension import not_a_tensor, reduction_number, require_tensors
 from .linear_cross_entropy import linear_cross_entropy
-from .reference import FAMILIES, gaussian_variance, weighted_classes
+from .reference import FAMILIES, LIKELIHOODS, gaussian_variance, weighted_classes
 
 _linear_nll = torch.ops.regfast.linear_nll.default
 _TENSORS = ("input", "weight", "target", "bias", "sample_weight")
-_FAMILIES = (*FAMILIES[1:], "categorical")
 
 
 def linear_nll(
@@ -126,8 +125,8 @@ def _check_options(op: str, family: str, sigma: object, pos_weight: object, full
     def fail(argument: str, expected: str, got: object) -> None:
         raise ValueError(f"regfast.{op}: {argument}: expected {expected}, got {got}")
 
-    if family not in _FAMILIES:
-        fail("family", f"one of {', '.join(_FAMILIES)}", repr(family))
+    if family not in LIKELIHOODS:
+        fail("family", f"one of {', '.join(LIKELIHOODS)}", repr(family))
     if sigma is not None and family != "gaussian":
         fail("sigma", f"None for family {family}", sigma)
     if pos_weight is not None and family != "bernoulli":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._extension import not_a_tensor
+from ._extension import require_tensors
 from .linear import Linear
 from .reference import ACTIVATIONS, phm_weight
 
 _phm_linear = torch.ops.regfast.phm_linear.default
+_TENSORS = ("input", "a", "s", "bias")
 
 
 def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -37,10 +38,7 @@ def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, 
     parameters" (2021). A chunk of rows is mixed by ``a`` into n rows each, which are multiplied by ``s``: the FLOPs of
     the dense layer and n * n * in_features multiplications more for each row, on an n-th of its weights.
     """
-    tensors = isinstance(input, Tensor) and isinstance(a, Tensor) and isinstance(s, Tensor)
-    if not (tensors and (bias is None or isinstance(bias, Tensor))):
-        optional = {} if bias is None else {"bias": bias}
-        raise not_a_tensor("phm_linear", input=input, a=a, s=s, **optional)
+    require_tensors("phm_linear", _TENSORS, input, a, s, bias)
     return _phm_linear(input, a, s, bias, activation)
 
 

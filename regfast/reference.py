@@ -44,6 +44,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's reduction numbers
 FAMILIES = ("squared", "gaussian", "bernoulli", "poisson")  # in the order of the extension's numbers
+LIKELIHOODS = (*FAMILIES[1:], "categorical")  # the families that users name
 OUTPUTS = ("loss", "lse", "entropy", "logprob", "argmax")
 HALF = (torch.float16, torch.bfloat16)
 FLOATING = "a floating-point dtype"
@@ -341,8 +342,8 @@ def linear_nll(
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Negative log-likelihood of ``target`` under ``family`` with ``linear(input, weight, bias)`` as its parameter."""
-    known = (*FAMILIES[1:], "categorical")
-    _require(family in known, ValueError, "linear_nll: family", f"one of {', '.join(known)}", repr(family))
+    names = ", ".join(LIKELIHOODS)
+    _require(family in LIKELIHOODS, ValueError, "linear_nll: family", f"one of {names}", repr(family))
     if family == "categorical":
         mode = reduction if sample_weight is None else "none"
         loss = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=mode, loss_dtype=loss_dtype)

@@ -337,3 +337,4 @@ inline void few_outputs(const FewOutputsArgs& a, int64_t begin, int64_t end, Lik
   RF_EACH_LIKELIHOOD(few_outputs_rows, T, a.likelihood, sums, a, begin, end, sums)
 }
 #undef RF_EACH_LIKELIHOOD
+#undef RF_AS_ASKED

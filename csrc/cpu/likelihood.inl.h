@@ -19,16 +19,6 @@ inline f64v log1p_unit(f64v e) {
   return (s + s) * p;
 }
 
-// Whole vectors, or their first n lanes where n is less.
-template <class T>
-inline vec_t<T> load_up_to(const T* p, int64_t n) {
-  return n == vec_t<T>::size ? load(p) : load_n(p, n);
-}
-template <class T>
-inline void store_up_to(T* p, vec_t<T> x, int64_t n) {
-  n == vec_t<T>::size ? store(p, x) : store_n(p, x, n);
-}
-
 template <class V>
 struct Judged {
   V loss, slope;
@@ -105,23 +95,20 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
   sums->loss = total + (double)reduce_add(sum);
 }
 
-// The instance for a call's family, and for what it asks for.
-#define RF_EACH_LIKELIHOOD(function, T, args, sums, ...)                                \
-  const bool value = sums->value, slope = sums->slope;                                  \
-  switch (args.family) {                                                                \
-    case Family::squared:                                                               \
-    case Family::gaussian:                                                              \
-      return value && slope ? function<T, Family::gaussian, true, true>(__VA_ARGS__)    \
-             : value        ? function<T, Family::gaussian, true, false>(__VA_ARGS__)   \
-                            : function<T, Family::gaussian, false, true>(__VA_ARGS__);  \
-    case Family::bernoulli:                                                             \
-      return value && slope ? function<T, Family::bernoulli, true, true>(__VA_ARGS__)   \
-             : value        ? function<T, Family::bernoulli, true, false>(__VA_ARGS__)  \
-                            : function<T, Family::bernoulli, false, true>(__VA_ARGS__); \
-    case Family::poisson:                                                               \
-      return value && slope ? function<T, Family::poisson, true, true>(__VA_ARGS__)     \
-             : value        ? function<T, Family::poisson, true, false>(__VA_ARGS__)    \
-                            : function<T, Family::poisson, false, true>(__VA_ARGS__);   \
+// The instance for a call's family, and for what it asks for: losses, slopes or both.
+#define RF_AS_ASKED(function, T, family, sums, ...)                                  \
+  sums->value && sums->slope ? function<T, Family::family, true, true>(__VA_ARGS__)  \
+  : sums->value              ? function<T, Family::family, true, false>(__VA_ARGS__) \
+                             : function<T, Family::family, false, true>(__VA_ARGS__)
+#define RF_EACH_LIKELIHOOD(function, T, args, sums, ...)             \
+  switch (args.family) {                                             \
+    case Family::squared:                                            \
+    case Family::gaussian:                                           \
+      return RF_AS_ASKED(function, T, gaussian, sums, __VA_ARGS__);  \
+    case Family::bernoulli:                                          \
+      return RF_AS_ASKED(function, T, bernoulli, sums, __VA_ARGS__); \
+    case Family::poisson:                                            \
+      return RF_AS_ASKED(function, T, poisson, sums, __VA_ARGS__);   \
   }
 
 template <class T>

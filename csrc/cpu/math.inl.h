@@ -13,6 +13,16 @@ struct vector_for<double> {
 template <class T>
 using vec_t = typename vector_for<T>::type;
 
+// Whole vectors, or their first n lanes where n is less.
+template <class T>
+inline vec_t<T> load_up_to(const T* p, int64_t n) {
+  return n == vec_t<T>::size ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void store_up_to(T* p, vec_t<T> x, int64_t n) {
+  n == vec_t<T>::size ? store(p, x) : store_n(p, x, n);
+}
+
 // Results of exponents below `lowest` are 0.
 inline f32v exp(f32v x, float lowest = -87.336f) {
   const f32v least = set1(lowest);

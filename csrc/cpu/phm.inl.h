@@ -13,17 +13,12 @@ inline void combine_some(const In* from, int64_t parts, int64_t length, const ac
     for (int j = 0; j < J; ++j) sum[j] = set1(acc_t<In>(0));
     for (int64_t i = 0; i < parts; ++i) {
       const In* p = from + i * length + r;
-      const V x = n == V::size ? load(p) : load_n(p, n);
+      const V x = load_up_to(p, n);
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) sum[j] = fma(x, set1(coefficients[j * parts + i]), sum[j]);
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < J; ++j) {
-      if (n == V::size)
-        store(to + j * length + r, sum[j]);
-      else
-        store_n(to + j * length + r, sum[j], n);
-    }
+    for (int j = 0; j < J; ++j) store_up_to(to + j * length + r, sum[j], n);
   }
 }
 
@@ -67,10 +62,10 @@ inline void add_products(const acc_t<T>* p, const T* q, int64_t length, acc_t<T>
       const int64_t n = std::min<int64_t>(V::size, end - r);
       V x[I];
 #pragma GCC unroll 4
-      for (int i = 0; i < I; ++i) x[i] = n == V::size ? load(q + i * length + r) : load_n(q + i * length + r, n);
+      for (int i = 0; i < I; ++i) x[i] = load_up_to(q + i * length + r, n);
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
-        const V y = n == V::size ? load(p + j * length + r) : load_n(p + j * length + r, n);
+        const V y = load_up_to(p + j * length + r, n);
 #pragma GCC unroll 4
         for (int i = 0; i < I; ++i) acc[j][i] = fma(y, x[i], acc[j][i]);
       }

@@ -72,11 +72,7 @@ Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Ten
       a.class_weight_sum = p.class_weight_sum.const_data_ptr();
     }
   }
-  a.ignore_index = o.ignore_index;
-  a.label_smoothing = o.label_smoothing;
-  a.z_loss = o.z_loss;
-  a.softcap = o.softcap.value_or(0.0);
-  a.logit_scale = o.logit_scale.value_or(1.0);
+  set_options(a, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale);
   if (at::isFloatingType(target.scalar_type()))
     p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
   else
