@@ -14,11 +14,21 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels cuda_on_host sanitize bench lint format wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels cuda_on_host sanitize bench lint format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo | test | kernels | cuda_on_host | sanitize | bench | lint | format | wheel | cuda | gpu | clean"
+	@echo "make demo          trains the models of examples/ beside stock PyTorch"
+	@echo "make test          builds, then the tests of the kernels and of the ops"
+	@echo "make kernels       the C++ tests of the CPU kernels, without torch"
+	@echo "make cuda_on_host  the CUDA kernels on the CPU, without nvcc or GPU"
+	@echo "make sanitize      the kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make bench         benchmarks against PyTorch"
+	@echo "make lint, format  the linters; the formatters"
+	@echo "make sdist, wheel  the source distribution and the wheel, in dist/"
+	@echo "make cuda          a wheel with the CUDA kernels, on any machine with nvcc, tested without a GPU"
+	@echo "make gpu           builds, proves and measures the CUDA kernels on an NVIDIA GPU"
+	@echo "make clean         removes all that was built but the environments"
 
 build: $(VENV)/built
 
@@ -59,6 +69,10 @@ format: $(VENV)/linters
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP_FILES)
+
+sdist: $(VENV)/torch
+	rm -f dist/regfast-*.tar.gz
+	python -c 'from setuptools import build_meta; print(build_meta.build_sdist("dist"))'
 
 wheel: $(VENV)/torch
 	pip wheel --no-build-isolation --no-deps --wheel-dir dist .

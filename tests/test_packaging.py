@@ -1,8 +1,10 @@
-"""The package as it is shipped: the wheel, used from elsewhere, and the check of torch's version at import."""
+"""The package as it is shipped: sdist, the wheel, used from elsewhere, and the check of torch's version at import."""
 
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,6 +19,32 @@ BUILT_FOR = regfast.build_info()["torch"]
 def run(*command, cwd=None, **environment) -> subprocess.CompletedProcess:
     env = {**os.environ, **environment}
     return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="which files are the project's is known where git tracks them")
+def test_sdist_holds_every_file_of_the_project_and_nothing_else(tmp_path):
+    listed = ("git", "ls-files", "--cached", "--others", "--exclude-standard")
+    files = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    # What only a checkout needs is hidden: settings of git, of editors and of continuous integration.
+    files = {name for name in files if not name.startswith(".") and (ROOT / name).exists()}
+    built = {"regfast/_C.cpython-311-x86_64-linux-gnu.so", "csrc/cpu/gemm.o", "tests/__pycache__/util.cpython-311.pyc"}
+    built |= {f"{folder}/build/native/gemm.o" for folder in ("tests/kernels", "tests/cuda_on_host")}
+    built |= {"examples/figures/next_token.png", "build/torch/kernels/gemm.o", "tests/kernels/build/simde/gemm.d"}
+    copy = tmp_path / "copy"
+    for name in files | built:
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        if name in files:
+            shutil.copy(ROOT / name, copy / name)
+        else:
+            (copy / name).touch()
+
+    made = run("-c", "from setuptools import build_meta; print(build_meta.build_sdist('made'))", cwd=copy)
+    assert made.returncode == 0, made.stdout + made.stderr
+    (archive,) = (copy / "made").iterdir()
+    with tarfile.open(archive) as tar:
+        packed = {member.name.split("/", 1)[1] for member in tar.getmembers() if member.isfile()}
+    generated = {name for name in packed if name.startswith("regfast.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert sorted(packed - generated) == sorted(files)
 
 
 @pytest.mark.slow  # the extension is linked again; compiled it is only where build/ has no objects of this torch
