@@ -22,7 +22,7 @@ def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, 
             are enabled, round the mixed rows to input's dtype for the tensor cores.
         a: ``(n, n, n)``, input's dtype: the multiplication table.
         s: ``(n, out_features / n, in_features / n)``, input's dtype. Each call copies it unless its memory is that of
-            a contiguous ``(out_features / n, n, in_features / n)``, as :class:`PHMLinear` lays out its parameter.
+            a contiguous ``(out_features / n, n, in_features / n)``, as it is where s is :attr:`PHMLinear.matrices`.
         bias: ``(out_features,)`` or None.
         activation: none, relu, gelu, gelu_tanh, silu, sigmoid or tanh, applied before the result is rounded and stored.
 
@@ -48,9 +48,10 @@ class PHMLinear(nn.Module):
     It saves memory, not arithmetic: its FLOPs are those of the dense layer of the same size. For a few rows, where
     reading the weights is what takes the time, it is faster.
 
-    Shapes: ``(*, in_features)`` to ``(*, out_features)``; ``n`` divides both. Parameters: ``a`` (n, n, n), ``s`` (n,
-    out_features / n, in_features / n), whose memory is laid out as the kernels read it, and ``bias``. At the start the
-    weight that they stand for, and so the output, has the variance of :class:`torch.nn.Linear`'s.
+    Shapes: ``(*, in_features)`` to ``(*, out_features)``; ``n`` divides both. Parameters, all contiguous: ``a``
+    (n, n, n), ``s`` (out_features / n, n, in_features / n), which is in the order in which the kernels read it, and
+    ``bias``; ``matrices`` is ``s`` in the order of the formula, as :func:`phm_linear` takes it. At the start the weight
+    that they stand for, and so the output, has the variance of :class:`torch.nn.Linear`'s.
     """
 
     def __init__(
@@ -77,9 +78,14 @@ class PHMLinear(nn.Module):
         options = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(n, n, n, **options))
         # Row v of all n matrices together, as a row of the product's right side.
-        self.s = nn.Parameter(torch.empty(out_features // n, n, in_features // n, **options).transpose(0, 1))
+        self.s = nn.Parameter(torch.empty(out_features // n, n, in_features // n, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
         self.reset_parameters()
+
+    @property
+    def matrices(self) -> Tensor:
+        """The n matrices that are multiplied by the numbers of ``a``: a view (n, out_features / n, in_features / n)."""
+        return self.s.transpose(0, 1)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -96,7 +102,7 @@ class PHMLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
-        return _phm_linear(input, self.a, self.s, self.bias, self.activation)
+        return _phm_linear(input, self.a, self.matrices, self.bias, self.activation)
 
     @torch.no_grad()
     def merge(self) -> Linear:
@@ -110,7 +116,7 @@ class PHMLinear(nn.Module):
             activation=self.activation,
         )
         wide = torch.promote_types(self.s.dtype, torch.float32)
-        weight = phm_weight(self.a.to(wide), self.s.to(wide)).to(self.s.dtype)
+        weight = phm_weight(self.a.to(wide), self.matrices.to(wide)).to(self.s.dtype)
         dense.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
