@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 try:
     from . import _C
@@ -37,28 +38,42 @@ def reduction_number(op: str, reduction: str) -> int:
     return reference.REDUCTIONS.index(reduction)
 
 
-def not_a_tensor(op: str, **arguments: object) -> TypeError:
-    """The error for the first of these arguments that is no tensor; required ones come first."""
-    name, value = next((n, v) for n, v in arguments.items() if not isinstance(v, Tensor))
-    return TypeError(f"regfast.{op}: {name}: expected a Tensor, got {type(value).__name__}")
-
-
-def require_tensors(
-    op: str, names: tuple[str, ...], first: object, second: object, third: object, *optional: object
-) -> None:
-    """Raises for the first argument, called by names, that is no tensor; those after the third may be None."""
+def are_tensors(first: object, second: object, third: object, *optional: object) -> bool:
+    """Whether three arguments are tensors, and those after them tensors or None."""
     if isinstance(first, Tensor) and isinstance(second, Tensor) and isinstance(third, Tensor):
         for value in optional:
             if value is not None and not isinstance(value, Tensor):
                 break
         else:
-            return
-    given = {name: value for name, value in zip(names[3:], optional, strict=True) if value is not None}
-    raise not_a_tensor(op, **dict(zip(names[:3], (first, second, third), strict=True)), **given)
+            return True
+    return False
 
 
-# The outputs of cross_entropy in the order of their bits and of the tensors that the op returns.
-OUTPUTS = reference.OUTPUTS
+def not_a_tensor(op: str, **arguments: object) -> TypeError:
+    """The error for the first of these arguments that is no tensor."""
+    name, value = next((n, v) for n, v in arguments.items() if not isinstance(v, Tensor))
+    return TypeError(f"regfast.{op}: {name}: expected a Tensor, got {type(value).__name__}")
+
+
+def without_tensors(
+    function: Callable, required: dict[str, object], optional: dict[str, object], *arguments: object, **options: object
+) -> object:
+    """A call where not all arguments of these names are tensors; optional ones may be None. Those that have a
+    ``__torch_function__`` (proxies of torch.fx, duck types) decide what comes of the call, as in torch; otherwise it is
+    an error. Subclasses of Tensor do not come here: the op asks them."""
+    relevant = (*required.values(), *optional.values())
+    if has_torch_function(relevant):
+        return handle_torch_function(function, relevant, *arguments, **options)
+    given = {name: value for name, value in optional.items() if value is not None}
+    raise not_a_tensor(function.__name__, **required, **given)
+
+
+def refuse_scripts(module: torch.nn.Module) -> None:
+    """For ``__prepare_scriptable__``, which torch.jit.script calls first."""
+    raise NotImplementedError(
+        f"regfast.{type(module).__name__}: torch.jit.script: expected a module of options that TorchScript has types "
+        "for, got one with others; torch.export and torch.jit.trace take it"
+    )
 
 
 def _composite_softmax(input: Tensor, dim: int, log: bool) -> Tensor:
@@ -70,7 +85,7 @@ def _with_names(composite: Callable[..., list[Tensor]]) -> Callable[..., list[Te
 
     def call(*arguments) -> list[Tensor]:
         *others, bits, loss_dtype = arguments
-        return composite(*others, [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1], loss_dtype)
+        return composite(*others, [name for bit, name in enumerate(reference.OUTPUTS) if bits >> bit & 1], loss_dtype)
 
     return call
 
@@ -92,6 +107,6 @@ for _name, _composite in {
         input, target, reduction=reference.REDUCTIONS[reduction]
     ),
 }.items():
-    _library.impl(_name, _composite, "CompositeImplicitAutograd")
-    # vmap does not decompose ops of other libraries by itself.
-    _library.impl(_name, _composite, "FuncTorchBatched")
+    # vmap does not decompose ops of other libraries by itself, and nested tensors have a key of their own.
+    for _key in ("CompositeImplicitAutograd", "CompositeImplicitAutogradNestedTensor", "FuncTorchBatched"):
+        _library.impl(_name, _composite, _key)

@@ -2,33 +2,15 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
-
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from torch.nn import _reduction
 
-from ._extension import OUTPUTS, not_a_tensor, reduction_number
+from ._extension import reduction_number, without_tensors
+from .outputs import require_one_for_scripts, select_outputs
 
 _cross_entropy = torch.ops.regfast.cross_entropy.default
-
-
-Selection = tuple[int, type | None, tuple[int, ...]]
-_selections: dict[tuple[str, ...], Selection] = {}
-
-
-def select_outputs(op: str, outputs: str | tuple[str, ...]) -> Selection:
-    """The op's bits for some names, the result's type, and where in the op's list each name is."""
-    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    if names in _selections:
-        return _selections[names]
-    if not names or any(name not in OUTPUTS for name in names) or len(set(names)) != len(names):
-        raise ValueError(f"regfast.{op}: outputs: expected different names among {', '.join(OUTPUTS)}, got {names!r}")
-    in_order = sorted(names, key=OUTPUTS.index)
-    bits = sum(1 << OUTPUTS.index(name) for name in names)
-    result = namedtuple("CrossEntropyOutput", names) if len(names) > 1 else None
-    _selections[names] = bits, result, tuple(in_order.index(name) for name in names)
-    return _selections[names]
 
 
 def cross_entropy(
@@ -86,7 +68,25 @@ def cross_entropy(
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
     ):
-        raise not_a_tensor("cross_entropy", input=input, target=target, weight=weight)
+        return without_tensors(
+            cross_entropy,
+            {"input": input, "target": target},
+            {"weight": weight},
+            input,
+            target,
+            weight,
+            size_average,
+            ignore_index,
+            reduce,
+            reduction,
+            label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=outputs,
+            inplace_backward=inplace_backward,
+            loss_dtype=loss_dtype,
+        )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     bits, result, places = select_outputs("cross_entropy", outputs)
@@ -127,16 +127,28 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         loss_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.options = {
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "outputs": outputs,
-            "inplace_backward": inplace_backward,
-            "loss_dtype": loss_dtype,
-        }
+        self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
+        self.outputs, self.inplace_backward, self.loss_dtype = outputs, inplace_backward, loss_dtype
+        self._bits = select_outputs("CrossEntropyLoss", outputs)[0]
+
+    __prepare_scriptable__ = require_one_for_scripts
 
     def forward(self, input: Tensor, target: Tensor):
+        if is_scripting():
+            return torch.ops.regfast.cross_entropy(
+                input,
+                target,
+                self.weight,
+                self.ignore_index,
+                _reduction.get_enum(self.reduction),
+                self.label_smoothing,
+                self.z_loss,
+                self.softcap,
+                self.logit_scale,
+                self._bits,
+                self.inplace_backward,
+                self.loss_dtype,
+            )[0]
         return cross_entropy(
             input,
             target,
@@ -144,5 +156,10 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
-            **self.options,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            outputs=self.outputs,
+            inplace_backward=self.inplace_backward,
+            loss_dtype=self.loss_dtype,
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
-from ._extension import not_a_tensor
+from ._extension import without_tensors
 from .reference import ACTIVATIONS
 
 _linear = torch.ops.regfast.linear.default
@@ -34,7 +35,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     multiplication" (2008).
     """
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
-        raise not_a_tensor("linear", input=input, weight=weight, bias=bias)
+        tensors = {"input": input, "weight": weight}, {"bias": bias}
+        return without_tensors(linear, *tensors, input, weight, bias, activation=activation)
     return _linear(input, weight, bias, activation)
 
 
@@ -63,6 +65,8 @@ class Linear(nn.Linear):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return torch.ops.regfast.linear(input, self.weight, self.bias, self.activation)
         return _linear(input, self.weight, self.bias, self.activation)
 
     def extra_repr(self) -> str:

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from . import _C
-from ._extension import reduction_number, require_tensors
-from .cross_entropy import select_outputs
+from ._extension import are_tensors, reduction_number, refuse_scripts, without_tensors
+from .outputs import select_outputs
 
 _linear_cross_entropy = torch.ops.regfast.linear_cross_entropy.default
-_TENSORS = ("input", "linear_weight", "target", "linear_bias", "weight")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -86,7 +85,28 @@ def linear_cross_entropy(
     gradients, in float32 for half types. Second derivatives, forward mode and ``torch.func`` take plain torch
     operators, which store the logits; so do CUDA tensors where the CUDA kernels are not enabled.
     """
-    require_tensors("linear_cross_entropy", _TENSORS, input, linear_weight, target, linear_bias, weight)
+    if not are_tensors(input, linear_weight, target, linear_bias, weight):
+        return without_tensors(
+            linear_cross_entropy,
+            {"input": input, "linear_weight": linear_weight, "target": target},
+            {"linear_bias": linear_bias, "weight": weight},
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=outputs,
+            memory_budget=memory_budget,
+            filter_eps=filter_eps,
+            loss_dtype=loss_dtype,
+            options=options,
+        )
     if ignore_index is not None and torch.is_floating_point(target):
         raise RuntimeError(
             f"regfast.linear_cross_entropy: ignore_index: expected None with probability targets, got {ignore_index}"
@@ -171,6 +191,8 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             "filter_eps": filter_eps,
             "loss_dtype": loss_dtype,
         }
+
+    __prepare_scriptable__ = refuse_scripts
 
     def forward(self, input: Tensor, target: Tensor):
         shape = (self.num_classes, *self.out_features)

@@ -6,13 +6,13 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
 
-from ._extension import not_a_tensor, reduction_number, require_tensors
+from ._extension import are_tensors, not_a_tensor, reduction_number, refuse_scripts, without_tensors
 from .linear_cross_entropy import linear_cross_entropy
 from .reference import FAMILIES, LIKELIHOODS, gaussian_variance, weighted_classes
 
 _linear_nll = torch.ops.regfast.linear_nll.default
-_TENSORS = ("input", "weight", "target", "bias", "sample_weight")
 
 
 def linear_nll(
@@ -79,7 +79,25 @@ def linear_nll(
     computed only for the inputs that need them; those of target, pos_weight and sample_weight, second derivatives,
     forward mode and ``torch.func`` take plain torch operators.
     """
-    require_tensors("linear_nll", _TENSORS, input, weight, target, bias, sample_weight)
+    duck = sigma if has_torch_function_unary(sigma) else None
+    if not are_tensors(input, weight, target, bias, sample_weight, pos_weight, duck):
+        return without_tensors(
+            linear_nll,
+            {"input": input, "weight": weight, "target": target},
+            {"bias": bias, "sample_weight": sample_weight, "pos_weight": pos_weight, "sigma": duck},
+            input,
+            weight,
+            target,
+            bias,
+            family=family,
+            sigma=sigma,
+            pos_weight=pos_weight,
+            sample_weight=sample_weight,
+            full=full,
+            eps=eps,
+            reduction=reduction,
+            loss_dtype=loss_dtype,
+        )
     mode = reduction_number("linear_nll", reduction)
     _check_options("linear_nll", family, sigma, pos_weight, full)
     if family == "categorical":
@@ -114,7 +132,19 @@ def linear_mse_loss(
     Returns: the mean or sum of the squared residuals, or each of them; with sample_weight the mean is divided by the
     sum of the weights, as F.mse_loss does.
     """
-    require_tensors("linear_mse_loss", _TENSORS, input, weight, target, bias, sample_weight)
+    if not are_tensors(input, weight, target, bias, sample_weight):
+        return without_tensors(
+            linear_mse_loss,
+            {"input": input, "weight": weight, "target": target},
+            {"bias": bias, "sample_weight": sample_weight},
+            input,
+            weight,
+            target,
+            bias,
+            sample_weight=sample_weight,
+            reduction=reduction,
+            loss_dtype=loss_dtype,
+        )
     mode = reduction_number("linear_mse_loss", reduction)
     return _linear_nll(input, weight, target, bias, None, sample_weight, 0, 1.0, False, mode, loss_dtype)
 
@@ -182,6 +212,8 @@ class LinearNLLLoss(nn.Module):
         self.register_parameter("log_sigma", learned)
         self._sigma = None if isinstance(sigma, (Tensor, str)) else sigma
         self.register_buffer("fixed_sigma", sigma if isinstance(sigma, Tensor) else None)
+
+    __prepare_scriptable__ = refuse_scripts
 
     @property
     def sigma(self) -> float | Tensor | None:

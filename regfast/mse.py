@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 from torch.nn import _reduction
 
 from . import reference
-from ._extension import not_a_tensor, reduction_number
+from ._extension import reduction_number, without_tensors
 
 _mse_loss = torch.ops.regfast.mse_loss.default
 
@@ -37,8 +38,11 @@ def mse_loss(
 
     Saved for backward: input and target; the residual ``input - target`` is recomputed.
     """
-    if not (isinstance(input, Tensor) and isinstance(target, Tensor)):
-        raise not_a_tensor("mse_loss", input=input, target=target)
+    if not (
+        isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
+    ):
+        tensors = {"input": input, "target": target}, {"weight": weight}
+        return without_tensors(mse_loss, *tensors, input, target, size_average, reduce, reduction, weight)
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is not None:
@@ -50,4 +54,6 @@ class MSELoss(nn.MSELoss):
     """:class:`torch.nn.MSELoss` computed by :func:`regfast.mse_loss`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if is_scripting():
+            return torch.ops.regfast.mse_loss(input, target, _reduction.get_enum(self.reduction))
         return mse_loss(input, target, reduction=self.reduction)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
-from ._extension import require_tensors
+from ._extension import are_tensors, without_tensors
 from .linear import Linear
 from .reference import ACTIVATIONS, phm_weight
 
 _phm_linear = torch.ops.regfast.phm_linear.default
-_TENSORS = ("input", "a", "s", "bias")
 
 
 def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -38,7 +38,9 @@ def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, 
     parameters" (2021). A chunk of rows is mixed by ``a`` into n rows each, which are multiplied by ``s``: the FLOPs of
     the dense layer and n * n * in_features multiplications more for each row, on an n-th of its weights.
     """
-    require_tensors("phm_linear", _TENSORS, input, a, s, bias)
+    if not are_tensors(input, a, s, bias):
+        tensors = {"input": input, "a": a, "s": s}, {"bias": bias}
+        return without_tensors(phm_linear, *tensors, input, a, s, bias, activation=activation)
     return _phm_linear(input, a, s, bias, activation)
 
 
@@ -102,6 +104,8 @@ class PHMLinear(nn.Module):
             nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return torch.ops.regfast.phm_linear(input, self.a, self.matrices, self.bias, self.activation)
         return _phm_linear(input, self.a, self.matrices, self.bias, self.activation)
 
     @torch.no_grad()

@@ -2,17 +2,21 @@
 
 Every function has the signature, shapes, dtypes and errors of its namesake in ``regfast``, and is built from torch
 operators that have first and second derivatives, forward mode and batching rules, so that ``create_graph=True``,
-``torch.func`` and forward mode can be routed here. Half types are computed in float32 and rounded once.
+``torch.func`` and forward mode can be routed here. Half types are computed in float32 and rounded once, but for
+products on devices other than the CPU, which are ``F.linear``'s: in the type that tensor cores multiply.
+
+Whoever puts ``regfast.cross_entropy`` in the place of ``F.cross_entropy`` must not find it here again, so the namesakes
+and what goes with them are taken from ``torch.ops.aten``, which nobody replaces.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import reduce as fold
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import _reduction as _Reduction
 
@@ -32,14 +36,16 @@ __all__ = [
     "softmax",
 ]
 
+_aten = torch.ops.aten
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
+    "relu": _aten.relu.default,
+    "gelu": _aten.gelu.default,
+    "gelu_tanh": lambda x: _aten.gelu.default(x, approximate="tanh"),
+    "silu": _aten.silu.default,
+    "sigmoid": _aten.sigmoid.default,
+    "tanh": _aten.tanh.default,
 }
 
 REDUCTIONS = ("none", "mean", "sum")  # in the order of torch's reduction numbers
@@ -53,6 +59,13 @@ FLOATING = "a floating-point dtype"
 def _up(x: Tensor | None) -> Tensor | None:
     """Half types as float32, everything else as it is."""
     return x.float() if x is not None and x.dtype in HALF else x
+
+
+def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``input @ weight.T + bias``, on the CPU not rounded to half types, elsewhere multiplied in them."""
+    if input.device.type == "cpu":
+        input, weight, bias = _up(input), _up(weight), _up(bias)
+    return _aten.linear.default(input, weight, bias)
 
 
 def _promoted(*tensors: Tensor | None) -> torch.dtype:
@@ -77,16 +90,18 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     names = ", ".join(ACTIVATIONS)
     _require(activation in ACTIVATIONS, ValueError, "linear: activation", f"one of {names}", repr(activation))
     _require(weight.dim() <= 2, RuntimeError, "linear: weight", "1 or 2 dimensions", tuple(weight.shape))
+    if activation == "none":
+        return _aten.linear.default(input, weight, bias)
     if input.dtype in HALF and all(x is None or x.dtype == input.dtype for x in (weight, bias)):
-        y = ACTIVATIONS[activation](F.linear(_up(input), _up(weight), _up(bias)))
-        # Under autocast F.linear has chosen the dtype of the result.
+        y = ACTIVATIONS[activation](_product(input, weight, bias))
+        # Under autocast the product has chosen the dtype of the result.
         return y if _autocast(input) else y.to(input.dtype)
-    return ACTIVATIONS[activation](F.linear(input, weight, bias))
+    return ACTIVATIONS[activation](_aten.linear.default(input, weight, bias))
 
 
 def phm_weight(a: Tensor, s: Tensor) -> Tensor:
     """The weight that ``a`` and ``s`` stand for: the sum over i of ``torch.kron(a[i], s[i])``."""
-    return torch.einsum("mup,mvr->uvpr", a, s).reshape(a.shape[1] * s.shape[1], a.shape[2] * s.shape[2])
+    return _aten.einsum.default("mup,mvr->uvpr", [a, s]).reshape(a.shape[1] * s.shape[1], a.shape[2] * s.shape[2])
 
 
 def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -99,27 +114,29 @@ def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, 
     shape = f"shape ({a.shape[0]}, out_features / {a.shape[0]}, in_features / {a.shape[0]})"
     _require(fits, RuntimeError, "phm_linear: s", shape, tuple(s.shape))
     if input.dtype in HALF and all(x is None or x.dtype == input.dtype for x in (a, s, bias)):
-        y = ACTIVATIONS[activation](F.linear(_up(input), phm_weight(_up(a), _up(s)), _up(bias)))
-        # Under autocast F.linear has chosen the dtype of the result.
+        if input.device.type == "cpu":
+            a, s = _up(a), _up(s)
+        y = ACTIVATIONS[activation](_product(input, phm_weight(a, s), bias))
+        # Under autocast the product has chosen the dtype of the result.
         return y if _autocast(input) else y.to(input.dtype)
-    return ACTIVATIONS[activation](F.linear(input, phm_weight(a, s), bias))
+    return ACTIVATIONS[activation](_aten.linear.default(input, phm_weight(a, s), bias))
 
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """``exp(input) / sum(exp(input))`` along ``dim``."""
     _require((dtype or input.dtype).is_floating_point, NotImplementedError, "softmax: input", FLOATING, input.dtype)
-    return torch.softmax(input, dim, dtype=dtype)
+    return _aten.softmax.int(input, dim, dtype)
 
 
 def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
     """``input - logsumexp(input)`` along ``dim``."""
     _require((dtype or input.dtype).is_floating_point, NotImplementedError, "log_softmax: input", FLOATING, input.dtype)
-    return torch.log_softmax(input, dim, dtype=dtype)
+    return _aten.log_softmax.int(input, dim, dtype)
 
 
 def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) -> Tensor:
     """``log(sum(exp(input)))`` over ``dim``, one dimension or several."""
-    result = torch.logsumexp(_up(input), dim, keepdim)
+    result = _logsumexp(_up(input), dim, keepdim)
     return result.to(input.dtype) if input.dtype in HALF else result
 
 
@@ -141,15 +158,36 @@ def mse_loss(
     _require(dtype.is_floating_point, NotImplementedError, "mse_loss: input", FLOATING, dtype)
     if weight is not None:
         _require(weight.shape == input.shape, ValueError, "mse_loss: weight", tuple(input.shape), tuple(weight.shape))
-    pairs = zip(reversed(input.shape), reversed(target.shape), strict=False)
-    broadcast = all(a == b or a == 1 or b == 1 for a, b in pairs)
-    shape = f"a shape that broadcasts with {tuple(input.shape)}"
-    _require(broadcast, RuntimeError, "mse_loss: target", shape, tuple(target.shape))
-    loss = F.mse_loss(_up(input), _up(target), reduction=reduction, weight=_up(weight))
+    loss = _squared_error(input, target, reduction, weight)
     # Autocast lists torch's mse_loss among the operators that return float32; its weighted form is no such operator.
     if weight is None and _autocast(input):
         return loss
     return loss.to(dtype)
+
+
+def _squared_error(input: Tensor, target: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
+    """As F.mse_loss, which warns of shapes that broadcast."""
+    if input.shape != target.shape:
+        pairs = zip(reversed(input.shape), reversed(target.shape), strict=False)
+        broadcast = all(a == b or a == 1 or b == 1 for a, b in pairs)
+        shape = f"a shape that broadcasts with {tuple(input.shape)}"
+        _require(broadcast, RuntimeError, "mse_loss: target", shape, tuple(target.shape))
+        warnings.warn(
+            f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). This will "
+            "likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
+            stacklevel=4,
+        )
+    x, y = torch.broadcast_tensors(_up(input), _up(target))
+    if weight is None:
+        return _aten.mse_loss.default(x, y, REDUCTIONS.index(reduction))
+    terms = (x - y).square() * _up(weight)
+    if reduction == "none":
+        return terms
+    return terms.sum() if reduction == "sum" else terms.sum() / _up(weight).sum()
+
+
+def _logsumexp(x: Tensor, dim: int | Sequence[int], keepdim: bool = False) -> Tensor:
+    return _aten.logsumexp.default(x, [dim] if isinstance(dim, int) else list(dim), keepdim)
 
 
 def cross_entropy(
@@ -178,10 +216,17 @@ def cross_entropy(
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
     _require(known, ValueError, "cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
+    _require_class_weight_type("cross_entropy", input, weight, target.shape == input.shape)
     results = cross_entropy_outputs(
         input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, names, loss_dtype
     )
     return results[0] if len(results) == 1 else tuple(results)
+
+
+def _require_class_weight_type(op: str, input: Tensor, weight: Tensor | None, probabilities: bool) -> None:
+    """torch multiplies losses of classes by weights of the logits' type alone, losses of probabilities by any."""
+    if weight is not None and not probabilities and not _autocast(input):
+        _require(weight.dtype == input.dtype, RuntimeError, f"{op}: weight", input.dtype, weight.dtype)
 
 
 def cross_entropy_outputs(
@@ -204,25 +249,22 @@ def cross_entropy_outputs(
     _require(reduction in REDUCTIONS, ValueError, "cross_entropy: reduction", f"one of {names}", repr(reduction))
     _require(input.dtype.is_floating_point, NotImplementedError, "cross_entropy: input", FLOATING, input.dtype)
     probabilities = target.shape == input.shape
-    autocast = _autocast(input)  # torch's loss is float32 there, and takes any weight
+    autocast = _autocast(input)  # torch's loss is float32 there
     if weight is not None and not probabilities:
         frozen = not (weight.requires_grad and torch.is_grad_enabled())
         _require(frozen, RuntimeError, "cross_entropy: weight", "one without gradient for class targets", "one with it")
-        fits = autocast or weight.dtype == input.dtype
-        _require(fits, RuntimeError, "cross_entropy: weight", input.dtype, weight.dtype)
 
-    # float64 probabilities or weights make a float64 loss, as in torch; other outputs keep input's dtype.
-    dtype = _promoted(input, target, weight) if probabilities else input.dtype
-    if autocast and dtype in HALF:
-        dtype = torch.float32
-    dtypes = {"loss": dtype, "logprob": dtype, "lse": input.dtype, "entropy": input.dtype}
+    # Wider probabilities or weights make a wider loss, as in torch; other outputs keep input's dtype.
+    row = torch.promote_types(input.dtype, torch.float32) if autocast else input.dtype
+    dtype = torch.promote_types(row, _promoted(target, weight)) if probabilities else row
+    dtypes = {"loss": dtype, "logprob": dtype, "lse": row, "entropy": row}
 
     class_dim = 1 if input.dim() > 1 else 0
     z = _up(input)
     if logit_scale is not None:
         z = z * logit_scale
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        z = softcap * _aten.tanh.default(z / softcap)
     if not probabilities:
         target = target.long() if target.dtype == torch.uint8 else target
         target = target.reshape(()) if input.dim() == 1 and target.shape == (1,) else target
@@ -230,7 +272,7 @@ def cross_entropy_outputs(
 
     compute: dict[str, Callable[[], Tensor]] = {
         "loss": lambda: _loss(z, target, weight, ignore_index, reduction, label_smoothing, z_loss, probabilities),
-        "lse": lambda: torch.logsumexp(z, class_dim),
+        "lse": lambda: _logsumexp(z, class_dim),
         "entropy": lambda: _entropy(z, class_dim),
         "logprob": lambda: _logprob(z, target, ignore_index, class_dim, probabilities),
         "argmax": lambda: z.detach().argmax(class_dim),
@@ -265,6 +307,7 @@ def linear_cross_entropy(
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
     _require(known, ValueError, "linear_cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
+    _require_class_weight_type("linear_cross_entropy", input, weight, target.is_floating_point())
     results = linear_cross_entropy_outputs(
         input,
         linear_weight,
@@ -301,25 +344,20 @@ def linear_cross_entropy_outputs(
     """One tensor per name in ``outputs``, in that order. Logits of half types stay in float32."""
     _require(input.dtype.is_floating_point, NotImplementedError, "linear_cross_entropy: input", FLOATING, input.dtype)
     # Dimension 0 of the weight holds the classes, and what comes after them belongs to the loss's positions.
-    bias = None if linear_bias is None else _up(linear_bias).flatten()
-    logits = F.linear(_up(input), _up(linear_weight).flatten(0, -2), bias)
+    bias = None if linear_bias is None else linear_bias.flatten()
+    logits = _product(input, linear_weight.flatten(0, -2), bias)
     logits = logits.unflatten(-1, linear_weight.shape[:-1])
     probabilities = target.shape == logits.shape
     if weight is not None:
-        fits = weight.dtype == input.dtype or probabilities or _autocast(input)
-        _require(fits, RuntimeError, "linear_cross_entropy: weight", input.dtype, weight.dtype)
         frozen = probabilities or not (weight.requires_grad and torch.is_grad_enabled())
         expected = "one without gradient for class targets"
         _require(frozen, RuntimeError, "linear_cross_entropy: weight", expected, "one with it")
-        weight = weight.to(logits.dtype) if weight.dtype in HALF or logits.dtype in HALF else weight
     results = cross_entropy_outputs(
         logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, None
     )
-    dtype = _promoted(input, target, weight if weight is not None and weight.dtype == torch.float64 else None)
-    dtypes = {"loss": dtype if probabilities else input.dtype, "lse": input.dtype, "entropy": input.dtype}
-    dtypes["logprob"] = dtypes["loss"]
-    if _autocast(input):
-        dtypes = dict.fromkeys(dtypes, torch.promote_types(dtypes["loss"], torch.float32))
+    row = torch.promote_types(input.dtype, torch.float32) if _autocast(input) else input.dtype
+    dtype = torch.promote_types(row, _promoted(target, weight)) if probabilities else row
+    dtypes = {"loss": dtype, "logprob": dtype, "lse": row, "entropy": row}
     return [
         result if name == "argmax" else result.to(loss_dtype or dtypes[name])
         for name, result in zip(outputs, results, strict=True)
@@ -419,7 +457,7 @@ def linear_nll_loss(
     op = "linear_mse_loss" if name == "squared" else "linear_nll"
     names = ", ".join(REDUCTIONS)
     _require(reduction in REDUCTIONS, ValueError, f"{op}: reduction", f"one of {names}", repr(reduction))
-    eta, y = F.linear(_up(input), _up(weight), _up(bias)), _up(target)
+    eta, y = _up(_product(input, weight, bias)), _up(target)
     _require(eta.shape == y.shape, RuntimeError, f"{op}: target", f"shape {tuple(eta.shape)}", tuple(y.shape))
     y = y if y.is_floating_point() else y.to(eta.dtype)
     if name == "squared":
@@ -431,7 +469,7 @@ def linear_nll_loss(
     elif name == "bernoulli":
         # F.binary_cross_entropy_with_logits' formula, which itself has no derivative with respect to pos_weight.
         factor = 1 if scale is None else 1 + (_up(scale) - 1) * y
-        loss = (1 - y) * eta - factor * F.logsigmoid(eta)
+        loss = (1 - y) * eta - factor * _aten.log_sigmoid.default(eta)
     else:
         loss = torch.exp(eta) - y * eta
         if full:  # Stirling's approximation of log(y!), as in F.poisson_nll_loss
@@ -442,7 +480,7 @@ def linear_nll_loss(
     if _autocast(input):
         dtype = torch.promote_types(dtype, torch.float32)
     if sample_weight is not None:
-        loss = weighted(loss, _up(sample_weight).to(loss.dtype), reduction)
+        loss = weighted(loss, _up(sample_weight), reduction)
     else:
         loss = {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
     return loss.to(loss_dtype or dtype)
@@ -465,19 +503,19 @@ def _loss(
         # Smoothed here, not by torch, whose way to do it has no batching rule for a batch of targets alone.
         smoothing, label_smoothing = label_smoothing, 0.0
         _require(0 <= smoothing <= 1, RuntimeError, "cross_entropy: label_smoothing", "a number from 0 to 1", smoothing)
-    options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    loss = F.cross_entropy(z, target, weight, **options)
+    mode = REDUCTIONS.index(reduction)
+    loss = _aten.cross_entropy_loss.default(z, target, weight, mode, ignore_index, label_smoothing)
     if smoothing == 0 and z_loss == 0:
         return loss
 
     rows = z.new_zeros(())
     if smoothing:
-        log_p = torch.log_softmax(z, class_dim)
+        log_p = _aten.log_softmax.int(z, class_dim)
         if weight is not None:
             log_p = log_p * weight.view([-1 if d == class_dim else 1 for d in range(z.dim())])
         rows = rows - smoothing / z.shape[class_dim] * log_p.sum(class_dim)
         loss = (1 - smoothing) * loss
-    lse = torch.logsumexp(z, class_dim)
+    lse = _logsumexp(z, class_dim)
     valid = torch.ones_like(lse, dtype=torch.bool) if probabilities else target != ignore_index
     if z_loss:
         # The mask comes before the square, so that an infinite lse of an ignored row gives no NaN in any derivative.
@@ -495,13 +533,13 @@ def _loss(
 
 
 def _entropy(z: Tensor, class_dim: int) -> Tensor:
-    log_p = torch.log_softmax(z, class_dim)
+    log_p = _aten.log_softmax.int(z, class_dim)
     # p log p is 0 where p is 0: an infinite log p would make it 0 * inf, in the value and in both derivatives.
     return -(log_p.exp() * torch.where(log_p == -torch.inf, 0, log_p)).sum(class_dim)
 
 
 def _logprob(z: Tensor, target: Tensor, ignore_index: int, class_dim: int, probabilities: bool) -> Tensor:
-    log_p = torch.log_softmax(z, class_dim)
+    log_p = _aten.log_softmax.int(z, class_dim)
     if probabilities:
         return (log_p * target).sum(class_dim)
-    return -F.nll_loss(log_p, target, ignore_index=ignore_index, reduction="none")  # 0 where ignored
+    return -_aten.nll_loss_nd.default(log_p, target, None, 0, ignore_index)  # 0 where ignored

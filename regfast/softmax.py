@@ -8,7 +8,7 @@ from operator import index
 import torch
 from torch import Tensor
 
-from . import _extension  # noqa: F401  registers the ops
+from ._extension import without_tensors
 
 _softmax = torch.ops.regfast.softmax.default
 _logsumexp = torch.ops.regfast.logsumexp.default
@@ -32,6 +32,8 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
     Saved for backward: the output. One read of a row that fits the caches; the sum is kept
     online over blocks of longer rows (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
     """
+    if not isinstance(input, Tensor):
+        return without_tensors(softmax, {"input": input}, {}, input, dim, dtype)
     return _softmax(input if dtype is None else input.to(dtype), index(dim), False)
 
 
@@ -40,6 +42,8 @@ def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) 
 
     Arguments, errors, method and what is saved are those of :func:`softmax`.
     """
+    if not isinstance(input, Tensor):
+        return without_tensors(log_softmax, {"input": input}, {}, input, dim, dtype)
     return _softmax(input if dtype is None else input.to(dtype), index(dim), True)
 
 
@@ -59,6 +63,8 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
 
     Saved for backward: input and the result in float32 (float64 for float64).
     """
+    if not isinstance(input, Tensor):
+        return without_tensors(logsumexp, {"input": input}, {}, input, dim, keepdim)
     if not isinstance(dim, (tuple, list)):
         return _logsumexp(input, index(dim), keepdim)
     n = max(input.dim(), 1)
