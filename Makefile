@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels cuda_on_host sanitize bench lint format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels cuda_on_host sanitize fuzz bench lint format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make kernels       the C++ tests of the CPU kernels, without torch"
 	@echo "make cuda_on_host  the CUDA kernels on the CPU, without nvcc or GPU"
 	@echo "make sanitize      the kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make fuzz          random calls of every op against PyTorch and float64"
 	@echo "make bench         benchmarks against PyTorch"
 	@echo "make lint, format  the linters; the formatters"
 	@echo "make sdist, wheel  the source distribution and the wheel, in dist/"
@@ -52,6 +53,13 @@ cuda_on_host: $(VENV)/torch
 
 sanitize:
 	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync sanitize
+
+# SEED= gives the same cases again, CASE= one of them, OPS= those of some ops. Freed memory is overwritten, so that who
+# reads it gets another number.
+SECONDS ?= 60
+fuzz: $(VENV)/built
+	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive python -m tests.fuzz --jobs $(JOBS) --seconds $(SECONDS) \
+		$(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE)) $(if $(OPS),--ops $(OPS))
 
 bench: $(VENV)/built
 	mkdir -p build
