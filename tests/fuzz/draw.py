@@ -91,7 +91,7 @@ class Draw(random.Random):
         """How one tensor is filled, laid out and used."""
         if values is None:
             values = "normal" if self.chance(0.4) else self.choices(VALUES, (4, 8, 1, 1, 1, 2, 2, 1, 1))[0]
-        layout = "contiguous" if self.chance(0.5) else self.choice(LAYOUTS)
+        layout = "contiguous" if self.chance(0.4) else self.choice(LAYOUTS)
         drawn = {"values": values, "layout": layout, "grad": self.chance(grad), "seed": self.randrange(1 << 30)}
         if self.chance(0.05):
             places, hostile = ("element", "element", "row", "all"), (INF, -INF, NAN, 1e30, -1e30, 1e-40, 3e38, 65000.0)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import mmap
-
 import torch
 from torch import Tensor
+
+from .. import guard
 
 INF, NAN = float("inf"), float("nan")
 VALUES = ("normal", "spiky", "zeros", "ones", "equal", "integers", "wide", "huge", "denormal")
@@ -19,11 +18,8 @@ LAYOUTS = (
     "expanded",
     "expanded_last",
     "negative",
-    "read_only",
-    "before_unmapped",
-    "after_unmapped",
+    *(f"{layout}, {side}" for layout in guard.LAYOUTS for side in guard.SIDES),
 )
-_libc = ctypes.CDLL(None, use_errno=True)
 _generator = torch.Generator()
 
 
@@ -89,26 +85,10 @@ def put(x: Tensor, hostile: list[tuple[str, float, int]]) -> Tensor:
     return x
 
 
-def _guarded(size: int, at_end: bool, writable: bool, contents: Tensor) -> Tensor:
-    """Bytes that end where an unreadable page begins, or begin where one ends; for reading only, if so wished."""
-    page = mmap.PAGESIZE
-    pages = max(1, -(-size // page)) + 2
-    memory = mmap.mmap(-1, pages * page)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    begin = (pages - 1) * page - size if at_end else page
-    flat = torch.frombuffer(memory, dtype=torch.uint8, count=size, offset=begin)
-    flat.copy_(contents)
-    inside = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    for start, length, protection in ((0, 1, 0), (1, pages - 2, inside), (pages - 1, 1, 0)):
-        if _libc.mprotect(ctypes.c_void_p(address + start * page), ctypes.c_size_t(length * page), protection):
-            raise OSError(ctypes.get_errno(), "mprotect")
-    return flat
-
-
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """The values of a contiguous tensor in another layout; memory between them is NaN, so that reading it shows.
 
-    The expanded layouts repeat what is at the first place of the first or last dimension.
+    Those of two words lie in read-only memory, behind or before an unmapped page. The expanded layouts repeat what is at the first place of the first or last dimension.
     """
     if x.dim() == 0 and layout in ("strided", "transposed", "expanded", "expanded_last"):
         layout = "offset"
@@ -122,15 +102,8 @@ def lay_out(x: Tensor, layout: str) -> Tensor:
         return x[..., :1].contiguous().expand(x.shape)
     if layout == "negative":
         return torch._neg_view(-x) if x.is_floating_point() else x
-    if layout in ("read_only", "before_unmapped", "after_unmapped"):
-        size = x.numel() * x.element_size()
-        if not size:
-            return x
-        contents = x.view(-1).view(torch.uint8) if x.dim() else x.reshape(1).view(torch.uint8)
-        flat = _guarded(size, layout != "after_unmapped", layout != "read_only", contents)
-        if flat.data_ptr() % x.element_size() == 0:
-            return flat.view(x.dtype).view(x.shape)
-        return x
+    if ", " in layout:  # read-only memory against an unmapped page
+        return guard.place(x, *layout.split(", "))
     fill = NAN if x.is_floating_point() else 1 << 40 if x.dtype == torch.int64 else 77
     *lead, last = x.shape or (1,)
     if layout == "strided":
