@@ -2,6 +2,8 @@
 #include "gemm_packed.h"
 
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 #if defined(__unix__)
 #include <unistd.h>
 #endif
@@ -11,6 +13,9 @@
 
 namespace rf {
 namespace {
+
+// Rows of A that are multiplied at a time are equal parts of about kBlockRows: fewer than so many are one.
+constexpr int64_t kTallestPiece = tuning::kBlockRows * 3 / 2;
 
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
@@ -31,6 +36,14 @@ struct Side {
   bool in_place() const { return along_k() && view.inner == 1 && size_of(type) == acc_size(type); }
 };
 
+// Where the sums of a K block wait for the next one.
+enum class Waiting {
+  nowhere,  // K is one block, or stays in tiles
+  c,        // in C itself, which has their type; also what they are added to
+  task,     // in scratch of the task, which sees all of K
+  all       // in scratch for all tasks
+};
+
 // A product, planned. The micro-kernel broadcasts elements of A and loads vectors of B's packed panels. A longer side
 // that can be read in place is A, and the shorter one is packed by all threads together before they share A's rows.
 // Otherwise the longer side is B, of which each thread packs what it needs, and the shorter one is laid out for all.
@@ -38,12 +51,45 @@ struct Plan {
   Side a, b;
   bool transposed;  // A's rows are C's columns
   bool a_is_longer;
-  int64_t threads;
-  int64_t kc, chain;         // K block, and the additions in a row within it
-  int64_t k_count;           // of K, at a time, of the side that is laid out for all; whole K blocks
-  int64_t b_count;           // rows of B at a time, where it is packed for all
-  int64_t a_parts, b_parts;  // tasks
+  DType c;  // type of C, its bias and its pre-activation
+  int64_t threads = 1;
+  int64_t kc = 1, chain = 1;         // K block, and the additions in a row within it
+  int64_t k_count = 1;               // of K, at a time, of the side that is laid out for all; whole K blocks
+  int64_t b_count = 0;               // rows of B at a time, where it is packed for all
+  int64_t a_parts = 1, b_parts = 1;  // tasks
+  Waiting waiting = Waiting::nowhere;
+  // Deep blocks of few rows of A stay in the same tiles over all of K. Their sums then have another order than those of
+  // blocks that wait, so it is decided by shape, and tasks are narrow enough for it with any number of threads.
+  bool stays_in_tiles = false;
+
+  // Of the side that is laid out for all threads.
+  int64_t depth(int64_t k) const { return std::min(k_count, round_up(k, kc)); }
+  int64_t a_task(int64_t mr) const { return ceil_div(ceil_div(a.count, mr), a_parts) * mr; }
+  int64_t b_task(int64_t nr) const { return ceil_div(ceil_div(b_count, nr), b_parts) * nr; }
 };
+
+// What the engine assumes of a product and of its plan. A caller or a planner that breaks it is a bug of this library,
+// which must not become a write to memory that is not ours.
+void require(bool holds, const char* what) {
+  if (!holds) throw std::logic_error(std::string("regfast: gemm: ") + what);
+}
+void check_product(DType dtype, const Gemm& g) {
+  require(g.m >= 0 && g.n >= 0 && g.k >= 0, "expected sizes of at least 0");
+  require(g.epilogue.c && (g.m == 1 || g.epilogue.c_stride >= g.n), "expected rows of C that do not overlap");
+  require(!g.accumulate || c_type(dtype, g) == acc_dtype(dtype), "expected a C of the accumulator's type to add to");
+  require(g.k == 0 || (g.a.data && g.b.data), "expected operands");
+}
+void check_plan(DType dtype, const Gemm& g, const Plan& p) {
+  require(p.a.count == (p.transposed ? g.n : g.m) && p.b.count == (p.transposed ? g.m : g.n), "the plan has its sides");
+  require(!p.a_is_longer || p.a.in_place(), "A, which is not laid out, can be read in place");
+  require(p.kc >= 1 && p.k_count >= p.kc && p.k_count % p.kc == 0, "K is laid out in whole blocks");
+  require(p.chain >= 1 && p.a_parts >= 1 && p.b_parts >= 1 && p.threads >= 1, "the plan has tasks");
+  const bool wait = g.accumulate || (g.k > p.kc && !p.stays_in_tiles);
+  require(wait == (p.waiting != Waiting::nowhere), "sums that wait have a place");
+  require(p.waiting != Waiting::c || p.c == acc_dtype(dtype), "sums that wait in C have its type");
+  require(p.waiting != Waiting::task || p.k_count >= g.k, "a task whose sums wait with it sees all of K");
+  require(!p.stays_in_tiles || p.k_count >= g.k, "a task whose sums stay in tiles sees all of K");
+}
 
 Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
@@ -53,7 +99,7 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const bool narrow = w.across && x.in_place() && g.n <= tuning::kNarrowColumns;
   const bool w_is_longer = g.n >= g.m || (narrow && 2 * g.n >= g.m), a_is_longer = (w_is_longer ? w : x).in_place();
   const bool transposed = w_is_longer == a_is_longer;
-  Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, 1, 0, 0, 0, 0, 0, 0};
+  Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g)};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
   p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));
   // K in equal parts, so that the last is not a sliver.
@@ -68,8 +114,11 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t blocks = std::max<int64_t>(1, ceil_div(g.k, p.kc));
   p.k_count = p.kc * std::max<int64_t>(1, std::min(blocks, budget / (for_all * p.kc)));
   // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
-  const bool half = size_of(c_type(dtype, g)) != acc;
+  const bool half = size_of(p.c) != acc;
   if (!a_is_longer && (p.a.in_place() || (half && g.k <= p.b.count))) p.k_count = p.kc * blocks;
+  p.stays_in_tiles = deep && g.k > p.kc && p.k_count >= g.k && p.a.count < kTallestPiece;
+  if (g.accumulate || (g.k > p.kc && !p.stays_in_tiles))
+    p.waiting = !half ? Waiting::c : p.k_count >= g.k ? Waiting::task : Waiting::all;
   // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
   const int64_t tiles = ceil_div(p.a.count, mr), panels = ceil_div(p.b_count, nr);
   const int64_t wanted = p.threads == 1 ? 1 : p.threads * tuning::kTasksPerThread;
@@ -84,9 +133,26 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
     const int64_t columns = deep ? tuning::kDeepTaskColumns : tuning::kTaskColumns;
     const int64_t most = narrow ? std::max<int64_t>(1, p.b_count / tuning::kGroupColumns) : panels;
     p.b_parts = std::min(most, p.threads * ceil_div(std::max(least, p.b_count / columns), p.threads));
+    if (p.stays_in_tiles) p.b_parts = std::max(p.b_parts, ceil_div(panels, round_up(tuning::kGroupColumns, nr) / nr));
     p.a_parts = std::min(tiles, ceil_div(p.threads, p.b_parts));
   }
+  check_plan(dtype, g, p);
   return p;
+}
+
+// The place where sums of rows i of A and j of B wait.
+void place_sums(Epilogue& e, DType dtype, const Plan& p, Range i, Range j) {
+  if (p.waiting == Waiting::nowhere) return;
+  if (p.waiting == Waiting::c) {
+    e.partial = e.c;
+    e.partial_stride = e.c_stride;
+    return;
+  }
+  const Range &down = p.transposed ? j : i, &across = p.transposed ? i : j;
+  const int64_t acc = acc_size(dtype);
+  e.partial_stride = across.size();
+  e.partial = (char*)scratch(Slot::partial, down.size() * across.size() * acc) -
+              (down.begin * across.size() + across.begin) * acc;
 }
 
 // Where a block's A is read from: rows from i on, K from k0 on, where they lie.
@@ -134,6 +200,8 @@ void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan
   block.chain = p.chain;
   block.transposed = p.transposed;
   block.last = k0 + k == g.k;
+  const bool adds = !block.first && !block.continues, keeps = !block.last && !block.continued;
+  require(!(adds || keeps) || block.epilogue.partial, "sums that wait have a place");
   block.b_is_far = group * k * acc > caches().l2;
   block.tiles = scratch(Slot::tiles, rows * std::min(group, round_up(j.size(), nr)) * acc);
   const char* a = (const char*)block.a;
@@ -164,32 +232,33 @@ void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width, void (
   });
 }
 
-// The longer side in place. Between K blocks sums wait in C: what is read in place has its precision.
+// The longer side in place.
 void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  Epilogue e = g.epilogue;
-  e.partial = e.c;
-  e.partial_stride = e.c_stride;
-  char* packed = (char*)scratch(Slot::packed_b, p.b_count * std::min(p.k_count, round_up(g.k, p.kc)) * acc);
+  char* packed = (char*)scratch(Slot::packed_b, p.b_count * p.depth(g.k) * acc);
   for (int64_t j0 = 0; j0 < p.b.count; j0 += p.b_count) {
     const Range rows = {j0, std::min(j0 + p.b_count, p.b.count)};
     const int64_t padded = round_up(rows.size(), nr);
+    Epilogue e = g.epilogue;
+    if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, rows);
     int64_t k0 = 0;
     do {  // once for an empty K too: C is written all the same
       const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
       lay_out(dtype, p, p.b, nr, kernels().pack_b[(int)p.b.type], rows, depth, packed);
       take_tasks(p.a_parts * p.b_parts, p.threads, [&](int64_t task) {
         const Range i = part_of(p.a.count, mr, task / p.b_parts, p.a_parts);
-        const Range j = part_of(rows.size(), nr, task % p.b_parts, p.b_parts);
+        const Range part = part_of(rows.size(), nr, task % p.b_parts, p.b_parts);
+        const Range j = {rows.begin + part.begin, rows.begin + part.end};
         GemmBlockArgs block = {};
         block.epilogue = e;
+        if (p.waiting == Waiting::task) place_sums(block.epilogue, dtype, p, i, j);
         int64_t at = depth.begin;
         do {
           const int64_t k = std::min(p.kc, depth.end - at);
-          const char* b = packed + ((at - k0) * padded + j.begin * k) * acc;
+          const char* b = packed + ((at - k0) * padded + part.begin * k) * acc;
           read_in_place(block, dtype, p.a, i.begin, at);
           block.first = at == 0 && !g.accumulate;
-          multiply_pieces(block, dtype, g, p, i, b, {j0 + j.begin, j0 + j.end}, at, k);
+          multiply_pieces(block, dtype, g, p, i, b, j, at, k);
           at += p.kc;
         } while (at < depth.end);
       });
@@ -198,22 +267,14 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
   }
 }
 
-// The longer side packed, by whoever multiplies it. Between K blocks sums wait in C where it has their precision, else
-// in scratch: the task's own if it sees all of K.
+// The longer side packed, by whoever multiplies it.
 void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const bool in_place = p.a.in_place(), in_c = size_of(c_type(dtype, g)) == acc, own_sums = p.k_count >= g.k;
+  const bool in_place = p.a.in_place();
   const int64_t rows = round_up(p.a.count, mr);
-  char* laid_out =
-      in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * std::min(p.k_count, round_up(g.k, p.kc)) * acc);
+  char* laid_out = in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * p.depth(g.k) * acc);
   Epilogue e = g.epilogue;
-  if (in_c) {
-    e.partial = e.c;
-    e.partial_stride = e.c_stride;
-  } else if (!own_sums) {
-    e.partial = scratch(Slot::partial, g.m * g.n * acc);
-    e.partial_stride = g.n;
-  }
+  if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, {0, p.b.count});
   int64_t k0 = 0;
   do {  // once for an empty K too
     const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
@@ -225,16 +286,12 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       const Range i = part_of(p.a.count, mr, task % p.a_parts, p.a_parts);
       // For few rows of A, what packing waits for memory shows: it is asked for while the K block before is multiplied.
       const bool few = i.size() < tuning::kPackingDecides;
-      // All K blocks in the same tiles.
-      const bool one_piece = own_sums && i.size() < tuning::kBlockRows * 3 / 2 && j.size() <= tuning::kGroupColumns;
+      // All K blocks in the same tiles: also where that is the same order of sums, block after block in any place.
+      const bool one_piece = p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= g.k &&
+                                                  i.size() < kTallestPiece && j.size() <= tuning::kGroupColumns);
       GemmBlockArgs block = {};
       block.epilogue = e;
-      if (!in_c && own_sums && g.k > p.kc) {
-        const Range &down = p.transposed ? j : i, &across = p.transposed ? i : j;
-        block.epilogue.partial_stride = across.size();
-        block.epilogue.partial = (char*)scratch(Slot::partial, down.size() * across.size() * acc) -
-                                 (down.begin * across.size() + across.begin) * acc;
-      }
+      if (p.waiting == Waiting::task) place_sums(block.epilogue, dtype, p, i, j);
       int64_t at = depth.begin;
       do {
         const int64_t k = std::min(p.kc, depth.end - at);
@@ -272,6 +329,7 @@ const Caches& caches() {
 }
 
 void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
+  check_product(dtype, g);
   const Plan p = make_plan(dtype, g, threads);
   p.a_is_longer ? multiply_in_place(dtype, g, p) : multiply_packed(dtype, g, p);
 }
@@ -279,13 +337,13 @@ void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
 int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const int64_t depth = std::min(p.k_count, round_up(g.k, p.kc)), own_sums = p.k_count >= g.k;
-  const int64_t tiles = p.threads * round_up(tuning::kBlockRows * 3 / 2, mr) * round_up(tuning::kGroupColumns, nr);
-  if (p.a_is_longer) return (tiles + p.b_count * depth) * acc;
-  const int64_t columns = ceil_div(ceil_div(p.b.count, nr), p.b_parts) * nr;
-  const int64_t waiting = size_of(c_type(dtype, g)) == acc ? 0 : own_sums ? p.threads * p.a.count * columns : g.m * g.n;
-  const int64_t laid_out = p.a.in_place() ? 0 : round_up(p.a.count, mr) * depth;
-  return (tiles + waiting + laid_out + p.threads * columns * p.kc) * acc;
+  const int64_t tiles = p.threads * round_up(kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
+  const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
+  const int64_t panels = p.a_is_longer ? 0 : p.threads * p.b_task(nr) * p.kc;
+  const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)
+                          : p.waiting == Waiting::all ? p.a.count * std::min(p.b_count, p.b.count)
+                                                      : 0;
+  return (tiles + for_all * p.depth(g.k) + panels + waiting) * acc;
 }
 
 }  // namespace rf

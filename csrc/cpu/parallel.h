@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <type_traits>
 
 #include "types.h"
@@ -47,28 +44,11 @@ inline Range part_of(int64_t count, int64_t step, int64_t i, int64_t n) {
   return {std::min(count, steps * i / n * step), std::min(count, steps * (i + 1) / n * step)};
 }
 
-// Memory of one thread that grows to the largest request and is reused. Each Slot has its own, so that a caller may
-// hold one while what it calls takes another.
+// Memory of one thread that is reused: what it held is lost when another size is asked for. Each Slot has its own, so
+// that a caller may hold one while what it calls takes another.
 enum class Slot { packed_a, packed_b, partial, splits, tiles, tile };
-
-inline void* scratch(Slot slot, int64_t bytes) {
-  struct Buffer {
-    void* p = nullptr;
-    int64_t size = 0;
-    ~Buffer() { std::free(p); }
-  };
-  static thread_local Buffer buffers[6];
-  Buffer& b = buffers[(int)slot];
-  if (b.size < bytes) {
-    std::free(b.p);
-    b.size = (bytes + 4095) / 4096 * 4096;
-    b.p = std::aligned_alloc(4096, (size_t)b.size);
-    if (!b.p) {
-      b.size = 0;
-      throw std::bad_alloc();
-    }
-  }
-  return b.p;
-}
+constexpr int kSlots = 6;
+// Defined by scratch.cpp, and by the kernel tests with an unreadable page behind every request.
+void* scratch(Slot slot, int64_t bytes);
 
 }  // namespace rf

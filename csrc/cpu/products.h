@@ -8,12 +8,23 @@ namespace rf {
 
 inline MatrixView view_of(const Tensor& t) { return {t.const_data_ptr(), 1, t.stride(0), 0, t.stride(1)}; }
 
+// Whether a factor or a result of a product has the accumulator's type beside a half type's. Nothing but these two is
+// multiplied.
+inline bool is_wide(const Tensor& t, at::ScalarType type) {
+  TORCH_INTERNAL_ASSERT(t.scalar_type() == type || t.scalar_type() == acc_type(type), "regfast: a product of ", type,
+                        " with a tensor of ", t.scalar_type());
+  return t.scalar_type() != type;
+}
+
 // c = a b + bias, or c += a b, by whichever GEMM the table names. a may have the accumulator's type beside a b of a
 // half type, and so may c.
 inline void multiply(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
   const DType dtype = dtype_of(b.scalar_type());
   const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
-  if (a.scalar_type() == b.scalar_type() && c.scalar_type() == b.scalar_type() && gemm_by_aten(dtype, m, n, k)) {
+  const bool wide_a = is_wide(a, b.scalar_type()), wide_c = is_wide(c, b.scalar_type());
+  TORCH_INTERNAL_ASSERT(a.size(0) == m && a.size(1) == k && b.size(1) == n && (n <= 1 || c.stride(1) == 1) &&
+                        (!bias.defined() || (bias.scalar_type() == c.scalar_type() && bias.is_contiguous())));
+  if (!wide_a && !wide_c && gemm_by_aten(dtype, m, n, k)) {
     Tensor out = c;
     if (accumulate)
       out.addmm_(a, b);
@@ -32,8 +43,8 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& c, const Te
   g.a = view_of(g.a_transposed ? a.t() : a);
   g.b_transposed = b.stride(1) != 1 && b.stride(0) == 1;
   g.b = view_of(g.b_transposed ? b.t() : b);
-  g.wide_a = a.scalar_type() != b.scalar_type();
-  g.wide_c = c.scalar_type() != b.scalar_type();
+  g.wide_a = wide_a;
+  g.wide_c = wide_c;
   g.accumulate = accumulate;
   g.epilogue.c = c.mutable_data_ptr();
   g.epilogue.c_stride = c.stride(0);

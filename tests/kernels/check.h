@@ -26,6 +26,7 @@ void test_likelihood();
 void test_sparse();
 void test_phm();
 void test_gemm();
+void test_gemm_engine();
 void test_packing();
 
 // Set by QUICK=1: fewer random cases, for emulated machines.

@@ -46,7 +46,8 @@ Counts run_tests() {
                      {"sparse", test::test_sparse},
                      {"phm", test::test_phm},
                      {"packing", test::test_packing},
-                     {"gemm", test::test_gemm}};
+                     {"gemm", test::test_gemm},
+                     {"gemm engine", test::test_gemm_engine}};
   test::quick = std::getenv("QUICK") != nullptr;
   const char* only = std::getenv("ONLY");  // part of a name, for debugging
   for (const auto& t : tests) {

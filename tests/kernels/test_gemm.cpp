@@ -4,56 +4,10 @@
 
 #include "activation_reference.h"
 #include "drivers.h"
-#include "memory.h"
+#include "matrices.h"
 
 namespace test {
 namespace {
-
-enum class Operand { contiguous, padded, column_major, strided, collapsed, collapsed_columns, expanded };
-constexpr const char* kOperandNames[] = {"contiguous",        "padded",  "column_major", "strided", "collapsed",
-                                         "collapsed_columns", "expanded"};
-
-rf::MatrixView arrange(Operand o, int64_t rows, int64_t columns) {
-  switch (o) {
-    case Operand::contiguous:
-      return {nullptr, 1, columns, 0, 1};
-    case Operand::padded:
-      return {nullptr, 1, columns + 5, 0, 1};
-    case Operand::column_major:
-      return {nullptr, 1, 1, 0, rows + 2};
-    case Operand::strided:
-      return {nullptr, 1, 3 * columns + 1, 0, 3};
-    case Operand::collapsed:
-      return {nullptr, 4, 4 * columns + 7, columns + 1, 1};
-    case Operand::collapsed_columns:
-      return {nullptr, 4, 4 * columns, 1, 4};  // (B, K, 4) seen as (B, 4, K)
-    case Operand::expanded:
-      return {nullptr, 1, 0, 0, 1};
-  }
-  return {};
-}
-
-template <class T>
-struct Matrix {
-  int64_t rows, columns;
-  rf::MatrixView view;
-  Buffer<T> memory;
-
-  template <class F>
-  Matrix(Operand o, int64_t r, int64_t c, Guard guard, F&& generate)
-      : rows(r), columns(c), view(arrange(o, r, c)), memory(input<T>(elements(r, c, view), generate, guard)) {
-    view.data = memory.data();
-  }
-  double value(int64_t r, int64_t c) const { return memory.value(view.row_offset(r) + c * view.col_stride); }
-
- private:
-  static int64_t elements(int64_t rows, int64_t columns, const rf::MatrixView& v) {
-    if (rows == 0 || columns == 0) return 0;
-    int64_t last = 0;
-    for (int64_t r = 0; r < rows; ++r) last = std::max(last, v.row_offset(r));
-    return last + (columns - 1) * v.col_stride + 1;
-  }
-};
 
 struct Call {
   int64_t m, n, k;
@@ -167,70 +121,6 @@ void chosen_products(Random& random) {
   run(5, 12, 17000, false, true, plain, plain);
 }
 
-// A of the accumulator's type beside B of T, C likewise, and C added to: the products of linear_cross_entropy.
-template <class T>
-void mixed_product(int64_t m, int64_t n, int64_t k, bool a_transposed, bool b_transposed, bool accumulate,
-                   bool narrow_c, Random& random) {
-  using A = rf::acc_t<T>;
-  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
-  const auto value = [&] { return random.spiky() / 2; };
-  Matrix<A> a(Operand::contiguous, a_transposed ? k : m, a_transposed ? m : k, guard, value);
-  Matrix<T> b(random.chance(0.5) ? Operand::contiguous : Operand::padded, b_transposed ? n : k, b_transposed ? k : n,
-              guard, value);
-  Buffer<A> c(m * n, guard, random.integer(0, 3));
-  Buffer<T> narrow(m * n, guard);
-  std::vector<double> before(m * n);
-  for (int64_t i = 0; accumulate && i < m * n; ++i) {
-    c[i] = (A)value();
-    before[i] = c.value(i);
-  }
-  rf::Gemm g = {m, n, k, a.view, a_transposed, b.view, b_transposed, {}};
-  g.wide_a = true;
-  g.wide_c = !narrow_c;
-  g.accumulate = accumulate;
-  g.epilogue.c = narrow_c ? (void*)narrow.data() : c.data();
-  g.epilogue.c_stride = n;
-  describe("gemm %s m=%lld n=%lld k=%lld, A wide%s%s, C%s%s", Format<T>::name, (long long)m, (long long)n, (long long)k,
-           a_transposed ? " ^T" : "", b_transposed ? ", B ^T" : "", narrow_c ? "" : " wide", accumulate ? " +=" : "");
-  rf::gemm(Format<T>::dtype, g);
-  {
-    Comparison<A> wide("wide c");
-    Comparison<T> rounded("c");
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < n; ++j) {
-        double sum = 0, units = 0;
-        for (int64_t p = 0; p < k; ++p) {
-          const double each =
-              (a_transposed ? a.value(p, i) : a.value(i, p)) * (b_transposed ? b.value(j, p) : b.value(p, j));
-          sum += each;
-          units += std::fabs(each);
-        }
-        const int64_t at = i * n + j;
-        units = units * long_sum_error(k) + 2 * std::fabs(before[at]) + 2 * std::fabs(sum);
-        sum += before[at];
-        narrow_c ? rounded.add(narrow.result(at), sum, units, at) : wide.add(c.result(at), sum, units, at);
-      }
-  }
-  CHECK(c.rest_untouched() || accumulate);
-}
-
-template <class T>
-void mixed_products(Random& random) {
-  for (bool a_transposed : {false, true})
-    for (bool b_transposed : {false, true})
-      for (int way = 0; way < 3; ++way) {
-        const bool accumulate = way == 1, narrow_c = way == 2;
-        mixed_product<T>(7, 5, 3, a_transposed, b_transposed, accumulate, narrow_c, random);
-        mixed_product<T>(50, 36, 100, a_transposed, b_transposed, accumulate, narrow_c, random);
-        mixed_product<T>(20, 70, 300, a_transposed, b_transposed, accumulate, narrow_c, random);
-        if (quick) continue;
-        mixed_product<T>(5, 12, 9000, a_transposed, b_transposed, accumulate, narrow_c, random);  // not in parts of K
-      }
-  mixed_product<T>(9, 4, 0, false, false, true, false, random);  // C is left as it is
-  if (quick) return;
-  mixed_product<T>(110, 100, 700, false, false, true, false, random);  // K blocks add up in the same tiles
-}
-
 // A block reads its operands' NaN and infinities as they are, and nothing of them where it pads.
 template <class T>
 void special_values(int64_t m, int64_t n, int64_t k) {
@@ -283,7 +173,6 @@ void all() {
   Random random(1300 + (int)Format<T>::dtype);
   random_products<T>(fewer(250), random);
   chosen_products<T>(random);
-  mixed_products<T>(random);
   special_values<T>(40, 40, 40);
   special_values<T>(5, 50, 20);
   special_values<T>(50, 5, 20);

@@ -1,0 +1,166 @@
+// The GEMM engine's plan: every combination of operand types, layouts and a C that is added to, with K on either side
+// of each block constant and either side of the product the longer one. Scratch memory has a guard page too
+// (threads.cpp).
+#include <cmath>
+#include <stdexcept>
+#include <vector>
+
+#include "drivers.h"
+#include "gemm_packed.h"
+#include "matrices.h"
+#include "tuning.h"
+
+namespace test {
+namespace {
+
+struct EngineCall {
+  int64_t m, n, k;
+  bool a_transposed, b_transposed, accumulate, bias, padded;
+};
+
+// A of type A beside B of T, and C of type C, as linear_cross_entropy, linear_nll and phm_linear multiply.
+template <class T, class A, class C>
+void engine_product(const EngineCall& c, Random& random) {
+  constexpr bool wide_a = !std::is_same_v<A, T>, wide_c = !std::is_same_v<C, T>;
+  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
+  const Operand arrangement = c.padded ? Operand::padded : Operand::contiguous;
+  const auto value = [&] { return random.spiky() / 2; };
+  const Matrix<A> a(arrangement, c.a_transposed ? c.k : c.m, c.a_transposed ? c.m : c.k, guard, value);
+  const Matrix<T> b(arrangement, c.b_transposed ? c.n : c.k, c.b_transposed ? c.k : c.n, guard, value);
+  const Buffer<C> bias = input<C>(c.n, value, guard);
+  const int64_t stride = c.n + (c.padded ? 3 : 0), size = (c.m - 1) * stride + c.n;
+  std::vector<C> before(size);
+  for (C& x : before) x = from_double<C>(value());
+  rf::Gemm g = {c.m, c.n, c.k, a.view, c.a_transposed, b.view, c.b_transposed, {}, wide_a, wide_c, c.accumulate};
+  g.epilogue.c_stride = stride;
+  g.epilogue.bias = c.bias ? bias.data() : nullptr;
+
+  std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
+  for (int64_t i = 0; i < c.m; ++i)
+    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = c.a_transposed ? a.value(k, i) : a.value(i, k);
+  for (int64_t j = 0; j < c.n; ++j)
+    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = c.b_transposed ? b.value(j, k) : b.value(k, j);
+
+  std::vector<C> first;
+  for (int64_t n : {1, 3}) {
+    threads = n;
+    describe("gemm engine, B %s, A %s, C %s%s, %lld x %lld x %lld%s%s%s, %lld threads", Format<T>::name,
+             Format<A>::name, Format<C>::name, c.accumulate ? " +=" : "", (long long)c.m, (long long)c.n,
+             (long long)c.k, c.a_transposed ? ", A^T" : "", c.b_transposed ? ", B^T" : "", c.padded ? ", padded" : "",
+             (long long)n);
+    Buffer<C> y(size, guard, random.integer(0, 3));
+    for (int64_t i = 0; c.accumulate && i < c.m; ++i)
+      std::copy_n(before.data() + i * stride, c.n, y.data() + i * stride);
+    g.epilogue.c = y.data();
+    rf::gemm(Format<T>::dtype, g);
+    Comparison<C> comparison("c");
+    for (int64_t i = 0; i < c.m; ++i)
+      for (int64_t j = 0; j < c.n; ++j) {
+        const int64_t at = i * stride + j;
+        const double result = y.result(at);
+        // On more threads it is right already if it has the same bits; on one, the reference is what takes the time.
+        if (!first.empty() || random.chance(0.8)) continue;
+        double sum = 0, units = 0;
+        const double *p = rows.data() + i * c.k, *q = columns.data() + j * c.k;
+        for (int64_t k = 0; k < c.k; ++k) {
+          sum += p[k] * q[k];
+          units += std::fabs(p[k] * q[k]);
+        }
+        units *= long_sum_error(c.k);
+        for (double more : {c.accumulate ? to_double(before[at]) : 0, c.bias ? bias.value(j) : 0}) {
+          sum += more;
+          units += 2 * (std::fabs(more) + std::fabs(sum));
+        }
+        comparison.add(result, sum, units, at);
+      }
+    CHECK(y.rest_untouched());
+    if (first.empty())
+      first = y.copy();
+    else
+      CHECK(!std::memcmp(first.data(), y.data(), size * sizeof(C)));
+  }
+  threads = 2;
+}
+
+template <class T, class A, class C>
+void each_size(bool accumulate, Random& random) {
+  // Rows times columns: either side the longer one, one of them beyond what is packed for all threads at a time, few
+  // and many register tiles.
+  constexpr int64_t kSides[][2] = {
+      {37, 70}, {70, 37}, {9, rf::tuning::kPackedColumns + 40}, {rf::tuning::kPackedColumns + 40, 9}};
+  constexpr int64_t kDepths[] = {1,
+                                 rf::tuning::kGemmChain,
+                                 rf::tuning::kBlockK + 1,
+                                 rf::tuning::kDeepBlockK,
+                                 rf::tuning::kDeepBlockK + 1,
+                                 rf::tuning::kBlockKInPlace,
+                                 rf::tuning::kBlockKInPlace + 1,
+                                 2 * rf::tuning::kBlockKInPlace + 3};
+  for (bool a_transposed : {false, true})
+    for (bool b_transposed : {false, true})
+      for (const auto& side : kSides)
+        for (int64_t k : kDepths) {
+          if (quick && random.chance(0.9)) continue;
+          engine_product<T, A, C>(
+              {side[0], side[1], k, a_transposed, b_transposed, accumulate, random.chance(0.5), random.chance(0.3)},
+              random);
+        }
+  for (int64_t m : {1, 100})  // C as it is, or zero
+    engine_product<T, A, C>({m, 40, 0, false, true, accumulate, true, false}, random);
+}
+
+template <class T>
+void each_type(Random& random) {
+  using A = rf::acc_t<T>;
+  each_size<T, T, T>(false, random);
+  each_size<T, A, A>(true, random);
+  if constexpr (!std::is_same_v<T, A>) {
+    each_size<T, A, A>(false, random);
+    each_size<T, A, T>(false, random);
+    each_size<T, T, A>(false, random);
+    each_size<T, T, A>(true, random);
+  }
+}
+
+// A caller that breaks what the engine assumes gets an exception, not a write to memory that is not its own.
+template <class F>
+bool refused(const rf::Gemm& right, F&& spoil) {
+  rf::Gemm g = right;
+  spoil(g);
+  try {
+    rf::gemm(rf::DType::bf16, g);
+  } catch (const std::logic_error&) {
+    return true;
+  }
+  return false;
+}
+
+void broken_assumptions() {
+  describe("gemm engine: broken assumptions are refused");
+  Random random(3);
+  const auto one = [] { return 1.0; };
+  const Matrix<bf16> a(Operand::contiguous, 40, 30, Guard::behind, one),
+      b(Operand::contiguous, 50, 30, Guard::behind, one);
+  Buffer<float> c(40 * 50);
+  rf::Gemm g = {40, 50, 30, a.view, false, b.view, true, {}, false, true, true};
+  g.epilogue.c = c.data();
+  g.epilogue.c_stride = 50;
+  CHECK(refused(g, [](rf::Gemm& x) { x.wide_c = false; }));
+  CHECK(refused(g, [](rf::Gemm& x) { x.epilogue.c = nullptr; }));
+  CHECK(refused(g, [](rf::Gemm& x) { x.epilogue.c_stride = 49; }));
+  CHECK(refused(g, [](rf::Gemm& x) { x.a.data = nullptr; }));
+  CHECK(refused(g, [](rf::Gemm& x) { x.k = -1; }));
+}
+
+}  // namespace
+
+void test_gemm_engine() {
+  Random random(1313);
+  each_type<float>(random);
+  each_type<double>(random);
+  each_type<bf16>(random);
+  each_type<f16>(random);
+  broken_assumptions();
+}
+
+}  // namespace test
