@@ -56,7 +56,10 @@ def place(values: Tensor, layout: str = "contiguous", side: str = "behind", writ
     inside = max(1, -(-bytes_ // page)) * page
     memory = mmap.mmap(-1, inside + 2 * page)  # freed with the tensor, which holds it
     start = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + page
-    unused = float("nan") if values.is_floating_point() else NOWHERE
+    whole = not values.is_floating_point() and not values.is_complex() and values.dtype != torch.bool
+    unused = (
+        max(NOWHERE, torch.iinfo(values.dtype).min) if whole else True if values.dtype == torch.bool else float("nan")
+    )
     torch.frombuffer(memory, dtype=values.dtype, count=inside // values.element_size(), offset=page).fill_(unused)
     if extent:
         first = page + inside - bytes_ if side == "behind" else page

@@ -27,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--json", help="only this case, as it was printed")
     parser.add_argument("--cases", type=int, default=CASES, help="how many cases at most")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
-    parser.add_argument("--ops", nargs="*", default=[], choices=[*OPS, []], help="cases of these ops alone")
+    parser.add_argument("--ops", nargs="*", default=[], help=f"cases of these ops alone: {', '.join(OPS)}")
     parser.add_argument("--shrink", type=float, default=20.0, help="seconds to make a case smaller in")
     return parser.parse_args()
 

@@ -44,13 +44,15 @@ def compare(
     exact: Tensor,
     size: Tensor | None,
     rounds: bool,
+    acc: torch.dtype,
     between: Tensor | None = None,
     floor: float = 1.0,
 ) -> str | None:
     """What is wrong with `ours`, or None.
 
-    `exact` is in float64, `size` that of the terms that it sums up, `between` the composite in the accumulators' range
-    for half types, `floor` multiplies the smallest normal number, below which exponentials may be flushed.
+    `exact` is in float64, `size` that of the terms that it sums up, `acc` the accumulators' dtype, `between` the
+    composite in their range for half types, `floor` multiplies the smallest normal number, below which exponentials
+    may be flushed.
     """
     if ours.dtype != theirs.dtype:
         return f"dtype {ours.dtype}, PyTorch {theirs.dtype}"
@@ -61,7 +63,7 @@ def compare(
     ours, theirs, exact = ours.detach(), theirs.detach(), exact.detach().double()
     if not ours.is_floating_point():
         return None if torch.equal(ours, theirs) else "integers differ"
-    dtype, acc = ours.dtype, accumulator(ours.dtype)
+    dtype = ours.dtype
     info, acc_info = torch.finfo(dtype), torch.finfo(acc)
     wide = ours.double()
     if size is None:
@@ -70,7 +72,7 @@ def compare(
     # Where finite terms leave the range, the order of additions decides what comes of them. Infinities of the inputs
     # are no terms: with those, patterns are compared.
     within = size * 4 <= acc_info.max
-    eps = info.eps if rounds else acc_info.eps
+    eps = max(info.eps, acc_info.eps) if rounds else acc_info.eps
     allowed = (
         EPSILONS * eps * size
         + info.eps * exact.abs().nan_to_num(0, 0, 0)

@@ -35,7 +35,7 @@ def draw_options(r, probabilities: bool, c: int) -> dict:
         options["outputs"] = names
     if r.chance(0.1):
         options["loss_dtype"] = r.choice(DTYPES)
-    if r.chance(0.02):
+    if r.chance(0.02) and "outputs" not in options:
         options |= r.choice(({"label_smoothing": 1.5}, {"label_smoothing": -0.1}, {"reduction": "max"}))
     return options
 
@@ -60,7 +60,7 @@ def plain(options: dict) -> bool:
     return not set(options) & set(FURTHER)
 
 
-def draw_target(r, probabilities: bool, c: int) -> dict:
+def draw_target(r, probabilities: bool, c: int, options: dict) -> dict:
     if probabilities:
         drawn = r.tensor(r.choice(("probabilities", "probabilities", "probabilities", "normal")), grad=0.3)
         drawn.pop("hostile", None)
@@ -71,9 +71,9 @@ def draw_target(r, probabilities: bool, c: int) -> dict:
     drawn.pop("hostile", None)
     drawn["ignored"] = r.choice((0.0, 0.0, 0.3, 1.0))
     drawn["dtype"] = r.choices(("int64", "uint8", "int32"), (90, 8, 2))[0]
-    if drawn["dtype"] == "uint8" and c > 255:
-        drawn["dtype"] = "int64"
-    if r.chance(0.02):
+    if drawn["dtype"] == "uint8":
+        drawn |= {"dtype": "uint8" if c < 256 else "int64", "ignored": 0.0}
+    if r.chance(0.02) and "outputs" not in options:  # the composite looks at classes only where it needs them
         drawn["out_of_range"] = r.choice((c, -1, 1 << 40, -(1 << 40), c + 1))
     return drawn
 
@@ -87,7 +87,7 @@ class CrossEntropy(Op):
         single = not more and r.chance(0.05)
         probabilities = r.chance(0.3)
         options = draw_options(r, probabilities, c)
-        tensors = {"input": r.tensor(grad=0.85), "target": draw_target(r, probabilities, c)}
+        tensors = {"input": r.tensor(grad=0.85), "target": draw_target(r, probabilities, c, options)}
         if r.chance(0.3):
             tensors["weight"] = r.tensor(r.choice(("uniform", "few_zero")), grad=0.02)
         if r.chance(0.1):
@@ -130,7 +130,7 @@ class CrossEntropy(Op):
     def terms(self, t, case, ups):
         x, options = t["input"], case["options"]
         z, slope = transformed(x, options)
-        error = z.abs() if slope is not None else torch.zeros(())
+        error = terms.clean(z).abs() if slope is not None else torch.zeros(())
         single = x.dim() == 1
         target = t["target"].unsqueeze(0) if single else t["target"]
         z = z.unsqueeze(0) if single else z
@@ -174,7 +174,11 @@ class LinearCrossEntropy(Op):
         single = not more and r.chance(0.05)
         probabilities = r.chance(0.25)
         options = draw_options(r, probabilities, c)
-        tensors = {"input": r.tensor(), "linear_weight": r.tensor(), "target": draw_target(r, probabilities, c)}
+        tensors = {
+            "input": r.tensor(),
+            "linear_weight": r.tensor(),
+            "target": draw_target(r, probabilities, c, options),
+        }
         if r.chance(0.5):
             tensors["linear_bias"] = r.tensor()
         if r.chance(0.3):
@@ -267,7 +271,9 @@ class LinearCrossEntropy(Op):
         )
         z, changed = transformed(z, options)
         scale = abs(options.get("logit_scale", 1.0))
-        error = size * scale + (terms.clean(z).abs() if changed else 0)
+        error = terms.beyond(size * scale, accumulator(dtype_of(case["dtype"]))) + (
+            terms.clean(z).abs() if changed else 0
+        )
         target = t["target"].unsqueeze(0) if single else t["target"]
         reduction = options.get("reduction", "mean")
         given = {n: u for n, u in zip(names, ups, strict=True) if u is not None}
@@ -407,7 +413,8 @@ class LinearNLL(Op):
         reduction = options["reduction"]
         inverse = 1 / total if reduction == "mean" and total else torch.ones(())
         weighted = each * share
-        found = Terms([weighted if reduction == "none" else weighted.sum() * inverse])
+        acc = accumulator(dtype_of(case["dtype"]))
+        found = Terms([weighted if reduction == "none" else terms.beyond(weighted.sum(), acc) * inverse])
         if ups[0] is None:
             return found
         g = terms.clean(ups[0]).abs() * inverse

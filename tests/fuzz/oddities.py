@@ -1,37 +1,99 @@
-"""Differences that are PyTorch's own oddities, each a narrow predicate on the case and the problem, with its reason."""
+"""Differences that are PyTorch's own oddities, or documented ones: each a narrow predicate, with its reason.
+
+A predicate is given the case and the problem as check.py words it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 Case = dict
+INFINITE_SLOPES = ("gelu", "gelu_tanh", "silu")
 
 
-def _op(case: Case, *names: str) -> bool:
-    return case["op"] in names
+def _unbounded(case: Case, *names: str) -> bool:
+    """Whether one of these tensors (or any) may hold numbers that are not finite, or whose products are not."""
+    return any(
+        spec["values"] == "huge" or any(not abs(value) < 1e9 for _, value, _ in spec.get("hostile", []))
+        for name, spec in case["tensors"].items()
+        if not names or name in names
+    )
+
+
+def _pattern(problem: str) -> bool:
+    """Whether finite numbers, infinities or NaN stand at different places."""
+    return ": at " in problem and ("nan" in problem or "inf" in problem)
 
 
 def _byte_targets(case: Case, problem: str) -> bool:
     target = case["tensors"].get("target", {})
-    return _op(case, "cross_entropy", "linear_cross_entropy") and target.get("dtype") == "uint8" and "Byte" in problem
+    return "cross_entropy" in case["op"] and target.get("dtype") == "uint8" and "Byte" in problem
+
+
+def _int_targets(case: Case, problem: str) -> bool:
+    target = case["tensors"].get("target", {})
+    return "cross_entropy" in case["op"] and target.get("dtype") == "int32" and problem.startswith("only PyTorch")
 
 
 def _negative_smoothing(case: Case, problem: str) -> bool:
-    return (
-        case.get("probabilities", False)
-        and case["options"].get("label_smoothing", 0) < 0
-        and problem.startswith("only regfast raised")
-    )
+    return case["options"].get("label_smoothing", 0) < 0 and problem.startswith("only regfast raised")
 
 
 def _all_of_logsumexp(case: Case, problem: str) -> bool:
-    return _op(case, "logsumexp") and case["options"]["dim"] == [] and problem.startswith("only PyTorch raised")
+    return case["op"] == "logsumexp" and case["options"]["dim"] == [] and problem.startswith("only PyTorch raised")
+
+
+def _slope_at_infinity(case: Case, problem: str) -> bool:
+    return (
+        case["options"].get("activation") in INFINITE_SLOPES
+        and problem.startswith("gradient")
+        and _pattern(problem)
+        and _unbounded(case)
+    )
+
+
+def _other_order(case: Case, problem: str) -> bool:
+    return case["op"] == "phm_linear" and _pattern(problem) and _unbounded(case)
+
+
+def _ignored_rows(case: Case, problem: str) -> bool:
+    """Only gradients, and only PyTorch's is NaN."""
+    target = case["tensors"].get("target", {})
+    return (
+        "cross_entropy" in case["op"]
+        and target.get("values") == "classes"
+        and (target["ignored"] > 0 or "ignore_index" in case["options"])
+        and problem.startswith("gradient")
+        and "PyTorch nan" in problem
+        and _unbounded(case)
+    )
+
+
+def _infinite_weights(case: Case, problem: str) -> bool:
+    return "cross_entropy" in case["op"] and _pattern(problem) and _unbounded(case, "weight")
+
+
+def _beyond_the_family(case: Case, problem: str) -> bool:
+    return case["op"] == "linear_nll" and _pattern(problem) and _unbounded(case, "target")
+
+
+def _infinite_predictions(case: Case, problem: str) -> bool:
+    return case.get("family") == "bernoulli" and "PyTorch nan" in problem and _unbounded(case)
 
 
 ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "torch takes uint8 classes for rows of logits, and refuses them beside further dimensions": _byte_targets,
-    "torch checks label_smoothing with probabilities only if it is positive, and else ignores it": _negative_smoothing,
+    "int32 classes are taken, which torch refuses": _int_targets,
+    "torch ignores a negative label_smoothing, which is refused": _negative_smoothing,
     "torch's logsumexp over no dimension means all, but fails beside keepdim=False": _all_of_logsumexp,
+    "the slope of gelu or silu at infinity is its limit; torch multiplies infinity by zero": _slope_at_infinity,
+    "phm_linear multiplies by a before s: infinities meet other numbers than in a stored weight": _other_order,
+    "rows that are ignored take no part; torch multiplies their zero gradient by what is infinite there": _ignored_rows,
+    "class weights that are no finite numbers multiply sums of all classes, in torch each class by itself": (
+        _infinite_weights
+    ),
+    "at an infinite prediction bernoulli's loss is infinite; torch subtracts infinities": _infinite_predictions,
+    "targets beyond the family's range, infinite ones, have no likelihood": _beyond_the_family,
 }
 
 

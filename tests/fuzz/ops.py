@@ -111,8 +111,7 @@ class Linear(Op):
 
     def terms(self, t, case, ups):
         tensors = {k: t.get(k) for k in ("input", "weight", "bias")}
-        eps = torch.finfo(dtype_of(case["dtype"])).eps
-        return terms.of_layer(terms.linear_of, tensors, case["options"]["activation"], ups[0], eps)
+        return terms.of_layer(terms.linear_of, tensors, case["options"]["activation"], ups[0], dtype_of(case["dtype"]))
 
 
 class PHMLinear(Op):
@@ -143,6 +142,7 @@ class PHMLinear(Op):
             n = case["sizes"]["parts"]
             module = regfast.PHMLinear(n, n, n, t.get("bias") is not None, activation=activation)
             own = {k: v for k, v in t.items() if k != "input" and v is not None}
+            own["s"] = own["s"].transpose(0, 1)  # as the module stores it
             return torch.func.functional_call(module, own, (t["input"],))
         return regfast.phm_linear(t["input"], t["a"], t["s"], t.get("bias"), activation=activation)
 
@@ -154,8 +154,7 @@ class PHMLinear(Op):
 
     def terms(self, t, case, ups):
         tensors = {k: t.get(k) for k in ("input", "a", "s", "bias")}
-        eps = torch.finfo(dtype_of(case["dtype"])).eps
-        found = terms.of_layer(terms.phm_of, tensors, case["options"]["activation"], ups[0], eps)
+        found = terms.of_layer(terms.phm_of, tensors, case["options"]["activation"], ups[0], dtype_of(case["dtype"]))
         found.rounds |= case["sizes"]["parts"] == 1  # input times a number comes first
         return found
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
+from . import direct
 from .check import OPS, make_tensors, make_upstream
 from .ops import Case
 from .processes import Runner
@@ -51,6 +52,8 @@ def simpler(case: Case) -> Iterator[Case]:
             inner[path[-1]] = to
         return result
 
+    for i in range(len(case.get("faults", []))):
+        yield changed("faults", to=case["faults"][:i] + case["faults"][i + 1 :])
     for name in ("mismatch", "module"):
         if case.get(name):
             yield changed(name, drop=True)
@@ -65,7 +68,8 @@ def simpler(case: Case) -> Iterator[Case]:
         yield changed("options", "reduction", to="sum")
     for i in range(len(case["options"].get("outputs", [])) if len(case["options"].get("outputs", [])) > 1 else 0):
         fewer = changed("options", "outputs", to=case["options"]["outputs"][:i] + case["options"]["outputs"][i + 1 :])
-        fewer["upstream"] = case["upstream"][:i] + case["upstream"][i + 1 :]
+        if "upstream" in case:
+            fewer["upstream"] = case["upstream"][:i] + case["upstream"][i + 1 :]
         yield fewer
     for name, spec in case["tensors"].items():
         yield changed("tensors", name, drop=True)
@@ -85,7 +89,7 @@ def simpler(case: Case) -> Iterator[Case]:
             yield changed("tensors", name, "hostile", to=spec["hostile"][:i] + spec["hostile"][i + 1 :])
         if spec.get("ignored"):
             yield changed("tensors", name, "ignored", to=0.0)
-    for i, (kind, seed) in enumerate(case["upstream"]):
+    for i, (kind, seed) in enumerate(case.get("upstream", [])):
         if kind != "one":
             yield changed("upstream", to=[*case["upstream"][:i], ["one", seed], *case["upstream"][i + 1 :]])
     if case["dtype"] != "float32":
@@ -124,6 +128,8 @@ def _upstream(kind: str, seed: int, o: torch.Tensor) -> str:
 
 def script(case: Case) -> str:
     """A script that makes the call of a case and prints what comes of it, next to the counterpart in float64."""
+    if case["op"] not in OPS:
+        return direct_script(case)
     op = OPS[case["op"]]
     lines, project = [], set()
     try:
@@ -165,3 +171,21 @@ def script(case: Case) -> str:
             f"print(torch.autograd.grad([p[0] for p in pairs], [{', '.join(wanted)}], [p[1] for p in pairs]))",
         ]
     return "\n".join([*head, *lines])
+
+
+def direct_script(case: Case) -> str:
+    """As script, for an op of the schema."""
+    lines = ["import torch", "from torch import inf, nan", "import regfast"]
+    try:
+        _, found = direct.call_of(case)
+    except Exception as error:
+        return f"# no arguments: {error}"
+    for name, x in found.items():
+        if not isinstance(x, torch.Tensor):
+            lines.append(f"{name} = {x!r}")
+        elif x.is_meta or x.layout != torch.strided or x.numel() > LITERAL:
+            place = "meta" if x.is_meta else "cpu"
+            lines.append(f"{name} = torch.ones({tuple(x.shape)}, dtype={x.dtype}, device={place!r})  # {x.layout}")
+        else:
+            lines.append(f"{name} = {_literal(x)}")
+    return "\n".join([*lines, f"print({case['op']}({', '.join(f'{n}={n}' for n in found)}))"])

@@ -88,9 +88,10 @@ def put(x: Tensor, hostile: list[tuple[str, float, int]]) -> Tensor:
 def lay_out(x: Tensor, layout: str) -> Tensor:
     """The values of a contiguous tensor in another layout; memory between them is NaN, so that reading it shows.
 
-    Those of two words lie in read-only memory, behind or before an unmapped page. The expanded layouts repeat what is at the first place of the first or last dimension.
+    Those of two words lie in read-only memory, behind or before an unmapped page. The expanded layouts repeat what is
+    at the first place of the first or last dimension.
     """
-    if x.dim() == 0 and layout in ("strided", "transposed", "expanded", "expanded_last"):
+    if x.dim() == 0 and layout in ("strided", "transposed", "padded", "expanded", "expanded_last"):
         layout = "offset"
     if layout == "contiguous":
         return x

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from regfast import reference
 
+from .compare import accumulator
+
 
 @dataclass
 class Terms:
@@ -32,6 +34,11 @@ def clean(x: Tensor) -> Tensor:
     return x.nan_to_num(0.0, 0.0, 0.0)
 
 
+def beyond(size: Tensor, acc: torch.dtype) -> Tensor:
+    """Infinite where finite terms may leave the accumulators' range: what follows is anything, by the order of sums."""
+    return torch.where(size * 4 <= torch.finfo(acc).max, size, torch.inf)
+
+
 def largest(x: Tensor, dim: int) -> Tensor:
     return x.amax(dim, keepdim=True) if x.shape[dim] else x.sum(dim, keepdim=True)
 
@@ -45,15 +52,16 @@ def of_products(product, tensors: dict[str, Tensor | None], upstream: Tensor) ->
     return dict(zip(leaves, grads, strict=True))
 
 
-def of_layer(product, tensors, activation: str, upstream: Tensor | None, eps: float) -> Terms:
+def of_layer(product, tensors, activation: str, upstream: Tensor | None, dtype: torch.dtype) -> Terms:
     """A layer: `product` of the tensors by name, then an activation."""
     z = clean(product(**tensors))
     before = product(**{k: None if t is None else clean(t).abs() for k, t in tensors.items()})
+    before, eps = beyond(before, accumulator(dtype)), torch.finfo(dtype).eps
     terms = Terms([before * 1.2], rounds=activation != "none")
     if upstream is not None:
         slope = torch.ones_like(before)
         if activation != "none":
-            slope = 1.2 + before.clamp(max=1 / eps)
+            slope = torch.where(before.isinf(), torch.inf, 1.2 + before.clamp(max=1 / eps))
         if activation == "relu":  # on which side of zero a sum is that cancels
             slope = slope + (z.abs() <= 8 * eps * before) / eps
         terms.grads = of_products(product, tensors, clean(upstream).abs() * slope)
@@ -75,7 +83,7 @@ class Rows:
         self.p = torch.where(finite == -torch.inf, 0.0, (-self.below).exp())
         total = self.p.sum(1, keepdim=True).clamp(min=1)
         self.p, self.log = self.p / total, total.log()
-        self.error = largest(clean(self.error), 1) if self.error.dim() else self.error
+        self.error = largest(self.error, 1) if self.error.dim() else self.error
         # A logarithm of a probability, and a probability with its relative error.
         self.log_p = self.below + self.log + 1 + self.error
         self.lse = self.top.abs() + self.log + 1 + self.error
@@ -128,7 +136,7 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
         part = torch.ones((), dtype=z.dtype)
     entropy = rows.log_p * 0 + (rows.log + 1 + (rows.p * rows.below).sum(1, keepdim=True)) * (1 + rows.error)
     outputs = {
-        "loss": each.squeeze(1) if reduction == "none" else each.sum() * part,
+        "loss": each.squeeze(1) if reduction == "none" else beyond(each.sum(), acc) * part,
         "lse": rows.lse.squeeze(1),
         "entropy": entropy[:, 0] if n_classes else rows.lse.squeeze(1),
         "logprob": (t * rows.log_p).sum(1),
@@ -150,6 +158,15 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
     if "logprob" in g:
         dz = dz + g["logprob"].unsqueeze(1) * (t + share * t.sum(1, keepdim=True))
         dt = dt + g["logprob"].unsqueeze(1) * rows.log_p
+    # What a row's probabilities are multiplied by is computed once, and may leave the range by itself.
+    factor = 0
+    if "loss" in g:
+        factor = factor + up * (mass + 6 * z_loss * valid * rows.lse)
+    for name, size in (("lse", 1), ("entropy", rows.lse + entropy), ("logprob", t.sum(1, keepdim=True))):
+        if name in g:
+            factor = factor + g[name].unsqueeze(1) * size
+    if isinstance(factor, Tensor):
+        dz = dz + torch.where(beyond(factor, acc).isinf(), torch.inf, 0.0)
     return outputs, dz, dt
 
 
