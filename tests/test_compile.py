@@ -1,4 +1,4 @@
-"""torch.compile with one graph, static and dynamic; fake kernels; torch.export; opcheck."""
+"""torch.compile with one graph, static and dynamic; fake kernels."""
 
 import pytest
 import torch
@@ -229,44 +229,3 @@ def test_meta_tensors():
     target = torch.empty(3, 7, dtype=torch.int64, device="meta")
     for value in calls(x, target, torch.empty_like(x), w, torch.empty(4, device="meta")):
         assert value.device.type == "meta"
-
-
-# Export
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.hidden, self.out = regfast.Linear(20, 16, activation="gelu"), regfast.Linear(16, 7)
-        self.phm = regfast.PHMLinear(16, 8, 4, activation="silu")
-        self.loss = regfast.CrossEntropyLoss(label_smoothing=0.1)
-        self.head = regfast.LinearCrossEntropyLoss(16, 7, bias=True, label_smoothing=0.1)
-
-    def forward(self, x, target):
-        hidden = self.hidden(x)
-        z = self.out(hidden)
-        return (
-            self.head(hidden, target),
-            self.phm(hidden),
-            self.loss(z, target),
-            regfast.softmax(z, -1),
-            regfast.log_softmax(z),
-            regfast.logsumexp(z, 1),
-            regfast.mse_loss(z, z * 2),
-        )
-
-
-def test_export():
-    model = Model()
-    x, target = spiky(12, 20), class_targets((12,), 7, 0.2)
-    rows = torch.export.Dim("rows", min=2)
-    program = torch.export.export(model, (x, target), dynamic_shapes=({0: rows}, {0: rows}))
-    for n in (12, 5):
-        x, target = spiky(n, 20), class_targets((n,), 7, 0.2)
-        assert_close(program.module()(x, target), model(x, target))
-
-
-def test_exported_programs_can_be_saved(tmp_path):
-    model, x, target = Model(), spiky(12, 20), class_targets((12,), 7, 0.2)
-    torch.export.save(torch.export.export(model, (x, target)), tmp_path / "model.pt2")
-    assert_close(torch.export.load(tmp_path / "model.pt2").module()(x, target), model(x, target))
