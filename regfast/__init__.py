@@ -3,7 +3,7 @@
 from . import _decompositions, _flops, reference  # noqa: F401
 from ._extension import build_info, isa, isas
 from .cross_entropy import CrossEntropyLoss, cross_entropy
-from .linear import Linear, linear
+from .linear import Linear, LinearActivation, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
 from .linear_nll import LinearNLLLoss, linear_mse_loss, linear_nll
 from .mse import MSELoss, mse_loss
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "Linear",
+    "LinearActivation",
     "LinearCrossEntropyLoss",
     "LinearNLLLoss",
     "MSELoss",

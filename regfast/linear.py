@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.jit import is_scripting
+from torch.overrides import has_torch_function_unary
 
 from ._extension import without_tensors
 from .reference import ACTIVATIONS
@@ -40,11 +41,35 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     return _linear(input, weight, bias, activation)
 
 
-class Linear(nn.Linear):
-    """:class:`torch.nn.Linear` computed by :func:`regfast.linear`, with an optional activation after it.
+def is_product(layer: nn.Module) -> bool:
+    """Whether a call of this layer is F.linear of its weight and bias and nothing else, so that it may be fused.
 
-    Parameters, their initialisation and ``state_dict`` are ``nn.Linear``'s; ``activation`` is as in
-    :func:`regfast.linear`. Shapes: ``(*, in_features)`` to ``(*, out_features)``.
+    It is not where the layer was replaced (by an adapter, a quantised layer), where hooks are called before or after it
+    (pruning, torch.nn.utils.weight_norm, parallelize_module, fully_shard) or where its weight answers F.linear itself.
+    A parametrization is computed whenever the weight is read. Hooks on all modules of the process do not count: they
+    watch.
+    """
+    return (
+        isinstance(layer, nn.Linear)
+        and type(layer).forward in (nn.Linear.forward, Linear.forward)
+        and "forward" not in vars(layer)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+        and not _answers_functions(layer.weight)
+    )
+
+
+def _answers_functions(weight: object) -> bool:
+    """Whether a weight is of a subclass of Tensor that answers torch's functions itself, and knows none of ours."""
+    return isinstance(weight, Tensor) and has_torch_function_unary(weight)
+
+
+class Linear(nn.Linear):
+    """:class:`torch.nn.Linear` computed by :func:`regfast.linear`.
+
+    Parameters, their initialisation and ``state_dict`` are ``nn.Linear``'s. Shapes: ``(*, in_features)`` to
+    ``(*, out_features)``. ``Linear(..., activation="relu")`` is a :class:`LinearActivation`, no ``nn.Linear``: what
+    rewrites those (fuses, merges adapters, quantises) knows of no activation, and would drop it.
     """
 
     def __init__(
@@ -57,18 +82,100 @@ class Linear(nn.Linear):
         *,
         activation: str = "none",
     ) -> None:
+        if activation == "none":
+            super().__init__(in_features, out_features, bias, device, dtype)
+            return
+        if type(self) is not Linear:
+            raise TypeError(
+                f"regfast.Linear: activation: expected none in a subclass, got {activation!r} in "
+                f"{type(self).__name__}; subclass regfast.LinearActivation"
+            )
+        # Nothing has been set so far: the object is of the other class before it is anything.
+        self.__class__ = LinearActivation
+        self.__init__(in_features, out_features, bias, device, dtype, activation=activation)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            return torch.ops.regfast.linear(input, self.weight, self.bias, "none")
+        if _answers_functions(self.weight):
+            return nn.Linear.forward(self, input)
+        return _linear(input, self.weight, self.bias, "none")
+
+
+class LinearActivation(nn.Module):
+    """A linear layer and an activation in one call of :func:`regfast.linear`.
+
+    The layer is ``linear``, a :class:`torch.nn.Linear` that may be replaced or changed as any other: what else it then
+    does (adapters, hooks, a quantised weight) is done, and the activation follows by itself. ``weight``, ``bias``,
+    ``in_features`` and ``out_features`` are read from it. A ``state_dict`` of ``nn.Linear`` loads. Shapes:
+    ``(*, in_features)`` to ``(*, out_features)``.
+
+    Raises: ValueError for an unknown activation; TypeError for a parameter that would replace ``weight`` or ``bias``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str,
+    ) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"regfast.Linear: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
             )
-        super().__init__(in_features, out_features, bias, device, dtype)
+        super().__init__()
         self.activation = activation
+        self.linear = nn.Linear(in_features, out_features, bias, device, dtype)
+
+    def __prepare_scriptable__(self) -> LinearActivation:
+        if not is_product(self.linear):
+            raise NotImplementedError(
+                "regfast.LinearActivation: torch.jit.script: expected linear to be an nn.Linear without hooks, got "
+                f"{type(self.linear).__name__}"
+            )
+        return self
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
-            return torch.ops.regfast.linear(input, self.weight, self.bias, self.activation)
-        return _linear(input, self.weight, self.bias, self.activation)
+            return torch.ops.regfast.linear(input, self.linear.weight, self.linear.bias, self.activation)
+        if is_product(self.linear):
+            return _linear(input, self.linear.weight, self.linear.bias, self.activation)
+        return ACTIVATIONS[self.activation](self.linear(input))
 
     def extra_repr(self) -> str:
-        activation = "" if self.activation == "none" else f", activation={self.activation}"
-        return super().extra_repr() + activation
+        return f"activation={self.activation}"
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.linear.bias
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        # Where an assignment ends that would not reach linear's.
+        if name in ("weight", "bias"):
+            raise TypeError(
+                f"regfast.LinearActivation: {name}: expected to be set on linear, which the activation follows, got "
+                f"{'None' if param is None else f'a parameter of shape {tuple(param.shape)}'}"
+            )
+        super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        for name in ("weight", "bias"):
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}linear.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args)

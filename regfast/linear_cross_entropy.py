@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from . import _C
 from ._extension import are_tensors, reduction_number, refuse_scripts, without_tensors
+from .cross_entropy import cross_entropy
+from .linear import is_product
 from .outputs import select_outputs
 
 _linear_cross_entropy = torch.ops.regfast.linear_cross_entropy.default
@@ -141,7 +143,8 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     """``torch.nn.LinearCrossEntropyLoss`` computed by :func:`regfast.linear_cross_entropy`, whose options it takes.
 
     Its parameters are those of ``linear``, a :class:`torch.nn.Linear` of ``num_classes * prod(out_features)`` outputs.
-    Assign another module's Parameter to ``linear.weight`` to tie weights.
+    Assign another module's Parameter to ``linear.weight`` to tie weights. Where ``linear`` has come to do more than
+    multiply (an adapter, hooks, a quantised weight), it is called, and its logits are stored.
     """
 
     def __init__(
@@ -176,6 +179,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             raise RuntimeError(
                 f"regfast.LinearCrossEntropyLoss: label_smoothing: expected a number from 0 to 1, got {label_smoothing}"
             )
+        self.in_features = in_features
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
         self.ignore_index = ignore_index
@@ -196,10 +200,12 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
 
     def forward(self, input: Tensor, target: Tensor):
         shape = (self.num_classes, *self.out_features)
+        if not is_product(self.linear):
+            return self._of_logits(self.linear(input).unflatten(-1, shape), target)
         bias = self.linear.bias
         return linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*shape, self.linear.in_features),
+            self.linear.weight.reshape(*shape, self.in_features),
             target,
             linear_bias=None if bias is None else bias.reshape(shape),
             weight=self.weight,
@@ -210,11 +216,24 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             **self.further,
         )
 
+    def _of_logits(self, logits: Tensor, target: Tensor):
+        """The loss without what is about memory and speed alone."""
+        return cross_entropy(
+            logits,
+            target,
+            self.weight,
+            ignore_index=-100 if self.ignore_index is None else self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            **{name: value for name, value in self.further.items() if name not in ("memory_budget", "filter_eps")},
+        )
+
     def extra_repr(self) -> str:
         return (
-            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, "
-            f"out_features={self.out_features}, bias={self.linear.bias is not None}, reduction={self.reduction}, "
-            f"ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, options={self.options}"
+            f"in_features={self.in_features}, num_classes={self.num_classes}, "
+            f"out_features={self.out_features}, bias={getattr(self.linear, 'bias', None) is not None}, "
+            f"reduction={self.reduction}, ignore_index={self.ignore_index}, label_smoothing={self.label_smoothing}, "
+            f"options={self.options}"
         )
 
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
 from ._extension import are_tensors, not_a_tensor, reduction_number, refuse_scripts, without_tensors
+from .cross_entropy import cross_entropy
+from .linear import is_product
 from .linear_cross_entropy import linear_cross_entropy
-from .reference import FAMILIES, LIKELIHOODS, gaussian_variance, weighted_classes
+from .reference import FAMILIES, LIKELIHOODS, gaussian_variance, nll_dtype, nll_loss, weighted_classes
 
 _linear_nll = torch.ops.regfast.linear_nll.default
 
@@ -178,7 +180,8 @@ class LinearNLLLoss(nn.Module):
     """A linear model together with its likelihood: :func:`linear_nll` of ``linear``'s parameters.
 
     Shapes: input ``(*, in_features)`` and target ``(*, out_features)`` to the loss; ``linear`` is a
-    :class:`torch.nn.Linear`, initialised as that is, and gives predictions of ``eta``.
+    :class:`torch.nn.Linear`, initialised as that is, and gives predictions of ``eta``. Where it has come to do more
+    than multiply (an adapter, hooks, a quantised weight), it is called, and its predictions are stored.
 
     Args:
         family, pos_weight, full, eps, reduction, loss_dtype: as in :func:`linear_nll`.
@@ -225,6 +228,8 @@ class LinearNLLLoss(nn.Module):
         return 1.0 if self._sigma is None and self.family == "gaussian" else self._sigma
 
     def forward(self, input: Tensor, target: Tensor, sample_weight: Tensor | None = None) -> Tensor:
+        if not is_product(self.linear):
+            return self._of_predictions(self.linear(input), target, sample_weight)
         return linear_nll(
             input,
             self.linear.weight,
@@ -239,6 +244,19 @@ class LinearNLLLoss(nn.Module):
             reduction=self.reduction,
             loss_dtype=self.loss_dtype,
         )
+
+    def _of_predictions(self, eta: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
+        """The loss of stored predictions."""
+        if self.family == "categorical":
+            mode = self.reduction if sample_weight is None else "none"
+            loss = cross_entropy(eta, target, reduction=mode, loss_dtype=self.loss_dtype)
+            return loss if sample_weight is None else weighted_classes(loss, target, sample_weight, self.reduction)
+        gaussian = self.family == "gaussian"
+        scale, variance = gaussian_variance(self.sigma, self.eps) if gaussian else (self.pos_weight, 1.0)
+        full = gaussian if self.full is None else self.full
+        dtype = self.loss_dtype or nll_dtype(eta, target)
+        number = FAMILIES.index(self.family)
+        return nll_loss(eta, target, scale, sample_weight, number, variance, full, self.reduction, dtype)
 
     def extra_repr(self) -> str:
         sigma = "learned" if self.log_sigma is not None else self.sigma

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting
 
 from ._extension import are_tensors, without_tensors
-from .linear import Linear
+from .linear import Linear, LinearActivation
 from .reference import ACTIVATIONS, phm_weight
 
 _phm_linear = torch.ops.regfast.phm_linear.default
@@ -109,7 +109,7 @@ class PHMLinear(nn.Module):
         return _phm_linear(input, self.a, self.matrices, self.bias, self.activation)
 
     @torch.no_grad()
-    def merge(self) -> Linear:
+    def merge(self) -> Linear | LinearActivation:
         """The dense layer that this one stands for, with its weight stored, for inference."""
         dense = Linear(
             self.in_features,
@@ -121,9 +121,10 @@ class PHMLinear(nn.Module):
         )
         wide = torch.promote_types(self.s.dtype, torch.float32)
         weight = phm_weight(self.a.to(wide), self.matrices.to(wide)).to(self.s.dtype)
-        dense.weight = nn.Parameter(weight, requires_grad=False)
+        layer = dense if self.activation == "none" else dense.linear
+        layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+            layer.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:

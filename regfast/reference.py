@@ -451,13 +451,35 @@ def linear_nll_loss(
 ) -> Tensor:
     """As the op of that name: ``scale`` is a gaussian's variance or bernoulli's pos_weight, ``variance`` the number in
     its place. Predictions of half types stay in float32."""
+    eta, dtype = _product(input, weight, bias), loss_dtype or nll_dtype(input, target)
+    return nll_loss(eta, target, scale, sample_weight, family, variance, full, reduction, dtype)
+
+
+def nll_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """Of the loss of a linear model: what input promotes to with a floating target, and float32 under autocast."""
+    dtype = _promoted(input, target) if target.dtype.is_floating_point else input.dtype
+    return torch.promote_types(dtype, torch.float32) if _autocast(input) else dtype
+
+
+def nll_loss(
+    eta: Tensor,
+    target: Tensor,
+    scale: Tensor | None,
+    sample_weight: Tensor | None,
+    family: int,
+    variance: float,
+    full: bool,
+    reduction: int | str,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The loss of predictions, in a dtype."""
     if isinstance(reduction, int):
         reduction = REDUCTIONS[reduction]
     name = FAMILIES[family]
     op = "linear_mse_loss" if name == "squared" else "linear_nll"
     names = ", ".join(REDUCTIONS)
     _require(reduction in REDUCTIONS, ValueError, f"{op}: reduction", f"one of {names}", repr(reduction))
-    eta, y = _up(_product(input, weight, bias)), _up(target)
+    eta, y = _up(eta), _up(target)
     _require(eta.shape == y.shape, RuntimeError, f"{op}: target", f"shape {tuple(eta.shape)}", tuple(y.shape))
     y = y if y.is_floating_point() else y.to(eta.dtype)
     if name == "squared":
@@ -476,14 +498,11 @@ def linear_nll_loss(
             above = torch.where(y > 1, y, 2)
             stirling = above * torch.log(above) - above + 0.5 * torch.log(2 * math.pi * above)
             loss = loss + torch.where(y > 1, stirling, 0)
-    dtype = _promoted(input, target) if target.dtype.is_floating_point else input.dtype
-    if _autocast(input):
-        dtype = torch.promote_types(dtype, torch.float32)
     if sample_weight is not None:
         loss = weighted(loss, _up(sample_weight), reduction)
     else:
         loss = {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
-    return loss.to(loss_dtype or dtype)
+    return loss.to(dtype)
 
 
 def _loss(
