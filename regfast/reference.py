@@ -272,7 +272,7 @@ def cross_entropy_outputs(
 
     compute: dict[str, Callable[[], Tensor]] = {
         "loss": lambda: _loss(z, target, weight, ignore_index, reduction, label_smoothing, z_loss, probabilities),
-        "lse": lambda: _logsumexp(z, class_dim),
+        "lse": lambda: _lse(z, class_dim),
         "entropy": lambda: _entropy(z, class_dim),
         "logprob": lambda: _logprob(z, target, ignore_index, class_dim, probabilities),
         "argmax": lambda: z.detach().argmax(class_dim),
@@ -534,7 +534,7 @@ def _loss(
             log_p = log_p * weight.view([-1 if d == class_dim else 1 for d in range(z.dim())])
         rows = rows - smoothing / z.shape[class_dim] * log_p.sum(class_dim)
         loss = (1 - smoothing) * loss
-    lse = _logsumexp(z, class_dim)
+    lse = _lse(z, class_dim)
     valid = torch.ones_like(lse, dtype=torch.bool) if probabilities else target != ignore_index
     if z_loss:
         # The mask comes before the square, so that an infinite lse of an ignored row gives no NaN in any derivative.
@@ -549,6 +549,15 @@ def _loss(
     else:
         count = torch.where(valid, weight[torch.where(valid, target, 0)], 0).sum()
     return loss + rows.sum() / count
+
+
+def _lse(z: Tensor, class_dim: int) -> Tensor:
+    """logsumexp with the maximum apart: torch's derivative exp(z - lse) has lost log(sum) beside a huge maximum."""
+    if z.shape[class_dim] == 0:
+        return _logsumexp(z, class_dim)
+    top = z.detach().amax(class_dim, keepdim=True)
+    top = torch.where(top.isfinite(), top, 0)
+    return _logsumexp(z - top, class_dim) + top.squeeze(class_dim)
 
 
 def _entropy(z: Tensor, class_dim: int) -> Tensor:

@@ -86,12 +86,6 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
   const Tensor& b = value_or_undefined(bias);
   parse_activation(activation, "phm_linear");
   check_phm_linear(x, a, s, b);
-  // One summand of one block is a dense layer with a number for its scale.
-  if (a.sym_size(0) == 1) {
-    static const auto linear =
-        find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view)>("regfast::linear");
-    return linear.call(x * a.reshape({}), s.select(0, 0), bias, activation);
-  }
   if (takes_composite({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, activation);
   return std::get<0>(forward(x, a, s, bias, activation, false));

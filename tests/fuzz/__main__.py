@@ -28,7 +28,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=CASES, help="how many cases at most")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--ops", nargs="*", default=[], help=f"cases of these ops alone: {', '.join(OPS)}")
-    parser.add_argument("--shrink", type=float, default=20.0, help="seconds to make a case smaller in")
+    parser.add_argument(
+        "--shrink", type=float, default=10.0, help="seconds to make a case smaller in, ten times that for all"
+    )
     return parser.parse_args()
 
 
@@ -81,9 +83,10 @@ def main() -> int:
             odd.update(p[p.rindex(" (") + 2 : -1] for p in result.odd)
             bar.n = min(bar.total, round(time.monotonic() - start))
             bar.set_postfix(calls=calls, disagreements=wrong)
+    until = time.monotonic() + 10 * given.shrink
     for kind, (number, problem) in found.items():
         print(f"\n{count[kind]} times: {kind}")
-        show(number, draw_case(number), problem, runner, given.shrink)
+        show(number, draw_case(number), problem, runner, min(given.shrink, until - time.monotonic()))
     runner.close()
     for reason, times in odd.most_common():
         print(f"{times} times {reason}")

@@ -145,7 +145,7 @@ def run(call, op: Op, tensors: Tensors, case: Case, upstream: list[Tensor | None
             raise ValueError("no upstream")
         if not upstream:
             for (kind, seed), o in zip(case["upstream"], result.outputs, strict=False):
-                upstream.append(make_upstream(kind, seed, o.detach()) if o.requires_grad else None)
+                upstream.append(make_upstream(kind, seed, o.detach()) if o.is_floating_point() else None)
         ups = [upstream[i].double() if wide else upstream[i] for i in roots]
         grads = torch.autograd.grad(
             [result.outputs[i] for i in roots], [leaves[n] for n in wanted], ups, materialize_grads=True

@@ -7,6 +7,7 @@ Tensors end at an unmapped page, so that an access beyond them is a crash, and f
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ TENSOR_FAULTS = (
 )
 
 
+@cache
 def names() -> list[str]:
     """All ops of the schema, without the namespace; a new one is called without further ado."""
     found = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith(PREFIX)}

@@ -47,7 +47,7 @@ class Draw(random.Random):
     def __init__(self, seed: int):
         super().__init__(seed)
         # Elements, or multiplications, that a case may have: few at most times, so that there can be many cases.
-        self.room = self.choices((2_000, 30_000, 400_000, 6_000_000), (60, 30, 9, 1))[0]
+        self.room = self.choices((1_000, 20_000, 300_000, 6_000_000), (660, 290, 45, 5))[0]
 
     def chance(self, share: float) -> bool:
         return self.random() < share

@@ -81,6 +81,41 @@ def _infinite_predictions(case: Case, problem: str) -> bool:
     return case.get("family") == "bernoulli" and "PyTorch nan" in problem and _unbounded(case)
 
 
+def _scaled_in_backward(case: Case, problem: str) -> bool:
+    return (
+        case["op"] in ("linear_cross_entropy", "linear_nll")
+        and case["options"].get("reduction", "mean") != "none"
+        and case["upstream"][0][0] == "nan"
+        and problem.startswith("gradient")
+        and ": nan, PyTorch" in problem
+    )
+
+
+def _nothing_to_divide_by(case: Case, problem: str) -> bool:
+    return (
+        "cross_entropy" in case["op"]
+        and case["options"].get("z_loss", 0) > 0
+        and case["options"].get("reduction", "mean") == "mean"
+        and case["tensors"].get("weight", {}).get("values") == "few_zero"
+        and _pattern(problem)
+    )
+
+
+def takes_composite(case: Case) -> bool:
+    """Calls without kernels: a differentiated class weight, or what a likelihood has besides input, weight and bias;
+    squared errors that broadcast, promote or have weights."""
+    if case["op"] == "mse_loss":
+        other = case["sizes"]["other"] != case["sizes"]["shape"] or "weight" in case["tensors"] or "mismatch" in case
+        return other or "dtype" in case["tensors"]["target"]
+    names = ("target", "pos_weight", "sample_weight") if case["op"] == "linear_nll" else ("weight",)
+    loss = case["op"] == "linear_nll" or "cross_entropy" in case["op"]
+    return loss and any(case["tensors"].get(name, {}).get("grad") for name in names)
+
+
+def _products_of_torch(case: Case, problem: str) -> bool:
+    return takes_composite(case) and " threads: " in problem and problem.endswith("other bits")
+
+
 ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "torch takes uint8 classes for rows of logits, and refuses them beside further dimensions": _byte_targets,
     "int32 classes are taken, which torch refuses": _int_targets,
@@ -93,6 +128,11 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
         _infinite_weights
     ),
     "at an infinite prediction bernoulli's loss is infinite; torch subtracts infinities": _infinite_predictions,
+    "gradients that forward computed are multiplied by an upstream NaN, those of ignored rows too": _scaled_in_backward,
+    "a mean over class weights of zero: z_loss over zero is infinite, to which the composite adds 0 / 0": (
+        _nothing_to_divide_by
+    ),
+    "composites consist of torch's operators, whose bits depend on the number of threads": _products_of_torch,
     "targets beyond the family's range, infinite ones, have no likelihood": _beyond_the_family,
 }
 

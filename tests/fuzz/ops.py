@@ -12,6 +12,7 @@ import regfast
 from regfast import reference
 
 from . import terms
+from .compare import accumulator
 from .draw import DTYPES, Draw
 from .terms import Terms
 
@@ -191,7 +192,9 @@ class Softmax(Op):
         return getattr(torch, self.name)(t["input"], case["options"]["dim"])
 
     def terms(self, t, case, ups):
-        return terms.of_softmax(t["input"], case["options"]["dim"], self.name == "log_softmax", ups[0])
+        return terms.of_softmax(
+            t["input"], case["options"]["dim"], self.name == "log_softmax", ups[0], accumulator(dtype_of(case["dtype"]))
+        )
 
 
 class Logsumexp(Op):

@@ -28,7 +28,7 @@ class Result:
 def case_of(seed: int, ops: tuple[str, ...]) -> Case | None:
     """The case of a seed, or None if it is of none of these ops."""
     case = draw_case(seed)
-    return case if not ops or case["op"] in ops else None
+    return case if not ops or any(case["op"].startswith(f"{op}.") or case["op"] == op for op in ops) else None
 
 
 def checked(case: Case) -> Report:

@@ -96,7 +96,7 @@ def simpler(case: Case) -> Iterator[Case]:
         yield changed("dtype", to="float32")
 
 
-def shrink(case: Case, problem: str, runner: Runner, seconds: float = 20.0) -> tuple[Case, str]:
+def shrink(case: Case, problem: str, runner: Runner, seconds: float) -> tuple[Case, str]:
     """A smaller case with the same kind of problem."""
     kind, deadline = kind_of(problem), time.monotonic() + seconds
     progress = True

@@ -90,14 +90,14 @@ class Rows:
         self.share = self.p * (1 + self.log_p)
 
 
-def of_softmax(x: Tensor, dim: int, log: bool, upstream: Tensor | None) -> Terms:
+def of_softmax(x: Tensor, dim: int, log: bool, upstream: Tensor | None, acc: torch.dtype) -> Terms:
     x = x.reshape(1, -1) if x.dim() == 0 else x.movedim(dim, 1) if x.dim() > 1 else x.reshape(1, -1)
     rows = Rows(x, torch.zeros(()))
     terms = Terms([rows.log_p + x.abs().nan_to_num(0, 0, 0) * 0 if log else rows.share], rounds=True)
     if upstream is not None:
         g = clean(upstream).abs().reshape(x.shape) if upstream.dim() < 2 else clean(upstream).abs().movedim(dim, 1)
         if log:
-            terms.grads["input"] = g + rows.share * g.sum(1, keepdim=True)
+            terms.grads["input"] = g + rows.share * beyond(g.sum(1, keepdim=True), acc)
         else:
             terms.grads["input"] = rows.share * (g + (g * rows.share).sum(1, keepdim=True))
     back = (lambda t: t.movedim(1, dim)) if upstream is not None and upstream.dim() > 1 else (lambda t: t.reshape(-1))
