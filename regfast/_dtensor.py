@@ -1,0 +1,164 @@
+"""How DTensors may be sharded for each op that their dispatcher meets, registered once torch.distributed.tensor is
+imported: importing it costs as much as importing torch, so regfast does not.
+
+Each rule lists what one dimension of the mesh may do: placements of the outputs, then of the tensors that are given.
+The means of rows are computed from whole tensors: those of shards would have to be weighted by what is not ignored."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+
+import torch
+
+from . import _extension  # noqa: F401  registers the ops
+
+_MODULE = "torch.distributed.tensor"
+_NONE, _MEAN, _SUM = range(3)  # torch's numbers of reductions
+
+
+def _rules() -> dict[str, Callable]:
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
+    whole, part = Replicate(), Partial()
+
+    def linear_forward(input, weight, bias, activation, save_preactivation) -> Iterator:
+        last = input.ndim - 1
+
+        def rule(y, x, w, b):
+            return [y, y if save_preactivation else whole], [x, w, b]
+
+        yield rule(Shard(last), whole, Shard(0), Shard(0))
+        for dim in range(last):
+            yield rule(Shard(dim), Shard(dim), whole, whole)
+        if activation == "none":
+            yield [part, whole], [Shard(last), Shard(1), part]
+
+    def linear_backward(grad, input, weight, saved, activation, mask) -> Iterator:
+        last = grad.ndim - 1
+
+        def rule(dx, dw, db, g, x, w):
+            outputs = [p if wanted else whole for p, wanted in zip((dx, dw, db), mask, strict=True)]
+            return outputs, [g, x, w, g]
+
+        yield rule(part, Shard(0), Shard(0), Shard(last), whole, Shard(0))
+        yield rule(Shard(last), Shard(1), whole, whole, Shard(last), Shard(1))
+        for dim in range(last):
+            yield rule(Shard(dim), part, part, Shard(dim), Shard(dim), whole)
+
+    def others(tensor, dim) -> Iterator:
+        """The dimensions but this one, and where they are once it was reduced."""
+        dim = dim % max(tensor.ndim, 1)
+        for kept in range(tensor.ndim):
+            if kept != dim:
+                yield Shard(kept), Shard(kept - (kept > dim))
+
+    def softmax_forward(input, dim, log) -> Iterator:
+        for kept, _ in others(input, dim):
+            yield [kept], [kept]
+
+    def softmax_backward(grad, output, dim, log) -> Iterator:
+        for kept, _ in others(output, dim):
+            yield [kept], [kept, kept]
+
+    def logsumexp_forward(input, dim, keepdim) -> Iterator:
+        for kept, reduced in others(input, dim):
+            yield [kept if keepdim else reduced], [kept]
+
+    def logsumexp_backward(grad, input, lse, dim) -> Iterator:
+        for kept, reduced in others(input, dim):
+            yield (
+                [kept],
+                [kept if grad.ndim == input.ndim else reduced, kept, kept if lse.ndim == input.ndim else reduced],
+            )
+
+    def mse_loss_forward(input, target, reduction) -> Iterator:
+        for dim in range(input.ndim if reduction != _MEAN else 0):
+            yield [Shard(dim) if reduction == _NONE else part], [Shard(dim), Shard(dim)]
+
+    def mse_loss_backward(grad, input, target, reduction, mask) -> Iterator:
+        for dim in range(input.ndim if reduction != _MEAN else 0):
+            outputs = [Shard(dim) if wanted else whole for wanted in mask]
+            yield outputs, [Shard(dim) if reduction == _NONE else whole, Shard(dim), Shard(dim)]
+
+    def rows_shard(input) -> bool:
+        # Statistics of rows have one dimension for all of them, whose shards are those of input's rows if these are
+        # of one position each.
+        return input.ndim == 2
+
+    def cross_entropy_forward(input, target, weight, ignore, reduction, smoothing, z_loss, cap, scale, outputs, dtype):
+        if reduction != _MEAN and rows_shard(input):
+            each = [Shard(0)] * (outputs.bit_count())
+            if outputs & 1 and reduction == _SUM:
+                each[0] = part
+            yield [*each, Shard(1), part], [Shard(0), Shard(0), whole]
+
+    def cross_entropy_backward(loss, lse, entropy, logprob, input, target, weight, stats, weight_sum, *options):
+        reduction, mask = options[1], options[-1]
+        if reduction != _MEAN and rows_shard(input):
+            row = Shard(0)
+            upstream = [row if reduction == _NONE else whole, row, row, row]
+            yield [row if wanted else whole for wanted in mask], [*upstream, row, row, whole, Shard(1), whole]
+
+    return {name: rule for name, rule in locals().items() if name.endswith(("_forward", "_backward"))}
+
+
+def _register() -> None:
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._op_schema import OpStrategy, RuntimeSchemaInfo
+    from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
+
+    def strategy(rule: Callable, schema) -> OpStrategy:
+        arguments = [a.strategies[0].output_spec if isinstance(a, OpStrategy) else a for a in schema.args_schema]
+        given = [a is not arguments[i] for i, a in enumerate(schema.args_schema)]
+        rules = list(rule(*arguments))
+        tensors = [i for i, a in enumerate(schema.op._schema.arguments) if "Tensor" in str(a.type)]
+        outputs = len(rules[0][0]) if rules else _outputs(schema.op, arguments)
+        rules.append(([Replicate()] * outputs, [Replicate()] * len(tensors)))
+        placed = [
+            [*outs, *(p for p, i in zip(ins, tensors, strict=True) if given[i])]  # nothing where None was given
+            for outs, ins in rules
+        ]
+        return expand_to_full_mesh_op_strategy(schema.get_mesh_from_args(), schema, placed, input_index=outputs)
+
+    for name, rule in _rules().items():
+        # All arguments are part of what a strategy is remembered for.
+        DTensor._op_dispatcher.sharding_propagator.register_op_strategy(
+            getattr(torch.ops.regfast, name).default,
+            lambda schema, rule=rule: strategy(rule, schema),
+            RuntimeSchemaInfo(0, needs_pytree=True),
+        )
+
+
+def _outputs(op: torch._ops.OpOverload, arguments: list) -> int:
+    """How many tensors an op returns; cross_entropy's are one for each bit, then two of its own."""
+    if op is torch.ops.regfast.cross_entropy_forward.default:
+        return arguments[9].bit_count() + 2
+    return len(op._schema.returns)
+
+
+class _WhenImported(MetaPathFinder):
+    """Registers the rules as soon as the module has been imported by someone."""
+
+    def find_spec(self, name, path, target=None):
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module):
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if torch.distributed.is_available():
+    if _MODULE in sys.modules:
+        _register()
+    else:
+        sys.meta_path.insert(0, _WhenImported())
