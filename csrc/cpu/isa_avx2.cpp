@@ -10,10 +10,10 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "target_region.h"
 #include "tuning.h"
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+RF_BEGIN_TARGET("avx2,fma,f16c")
 
 namespace rf::avx2 {
 constexpr tuning::RegisterTile kTile = tuning::kTileAvx2;
@@ -33,7 +33,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx2;
 #include "phm.inl.h"
 }  // namespace rf::avx2
 
-#pragma GCC pop_options
+RF_END_TARGET
 
 namespace rf::avx2 {
 #include "table.inl.h"

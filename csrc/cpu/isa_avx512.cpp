@@ -10,13 +10,14 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "target_region.h"
 #include "tuning.h"
 
-#pragma GCC push_options
-// gcc 12's own reductions read a deliberately undefined register.
+#if !defined(__clang__)  // gcc 12's own reductions read a deliberately undefined register
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+RF_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 
 namespace rf::avx512 {
 constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
@@ -36,7 +37,7 @@ constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
 #include "phm.inl.h"
 }  // namespace rf::avx512
 
-#pragma GCC pop_options
+RF_END_TARGET
 
 namespace rf::avx512 {
 #include "table.inl.h"

@@ -28,7 +28,7 @@ struct Counts {
 };
 
 Counts run_tests() {
-#if !defined(__SANITIZE_ADDRESS__)  // the sanitizer reports crashes itself
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // a sanitizer reports crashes itself
   for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) ::signal(signal, on_crash);
 #endif
   struct {

@@ -1,4 +1,5 @@
-// What csrc/cpu/parallel.h expects from its surroundings: std::thread, and scratch memory that notices misuse.
+// What csrc/cpu/parallel.h expects from its surroundings: std::thread, whose every step the thread sanitizer sees, and
+// scratch memory that notices misuse.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -18,10 +19,11 @@ namespace rf {
 int64_t thread_count() { return test::threads; }
 
 void run_parallel(int64_t n, int64_t grain, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx) {
-  const int64_t parts = std::max<int64_t>(1, std::min(test::threads, n / grain));
+  // Divided as torch's pool does it: a part may be smaller than the grain.
+  const int64_t parts = std::min(test::threads, ceil_div(n, grain)), part = ceil_div(n, std::max<int64_t>(1, parts));
   std::vector<std::thread> others;
-  for (int64_t i = 1; i < parts; ++i) others.emplace_back(fn, n * i / parts, n * (i + 1) / parts, ctx);
-  fn(0, n / parts, ctx);
+  for (int64_t begin = part; begin < n; begin += part) others.emplace_back(fn, begin, std::min(n, begin + part), ctx);
+  fn(0, std::min(n, part), ctx);
   for (std::thread& t : others) t.join();
 }
 
