@@ -3,6 +3,7 @@
 #include "../checks.h"
 #include "../torch_api.h"
 #include "cross_entropy_options.h"
+#include "saved_gradients.h"
 
 namespace rf {
 namespace {
@@ -57,19 +58,20 @@ const auto& forward_backward_op() {
 enum class Way : int64_t { backward, in_place, forward };
 
 // Whether forward may write the gradient: a number as its only output, whose upstream gradient is one number, and a
-// device that can. A compiler that traces decides by itself what to compute when.
+// device that can. A compiler that traces decides by itself what to compute when, and so does who packs what is saved.
 bool may_write_in_forward(const Tensor& x, const Tensor& t, const Options& o) {
   return o.outputs == kOutputLoss && o.reduction != at::Reduction::None && !any_requires_grad({&t}) &&
-         !x.unsafeGetTensorImpl()->is_python_dispatch() &&
+         !values_are_hidden(x) && !saved_tensors_are_packed() &&
          forward_backward_op().hasKernelForDispatchKey(x.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
 }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& t, const OptionalTensor& w,
                                const Options& o, Way way) {
     std::vector<Tensor> results;
-    Tensor stats, weight_sum;
-    auto& d = ctx->saved_data;
+    Tensor stats, weight_sum, written;
     if (way == Way::forward) {
       at::AutoDispatchBelowADInplaceOrView below;
       auto [loss, s, sum, grad] = forward_backward_op().call(x, t, w, o.ignore_index, o.reduction, o.label_smoothing,
@@ -77,7 +79,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       results = {loss};
       stats = s;
       weight_sum = sum;
-      d["grad"] = grad;
+      written = grad;
     } else {
       results = rf::forward(x, t, w, o);
       weight_sum = results.back();
@@ -85,11 +87,10 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       stats = results.back();
       results.pop_back();
     }
-    ctx->save_for_backward({x, t, value_or_undefined(w), stats, weight_sum});
+    ctx->save_for_backward({x, t, value_or_undefined(w), stats, weight_sum, written});
     o.save(ctx);
-    d["inplace"] = way == Way::in_place;
+    ctx->saved_data["inplace"] = way == Way::in_place;
     ctx->set_materialize_grads(false);
-    if (o.outputs & kOutputArgmax) ctx->mark_non_differentiable({results.back()});
     return results;
   }
 
@@ -107,19 +108,16 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
       return result;
     }
     const auto up = o.by_output(grads);
-    auto& d = ctx->saved_data;
     const bool need_x = ctx->needs_input_grad(0), need_t = ctx->needs_input_grad(1);
-    if (const auto written = d.find("grad"); written != d.end()) {
-      // It is given away, so a second backward through a retained graph computes its own.
-      Tensor dx = written->second.toTensor();
-      d.erase(written);
+    const bool hidden = std::any_of(grads.begin(), grads.end(), values_are_hidden);
+    if (const Tensor& dx = saved[5]; dx.defined() && !hidden && may_give_away(dx)) {
       static const auto op = find_op<UnlessOneSignature>("regfast::cross_entropy_backward_unless_one_");
       op.call(*up[0], x, t, optional(w), saved[3], saved[4], o.ignore_index, o.reduction, o.label_smoothing, o.z_loss,
               o.softcap, o.logit_scale, dx);
       result[0] = dx;
       return result;
     }
-    if (d["inplace"].toBool() && need_x) {
+    if (ctx->saved_data["inplace"].toBool() && need_x && !hidden) {
       static const auto op = find_op<BackwardSignature<Tensor, bool>>("regfast::cross_entropy_backward_");
       Tensor dt = op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index,
                           o.reduction, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, need_t);

@@ -29,6 +29,8 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, cons
                                                              std::array<bool, 3>);
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const OptionalTensor& b,
                         string_view activation) {
     const Activation act = parse_activation(activation);

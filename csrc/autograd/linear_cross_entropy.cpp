@@ -1,5 +1,6 @@
 // regfast::linear_cross_entropy: a reduced loss has its gradients computed in forward, chunk by chunk while the logits
-// are there, and saves them; anything else saves its inputs alone and computes the logits again in backward.
+// are there, and saves them; anything else saves its inputs alone and computes the logits again in backward, and so
+// does a reduced loss whose saved tensors are packed away.
 #include "../checks.h"
 #include "../torch_api.h"
 #include "cross_entropy_options.h"
@@ -63,14 +64,16 @@ std::vector<Tensor> forward(const Operands& t, const Options& o) {
 // Whether forward computes the gradients: of a number alone, and none of the size of the logits, which a target's is.
 bool grads_in_forward(const Tensor& target, const Options& o) {
   return (o.outputs & kOutputLoss) && !(o.outputs & ~(kOutputLoss | kOutputArgmax)) &&
-         o.reduction != at::Reduction::None && !target.requires_grad();
+         o.reduction != at::Reduction::None && !target.requires_grad() && !saved_tensors_are_packed();
 }
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
+  static constexpr bool is_traceable = true;
+
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& target,
                                const OptionalTensor& bias, const OptionalTensor& weight, const Options& o) {
     const Tensor& b = value_or_undefined(bias);
-    std::vector<Tensor> results;
+    variable_list results, saved = {x, w, target, b, value_or_undefined(weight)};
     if (grads_in_forward(target, o)) {
       at::AutoDispatchBelowADInplaceOrView below;
       static const auto op = find_op<ForwardBackwardSignature>("regfast::linear_cross_entropy_forward_backward");
@@ -80,14 +83,14 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
                   o.logit_scale, o.outputs & kOutputArgmax, o.memory_budget, o.filter_eps, o.loss_dtype, mask);
       results.push_back(loss);
       if (o.outputs & kOutputArgmax) results.push_back(argmax);
-      ctx->saved_data["grads"] = std::vector<Tensor>{dx, dw, db};
+      for (const auto& [g, wanted] : {std::pair{dx, mask[0]}, {dw, mask[1]}, {db, mask[2]}})
+        saved.push_back(wanted ? g : Tensor());
     } else {
       results = rf::forward({x, w, target, bias, weight}, o);
     }
-    ctx->save_for_backward({x, w, target, b, value_or_undefined(weight)});
+    ctx->save_for_backward(std::move(saved));
     o.save(ctx);
     ctx->set_materialize_grads(false);
-    if (o.outputs & kOutputArgmax) ctx->mark_non_differentiable({results.back()});
     return results;
   }
 
@@ -108,7 +111,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
                                       b.defined() && ctx->needs_input_grad(3), ctx->needs_input_grad(2)};
     const Tensor* inputs[] = {&x, &w, &b, &target};
     const int places[] = {0, 1, 3, 2};
-    if (take_saved_gradients(ctx, upstream[0], inputs, mask, places, result)) return result;
+    const auto saved_gradients = at::ArrayRef<Tensor>(saved).slice(5);
+    if (take_saved_gradients(upstream[0], saved_gradients, inputs, mask, places, result)) return result;
     const auto up = o.by_output(upstream);
     static const auto op = find_op<BackwardSignature>("regfast::linear_cross_entropy_backward");
     auto [dx, dw, db, dt] =

@@ -1,5 +1,6 @@
 // regfast::linear_nll: a reduced loss has its gradients computed in forward, while the residuals are there, and saves
-// them; a loss per element saves its inputs alone and computes the predictions again in backward.
+// them; a loss per element, or one whose saved tensors are packed away, saves its inputs alone and computes the
+// predictions again in backward.
 #include "../checks.h"
 #include "../torch_api.h"
 #include "saved_gradients.h"
@@ -49,13 +50,15 @@ Tensor forward(const Operands& t, const Options& o) {
 constexpr int kPlaces[] = {0, 1, 3, 4};
 
 struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& target,
                         const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& sample_weight,
                         const Options& o) {
     const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale);
-    auto& d = ctx->saved_data;
+    variable_list saved = {x, w, target, b, v, value_or_undefined(sample_weight)};
     Tensor result;
-    if (o.reduction != at::Reduction::None) {
+    if (o.reduction != at::Reduction::None && !saved_tensors_are_packed()) {
       at::AutoDispatchBelowADInplaceOrView below;
       static const auto op = find_op<ForwardBackwardSignature>("regfast::linear_nll_forward_backward");
       const std::array<bool, 4> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad(),
@@ -63,11 +66,13 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
       auto [loss, dx, dw, db, dv] = op.call(x, w, target, bias, scale, sample_weight, o.family, o.variance, o.full,
                                             o.reduction, o.loss_dtype, mask);
       result = loss;
-      d["grads"] = std::vector<Tensor>{dx, dw, db, dv};
+      for (const auto& [g, wanted] : {std::pair{dx, mask[0]}, {dw, mask[1]}, {db, mask[2]}, {dv, mask[3]}})
+        saved.push_back(wanted ? g : Tensor());
     } else {
       result = rf::forward({x, w, target, bias, scale, sample_weight}, o);
     }
-    ctx->save_for_backward({x, w, target, b, v, value_or_undefined(sample_weight)});
+    ctx->save_for_backward(std::move(saved));
+    auto& d = ctx->saved_data;
     d["family"] = o.family;
     d["variance"] = o.variance;
     d["full"] = o.full;
@@ -100,7 +105,7 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
     const size_t edges[] = {0, 1, 3, inputs[2]->defined() ? 4u : 3u};
     std::array<bool, 4> mask;
     for (int i = 0; i < 4; ++i) mask[i] = inputs[i]->defined() && ctx->needs_input_grad(edges[i]);
-    if (take_saved_gradients(ctx, up, inputs, mask, kPlaces, result)) return result;
+    if (take_saved_gradients(up, at::ArrayRef<Tensor>(saved).slice(6), inputs, mask, kPlaces, result)) return result;
     static const auto op = find_op<BackwardSignature>("regfast::linear_nll_backward");
     auto [dx, dw, db, dv] = op.call(up, *inputs[0], *inputs[1], target, optional(*inputs[2]), optional(*inputs[3]),
                                     sample_weight, o.family, o.variance, o.full, o.reduction, mask);

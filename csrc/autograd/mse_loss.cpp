@@ -20,6 +20,8 @@ Tensor forward(const Tensor& x, const Tensor& y, int64_t reduction) {
 }
 
 struct MseLossFunction : torch::autograd::Function<MseLossFunction> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, int64_t reduction) {
     ctx->save_for_backward({x, y});
     ctx->saved_data["reduction"] = reduction;

@@ -30,6 +30,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& a, const Tenso
 }
 
 struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& s,
                         const OptionalTensor& b, string_view activation) {
     const Activation act = parse_activation(activation, "phm_linear");

@@ -1,33 +1,56 @@
-// The end of a reduced loss whose forward computed its gradients too, for an upstream gradient of 1.
+// Gradients that forward computed for an upstream gradient of 1. They are saved tensors like any other, so that saved
+// tensor hooks, compiled autograd and the freeing of a graph see them.
 #pragma once
+#include <ATen/LegacyBatchedTensorImpl.h>
+#include <ATen/SavedTensorHooks.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <torch/csrc/autograd/graph_task.h>
+
 #include "../torch_api.h"
 
 namespace rf {
 
-// Puts what forward left in "grads", times `up` and in the types of `inputs`, into their `places` of `result`, as far
-// as `mask` wants it. False where nothing is left: it is given away, so a second backward through a retained graph
-// computes its own. A tracer keeps it.
-inline bool take_saved_gradients(torch::autograd::AutogradContext* ctx, const Tensor& up,
-                                 at::ArrayRef<const Tensor*> inputs, at::ArrayRef<bool> mask, at::ArrayRef<int> places,
+// Whether forward leaves gradients to backward: hooks pack away what is saved. A checkpoint would compute gradients
+// twice, and offloading would move them, where the inputs alone are less and have to be saved anyway.
+inline bool saved_tensors_are_packed() { return at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
+// Whether values must not decide anything and memory must not be written over: a transform or a mode is active, or the
+// tensor is one that is traced, batched or a subclass.
+inline bool values_are_hidden(const Tensor& t) {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet kHidden({DispatchKey::Python, DispatchKey::Functionalize, DispatchKey::Batched,
+                                         DispatchKey::FuncTorchBatched, DispatchKey::FuncTorchGradWrapper});
+  return inside_transform() || c10::impl::dispatch_mode_enabled() || t.key_set().has_any(kHidden);
+}
+
+// Whether a saved tensor may be written over and given away: the graph is not kept for another backward, and nobody
+// (a hook, say) has its memory but the node, which is about to let go of it.
+inline bool may_give_away(const Tensor& saved) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && saved.storage().use_count() == 1;
+}
+
+// Puts `grads`, which forward saved, times `up` and in the types of `inputs`, into their `places` of `result`, as far
+// as `mask` wants it. False where forward saved none.
+inline bool take_saved_gradients(const Tensor& up, at::ArrayRef<Tensor> grads, at::ArrayRef<const Tensor*> inputs,
+                                 at::ArrayRef<bool> mask, at::ArrayRef<int> places,
                                  torch::autograd::variable_list& result) {
-  auto& d = ctx->saved_data;
-  const auto written = d.find("grads");
-  if (written == d.end()) return false;
-  const auto grads = written->second.toTensorVector();
-  const bool traced = inputs[0]->unsafeGetTensorImpl()->is_python_dispatch();
-  if (!traced) d.erase(written);
-  const bool one = !traced && up.is_cpu() && up.item<double>() == 1;
+  if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return false;
+  const bool hidden = values_are_hidden(up);
+  const bool one = !hidden && up.is_cpu() && up.item<double>() == 1;
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!mask[i]) continue;
+    const Tensor& g = grads[i];
     const auto type = inputs[i]->scalar_type();
-    Tensor g = grads[i];
-    if (g.is_cuda() && !traced && g.scalar_type() != type) {  // scaled and rounded in one pass over memory
-      Tensor rounded = at::empty(g.sizes(), g.options().dtype(type));
-      result[places[i]] = at::mul_out(rounded, g, up);
-      continue;
+    Tensor& scaled = result[places[i]];
+    if (hidden || values_are_hidden(g)) {
+      scaled = (g * up).to(type);
+    } else if (g.is_cuda() && g.scalar_type() != type) {  // scaled and rounded in one pass over memory
+      scaled = at::mul_out(scaled = at::empty(g.sizes(), g.options().dtype(type)), g, up);
+    } else if (may_give_away(g)) {
+      scaled = (one ? g : g.mul_(up)).to(type);
+    } else {
+      scaled = one ? g.to(type, /*non_blocking=*/false, /*copy=*/true) : (g * up).to(type);
     }
-    if (!one) g = traced ? g * up : g.mul_(up);
-    result[places[i]] = g.scalar_type() == type ? g : g.to(type);
   }
   return true;
 }

@@ -29,6 +29,8 @@ Tensor logsumexp_forward(const Tensor& x, int64_t dim, bool keepdim) {
 }
 
 struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t dim, bool log) {
     Tensor y = softmax_forward(x, dim, log);
     ctx->save_for_backward({y});
@@ -53,6 +55,8 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
 };
 
 struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
+  static constexpr bool is_traceable = true;
+
   static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t dim, bool keepdim) {
     Tensor lse = logsumexp_forward(x, dim, keepdim);
     ctx->save_for_backward({x, lse});
