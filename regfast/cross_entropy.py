@@ -63,7 +63,11 @@ def cross_entropy(
 
     Saved for backward: input, target, weight, and per row the maximum and the log of the sum (with the entropy, or with
     probabilities the target's mass, where these are used): no probabilities of input's size. Backward recomputes
-    ``softmax - target`` from them in one pass (one read, one write).
+    ``softmax - target`` from them in one pass (one read, one write), so the logits have to stay as they are until
+    then. ``F.cross_entropy`` saves log-probabilities of its own instead, and does not mind. Here an operation in place
+    on input, or on a tensor that shares its memory, makes backward raise; what PyTorch is not told of (a write through
+    ``.data``, or through the array of ``input.detach().numpy()``, by a metric, say) makes its gradient wrong: do that
+    to a clone, or after backward.
     """
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))

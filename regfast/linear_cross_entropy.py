@@ -84,8 +84,11 @@ def linear_cross_entropy(
         RuntimeError: for shapes, dtypes or options that do not fit.
 
     Saved for backward: the inputs, and for a reduced loss alone (argmax at most besides, and no gradient of target) its
-    gradients, in float32 for half types. Second derivatives, forward mode and ``torch.func`` take plain torch
-    operators, which store the logits; so do CUDA tensors where the CUDA kernels are not enabled.
+    gradients, in float32 for half types. Under saved tensor hooks (a checkpoint's, ``save_on_cpu``) the inputs alone,
+    from which backward computes the logits again. Inputs have to stay as they are until backward, which raises where
+    they were changed in place, and may be wrong where PyTorch was not told (``.data``, numpy). Second derivatives,
+    forward mode and ``torch.func`` take plain torch operators, which store the logits; so do CUDA tensors where the
+    CUDA kernels are not enabled.
     """
     if not are_tensors(input, linear_weight, target, linear_bias, weight):
         return without_tensors(

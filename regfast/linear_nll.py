@@ -77,9 +77,11 @@ def linear_nll(
         ValueError: for an unknown family or reduction, an option of another family, or a sigma that is not positive.
         RuntimeError: for shapes, dtypes or devices that do not fit. Nothing broadcasts.
 
-    Saved for backward: the inputs, and for a reduced loss its gradients, in float32 for half types. Gradients are
-    computed only for the inputs that need them; those of target, pos_weight and sample_weight, second derivatives,
-    forward mode and ``torch.func`` take plain torch operators.
+    Saved for backward: the inputs, and for a reduced loss its gradients, in float32 for half types. Under saved tensor
+    hooks (a checkpoint's, ``save_on_cpu``) the inputs alone, from which backward computes the predictions again. Inputs
+    have to stay as they are until backward, which raises where they were changed in place, and may be wrong where
+    PyTorch was not told (``.data``, numpy). Gradients are computed only for the inputs that need them; those of target,
+    pos_weight and sample_weight, second derivatives, forward mode and ``torch.func`` take plain torch operators.
     """
     duck = sigma if has_torch_function_unary(sigma) else None
     if not are_tensors(input, weight, target, bias, sample_weight, pos_weight, duck):

@@ -36,7 +36,7 @@ def mse_loss(
     Raises:
         ValueError: for an unknown reduction. RuntimeError: for shapes that do not broadcast.
 
-    Saved for backward: input and target; the residual ``input - target`` is recomputed.
+    Saved for backward: input and target, as ``F.mse_loss`` saves them; the residual ``input - target`` is recomputed.
     """
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))

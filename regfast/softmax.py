@@ -61,7 +61,7 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
     Raises:
         IndexError: for a ``dim`` out of range. RuntimeError: for one named twice.
 
-    Saved for backward: input and the result in float32 (float64 for float64).
+    Saved for backward: input, as ``torch.logsumexp`` saves it, and the result in float32 (float64 for float64).
     """
     if not isinstance(input, Tensor):
         return without_tensors(logsumexp, {"input": input}, {}, input, dim, keepdim)
