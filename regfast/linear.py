@@ -70,6 +70,9 @@ class Linear(nn.Linear):
     Parameters, their initialisation and ``state_dict`` are ``nn.Linear``'s. Shapes: ``(*, in_features)`` to
     ``(*, out_features)``. ``Linear(..., activation="relu")`` is a :class:`LinearActivation`, no ``nn.Linear``: what
     rewrites those (fuses, merges adapters, quantises) knows of no activation, and would drop it.
+
+    ``torch.ao.quantization.quantize_dynamic`` looks for the very class ``nn.Linear`` and passes over this one: set
+    ``layer.__class__ = torch.nn.Linear`` before.
     """
 
     def __init__(
