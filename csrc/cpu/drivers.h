@@ -4,6 +4,7 @@
 #pragma once
 #include <vector>
 
+#include "compensated_sum.h"
 #include "kernels.h"
 
 namespace rf {
@@ -23,6 +24,9 @@ void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows)
 // sums[j] = partial[0 * stride + j] + partial[1 * stride + j] + ... in double precision, all of type acc; or, with null
 // sums, nothing.
 void add_parts(DType acc, const void* partial, int64_t parts, int64_t stride, int64_t columns, void* sums);
+// Sums of columns over parts that come one after another, of type acc: added to `totals`, and rounded in the end.
+void add_to_totals(DType acc, const void* part, int64_t columns, CompensatedSum* totals);
+void round_totals(DType acc, const CompensatedSum* totals, int64_t columns, void* sums);
 double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n);
 void squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
                             void* dx, void* dy, int64_t n);

@@ -23,9 +23,9 @@ namespace {
 template <class A>
 void add_columns(const A* partial, int64_t parts, int64_t stride, int64_t begin, int64_t end, A* sums) {
   for (int64_t j = begin; j < end; ++j) {
-    double sum = 0;
-    for (int64_t p = 0; p < parts; ++p) sum += (double)partial[p * stride + j];
-    sums[j] = (A)sum;
+    CompensatedSum sum;
+    for (int64_t p = 0; p < parts; ++p) sum.add((double)partial[p * stride + j]);
+    sums[j] = (A)sum.value();
   }
 }
 }  // namespace
@@ -38,6 +38,21 @@ void add_parts(DType acc, const void* partial, int64_t parts, int64_t stride, in
     else
       add_columns((const float*)partial, parts, stride, begin, end, (float*)sums);
   });
+}
+
+void add_to_totals(DType acc, const void* part, int64_t columns, CompensatedSum* totals) {
+  parallel_for(columns, tuning::kParallelElements, [&](int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; ++j)
+      totals[j].add(acc == DType::f64 ? ((const double*)part)[j] : (double)((const float*)part)[j]);
+  });
+}
+
+void round_totals(DType acc, const CompensatedSum* totals, int64_t columns, void* sums) {
+  for (int64_t j = 0; j < columns; ++j)
+    if (acc == DType::f64)
+      ((double*)sums)[j] = totals[j].value();
+    else
+      ((float*)sums)[j] = (float)totals[j].value();
 }
 
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows) {
@@ -68,9 +83,9 @@ double squared_error(DType dtype, const void* x, const void* y, void* each, int6
       partial[b] = kernel((const char*)x + from * size, (const char*)y + from * size, to, count);
     }
   });
-  double sum = 0;
-  for (double p : partial) sum += p;
-  return sum;
+  CompensatedSum sum;
+  for (double p : partial) sum.add(p);
+  return sum.value();
 }
 
 void squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,

@@ -20,34 +20,35 @@ inline void activation_forward(const void* z, void* y, int64_t n, Activation act
   }
 }
 
-// act'(z) from what was saved: the output (relu, sigmoid, tanh) or z itself.
+// g act'(z) from what was saved: the output (relu, sigmoid, tanh) or z itself. relu chooses instead of multiplying: as
+// torch's, it passes the gradient where the output is NaN, and gives 0 where it is 0, even for an infinite gradient.
+// The others tend to 0 or g at both ends, where z may be infinite: what multiplies z is 0 or 1 well before its bounds.
 template <Activation act, class V>
-inline V activation_derivative(V s) {
+inline V through_activation(V g, V s) {
   using A = typename V::scalar;
   const V one = set1(A(1)), zero = set1(A(0));
   if constexpr (act == Activation::relu)
-    return select_lt(zero, s, one, zero);
+    return select_lt(zero, s, g, select_lt(s, one, zero, g));
   else if constexpr (act == Activation::sigmoid)
-    return s * (one - s);
+    return g * (s * (one - s));
   else if constexpr (act == Activation::tanh)
-    return one - s * s;
+    return g * (one - s * s);
   else if constexpr (act == Activation::silu) {
-    V y, rest;
-    sigmoid_and_rest(s, &y, &rest);
-    return y * (one + s * rest);
+    const V bound = set1(A(1000));
+    V z = min(bound, max(zero - bound, s)), y, rest;
+    sigmoid_and_rest(z, &y, &rest);
+    return g * (y * (one + z * rest));
   } else if constexpr (act == Activation::gelu) {
-    V g = gaussian(s);
-    // z phi(z) vanishes at both ends, where z may be infinite.
-    V bounded = min(set1(A(40)), max(set1(A(-40)), s));
-    return normal_cdf(s, g) + bounded * g * set1(A(0.39894228040143267794));
+    V gauss = gaussian(s), z = min(set1(A(40)), max(set1(A(-40)), s));
+    return g * (normal_cdf(s, gauss) + z * gauss * set1(A(0.39894228040143267794)));
   } else if constexpr (act == Activation::gelu_tanh) {
     V z = min(set1(A(40)), max(set1(A(-40)), s)), zz = z * z;
     V y, rest;
     sigmoid_and_rest(gelu_tanh_argument(z), &y, &rest);
     V du = fma(zz, set1(A(3 * kGeluTanhCubic)), set1(A(kGeluTanhLinear)));
-    return y * (one + z * rest * du);
+    return g * (y * (one + z * rest * du));
   } else
-    return one;
+    return g;
 }
 
 template <class T, Activation act>
@@ -65,7 +66,7 @@ inline void activation_backward_rows(const ActivationBackwardArgs& a, int64_t be
       const int64_t n = std::min<int64_t>(V::size, a.columns - j);
       const bool full = n == V::size;
       V d = full ? load(g + j) : load_n(g + j, n);
-      if constexpr (act != Activation::none) d = d * activation_derivative<act>(full ? load(s + j) : load_n(s + j, n));
+      if constexpr (act != Activation::none) d = through_activation<act>(d, full ? load(s + j) : load_n(s + j, n));
       if (full) {
         if (out) store(out + j, d);
         if (sums) store(sums + j, load(sums + j) + d);
@@ -93,11 +94,21 @@ inline double squared_error(const void* px, const void* py, void* peach, int64_t
   using V = vec_t<T>;
   const T *x = (const T*)px, *y = (const T*)py;
   T* each = (T*)peach;
+  // Four sums at a time, so that none waits for its last addition.
+  constexpr int64_t kStep = 4 * V::size, kSumBlock = kStep * tuning::kSumVectors;
   double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = std::min(n, begin + kBlock);
-    V sum = set1(acc_t<T>(0));
+  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
+    const int64_t end = std::min(n, begin + kSumBlock);
+    V sum = set1(acc_t<T>(0)), more[4] = {sum, sum, sum, sum};
     int64_t j = begin;
+    for (; j + kStep <= end; j += kStep)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = j + i * V::size;
+        V d = load(x + at) - load(y + at), q = d * d;
+        more[i] = more[i] + q;
+        if (each) store(each + at, q);
+      }
     for (; j + V::size <= end; j += V::size) {
       V d = load(x + j) - load(y + j), q = d * d;
       sum = sum + q;
@@ -108,7 +119,7 @@ inline double squared_error(const void* px, const void* py, void* peach, int64_t
       sum = sum + q;
       if (each) store_n(each + j, q, end - j);
     }
-    total += (double)reduce_add(sum);
+    total += (double)reduce_add(sum + ((more[0] + more[1]) + (more[2] + more[3])));
   }
   return total;
 }

@@ -64,13 +64,14 @@ inline V sigmoid(V x) {
   return set1(A(1)) / (set1(A(1)) + exp(set1(A(0)) - x));
 }
 
-// sigmoid(x) and 1 - sigmoid(x), the latter without cancellation.
+// sigmoid(x) and 1 - sigmoid(x), the latter without cancellation. The former is 0 where exp(-x) overflows, and then the
+// latter, by which it is multiplied where it is used, need only be finite.
 template <class V>
 inline void sigmoid_and_rest(V x, V* y, V* rest) {
   using A = typename V::scalar;
-  V e = exp(min(set1(A(sizeof(A) == 4 ? 85 : 700)), set1(A(0)) - x));  // finite
+  V e = exp(set1(A(0)) - x);
   *y = set1(A(1)) / (set1(A(1)) + e);
-  *rest = e * *y;
+  *rest = min(set1(std::numeric_limits<A>::max()), e) * *y;
 }
 
 inline f32v tanh(f32v x) {

@@ -8,8 +8,12 @@ namespace rf::tuning {
 
 // Softmax family: vectors of a row handled at a time. On AVX-512 they are 8 KiB of floats: the maximum's pass leaves
 // them in L1 for the exponentials' pass, together with a staged copy of half-precision or soft-capped logits and one of
-// weights. A lane's sum is put aside in double precision after as many additions.
+// weights. A lane of a row's sum has half as many additions, since there are two of them.
 constexpr int64_t kBlockVectors = 128;
+
+// Additions of a lane of any other sum before it is put aside in double precision. Of equal terms, of which each
+// addition may err to the same side, 128 were off by 8 eps, 32 by 3.
+constexpr int64_t kSumVectors = 32;
 
 // Rows gathered at a time when classes are not adjacent in memory: one 64-byte line of floats.
 constexpr int64_t kTileRows = 16;

@@ -126,11 +126,11 @@ __global__ void __launch_bounds__(tuning::kSumThreads)
 template <class T>
 __global__ void __launch_bounds__(tuning::kSumThreads)
     squared_error_total(const double* parts, int64_t count, double scale, T* total) {
-  __shared__ double scratch[kWarp];
-  Sum<double> mine;
-  for (int64_t i = threadIdx.x; i < count; i += tuning::kSumThreads) mine.sum += parts[i];
-  const Sum<double> all = reduce_block(mine, reinterpret_cast<Sum<double>*>(scratch));
-  if (threadIdx.x == 0) *total = narrowed<T>((acc_t<T>)(all.sum * scale));
+  __shared__ double scratch[2 * kWarp];
+  CompensatedSum mine;
+  for (int64_t i = threadIdx.x; i < count; i += tuning::kSumThreads) mine.add(parts[i]);
+  const CompensatedSum all = reduce_block(mine, reinterpret_cast<CompensatedSum*>(scratch));
+  if (threadIdx.x == 0) *total = narrowed<T>((acc_t<T>)(all.value() * scale));
 }
 
 // ---- an activation's derivative and column sums --------------------------------------------------------------------
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads,
         widen(load_vec((const T*)p.saved + r * p.columns, 1, column, p.columns, T()), s);
         with_activation(p.activation, [&](auto is) {
 #pragma unroll
-          for (int i = 0; i < kWidth<T>; ++i) g[i] *= activation_slope<decltype(is)::value>(s[i]);
+          for (int i = 0; i < kWidth<T>; ++i) g[i] = through_activation<decltype(is)::value>(g[i], s[i]);
         });
       }
       if (p.output) store_vec((T*)p.output + r * p.columns, 1, column, p.columns, narrowed_vec<T>(g));

@@ -102,10 +102,10 @@ inline double derivative_units(Activation a, double s) {
   return 0;
 }
 
-// The kernels end the logistic function's lower tail at exp(-85), where derivatives have long ceased to matter.
+// The kernels' exp is 0 where it would be subnormal in float, and so is the logistic function's lower tail.
 inline double derivative_tail(Activation a, double s) {
-  const double x = std::fmin(std::fabs(s), 40), end = std::exp(-85);
-  if (a == Activation::silu) return end * (1 + std::fabs(s));
+  const double x = std::fmin(std::fabs(s), 100), end = std::exp(-87.3);
+  if (a == Activation::silu) return end * (1 + x);
   return a == Activation::gelu_tanh ? end * x * (1.6 + 0.22 * x * x) : 0;
 }
 

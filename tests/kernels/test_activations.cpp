@@ -105,10 +105,11 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
   CHECK(dz.rest_untouched() && sums.rest_untouched());
 }
 
-// The derivative's ends, and NaN through both of its arguments.
+// The derivative's ends, and NaN and infinity through both of its arguments.
 template <class T>
 void special_values(Activation activation) {
   describe("activation %s %s backward: special values", kActivationNames[(int)activation], Format<T>::name);
+  const bool from_output = rf::saved_for(activation) == rf::Saved::output;
   constexpr int64_t n = 21;
   for (int64_t at : {0, 10, 20}) {
     const auto run = [&](double grad, double special) {
@@ -120,13 +121,33 @@ void special_values(Activation activation) {
       return dz.value(at);
     };
     CHECK(std::isnan(run(kNaN, 0.5)));
-    if (activation == Activation::none || activation == Activation::relu) continue;  // do not depend on a NaN
+    CHECK(run(kInfinity, 0.5) == kInfinity);
+    if (activation == Activation::none) continue;
+    if (activation == Activation::relu) {
+      CHECK(run(2, kNaN) == 2 && run(2, kInfinity) == 2 && run(2, 1e-30) == (std::is_same_v<T, f16> ? 0 : 2));
+      for (double grad : {2.0, kInfinity, kNaN}) CHECK(run(grad, 0.0) == 0 && run(grad, -0.0) == 0);
+      continue;
+    }
     CHECK(std::isnan(run(1, kNaN)));
-    if (activation == Activation::gelu || activation == Activation::gelu_tanh) {
-      CHECK(run(2, kInfinity) == 2);
-      CHECK(std::fabs(run(2, -kInfinity)) < 1e-30);
+    if (from_output) continue;
+    for (double far : {200.0, 800.0, 2000.0, 6e4, 1e19, 1e38, 1e300, kInfinity}) {
+      CHECK(run(2, far) == 2);
+      CHECK(std::fabs(run(2, -far)) == 0 || (std::is_same_v<T, double> && far < 800));
     }
   }
+}
+
+// Equal terms, whose additions may all err to the same side.
+template <class T>
+void many_rows(int64_t rows) {
+  using A = rf::acc_t<T>;
+  describe("column sums %s: %lld equal rows", Format<T>::name, (long long)rows);
+  const Buffer<T> g = input<T>(1, [] { return 0.1; });
+  Buffer<A> sums(1);
+  rf::activation_backward(Format<T>::dtype,
+                          {g.data(), nullptr, {1, 0, 0, 1}, nullptr, 1, Activation::none, sums.data()}, rows);
+  const double exact = g.value(0) * (double)rows, unit = std::is_same_v<T, double> ? 1.1e-16 : 6e-8;
+  CHECK(std::fabs(sums.value(0) - exact) <= 8 * unit * exact);
 }
 
 template <class T>
@@ -161,6 +182,7 @@ void all() {
                     outputs & 2, random);
   }
   backward<T>(Activation::silu, 2000, 33, GradRows::padded, true, true, random);
+  for (int64_t rows : {1000, 65535, 3000000}) many_rows<T>(rows);
   any_number_of_threads<T>();
 }
 

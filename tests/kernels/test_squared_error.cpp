@@ -69,6 +69,16 @@ void special_values() {
     }
 }
 
+// Equal terms, whose additions may all err to the same side.
+template <class T>
+void many_terms(int64_t n) {
+  describe("squared_error %s: %lld equal terms", Format<T>::name, (long long)n);
+  const Buffer<T> x = input<T>(n, [] { return 0.1; }), y = input<T>(n, [] { return 0.0; });
+  const double exact = (double)((long double)x.value(0) * x.value(0) * n);
+  const double unit = std::is_same_v<T, double> ? 1.1e-16 : 6e-8;
+  CHECK(std::fabs(rf::squared_error(Format<T>::dtype, x.data(), y.data(), nullptr, n) - exact) <= 8 * unit * exact);
+}
+
 template <class T>
 void any_number_of_threads() {
   describe("squared_error %s: the same bits with any number of threads", Format<T>::name);
@@ -90,6 +100,7 @@ void all() {
   for (int64_t n : {0, 1, 2, 7, 15, 16, 17, 31, 33, 2047, 2048, 2049, 5000, 16384, 16385, 100003})
     squared_error<T>(n, random);
   special_values<T>();
+  for (int64_t n : {1000, 16384, 65535, 3000000}) many_terms<T>(n);
   any_number_of_threads<T>();
 }
 

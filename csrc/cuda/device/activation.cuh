@@ -12,13 +12,13 @@ __device__ __forceinline__ A sigmoid(A x) {
   return A(1) / (A(1) + exp_of<A>(-x));
 }
 
-// 1 - sigmoid(x) comes without cancellation.
+// 1 - sigmoid(x) comes without cancellation. sigmoid(x) is 0 where exp(-x) overflows, and then the rest, by which it is
+// multiplied where it is used, need only be finite.
 template <class A>
 __device__ __forceinline__ void sigmoid_and_rest(A x, A* y, A* rest) {
-  const A most = sizeof(A) == 4 ? 85 : 700;
-  const A e = exp_of<A>(-x < most ? -x : most);  // finite
+  const A e = exp_of<A>(-x), most = std::numeric_limits<A>::max();
   *y = A(1) / (A(1) + e);
-  *rest = e * *y;
+  *rest = (e > most ? most : e) * *y;
 }
 
 // The normal distribution function, to full precision in its lower tail too.
@@ -52,29 +52,33 @@ __device__ __forceinline__ A activated(A x) {
     return x;
 }
 
-// act'(z) from what was saved: the output (relu, sigmoid, tanh) or z itself.
+// g act'(z) from what was saved: the output (relu, sigmoid, tanh) or z itself. relu chooses instead of multiplying: as
+// torch's, it passes the gradient where the output is NaN, and gives 0 where it is 0, even for an infinite gradient.
+// The others tend to 0 or g at both ends, where z may be infinite: what multiplies z is 0 or 1 well before its bounds.
 template <Activation act, class A>
-__device__ __forceinline__ A activation_slope(A s) {
+__device__ __forceinline__ A through_activation(A g, A s) {
+  const auto within = [&](A bound) { return s < -bound ? -bound : s > bound ? bound : s; };  // NaN stays
   if constexpr (act == Activation::relu) {
-    return s > A(0) ? A(1) : A(0);
+    return s <= A(0) ? A(0) : g;
   } else if constexpr (act == Activation::sigmoid) {
-    return s * (A(1) - s);
+    return g * (s * (A(1) - s));
   } else if constexpr (act == Activation::tanh) {
-    return A(1) - s * s;
+    return g * (A(1) - s * s);
   } else if constexpr (act == Activation::silu) {
+    const A z = within(A(1000));
     A y, rest;
-    sigmoid_and_rest(s, &y, &rest);
-    return y * (A(1) + s * rest);
-  } else if constexpr (act == Activation::gelu || act == Activation::gelu_tanh) {
-    // z times the density vanishes at both ends, where z may be infinite; NaN passes both comparisons.
-    const A z = s < A(-40) ? A(-40) : s > A(40) ? A(40) : s;
-    if constexpr (act == Activation::gelu)
-      return normal_cdf(s) + z * exp_of<A>(A(-0.5) * z * z) * A(0.39894228040143267794);
+    sigmoid_and_rest(z, &y, &rest);
+    return g * (y * (A(1) + z * rest));
+  } else if constexpr (act == Activation::gelu) {
+    const A z = within(A(40));
+    return g * (normal_cdf(s) + z * exp_of<A>(A(-0.5) * z * z) * A(0.39894228040143267794));
+  } else if constexpr (act == Activation::gelu_tanh) {
+    const A z = within(A(40));
     A y, rest;
     sigmoid_and_rest(gelu_tanh_argument(z), &y, &rest);
-    return y * (A(1) + z * rest * (z * z * A(3 * kGeluTanhCubic) + A(kGeluTanhLinear)));
+    return g * (y * (A(1) + z * rest * (z * z * A(3 * kGeluTanhCubic) + A(kGeluTanhLinear))));
   } else {
-    return A(1);
+    return g;
   }
 }
 

@@ -24,6 +24,23 @@ __device__ __forceinline__ void merge(Sum<A>& into, const Sum<A>& other) {
   into.sum += other.sum;
 }
 
+// That of a sum of any number of doubles, as exact as a few: as csrc/cpu/compensated_sum.h.
+struct CompensatedSum {
+  double sum = 0, lost = 0;
+
+  __device__ __forceinline__ void add(double x) {
+    const double next = sum + x, part = next - sum;
+    lost += (sum - (next - part)) + (x - part);
+    sum = next;
+  }
+  // What was lost of an infinite sum is NaN.
+  __device__ __forceinline__ double value() const { return lost - lost == 0 ? sum + lost : sum; }
+};
+__device__ __forceinline__ void merge(CompensatedSum& into, const CompensatedSum& other) {
+  into.add(other.sum);
+  into.lost += other.lost;
+}
+
 // Applies one shuffle to each 32-bit word of a state.
 template <class State, class Shuffle>
 __device__ __forceinline__ State shuffled(const State& s, Shuffle&& shuffle) {
