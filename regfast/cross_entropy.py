@@ -41,7 +41,8 @@ def cross_entropy(
         target: class indices, input's shape without C, int64 or uint8; or probabilities of input's shape.
         weight: of each class, ``(C)``, input's dtype.
         size_average, reduce: deprecated, as in torch.
-        ignore_index: rows with this target have no loss and no gradient, and do not count in the mean.
+        ignore_index: rows with this target have no loss and no gradient, and do not count in the mean. That holds
+            whatever is in them: infinities and NaN, as padding may have them, make torch's gradient NaN there.
         reduction: none, mean (over the rows' class weights for indices, over the rows for probabilities) or sum.
         label_smoothing: from 0 to 1 (Szegedy et al., "Rethinking the Inception architecture", 2016).
         z_loss: coefficient of the squared log-normalizer (Chowdhery et al., "PaLM", 2022).

@@ -22,6 +22,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
         weight: ``(out_features, in_features)`` (or ``(in_features,)``), input's dtype.
         bias: ``(out_features,)`` or None.
         activation: none, relu, gelu, gelu_tanh, silu, sigmoid or tanh, applied before the result is rounded and stored.
+            At infinity the derivatives of gelu and silu are their limits, 0 and 1, where torch's are NaN.
 
     Returns:
         ``(*, out_features)``, input's dtype.

@@ -62,7 +62,9 @@ def linear_cross_entropy(
         linear_bias: linear_weight's shape without D. weight: of each class, ``(C)``.
         reduction: none, mean (over the rows' class weights for indices, over the rows for probabilities) or sum.
         ignore_index: class that has no loss; -100 by default, and not to be given with probabilities.
-        label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype: as in :func:`regfast.cross_entropy`.
+        label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype: as in :func:`regfast.cross_entropy`. Where
+            logits stay in float32, argmax tells apart those that ``F.linear`` rounds to the same number of a half type,
+            or to infinity.
         memory_budget: bytes that a call may take besides inputs, results and gradients. By default 32 MiB for
             each core of the machine, and 1 GiB at most; of a CUDA device, one 32nd of its memory. A few rows are
             computed at a time however small it is. :func:`linear_cross_entropy_plan` tells what comes of it.

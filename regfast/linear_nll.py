@@ -57,7 +57,8 @@ def linear_nll(
             accumulated in float32, predictions are not rounded to them.
         weight: ``(out_features, in_features)``, input's dtype.
         target: ``(*, out_features)``, real numbers of any dtype: in [0, 1] for bernoulli, at least 0 for poisson. For
-            categorical, classes or probabilities as :func:`regfast.linear_cross_entropy` takes them.
+            categorical, classes or probabilities as :func:`regfast.linear_cross_entropy` takes them. Stirling's term
+            is 0 up to 1, and so is its derivative by target, also at 0, where torch's is NaN.
         bias: ``(out_features,)`` or None, input's dtype.
         family: gaussian, bernoulli, poisson or categorical.
         sigma: the gaussian's standard deviation in target's units: a positive number, or a tensor ``()`` or

@@ -413,7 +413,8 @@ def gaussian_variance(sigma: float | Tensor | None, eps: float) -> tuple[Tensor 
     if not isinstance(sigma, Tensor):
         return None, max(1.0 if sigma is None else float(sigma) ** 2, eps)
     variance = _up(sigma).square()
-    return variance + (variance.detach().clamp(min=eps) - variance.detach()), 1.0
+    value = variance.detach()
+    return variance + torch.where(value < eps, eps - value, 0), 1.0
 
 
 def weighted(loss: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:
@@ -485,8 +486,11 @@ def nll_loss(
     if name == "squared":
         loss = (eta - y).square()
     elif name == "gaussian":
-        v = eta.new_full((), variance) if scale is None else _up(scale)
-        loss = 0.5 * (torch.log(v) + (eta - y).square() / v)
+        if scale is None:  # a number may be beyond the range of the predictions' dtype
+            v, log_v = variance, math.log(variance) if variance > 0 else -math.inf
+        else:
+            v, log_v = _up(scale), torch.log(_up(scale))
+        loss = 0.5 * (log_v + (eta - y).square() / v)
         loss = loss + 0.5 * math.log(2 * math.pi) if full else loss
     elif name == "bernoulli":
         # F.binary_cross_entropy_with_logits' formula, which itself has no derivative with respect to pos_weight.
@@ -495,9 +499,9 @@ def nll_loss(
     else:
         loss = torch.exp(eta) - y * eta
         if full:  # Stirling's approximation of log(y!), as in F.poisson_nll_loss
-            above = torch.where(y > 1, y, 2)
+            above = torch.where(y <= 1, 2, y)  # NaN stays
             stirling = above * torch.log(above) - above + 0.5 * torch.log(2 * math.pi * above)
-            loss = loss + torch.where(y > 1, stirling, 0)
+            loss = loss + torch.where(y <= 1, 0, stirling)
     if sample_weight is not None:
         loss = weighted(loss, _up(sample_weight), reduction)
     else:

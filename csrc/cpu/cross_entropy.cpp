@@ -32,13 +32,14 @@ CrossEntropyPartial sum_over_blocks(const CrossEntropyArgs& args, bool tiles, in
   for_row_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t b, int64_t begin, int64_t end) {
     partial[b] = body(a, begin, end);
   });
-  CrossEntropyPartial total = {0, 0, -1};
+  CompensatedSum loss, weight;
+  int64_t bad_row = -1;
   for (const CrossEntropyPartial& p : partial) {
-    total.loss += p.loss;
-    total.weight += p.weight;
-    if (total.bad_row < 0) total.bad_row = p.bad_row;
+    loss.add(p.loss);
+    weight.add(p.weight);
+    if (bad_row < 0) bad_row = p.bad_row;
   }
-  return total;
+  return {loss.value(), weight.value(), bad_row};
 }
 
 // Whether rows go through tiles, and if so their layouts as those want them.

@@ -29,6 +29,27 @@ inline const A* staged_logits(const T* x, int64_t n, A* buf, const LogitTransfor
 template <class A>
 constexpr A kLeastExponent = A(-1e4);
 
+// What exponents are counted from: the maximum; 0 where that is infinite, so that a row of -inf sums to 0, and one with
+// +inf to infinity, or to NaN if there is a NaN in it.
+template <class A>
+inline A origin_of(A max) {
+  return max - max == A(0) ? max : A(0);
+}
+
+// A row's maximum as backward wants it, log sum exp(z - max), and log sum exp z. With +inf in the row all probabilities
+// are NaN, as torch's, and log sum exp z is infinite, unless there is a NaN, which replaces the maximum then.
+template <class A, class S>
+struct RowResult {
+  A max;
+  S log_sum, lse;
+};
+template <class A, class S>
+inline RowResult<A, S> row_result(A max, S sum) {
+  const S log_sum = std::log(sum);
+  if (max != -minus_infinity<A>()) return {max, log_sum, max + log_sum};
+  return {sum != sum ? A(sum) : max, std::numeric_limits<S>::quiet_NaN(), sum};
+}
+
 // sum e and sum e (z - m), e = exp(z - m)
 template <class A>
 inline void block_entropy_sums(const A* z, int64_t n, A m, double* sum, double* weighted) {
@@ -53,15 +74,19 @@ inline void block_entropy_sums(const A* z, int64_t n, A m, double* sum, double* 
 template <class A>
 inline A block_dot(const A* z, const A* weight, int64_t n, A m) {
   using V = vec_t<A>;
-  V vm = set1(m), s = set1(A(0)), one = set1(A(1));
+  V vm = set1(m), s = set1(A(0)), s1 = s, one = set1(A(1));
   int64_t j = 0;
+  for (; j + 2 * V::size <= n; j += 2 * V::size) {
+    s = fma(weight ? load(weight + j) : one, load(z + j) - vm, s);
+    s1 = fma(weight ? load(weight + j + V::size) : one, load(z + j + V::size) - vm, s1);
+  }
   for (; j + V::size <= n; j += V::size) s = fma(weight ? load(weight + j) : one, load(z + j) - vm, s);
   if (j < n) {
     V zero = set1(A(0));
     V t = first_n(load_n(z + j, n - j) - vm, n - j, zero);
-    s = fma(weight ? load_n(weight + j, n - j) : one, t, s);
+    s1 = fma(weight ? load_n(weight + j, n - j) : one, t, s1);
   }
-  return reduce_add(s);
+  return reduce_add(s + s1);
 }
 
 template <class A>
@@ -100,20 +125,17 @@ inline TargetSums block_target_sums(const A* z, const A* t, const A* weight, int
   return {reduce_add(q_dot), reduce_add(q_mass), reduce_add(t_dot), reduce_add(t_mass)};
 }
 
-// First position of a NaN where there may be one, else of the value m, which blocks before `from` are known not to
-// hold.
+// First position of a NaN where there is one, else of the value m, which blocks before `from` are known not to hold.
 template <class T, class A>
-inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool maybe_nan,
-                             const LogitTransform<A>& transform) {
+inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool nan, const LogitTransform<A>& transform) {
   A buf[kBlock];
-  for (int64_t j = maybe_nan ? 0 : from; j < n; j += kBlock) {
+  for (int64_t j = nan ? 0 : from; j < n; j += kBlock) {
     int64_t count = std::min<int64_t>(kBlock, n - j);
     const A* z = staged_logits(x + j, count, buf, transform);
     for (int64_t i = 0; i < count; ++i)
-      if (maybe_nan ? z[i] != z[i] : z[i] == m) return j + i;
+      if (nan ? z[i] != z[i] : z[i] == m) return j + i;
   }
-  // An infinite maximum makes the sum NaN as well.
-  return maybe_nan ? first_maximum(x, n, from, m, false, transform) : 0;
+  return 0;
 }
 
 // One row's loss and statistics. Returns the row's term of the mean's denominator, and its loss through `loss`.
@@ -140,9 +162,10 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
     if (bm > m) {
       // All sums so far are relative to the old maximum (to 0 before there was one).
       const bool started = m != minus_infinity<A>();
-      const double shift = (started ? (double)m : 0) - (double)bm;
+      const double shift = (double)origin_of(m) - (double)origin_of(bm);
       const double shrink = started ? std::exp(shift) : 0;
-      weighted = started ? shrink * (weighted + shift * sum) : 0;
+      // shift may overflow, or the sum be infinite: without anything left of it there is no 0 * inf.
+      weighted = shrink > 0 ? shrink * (weighted + shift * sum) : sum * 0;
       sum *= shrink;
       dot += shift * weight_so_far;
       target.q_dot += shift * target.q_mass;
@@ -150,7 +173,7 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
       m = bm;
       max_block = j;
     }
-    const A origin = m == minus_infinity<A>() ? A(0) : m;
+    const A origin = origin_of(m);
     if (a.row_entropy)
       block_entropy_sums(z, count, origin, &sum, &weighted);
     else
@@ -171,12 +194,13 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
     if (y >= j && y < j + count) zy = z[y - j];
   }
 
-  const double log_sum = std::log(sum), lse = m + log_sum;
-  ((A*)a.row_max)[row] = m;
+  const RowResult<A, double> result = row_result(m, sum);
+  const double log_sum = result.log_sum, lse = result.lse;
+  ((A*)a.row_max)[row] = result.max;
   ((A*)a.row_log_sum)[row] = A(log_sum);
   if (a.row_entropy) ((A*)a.row_entropy)[row] = A(log_sum - weighted / sum);
   if (out.lse) ((A*)out.lse)[row] = A(lse);
-  if (out.argmax) out.argmax[row] = first_maximum(x, a.classes, max_block, m, log_sum != log_sum, transform);
+  if (out.argmax) out.argmax[row] = first_maximum(x, a.classes, max_block, m, sum != sum, transform);
 
   double denominator = 0, row_loss = 0, logprob = 0;
   if (probabilities) {
@@ -202,7 +226,7 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
 // either the classes or the rows are adjacent in memory; their losses and denominators are added to the sums.
 template <class T>
 inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
-                                      int64_t row, int64_t rows, CrossEntropyPartial* partial) {
+                                      int64_t row, int64_t rows, CompensatedSum* losses, CompensatedSum* weights) {
   using V = f32v;
   constexpr int64_t W = V::size;
   V z[tuning::kNarrowClasses + W];
@@ -220,7 +244,8 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
   }
   V m = set1(minus_infinity<float>());
   for (int64_t c = 0; c < a.classes; ++c) m = max(z[c], m);
-  const V origin = select_lt(m, set1(std::numeric_limits<float>::lowest()), set1(0.0f), m);  // a row of -inf sums to 0
+  const V most = set1(std::numeric_limits<float>::max());
+  const V origin = select_lt(most, abs(m), set1(0.0f), m);  // as origin_of
   V sum = set1(0.0f);
   for (int64_t c = 0; c < a.classes; ++c) sum = sum + exp(z[c] - origin);
   float lane_max[W], lane_sum[W];
@@ -228,19 +253,20 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
   store(lane_sum, sum);
   const float* weight = (const float*)a.class_weight;
   for (int64_t r = 0; r < rows; ++r) {
-    const float log_sum = std::log(lane_sum[r]), lse = lane_max[r] + log_sum;
+    const RowResult<float, float> result = row_result(lane_max[r], lane_sum[r]);
+    const float log_sum = result.log_sum, lse = result.lse;
     const int64_t y = a.target[row + r];
     const bool ignored = y == a.ignore_index;
     const float w = ignored ? 0.0f : weight ? weight[y] : 1.0f;
     const float logprob = ignored ? 0.0f : (load_one(x + a.layout.offset(row + r) + y * step) - lane_max[r]) - log_sum;
     float loss = -w * logprob;
     if (a.z_loss != 0 && !ignored) loss += (float)a.z_loss * lse * lse;
-    ((float*)a.row_max)[row + r] = lane_max[r];
+    ((float*)a.row_max)[row + r] = result.max;
     ((float*)a.row_log_sum)[row + r] = log_sum;
     if (out.lse) ((float*)out.lse)[row + r] = lse;
     if (out.logprob) ((float*)out.logprob)[row + r] = logprob;
     if (out.loss) ((float*)out.loss)[row + r] = loss;
-    partial->loss += loss;
-    partial->weight += w;
+    losses->add(loss);
+    weights->add(w);
   }
 }

@@ -93,14 +93,20 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
   const A* weight = (const A*)a.class_weight;
   const bool by_class = a.target != nullptr, ignored = by_class && a.target[row] == a.ignore_index;
   const int64_t y = by_class && !ignored ? a.target[row] : -1;
-  const A m = ((const A*)a.row_max)[row], log_sum = ((const A*)a.row_log_sum)[row];
+  // Of a row with +inf, probabilities are NaN, but exp(z - lse), the derivative of lse alone, is 0 beside them.
+  const bool targets = g.loss || g.logprob;
+  const A m = ((const A*)a.row_max)[row];
+  const bool apart = !targets && !g.entropy && m == -minus_infinity<A>();
+  const A log_sum = apart ? A(0) : ((const A*)a.row_log_sum)[row];
   const A loss = g.loss && !ignored ? ((const A*)g.loss)[row * g.loss_stride] * A(g.loss_scale) : A(0);
   const A lse = g.lse ? ((const A*)g.lse)[row] : A(0), entropy = g.entropy ? ((const A*)g.entropy)[row] : A(0);
   const A logprob = g.logprob && !ignored ? ((const A*)g.logprob)[row] : A(0);
   const A keep = loss * A(1 - a.label_smoothing), spread = loss * A(a.label_smoothing / (double)a.classes);
 
   A mass = 0, target_mass = 0, hot = 0;
-  if (probabilities) {
+  if (!targets) {
+    probabilities = nullptr;  // nothing times what they hold, which may be infinite
+  } else if (probabilities) {
     mass = loss * ((const A*)a.row_mass)[row];
     target_mass = ((const A*)a.row_target_mass)[row];
   } else if (y >= 0) {
@@ -109,7 +115,7 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
     target_mass = 1;
   }
   A coefficient = mass + lse - logprob * target_mass;
-  if (a.z_loss != 0) coefficient += loss * A(2 * a.z_loss) * (m + log_sum);
+  if (a.z_loss != 0 && loss != A(0)) coefficient += loss * A(2 * a.z_loss) * (m + log_sum);
   if (entropy != A(0)) coefficient -= entropy * ((const A*)a.row_entropy)[row];
 
   const bool nothing = ignored && lse == A(0) && entropy == A(0);
@@ -120,9 +126,10 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
       if (dx) std::memset((void*)(dx + j), 0, count * sizeof(T));
       continue;
     }
+    if (dt && !targets) std::memset((void*)(dt + j), 0, count * sizeof(T));
     const A* z = staged_logits(x + j, count, zbuf, transform);
     const A* w = weight ? weight + j : nullptr;
-    if (dt) {
+    if (dt && targets) {
       ProbabilityGradient<T> f = {m, log_sum, keep, logprob, z, w};
       write_block(dt + j, count, f, false);
     }

@@ -10,29 +10,29 @@ template <class V>
 struct LaneSums {
   static constexpr int64_t kMost = tuning::kFewOutputs;
   V bias[kMost], variance[kMost], loss;
-  double bias_total[kMost], variance_total[kMost], loss_total;
+  CompensatedSum bias_total[kMost], variance_total[kMost], loss_total;
   int64_t vectors, losses;
 
-  LaneSums() : bias_total(), variance_total(), loss_total(0), vectors(0), losses(0) {
+  LaneSums() : vectors(0), losses(0) {
     loss = set1(typename V::scalar(0));
     for (int64_t j = 0; j < kMost; ++j) bias[j] = variance[j] = loss;
   }
   void add_loss(V l) {
     loss = loss + l;
-    if (++losses < tuning::kBlockVectors) return;
-    loss_total += (double)reduce_add(loss);
+    if (++losses < tuning::kSumVectors) return;
+    loss_total.add((double)reduce_add(loss));
     loss = set1(typename V::scalar(0));
     losses = 0;
   }
   // To be told of every so many vectors of rows.
   void count(int64_t more, int64_t outputs) {
     vectors += more;
-    if (vectors >= tuning::kBlockVectors) put_aside(outputs);
+    if (vectors >= tuning::kSumVectors) put_aside(outputs);
   }
   void put_aside(int64_t outputs) {
     for (int64_t j = 0; j < outputs; ++j) {
-      bias_total[j] += (double)reduce_add(bias[j]);
-      variance_total[j] += (double)reduce_add(variance[j]);
+      bias_total[j].add((double)reduce_add(bias[j]));
+      variance_total[j].add((double)reduce_add(variance[j]));
       bias[j] = variance[j] = set1(typename V::scalar(0));
     }
     vectors = 0;
@@ -41,10 +41,11 @@ struct LaneSums {
     using A = typename V::scalar;
     put_aside(outputs);
     for (int64_t j = 0; j < outputs; ++j) {
-      if (to->bias) ((A*)to->bias)[j] = (A)bias_total[j];
-      if (to->variance) ((A*)to->variance)[j] = (A)variance_total[j];
+      if (to->bias) ((A*)to->bias)[j] = (A)bias_total[j].value();
+      if (to->variance) ((A*)to->variance)[j] = (A)variance_total[j].value();
     }
-    to->loss = loss_total + (double)reduce_add(loss);
+    loss_total.add((double)reduce_add(loss));
+    to->loss = loss_total.value();
   }
 };
 

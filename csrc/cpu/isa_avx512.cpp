@@ -9,6 +9,7 @@
 
 #include <immintrin.h>
 
+#include "compensated_sum.h"
 #include "kernels.h"
 #include "target_region.h"
 #include "tuning.h"

@@ -9,6 +9,7 @@
 
 #include <arm_neon.h>
 
+#include "compensated_sum.h"
 #include "kernels.h"
 #include "tuning.h"
 

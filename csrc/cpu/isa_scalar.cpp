@@ -6,6 +6,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "compensated_sum.h"
 #include "kernels.h"
 #include "tuning.h"
 

@@ -11,9 +11,9 @@ namespace rf {
 namespace {
 
 double in_order(const std::vector<double>& parts) {
-  double sum = 0;
-  for (double p : parts) sum += p;
-  return sum;
+  CompensatedSum sum;
+  for (double p : parts) sum.add(p);
+  return sum.value();
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
     if (variance) variance[j] = 0;
   }
   const V half = set1(A(0.5)), zero = set1(A(0));
-  double total = 0;
+  CompensatedSum total;
   V sum = zero;
   int64_t terms = 0;
   for (int64_t r = begin; r < end; ++r) {
@@ -74,8 +74,8 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
         V l = w * judged.loss;
         if (loss) store_up_to(loss + j, l, n);
         sum = sum + (n == V::size ? l : first_n(l, n, zero));
-        if (++terms == tuning::kBlockVectors) {
-          total += (double)reduce_add(sum);
+        if (++terms == tuning::kSumVectors) {
+          total.add((double)reduce_add(sum));
           sum = zero;
           terms = 0;
         }
@@ -92,7 +92,8 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
       }
     }
   }
-  sums->loss = total + (double)reduce_add(sum);
+  total.add((double)reduce_add(sum));
+  sums->loss = total.value();
 }
 
 // The instance for a call's family, and for what it asks for: losses, slopes or both.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "compensated_sum.h"
 #include "gemm_packed.h"
 #include "parallel.h"
 #include "tuning.h"
@@ -34,7 +35,7 @@ int64_t engine_bytes(const LinearCrossEntropySize& s, int64_t rows) {
   int64_t most = 0;
   if (rows > 0 && outputs > 0 && s.features > 0)
     for (const Gemm* g : {&logits, &dx, &dw}) most = std::max(most, gemm_scratch_bytes(s.dtype, *g, cores()));
-  return most + outputs * acc_size(s.dtype);
+  return most + outputs * (acc_size(s.dtype) + (int64_t)sizeof(CompensatedSum));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 
 #include "../checks.h"
 #include "../torch_api.h"
+#include "compensated_sum.h"
 #include "cross_entropy_tensors.h"
 #include "parallel.h"
 #include "linear_cross_entropy_tensors.h"
@@ -71,18 +72,19 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& inpu
   const int64_t* y = p.classes_of_rows.const_data_ptr<int64_t>();
   const Tensor weights = weight.has_value() ? p.class_weight.to(at::kDouble) : Tensor();
   const double* w = weight.has_value() ? weights.const_data_ptr<double>() : nullptr;
-  p.denominator = 0;
+  CompensatedSum denominator;
   for (int64_t r = 0; r < p.rows; ++r) {
     bool any = false;
     for (int64_t i = r * p.positions; i < (r + 1) * p.positions; ++i) {
       if (y[i] == o.ignore_index) continue;
       RF_CHECK(TORCH_CHECK_INDEX, y[i] >= 0 && y[i] < p.classes, "linear_cross_entropy", "target",
                c10::str("classes from 0 to ", p.classes - 1), c10::str("Target ", y[i], " is out of bounds."));
-      p.denominator += w ? w[y[i]] : 1;
+      denominator.add(w ? w[y[i]] : 1);
       any = true;
     }
     if (any) p.list.push_back(r);
   }
+  p.denominator = denominator.value();
   p.listed = !every_row && (int64_t)p.list.size() < p.rows;
   if (p.listed) {
     if (p.x.stride(1) != 1) p.x = p.x.contiguous();

@@ -6,6 +6,7 @@
 #include "../checks.h"
 #include "../torch_api.h"
 #include "activation_gradient.h"
+#include "compensated_sum.h"
 #include "cross_entropy_tensors.h"
 #include "drivers.h"
 #include "parallel.h"
@@ -173,10 +174,10 @@ CrossEntropyTensors<CrossEntropyArgs> tensors_of(const Tensor& input, const Tens
   auto t = cross_entropy_tensors<CrossEntropyArgs>(input, target, weight, ignore_index, label_smoothing, z_loss,
                                                    softcap, logit_scale);
   CrossEntropyArgs& a = t.args;
-  a.class_weight_sum = weight.has_value() ? 0 : (double)a.classes;
+  CompensatedSum sum;
   for (int64_t c = 0; weight.has_value() && c < a.classes; ++c)
-    a.class_weight_sum +=
-        t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c];
+    sum.add(t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c]);
+  a.class_weight_sum = weight.has_value() ? sum.value() : (double)a.classes;
   return t;
 }
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "drivers.h"
 #include "linear_cross_entropy.h"
@@ -22,11 +23,14 @@ std::vector<double> filter_bounds(const Problem& p, double eps, const CrossEntro
   const auto number = [&](const void* at, int64_t i) {
     return !at ? 0.0 : std::fabs(p.dtype == DType::f64 ? ((const double*)at)[i] : (double)((const float*)at)[i]);
   };
-  std::vector<double> bounds(rows, std::numeric_limits<double>::infinity());
+  const double most = p.dtype == DType::f64 ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  std::vector<double> bounds(rows, most);
   for (int64_t i = 0; i < rows * p.positions; ++i) {
     const double upstream = number(g.loss, i * g.loss_stride) * std::fabs(g.loss_scale) + number(g.lse, i) +
                             number(g.entropy, i) + number(g.logprob, i);
-    bounds[i / p.positions] = std::min(bounds[i / p.positions], eps * upstream);
+    // A bound that is not finite would drop infinities.
+    const double bound = eps * upstream < most ? eps * upstream : 0;
+    bounds[i / p.positions] = std::min(bounds[i / p.positions], bound);
   }
   return bounds;
 }
@@ -122,7 +126,7 @@ CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const Cross
   return sums;
 }
 
-void add_bias_gradient(const Problem& p, const Work& work, const Gradients& grads, const Chunk& c) {
+void add_bias_gradient(const Problem& p, const Work& work, const Chunk& c, std::vector<CompensatedSum>& totals) {
   ActivationBackwardArgs a = {};
   a.grad = c.logits.const_data_ptr();
   a.grad_layout = {1, p.outputs, 0, 1};
@@ -130,7 +134,7 @@ void add_bias_gradient(const Problem& p, const Work& work, const Gradients& grad
   a.activation = Activation::none;
   a.column_sums = work.sums.mutable_data_ptr();
   activation_backward(acc_dtype(p.dtype), a, c.rows);
-  Tensor(grads.bias).add_(work.sums);
+  add_to_totals(acc_dtype(p.dtype), work.sums.const_data_ptr(), p.outputs, totals.data());
 }
 
 // dX of a chunk and its part of dW, entry by entry, if few entries of the gradient are above filter_eps' bounds.
@@ -169,10 +173,12 @@ void multiply_gradient(const Problem& p, const Work& work, const Gradients& grad
   if (grads.w.defined()) multiply(c.logits.t(), c.x, grads.w, Tensor(), c.begin > 0);
 }
 
-CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs& out,
-                                const Tensor& entropy, const Upstream* up, const Gradients& grads) {
+// The sum of the losses; results and gradients go where `out`, `entropy` and `grads` say.
+double over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs& out, const Tensor& entropy,
+                   const Upstream* up, const Gradients& grads) {
   const Work work(p, o, grads, up && up->entropy.defined());
-  CrossEntropyPartial total = {0, 0, -1};
+  CompensatedSum loss;
+  std::vector<CompensatedSum> bias(grads.bias.defined() ? p.outputs : 0);
   for (int64_t begin = 0; begin < p.rows; begin += work.rows) {
     Chunk c = {};
     c.begin = begin;
@@ -181,11 +187,12 @@ CrossEntropyPartial over_chunks(const Problem& p, const Options& o, const CrossE
     c.logits = work.panel.narrow(0, 0, c.rows);
     if (p.listed) copy_rows(p, begin, c.x, p.x, true);
     multiply(c.x, p.w.t(), c.logits, p.bias, false);
-    total.loss += turn_to_loss(p, work, out, entropy, up, grads, c).loss;
-    if (grads.bias.defined()) add_bias_gradient(p, work, grads, c);
+    loss.add(turn_to_loss(p, work, out, entropy, up, grads, c).loss);
+    if (grads.bias.defined()) add_bias_gradient(p, work, c, bias);
     if (!multiply_large_entries(p, o.filter_eps, grads, c)) multiply_gradient(p, work, grads, c);
   }
-  return total;
+  if (grads.bias.defined()) round_totals(acc_dtype(p.dtype), bias.data(), p.outputs, grads.bias.mutable_data_ptr());
+  return loss.value();
 }
 
 std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
@@ -208,7 +215,7 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
       outputs & kOutputArgmax ? at::empty({p.rows * p.positions}, input.options().dtype(at::kLong)) : Tensor();
   const CrossEntropyOutputs out = {at_loss(loss, 0), at_loss(lse, 0), at_loss(logprob, 0),
                                    (int64_t*)at_loss(argmax, 0)};
-  const CrossEntropyPartial sums = over_chunks(p, o, out, entropy, nullptr, {});
+  const double sum = over_chunks(p, o, out, entropy, nullptr, {});
 
   const auto type = loss_type(input, target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
   const auto finished = [&](const Tensor& t, at::ScalarType to) {
@@ -218,7 +225,7 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
   if (each)
     results.push_back(finished(loss, type));
   else if (outputs & kOutputLoss)
-    results.push_back(number(reduction == at::Reduction::Mean ? sums.loss / p.denominator : sums.loss, type));
+    results.push_back(number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, type));
   if (outputs & kOutputLse) results.push_back(finished(lse, other));
   if (outputs & kOutputEntropy) results.push_back(finished(entropy, other));
   if (outputs & kOutputLogprob) results.push_back(finished(logprob, type));
@@ -237,7 +244,7 @@ Gradients new_gradients(const Problem& p, const Tensor& input, const Tensor& lin
     g.w = advised(at::empty({p.outputs, p.features}, options.dtype(p.acc)));
     if (p.rows == 0) g.w.zero_();
   }
-  if (mask[2]) g.bias = at::zeros({p.outputs}, options.dtype(p.acc));
+  if (mask[2]) g.bias = at::empty({p.outputs}, options.dtype(p.acc));
   if (mask[3]) g.target = advised(at::empty(p.probabilities.sizes(), target.options()));
   return g;
 }
@@ -257,10 +264,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
   const Tensor argmax = at::empty({argmax_too ? p.rows * p.positions : 0}, input.options().dtype(at::kLong));
   CrossEntropyOutputs out = {};
   if (argmax_too) out.argmax = argmax.mutable_data_ptr<int64_t>();
-  const CrossEntropyPartial sums = over_chunks(p, o, out, Tensor(), &up, g);
+  const double sum = over_chunks(p, o, out, Tensor(), &up, g);
   auto [dx, dw, db, none] = g.shaped(input, linear_weight, target, false);
-  return {number(reduction == at::Reduction::Mean ? sums.loss / p.denominator : sums.loss,
-                 loss_type(input, target, loss_dtype)),
+  return {number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, loss_type(input, target, loss_dtype)),
           argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax, dx, dw, db};
 }
 

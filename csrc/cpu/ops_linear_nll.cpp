@@ -3,6 +3,7 @@
 // in the accumulator's type. A few outputs take one pass over x instead, and no panel.
 #include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "drivers.h"
 #include "linear_cross_entropy.h"
@@ -93,8 +94,8 @@ void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullpt
 
 // Stirling's approximation of log(y!), where y > 1.
 Tensor stirling(const Tensor& y) {
-  const Tensor above = at::where(y > 1, y, 2);
-  return at::where(y > 1, above * above.log() - above + (above * (2 * M_PI)).log() * 0.5, 0);
+  const Tensor none = y <= 1, above = at::where(none, 2, y);  // NaN stays
+  return at::where(none, 0, above * above.log() - above + (above * (2 * M_PI)).log() * 0.5);
 }
 
 // Rows from `begin` on; their targets are kept in `target`.
@@ -146,22 +147,27 @@ double over_chunks(const Problem& p, const Wanted& to) {
   const Tensor panel = at::empty({most, p.outputs}, p.options());
   const auto column_sums = [&](const Tensor& t) { return t.defined() ? at::empty_like(t) : Tensor(); };
   const Tensor bias = column_sums(to.bias), variance = column_sums(to.variance);
-  double total = 0;
+  std::vector<CompensatedSum> bias_totals(bias.defined() ? p.outputs : 0);
+  std::vector<CompensatedSum> variance_totals(variance.defined() ? p.outputs : 0);
+  const DType acc = acc_dtype(p.dtype);
+  CompensatedSum total;
   for (int64_t begin = 0; begin < p.rows; begin += most) {
     const int64_t rows = std::min(most, p.rows - begin);
     const Tensor x = p.x.narrow(0, begin, rows), eta = panel.narrow(0, 0, rows);
     multiply(x, p.w.t(), eta, p.bias, false);
     Tensor target;
     const LikelihoodArgs args = likelihood_args(p, to, begin, rows, &target);
-    total += likelihood(acc_dtype(p.dtype), args, eta.data_ptr(), rows,
-                        {to.value, to.slope(), data_or_null(bias), data_or_null(variance), 0});
-    total += add_stirling(p, to, begin, target);
-    for (const auto& [sum, part] : {std::pair(to.bias, bias), std::pair(to.variance, variance)})
-      if (sum.defined()) begin == 0 ? Tensor(sum).copy_(part) : Tensor(sum).add_(part);
+    total.add(likelihood(acc, args, eta.data_ptr(), rows,
+                         {to.value, to.slope(), data_or_null(bias), data_or_null(variance), 0}));
+    total.add(add_stirling(p, to, begin, target));
+    if (bias.defined()) add_to_totals(acc, bias.const_data_ptr(), p.outputs, bias_totals.data());
+    if (variance.defined()) add_to_totals(acc, variance.const_data_ptr(), p.outputs, variance_totals.data());
     if (to.x.defined()) multiply(eta, p.w, to.x.narrow(0, begin, rows), Tensor(), false);
     if (to.w.defined()) multiply(eta.t(), x, to.w, Tensor(), begin > 0);
   }
-  return total;
+  if (bias.defined()) round_totals(acc, bias_totals.data(), p.outputs, to.bias.data_ptr());
+  if (variance.defined()) round_totals(acc, variance_totals.data(), p.outputs, to.variance.data_ptr());
+  return total.value();
 }
 
 double run(const Problem& p, const Wanted& to) {

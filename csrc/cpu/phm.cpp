@@ -37,9 +37,9 @@ void add_part_products(DType dtype, PartProductsArgs args, int64_t rows, double*
       kernels().part_products[(int)dtype](mine, b * block, std::min(rows, (b + 1) * block));
     }
   });
-  for (int64_t b = 0; b < blocks; ++b)
-    for (int64_t i = 0; i < size; ++i)
-      sums[i] += dtype == DType::f64 ? ((const double*)partial)[b * size + i] : ((const float*)partial)[b * size + i];
+  std::vector<CompensatedSum> totals(size);
+  for (int64_t b = 0; b < blocks; ++b) add_to_totals(acc_dtype(dtype), partial + b * size * acc, size, totals.data());
+  for (int64_t i = 0; i < size; ++i) sums[i] += totals[i].value();
 }
 
 void phm_product(DType dtype, const Gemm& g, int64_t n) {

@@ -186,12 +186,9 @@ template <class T>
 inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
                                                  int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  CrossEntropyPartial partial = {0, 0, -1};
   for (int64_t r = begin; r < end; ++r)
-    if (class_out_of_range(a, r)) {
-      partial.bad_row = r;
-      return partial;
-    }
+    if (class_out_of_range(a, r)) return {0, 0, r};
+  CompensatedSum losses, weights;
   const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
   const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1);
   if constexpr (!std::is_same_v<T, double> && f32v::size > 1) {
@@ -200,9 +197,9 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     if (plain && (direct || a.layout.inner_stride == 1) && a.classes <= tuning::kNarrowClasses) {
       for (int64_t r = begin, rows; r < end; r += rows) {
         rows = std::min<int64_t>(f32v::size, direct ? end - r : tile_rows(a.layout, r, end));
-        cross_entropy_narrow_rows(x, a, out, r, rows, &partial);
+        cross_entropy_narrow_rows(x, a, out, r, rows, &losses, &weights);
       }
-      return partial;
+      return {losses.value(), weights.value(), -1};
     }
   }
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
@@ -211,8 +208,8 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     if (direct) {
       rows = 1;
       const T* probabilities = t ? t + a.probability_layout.offset(r) : nullptr;
-      partial.weight += cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r, &loss);
-      partial.loss += loss;
+      weights.add(cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r, &loss));
+      losses.add(loss);
       continue;
     }
     rows = tile_rows(a.layout, r, end);
@@ -220,11 +217,11 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     if (t) gather_tile(t, a.probability_layout, r, rows, a.classes, t_tile);
     for (int64_t i = 0; i < rows; ++i) {
       const A* probabilities = t ? t_tile + i * a.classes : nullptr;
-      partial.weight += cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i, &loss);
-      partial.loss += loss;
+      weights.add(cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i, &loss));
+      losses.add(loss);
     }
   }
-  return partial;
+  return {losses.value(), weights.value(), -1};
 }
 
 template <class T>

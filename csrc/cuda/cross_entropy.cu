@@ -9,11 +9,11 @@ namespace {
 // ---- sums over the rows --------------------------------------------------------------------------------------------
 
 struct Totals {
-  double loss = 0, weight = 0;
+  CompensatedSum loss, weight;
 };
 __device__ __forceinline__ void merge(Totals& into, const Totals& other) {
-  into.loss += other.loss;
-  into.weight += other.weight;
+  merge(into.loss, other.loss);
+  merge(into.weight, other.weight);
 }
 
 struct TotalArgs {
@@ -30,9 +30,9 @@ struct TotalArgs {
 };
 
 __device__ void store_total(const TotalArgs& a, const Totals& t) {
-  if (a.weight_sum) *a.weight_sum = t.weight;
+  if (a.weight_sum) *a.weight_sum = t.weight.value();
   if (!a.total) return;
-  const double value = a.mean ? t.loss / t.weight : t.loss;
+  const double value = a.mean ? t.loss.value() / t.weight.value() : t.loss.value();
   switch (a.total_dtype) {
     case DType::f32:
       *(float*)a.total = (float)value;
@@ -56,12 +56,12 @@ __global__ void __launch_bounds__(tuning::kTotalThreads) total_of_rows(TotalArgs
   const int64_t end = begin + share < a.rows ? begin + share : a.rows;
   Totals t;
   for (int64_t r = begin + threadIdx.x; r < end; r += blockDim.x) {
-    if (a.loss) t.loss += ((const A*)a.loss)[r];
+    if (a.loss) t.loss.add(((const A*)a.loss)[r]);
     const int64_t y = a.target ? a.target[r] : 0;
     if (!a.target)
-      t.weight += 1;
+      t.weight.add(1);
     else if (y != a.ignore_index && 0 <= y && y < a.classes)
-      t.weight += a.class_weight ? (double)((const A*)a.class_weight)[y] : 1.0;
+      t.weight.add(a.class_weight ? (double)((const A*)a.class_weight)[y] : 1.0);
   }
   t = reduce_block(t, ptx::dynamic_shared<Totals>());
   if (threadIdx.x != 0) return;

@@ -47,7 +47,7 @@ struct Simple {
   void fill(F&& f) {
     for (int64_t i = 0; i < x.memory.count(); ++i) x.memory[i] = from_double<T>(f(i));
   }
-  void run(double softcap = 0, bool through_entropy = false) {
+  void run(double softcap = 0, bool through_entropy = false, bool of_lse_alone = false) {
     CrossEntropyRows a = {};
     a.rows = shape.rows();
     a.classes = shape.classes;
@@ -65,7 +65,7 @@ struct Simple {
     out.lse = lse.data();
     out.argmax = plain ? nullptr : argmax.data();
     CrossEntropyUpstream g = {};
-    g.loss = ones.data();
+    (of_lse_alone ? g.lse : g.loss) = ones.data();
     g.loss_stride = 1;
     g.entropy = through_entropy ? ones.data() : nullptr;
     g.grad_logits = dx.memory.data();
@@ -108,9 +108,22 @@ void infinite_and_nan_logits(int64_t classes, int64_t at, bool plain) {
     s.target[0] = other;
     s.run();
     CHECK(std::isnan(s.loss.value(0)));
-    CHECK(std::isnan(s.lse.value(0)) || special == kInfinity);
+    CHECK(special == kInfinity ? s.lse.value(0) == kInfinity : std::isnan(s.lse.value(0)));
     CHECK(plain || (std::isnan(s.entropy.value(0)) && s.argmax.data()[0] == at));
     bool all_nan = true;
+    for (int64_t j = 0; j < classes; ++j) all_nan = all_nan && std::isnan(s.dx.value(0, j));
+    CHECK(all_nan);
+    // exp(z - lse) is 0 beside an infinite logit.
+    s.run(0, false, true);
+    bool as_exp = true;
+    for (int64_t j = 0; j < classes; ++j)
+      as_exp = as_exp && (special == kInfinity && j != at ? s.dx.value(0, j) == 0 : std::isnan(s.dx.value(0, j)));
+    CHECK(as_exp);
+    // A NaN counts for more than infinities, before or behind it.
+    s.fill([&](int64_t i) { return i == at ? kNaN : i == other ? kInfinity : ordinary(i); });
+    s.run(0, false, true);
+    CHECK(std::isnan(s.lse.value(0)) && (plain || s.argmax.data()[0] == at));
+    all_nan = true;
     for (int64_t j = 0; j < classes; ++j) all_nan = all_nan && std::isnan(s.dx.value(0, j));
     CHECK(all_nan);
   }

@@ -75,6 +75,14 @@ struct Simple {
     g.stream = stream;
     rf::cross_entropy_backward(Format<T>::dtype, arguments(softcap), g, shape.rows());
   }
+  // An upstream gradient of lse alone.
+  void backward_of_lse(Rows<T>& dx) {
+    rf::CrossEntropyGrads g = {};
+    g.lse = ones.data();
+    g.grad_logits = dx.memory.data();
+    g.grad_layout = dx.layout;
+    rf::cross_entropy_backward(Format<T>::dtype, arguments(), g, shape.rows());
+  }
 };
 
 void reference_against_differences() {
@@ -150,10 +158,24 @@ void infinite_and_nan_logits(int64_t classes, int64_t at, bool plain) {
     s.forward();
     CHECK(std::isnan(s.loss.value(0)) && std::isnan(s.logprob.value(0)));
     CHECK(std::isnan(s.sums.loss));
-    CHECK(std::isnan(s.lse.value(0)) || special == kInfinity);
+    CHECK(special == kInfinity ? s.lse.value(0) == kInfinity : std::isnan(s.lse.value(0)));
     CHECK(plain || (std::isnan(s.entropy.value(0)) && s.argmax.data()[0] == at));
     s.backward(dx);
     bool all_nan = true;
+    for (int64_t j = 0; j < classes; ++j) all_nan = all_nan && std::isnan(dx.value(0, j));
+    CHECK(all_nan);
+    // exp(z - lse) is 0 beside an infinite logit.
+    s.backward_of_lse(dx);
+    bool as_exp = true;
+    for (int64_t j = 0; j < classes; ++j)
+      as_exp = as_exp && (special == kInfinity && j != at ? dx.value(0, j) == 0 : std::isnan(dx.value(0, j)));
+    CHECK(as_exp);
+    // A NaN counts for more than infinities, before or behind it.
+    s.fill([&](int64_t i) { return i == at ? kNaN : i == other ? kInfinity : ordinary(i); });
+    s.forward();
+    CHECK(std::isnan(s.lse.value(0)) && (plain || s.argmax.data()[0] == at));
+    s.backward_of_lse(dx);
+    all_nan = true;
     for (int64_t j = 0; j < classes; ++j) all_nan = all_nan && std::isnan(dx.value(0, j));
     CHECK(all_nan);
   }
@@ -252,6 +274,40 @@ void streaming() {
       }
 }
 
+// The maximum moves by more than the type's range: nothing is left of what came before, and nothing is infinite.
+template <class T>
+void largest_numbers(int64_t classes, bool plain) {
+  describe("cross_entropy %s: %lld classes, the largest numbers, plain=%d", Format<T>::name, (long long)classes, plain);
+  const double most = std::is_same_v<T, double> ? std::numeric_limits<double>::max()
+                      : std::is_same_v<T, f16>  ? 65504
+                                                : 0x1.fep127;
+  Simple<T> s(1, classes);
+  s.plain = plain;
+  s.fill([&](int64_t i) { return i == classes - 1 ? most : -most; });
+  s.target[0] = classes - 1;
+  s.forward();
+  CHECK(s.loss.value(0) == 0 && s.lse.value(0) == most && (plain || s.entropy.value(0) == 0));
+  s.target[0] = 0;
+  s.forward();
+  CHECK(s.loss.value(0) == (std::is_same_v<T, f16> ? 2 * most : kInfinity));
+}
+
+// Equal terms, whose additions may all err to the same side.
+template <class T>
+void many_rows(int64_t rows) {
+  describe("cross_entropy %s: losses of %lld equal rows", Format<T>::name, (long long)rows);
+  for (int64_t classes : {5, 50}) {
+    Simple<T> s(rows, classes);
+    s.plain = true;
+    s.fill([&](int64_t i) { return 0.1 * (double)(i % classes % 7); });
+    for (int64_t r = 0; r < rows; ++r) s.target[r] = 0;
+    s.forward();
+    const double exact = s.loss.value(0) * (double)rows;
+    CHECK(std::fabs(s.sums.loss - exact) <= exact * (std::is_same_v<T, double> ? 4.5e-16 : 1e-7));
+    CHECK(s.sums.weight == (double)rows);
+  }
+}
+
 template <class T>
 void any_number_of_threads() {
   describe("cross_entropy %s: the same bits with any number of threads", Format<T>::name);
@@ -281,7 +337,9 @@ void all() {
       ignored_rows<T>(classes, plain);
     }
     huge_logits<T>(plain);
+    for (int64_t classes : {2, 9, 16, 33, 2100, 4500}) largest_numbers<T>(classes, plain);
   }
+  for (int64_t rows : {1000, 65535, 300000}) many_rows<T>(rows);
   classes_out_of_range<T>();
   streaming<T>();
   any_number_of_threads<T>();

@@ -67,6 +67,8 @@ struct CrossEntropyProgram {
   __device__ bool inside(int64_t c) const { return 0 <= c && c < classes; }
   // Whether effective target weights other than the target's own count, so that their sums are of use.
   __device__ bool has_masses(const Row& row) const { return row.t || (row.y >= 0 && spread != A(0)); }
+  // Whether gradients of what depends on the targets come in.
+  __device__ bool of_targets() const { return reduces || up.loss || up.logprob; }
   __device__ A weight(int64_t c) const { return args.class_weight ? ((const A*)args.class_weight)[c] : A(1); }
   __device__ A transformed(A x) const {
     if constexpr (plain) return x;
@@ -90,7 +92,7 @@ struct CrossEntropyProgram {
       if (!row.ignored && inside(y)) row.y = y;
     }
     if constexpr (!plain)
-      if (args.probabilities) row.t = (const T*)args.probabilities + args.probability_layout.offset(r);
+      if (args.probabilities && of_targets()) row.t = (const T*)args.probabilities + args.probability_layout.offset(r);
     if (reduces && row.y >= 0) row.zy = transformed(widen(row.x[row.y * args.layout.class_stride]));
     if (up.grad_logits) row.dx = (T*)up.grad_logits + up.grad_layout.offset(r);
     if constexpr (!plain)
@@ -136,12 +138,15 @@ struct CrossEntropyProgram {
 
   __device__ void finish(Row& row, const State& s, int64_t r, bool leader) const {
     if (reduces) {
-      row.max = row.reads ? s.max : A(0);
+      // For backward, +inf is the maximum only where there is no NaN beside it.
+      row.max = !row.reads ? A(0) : s.max == -minus_infinity<A>() && s.sum != s.sum ? s.sum : s.max;
       row.log_sum = row.reads ? log_of(normalizer(s.max, s.sum)) : A(0);
       if (leader) write_results(row, s, r);
     } else {
       row.max = ((const A*)args.row_max)[r];
-      row.log_sum = ((const A*)args.row_log_sum)[r];
+      // Of a row with +inf, probabilities are NaN, but exp(z - lse), the derivative of lse alone, is 0 beside them.
+      const bool apart = !of_targets() && !up.entropy && row.max == -minus_infinity<A>();
+      row.log_sum = apart ? A(0) : ((const A*)args.row_log_sum)[r];
     }
     if (emits && row.reads) prepare_gradient(row, s, r);
   }
@@ -163,7 +168,7 @@ struct CrossEntropyProgram {
       for (int i = 0; i < kW; ++i) {
         z[i] = transformed(z[i]);
         const A log_p = z[i] - row.max - row.log_sum, w = inside(j + i) ? weight(j + i) : A(0);
-        dt[i] = log_p * (row.logprob - row.keep * w);
+        dt[i] = of_targets() ? log_p * (row.logprob - row.keep * w) : A(0);
         g[i] = exp_of<T>(log_p) * (row.b == A(0) ? row.a : row.a + row.b * bounded_exponent(log_p));
         if (has_masses(row)) g[i] -= w * (row.keep * t[i] + row.spread) - row.logprob * t[i];
       }
@@ -187,7 +192,7 @@ struct CrossEntropyProgram {
 
  private:
   __device__ void write_results(const Row& row, const State& s, int64_t r) const {
-    const A lse = row.max + row.log_sum;
+    const A lse = row.max == -minus_infinity<A>() ? row.max : row.max + row.log_sum;
     A loss = A(0), logprob = A(0);
     if (row.y >= 0) {
       logprob = (row.zy - row.max) - row.log_sum;
@@ -235,7 +240,7 @@ struct CrossEntropyProgram {
       row.b = -at(up.entropy, r);
       if (row.b != A(0)) row.a += row.b * at(args.row_entropy, r);
     }
-    if (z_loss != A(0)) row.a += loss * A(2) * z_loss * (row.max + row.log_sum);
+    if (z_loss != A(0) && loss != A(0)) row.a += loss * A(2) * z_loss * (row.max + row.log_sum);
   }
 };
 

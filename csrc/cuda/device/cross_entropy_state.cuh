@@ -25,8 +25,9 @@ struct CrossEntropyState {
   __device__ void shift_to(A to) {
     if (to == max) return;
     const A step = origin(max) - origin(to), shrink = rescale(max, to);
-    // Before there was a maximum there was nothing but -inf, and exp(x) x counts as 0 there.
-    weighted = max == minus_infinity<A>() ? sum * A(0) : shrink * (weighted + step * sum);
+    // Before there was a maximum there was nothing but -inf, and exp(x) x counts as 0 there. The step may overflow:
+    // where nothing is left of the sum there is no 0 * inf.
+    weighted = max != minus_infinity<A>() && shrink > A(0) ? shrink * (weighted + step * sum) : sum * A(0);
     sum *= shrink;
     q_dot += step * q_mass;
     t_dot += step * t_mass;
