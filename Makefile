@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels cuda_on_host sanitize fuzz bench lint format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels cuda_on_host asan tsan fuzz bench lint format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -22,7 +22,8 @@ help:
 	@echo "make test          builds, then the tests of the kernels and of the ops"
 	@echo "make kernels       the C++ tests of the CPU kernels, without torch"
 	@echo "make cuda_on_host  the CUDA kernels on the CPU, without nvcc or GPU"
-	@echo "make sanitize      the kernel tests under the address and undefined-behaviour sanitizers"
+	@echo "make asan          kernel tests and Python tests under the address and undefined-behaviour sanitizers"
+	@echo "make tsan          kernel tests, whose threads are their own, under the thread sanitizer"
 	@echo "make fuzz          random calls of every op against PyTorch and float64"
 	@echo "make bench         benchmarks against PyTorch"
 	@echo "make lint, format  the linters; the formatters"
@@ -51,8 +52,22 @@ cuda_on_host: $(VENV)/torch
 	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync test
 	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync extension PYTHON=$(BIN)/python
 
-sanitize:
-	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync sanitize
+# Under the address and undefined-behaviour sanitizers: the kernels alone, then the Python tests in a tree of their own,
+# so that theirs is the extension that is found. Python itself is not built with the sanitizer, whose library therefore
+# comes first, with that of C++, whose exceptions it watches. TESTS= are pytest's arguments.
+ASAN_TREE := build/asan
+TESTS ?= -m "not slow"
+asan: $(VENV)/built
+	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync asan
+	REGFAST_SANITIZE=address,undefined REGFAST_CUDA=0 python setup.py --quiet build --build-lib $(ASAN_TREE)
+	rm -rf $(ASAN_TREE)/tests && cp -r tests examples pyproject.toml $(ASAN_TREE) && rm -rf $(ASAN_TREE)/tests/*/build
+	cd $(ASAN_TREE) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:$(ASAN_OPTIONS) UBSAN_OPTIONS=print_stacktrace=1:$(UBSAN_OPTIONS) PYTHONPATH=$$PWD \
+		pytest --numprocesses=$(JOBS) --dist=worksteal $(TESTS)
+
+# Only where the sanitizer sees every thread's steps: not through torch, whose OpenMP it does not know.
+tsan:
+	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync tsan
 
 # SEED= gives the same cases again, CASE= one of them, OPS= those of some ops. Freed memory is overwritten, so that who
 # reads it gets another number.

@@ -3,6 +3,9 @@
 REGFAST_CUDA=auto: with the CUDA kernels where this torch has CUDA and there is an nvcc of its release; 0: without;
 1: with them, or an error. REGFAST_CUDA_ARCHS="80 90a": for these architectures only. csrc/cuda/kernels.py compiles the
 kernels: they are free of torch, and what ptxas says of them is kept.
+
+REGFAST_SANITIZE=address,undefined: C++ under these sanitizers of the compiler, whose library the process that imports
+the extension has to load first; `make asan` does.
 """
 
 import glob
@@ -15,6 +18,11 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension
 
 # No -m flags: each ISA file opens its own target region, so that one binary runs everywhere.
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
+SANITIZE = os.environ.get("REGFAST_SANITIZE", "")
+# Type information of torch's classes, which vptr asks for, is hidden. With every report the process ends.
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
+if SANITIZE:
+    CXX_FLAGS += [*SANITIZE_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
 JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
 
 
@@ -41,12 +49,13 @@ CUDA = cuda_toolkit()
 
 
 class Build(BuildExtension):
-    """Keeps objects between builds, apart for each torch, where setuptools would use a temporary folder."""
+    """Keeps objects between builds, each torch and kind of build apart; setuptools would use a temporary folder."""
 
     def finalize_options(self):
         super().finalize_options()
         self.force = True  # to link: what lies in the library's place may be of another torch
-        self.build_temp = f"build/torch-{torch.__version__}" + ("-cuda" if CUDA else "")
+        kind = ("-cuda" if CUDA else "") + (f"-{SANITIZE}" if SANITIZE else "")
+        self.build_temp = f"build/torch-{torch.__version__}{kind}"
 
     def build_extensions(self):
         if CUDA:
@@ -71,6 +80,7 @@ setup(
             "regfast._C",
             sorted(os.path.relpath(path) for folder in FOLDERS for path in glob.glob(f"{folder}/*.cpp")),
             extra_compile_args={"cxx": CXX_FLAGS},
+            extra_link_args=SANITIZE_FLAGS,
             **cuda_options,
         )
     ],
