@@ -418,9 +418,12 @@ class LinearNLL(Op):
         if ups[0] is None:
             return found
         g = terms.clean(ups[0]).abs() * inverse
-        dz = slope * share * g
         tensors = {"input": x, "weight": w, "bias": b}
-        found.grads = terms.of_products(terms.linear_of, tensors, dz)
+        if reduction == "none":
+            found.grads = terms.of_products(terms.linear_of, tensors, slope * share * g)
+        else:  # forward computes them, undivided
+            undivided = terms.of_products(terms.linear_of, tensors, terms.beyond(slope * share, acc))
+            found.grads = {k: terms.beyond(size, acc) * g for k, size in undivided.items()}
         found.grads["target"] = by_target * share * g
         lead = tuple(range(eta.dim() - 1))
         for name in ("sigma", "pos_weight"):

@@ -27,7 +27,11 @@ def _pattern(problem: str) -> bool:
 
 def _byte_targets(case: Case, problem: str) -> bool:
     target = case["tensors"].get("target", {})
-    return "cross_entropy" in case["op"] and target.get("dtype") == "uint8" and "Byte" in problem
+    return (
+        "cross_entropy" in case["op"]
+        and target.get("dtype") == "uint8"
+        and ("Byte" in problem or "gather()" in problem)
+    )
 
 
 def _int_targets(case: Case, problem: str) -> bool:

@@ -103,7 +103,8 @@ class Linear(Op):
         activation = case["options"]["activation"]
         if case.get("module"):
             module = regfast.Linear(1, 1, t.get("bias") is not None, device="meta", activation=activation)
-            own = {k: v for k, v in t.items() if k != "input" and v is not None}
+            inner = "" if activation == "none" else "linear."  # as the module holds its parameters
+            own = {inner + k: v for k, v in t.items() if k != "input" and v is not None}
             return torch.func.functional_call(module, own, (t["input"],))
         return regfast.linear(t["input"], t["weight"], t.get("bias"), activation=activation)
 
