@@ -15,7 +15,7 @@ from torch import Tensor
 from regfast import reference
 
 from .. import guard
-from . import losses  # noqa: F401  registers its ops
+from . import likelihoods  # noqa: F401  registers its ops, and losses' with them
 from .compare import same_bits
 from .draw import Draw
 from .ops import OPS, Case, dtype_of
