@@ -9,109 +9,33 @@
 
 namespace rf {
 
-inline Activation parse_activation(string_view name, const char* op = "linear") {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  if (name == "sigmoid") return Activation::sigmoid;
-  if (name == "tanh") return Activation::tanh;
-  RF_CHECK(TORCH_CHECK_VALUE, false, op, "activation", "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh",
-           std::string(name));
-}
+Activation parse_activation(string_view name, const char* op = "linear");
 
 // As torch: IndexError for a dimension that is not there; a scalar has one.
-inline int64_t checked_dim(const char* op, const Tensor& x, int64_t dim) {
-  const int64_t dims = std::max<int64_t>(1, x.dim());
-  RF_CHECK(TORCH_CHECK_INDEX, -dims <= dim && dim < dims, op, "dim", c10::str("from ", -dims, " to ", dims - 1), dim);
-  return dim < 0 ? dim + dims : dim;
-}
+int64_t checked_dim(const char* op, const Tensor& x, int64_t dim);
 
-inline void check_floating(const char* op, const Tensor& x) {
-  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, at::isFloatingType(x.scalar_type()), op, "input", "a floating point type",
-           x.scalar_type());
-}
+void check_floating(const char* op, const Tensor& x);
 
-inline void check_linear(const Tensor& x, const Tensor& w, const Tensor& b) {
-  RF_CHECK(TORCH_CHECK, w.dim() == 2, "linear", "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), "linear", "input",
-           c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"), x.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.scalar_type() == w.scalar_type(), "linear", "weight",
-           c10::str(x.scalar_type(), " as input has"), w.scalar_type());
-  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "linear", "weight", c10::str(x.device(), " as input is on"),
-           w.device());
-  if (!b.defined()) return;
-  RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == w.sym_size(0), "linear", "bias",
-           c10::str("shape [", w.sym_size(0), "]"), b.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.scalar_type() == b.scalar_type(), "linear", "bias",
-           c10::str(x.scalar_type(), " as input has"), b.scalar_type());
-  RF_CHECK(TORCH_CHECK, x.device() == b.device(), "linear", "bias", c10::str(x.device(), " as input is on"),
-           b.device());
-}
+void check_linear(const Tensor& x, const Tensor& w, const Tensor& b);
 
-inline void check_phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& b) {
-  const bool cube = a.dim() == 3 && a.sym_size(0) == a.sym_size(1) && a.sym_size(1) == a.sym_size(2);
-  RF_CHECK(TORCH_CHECK, cube && a.sym_size(0) >= 1, "phm_linear", "a", "shape (n, n, n)", a.sym_sizes());
-  const auto n = a.sym_size(0);
-  RF_CHECK(TORCH_CHECK, s.dim() == 3 && s.sym_size(0) == n, "phm_linear", "s",
-           c10::str("shape (n, out_features / n, in_features / n) with n = ", n, " as a has it"), s.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == n * s.sym_size(2), "phm_linear", "input",
-           c10::str("last dimension ", n * s.sym_size(2), " as s of shape ", s.sym_sizes(), " has it"), x.sym_sizes());
-  if (b.defined())
-    RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == n * s.sym_size(1), "phm_linear", "bias",
-             c10::str("shape [", n * s.sym_size(1), "]"), b.sym_sizes());
-  const auto same = [&](const char* name, const Tensor& tensor) {
-    if (!tensor.defined()) return;
-    RF_CHECK(TORCH_CHECK, x.scalar_type() == tensor.scalar_type(), "phm_linear", name,
-             c10::str(x.scalar_type(), " as input has"), tensor.scalar_type());
-    RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), "phm_linear", name, c10::str(x.device(), " as input is on"),
-             tensor.device());
-  };
-  same("a", a);
-  same("s", s);
-  same("bias", b);
-}
+void check_phm_operands(const char* op, const Tensor& a, const Tensor& s);
+
+void check_phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Tensor& b);
 
 inline int64_t class_dim(const Tensor& input) { return input.dim() == 1 ? 0 : 1; }
+
 inline bool is_probability_target(const Tensor& input, const Tensor& target) {
   return input.sym_sizes() == target.sym_sizes();
 }
 
+// Class indices of any integer type, where torch's own is Long or Byte.
+void check_class_type(const char* op, const Tensor& t);
+
+void check_softcap(const char* op, std::optional<double> softcap);
+
 // Types of exception as torch.nn.functional.cross_entropy raises them.
-inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
-                                double label_smoothing) {
-  RF_CHECK(TORCH_CHECK, x.dim() >= 1, "cross_entropy", "input", "1 or more dimensions", x.dim());
-  RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, "cross_entropy", "label_smoothing",
-           "a number from 0 to 1", label_smoothing);
-  RF_CHECK(TORCH_CHECK, x.device() == t.device(), "cross_entropy", "target", c10::str(x.device(), " as input is on"),
-           t.device());
-  const auto classes = x.sym_size(class_dim(x));
-  if (is_probability_target(x, t)) {
-    RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), "cross_entropy", "target",
-             "floating point probabilities, its shape being input's", t.scalar_type());
-    RF_CHECK(TORCH_CHECK, ignore_index < 0, "cross_entropy", "ignore_index", "none with probability targets",
-             ignore_index);
-  } else {
-    RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), "cross_entropy",
-             "target", c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
-    RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, "cross_entropy", "target",
-             "one class for one row of logits", t.sym_sizes());
-    bool fits = t.dim() == x.dim() - 1;
-    for (int64_t d = 1; fits && d < t.dim(); ++d) fits = t.sym_size(d) == x.sym_size(d + 1);
-    RF_CHECK(TORCH_CHECK, fits, "cross_entropy", "target",
-             c10::str("input's shape ", x.sym_sizes(), " without its classes"), t.sym_sizes());
-    RF_CHECK(TORCH_CHECK, t.scalar_type() == at::kLong || t.scalar_type() == at::kByte, "cross_entropy", "target",
-             "Long class indices", t.scalar_type());
-  }
-  if (!w.defined()) return;
-  RF_CHECK(TORCH_CHECK, w.dim() == 1 && w.sym_size(0) == classes, "cross_entropy", "weight",
-           c10::str("one number for each of the ", classes, " classes"), w.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.device() == w.device(), "cross_entropy", "weight", c10::str(x.device(), " as input is on"),
-           w.device());
-  RF_CHECK(TORCH_CHECK, w.scalar_type() == x.scalar_type(), "cross_entropy", "weight",
-           c10::str(x.scalar_type(), " as input has"), w.scalar_type());
-}
+void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
+                         double label_smoothing);
 
 // linear_cross_entropy's losses: of each row, and of each position of a K-dimensional weight.
 inline std::vector<c10::SymInt> symbolic_loss_shape(const Tensor& input, const Tensor& linear_weight) {
@@ -123,102 +47,13 @@ inline std::vector<c10::SymInt> symbolic_loss_shape(const Tensor& input, const T
 
 // Types of exception as torch.nn.functional.linear_cross_entropy raises them. `target` holds probabilities where it is
 // floating, as it has to be then where its shape is that of the logits.
-inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
-                                       const Tensor& c, int64_t ignore_index, double label_smoothing,
-                                       std::optional<double> softcap, std::optional<int64_t> memory_budget,
-                                       double filter_eps) {
-  RF_CHECK(TORCH_CHECK, x.dim() == 1 || x.dim() == 2, "linear_cross_entropy", "input", "1 or 2 dimensions", x.dim());
-  check_floating("linear_cross_entropy", x);
-  RF_CHECK(TORCH_CHECK, w.dim() >= 2, "linear_cross_entropy", "linear_weight",
-           "2 or more dimensions (classes, ..., in_features)", w.dim());
-  RF_CHECK(TORCH_CHECK, x.sym_size(-1) == w.sym_size(-1), "linear_cross_entropy", "linear_weight",
-           c10::str("last dimension ", x.sym_size(-1), " as input has it"), w.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.dim() == 2 || w.dim() == 2, "linear_cross_entropy", "input",
-           "2 dimensions for a K-dimensional loss", x.sym_sizes());
-  RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, "linear_cross_entropy", "label_smoothing",
-           "a number from 0 to 1", label_smoothing);
-  RF_CHECK(TORCH_CHECK_VALUE, !softcap || *softcap > 0, "linear_cross_entropy", "softcap", "a positive number or None",
-           *softcap);
-  RF_CHECK(TORCH_CHECK_VALUE, !memory_budget || *memory_budget > 0, "linear_cross_entropy", "memory_budget",
-           "a positive number of bytes or None", *memory_budget);
-  RF_CHECK(TORCH_CHECK_VALUE, filter_eps >= 0, "linear_cross_entropy", "filter_eps", "a number of at least 0",
-           filter_eps);
-  const auto losses = symbolic_loss_shape(x, w);
-  auto logits = losses;
-  logits.insert(logits.begin() + (x.dim() - 1), w.sym_size(0));
-  const auto is = [](const Tensor& tensor, c10::SymIntArrayRef sizes) { return tensor.sym_sizes() == sizes; };
-  const auto same = [&](const char* name, const Tensor& tensor, bool dtype) {
-    if (!tensor.defined()) return;
-    RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), "linear_cross_entropy", name,
-             c10::str(x.device(), " as input is on"), tensor.device());
-    RF_CHECK(TORCH_CHECK, !dtype || x.scalar_type() == tensor.scalar_type(), "linear_cross_entropy", name,
-             c10::str(x.scalar_type(), " as input has"), tensor.scalar_type());
-  };
-  same("linear_weight", w, true);
-  same("linear_bias", b, true);
-  same("weight", c, true);
-  same("target", t, false);
-  if (b.defined())
-    RF_CHECK(TORCH_CHECK, is(b, w.sym_sizes().slice(0, w.dim() - 1)), "linear_cross_entropy", "linear_bias",
-             c10::str("shape ", w.sym_sizes().slice(0, w.dim() - 1)), b.sym_sizes());
-  if (c.defined())
-    RF_CHECK(TORCH_CHECK, c.dim() == 1 && c.sym_size(0) == w.sym_size(0), "linear_cross_entropy", "weight",
-             c10::str("one number for each of the ", w.sym_size(0), " classes"), c.sym_sizes());
-  if (is(t, logits)) {
-    RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), "linear_cross_entropy", "target",
-             "floating point probabilities, its shape being that of the logits", t.scalar_type());
-    RF_CHECK(TORCH_CHECK, ignore_index < 0, "linear_cross_entropy", "ignore_index", "none with probability targets",
-             ignore_index);
-    return;
-  }
-  RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), "linear_cross_entropy",
-           "target", c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
-  RF_CHECK(TORCH_CHECK, is(t, losses), "linear_cross_entropy", "target",
-           c10::str("shape ", c10::SymIntArrayRef(losses), ", or probabilities of shape ", c10::SymIntArrayRef(logits)),
-           t.sym_sizes());
-  RF_CHECK(TORCH_CHECK, t.scalar_type() == at::kLong || t.scalar_type() == at::kByte, "linear_cross_entropy", "target",
-           "Long class indices", t.scalar_type());
-}
+void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
+                                const Tensor& c, int64_t ignore_index, double label_smoothing,
+                                std::optional<double> softcap, std::optional<int64_t> memory_budget, double filter_eps);
 
 // `op` is the function that the user called. Values of scale and sample_weight are not looked at: a device would have
 // to be waited for.
-inline void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
-                             const Tensor& scale, const Tensor& sample_weight, bool scale_is_variance) {
-  check_floating(op, x);
-  RF_CHECK(TORCH_CHECK, w.dim() == 2, op, "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
-  RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), op, "input",
-           c10::str("last dimension ", w.sym_size(1), " as weight of shape ", w.sym_sizes(), " has it"), x.sym_sizes());
-  auto predictions = x.sym_sizes().vec();
-  predictions.pop_back();
-  const auto rows = predictions;
-  predictions.push_back(w.sym_size(0));
-  const auto same = [&](const char* name, const Tensor& tensor, bool or_wider) {
-    if (!tensor.defined()) return;
-    RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), op, name, c10::str(x.device(), " as input is on"),
-             tensor.device());
-    const auto type = tensor.scalar_type();
-    RF_CHECK(TORCH_CHECK, type == x.scalar_type() || (or_wider && type == acc_type(x.scalar_type())), op, name,
-             c10::str(x.scalar_type(), " as input has"), type);
-  };
-  same("weight", w, false);
-  same("bias", b, false);
-  const char* scale_name = scale_is_variance ? "sigma" : "pos_weight";
-  same(scale_name, scale, true);
-  same("sample_weight", sample_weight, true);
-  RF_CHECK(TORCH_CHECK, x.device() == t.device(), op, "target", c10::str(x.device(), " as input is on"), t.device());
-  RF_CHECK(TORCH_CHECK, !at::isComplexType(t.scalar_type()), op, "target", "real numbers", t.scalar_type());
-  // Not what broadcasts: (N) beside (N, 1) would be N^2 residuals, which nobody means.
-  RF_CHECK(TORCH_CHECK, t.sym_sizes() == c10::SymIntArrayRef(predictions), op, "target",
-           c10::str("the predictions' shape ", c10::SymIntArrayRef(predictions)), t.sym_sizes());
-  if (b.defined())
-    RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == w.sym_size(0), op, "bias",
-             c10::str("shape [", w.sym_size(0), "]"), b.sym_sizes());
-  if (scale.defined())
-    RF_CHECK(TORCH_CHECK, scale.dim() == 0 || (scale.dim() == 1 && scale.sym_size(0) == w.sym_size(0)), op, scale_name,
-             c10::str("shape [] or [", w.sym_size(0), "]"), scale.sym_sizes());
-  if (sample_weight.defined())
-    RF_CHECK(TORCH_CHECK, sample_weight.sym_sizes() == c10::SymIntArrayRef(rows), op, "sample_weight",
-             c10::str("one number for each row, shape ", c10::SymIntArrayRef(rows)), sample_weight.sym_sizes());
-}
+void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
+                      const Tensor& scale, const Tensor& sample_weight, bool scale_is_variance);
 
 }  // namespace rf

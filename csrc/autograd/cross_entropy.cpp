@@ -1,6 +1,6 @@
 // regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or,
 // on devices that compute it in the pass that gives the loss, the gradient itself.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 #include "cross_entropy_options.h"
 #include "saved_gradients.h"
@@ -145,14 +145,13 @@ std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const O
   // torch takes a target of one element for a single row of logits.
   const bool single = x.dim() == 1 && target.dim() == 1 && target.sym_size(0) == 1 && x.sym_size(0) != 1;
   const Tensor t = single ? target.squeeze(0) : target;
-  RF_CHECK(TORCH_CHECK_VALUE, !softcap || *softcap > 0, "cross_entropy", "softcap", "a positive number or None",
-           *softcap);
+  check_softcap("cross_entropy", softcap);
   // Probabilities or their weights in another type promote, and a differentiated weight is torch's (or its refusal).
   const bool promotes = x.dim() >= 1 && is_probability_target(x, t) && at::isFloatingType(t.scalar_type()) &&
                         (t.scalar_type() != x.scalar_type() || (w.defined() && w.scalar_type() != x.scalar_type()));
-  if (promotes || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w}))
+  const bool empty = x.dim() >= 1 && no_classes(x.sym_size(class_dim(x)));
+  if (promotes || empty || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w}))
     return composite(x, t, weight, o);
-  check_cross_entropy(x, t, w, ignore_index, label_smoothing);
   if (any_requires_grad({&x, &t})) {
     Way way = may_write_in_forward(x, t, o) ? Way::forward : Way::backward;
     if (inplace_backward && x.requires_grad()) {
@@ -198,10 +197,11 @@ std::vector<Tensor> cross_entropy_autocast(const Tensor& x, const Tensor& t, con
                        z_loss, softcap, logit_scale, outputs, inplace_backward, loss_dtype);
 }
 
-std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t, const OptionalTensor&, int64_t,
-                                               int64_t reduction, double, double, std::optional<double>,
-                                               std::optional<double>, int64_t outputs,
+std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t, const OptionalTensor& w,
+                                               int64_t ignore_index, int64_t reduction, double label_smoothing, double,
+                                               std::optional<double> softcap, std::optional<double>, int64_t outputs,
                                                std::optional<at::ScalarType> loss_dtype) {
+  check_cross_entropy_forward(x, t, w, ignore_index, reduction, label_smoothing, softcap, outputs, loss_dtype);
   auto row_shape = x.sym_sizes().vec();
   row_shape.erase(row_shape.begin() + class_dim(x));
   c10::SymInt rows = 1;
@@ -223,26 +223,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward_meta(
     const Tensor& x, const Tensor& t, const OptionalTensor& w, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
     std::optional<at::ScalarType> loss_dtype) {
+  check_reduced("cross_entropy_forward_backward", reduction);
   const auto r = cross_entropy_forward_meta(x, t, w, ignore_index, reduction, label_smoothing, z_loss, softcap,
                                             logit_scale, kOutputLoss, loss_dtype);
   return {r[0], r[1], r[2], at::empty_like(x)};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_backward_meta(const OptionalTensor&, const OptionalTensor&,
-                                                       const OptionalTensor&, const OptionalTensor&, const Tensor& x,
-                                                       const Tensor& t, const OptionalTensor&, const Tensor&,
-                                                       const Tensor&, int64_t, int64_t, double, double,
-                                                       std::optional<double>, std::optional<double>,
-                                                       std::array<bool, 2> mask) {
+std::tuple<Tensor, Tensor> cross_entropy_backward_meta(
+    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+    const OptionalTensor& grad_logprob, const Tensor& x, const Tensor& t, const OptionalTensor& w, const Tensor& stats,
+    const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing, double,
+    std::optional<double> softcap, std::optional<double>, std::array<bool, 2> mask) {
+  check_cross_entropy_backward("cross_entropy_backward", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, x, t, w,
+                               stats, weight_sum, ignore_index, reduction, label_smoothing, softcap, mask[1]);
   return {mask[0] ? at::empty_like(x) : at::empty({0}, x.options()),
           mask[1] ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, x.options())};
 }
 
-Tensor cross_entropy_backward_inplace_meta(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                           const OptionalTensor&, const Tensor& x, const Tensor& t,
-                                           const OptionalTensor&, const Tensor&, const Tensor&, int64_t, int64_t,
-                                           double, double, std::optional<double>, std::optional<double>,
-                                           bool grad_target) {
+Tensor cross_entropy_backward_inplace_meta(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
+                                           const OptionalTensor& grad_entropy, const OptionalTensor& grad_logprob,
+                                           const Tensor& x, const Tensor& t, const OptionalTensor& w,
+                                           const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index,
+                                           int64_t reduction, double label_smoothing, double,
+                                           std::optional<double> softcap, std::optional<double>, bool grad_target) {
+  check_cross_entropy_backward("cross_entropy_backward_", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, x, t,
+                               w, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap, grad_target,
+                               &x);
   return grad_target ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, x.options());
 }
 
@@ -257,8 +263,12 @@ TORCH_LIBRARY_IMPL(regfast, Meta, m) {
   m.impl("cross_entropy_forward", cross_entropy_forward_meta);
   m.impl("cross_entropy_forward_backward", cross_entropy_forward_backward_meta);
   m.impl("cross_entropy_backward_unless_one_",
-         [](const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&, const Tensor&, int64_t,
-            int64_t, double, double, std::optional<double>, std::optional<double>, const Tensor&) {});
+         [](const Tensor& grad_loss, const Tensor& x, const Tensor& t, const OptionalTensor& w, const Tensor& stats,
+            const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing, double,
+            std::optional<double> softcap, std::optional<double>, const Tensor& grad) {
+           check_cross_entropy_unless_one(grad_loss, x, t, w, stats, weight_sum, ignore_index, reduction,
+                                          label_smoothing, softcap, grad);
+         });
   m.impl("cross_entropy_backward", cross_entropy_backward_meta);
   m.impl("cross_entropy_backward_", cross_entropy_backward_inplace_meta);
 }

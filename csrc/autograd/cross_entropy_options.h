@@ -44,6 +44,9 @@ struct CrossEntropyOptions {
   }
 };
 
+// Rows without classes are torch's own special case; of sizes that only a run will tell there are some.
+inline bool no_classes(const c10::SymInt& classes) { return classes.maybe_as_int() == 0; }
+
 inline bool any_defined(const torch::autograd::variable_list& grads) {
   for (const Tensor& g : grads)
     if (g.defined()) return true;

@@ -1,6 +1,6 @@
 // regfast::linear: saves the operands that a derivative needs and what the activation's derivative is computed from
 // (nothing, the output or the pre-activation); computes only the gradients that are asked for.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 
 namespace rf {
@@ -86,7 +86,6 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, stri
   // A vector as weight and a bias that broadcasts are torch's own special cases.
   const bool unusual = w.dim() != 2 || (b.defined() && (b.dim() != 1 || (b.sym_size(0) == 1 && w.sym_size(0) != 1)));
   if (unusual || takes_composite({&x, &w, &b})) return composite(x, w, bias, activation);
-  check_linear(x, w, b);
   if (any_requires_grad({&x, &w, &b})) return LinearFunction::apply(x, w, bias, activation);
   return std::get<0>(forward(x, w, bias, activation, false));
 }
@@ -100,8 +99,10 @@ Tensor linear_autocast(const Tensor& x, const Tensor& w, const OptionalTensor& b
                 at::autocast::cached_cast(to, b, device), activation);
 }
 
-std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w, const OptionalTensor&, string_view,
-                                               bool save_preactivation) {
+std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w, const OptionalTensor& b,
+                                               string_view activation, bool save_preactivation) {
+  check_linear_forward(x, w, b);
+  parse_activation(activation);
   auto sizes = x.sym_sizes().vec();
   sizes.back() = w.sym_size(0);
   return {at::empty_symint(sizes, x.options()),
@@ -109,8 +110,9 @@ std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w,
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& grad, const OptionalTensor& x,
-                                                        const OptionalTensor& w, const OptionalTensor&, string_view,
-                                                        std::array<bool, 3> mask) {
+                                                        const OptionalTensor& w, const OptionalTensor& saved,
+                                                        string_view activation, std::array<bool, 3> mask) {
+  check_linear_backward(grad, x, w, saved, activation, mask);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   const c10::SymInt outputs = grad.sym_size(-1);
   auto sizes = grad.sym_sizes().vec();

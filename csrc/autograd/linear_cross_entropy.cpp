@@ -1,7 +1,7 @@
 // regfast::linear_cross_entropy: a reduced loss has its gradients computed in forward, chunk by chunk while the logits
 // are there, and saves them; anything else saves its inputs alone and computes the logits again in backward, and so
 // does a reduced loss whose saved tensors are packed away.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 #include "cross_entropy_options.h"
 #include "saved_gradients.h"
@@ -135,13 +135,15 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
                      memory_budget,
                      filter_eps};
   const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
-  check_linear_cross_entropy(x, w, target, b, c, ignore_index, label_smoothing, softcap, memory_budget, filter_eps);
+  check_linear_cross_entropy("linear_cross_entropy", x, w, target, b, c, ignore_index, label_smoothing, softcap,
+                             memory_budget, filter_eps);
   // Probabilities of a type that is neither input's nor its accumulator's promote; a differentiated class weight is
   // torch's, or its refusal.
   const bool probabilities = at::isFloatingType(target.scalar_type());
   const bool promotes = probabilities && has_kernel(x.scalar_type()) && target.scalar_type() != x.scalar_type() &&
                         target.scalar_type() != acc_type(x.scalar_type());
-  if (promotes || (c.defined() && c.requires_grad()) || takes_composite({&x, &w, &target, &b, &c}))
+  if (promotes || no_classes(w.sym_size(0)) || (c.defined() && c.requires_grad()) ||
+      takes_composite({&x, &w, &target, &b, &c}))
     return composite({x, w, target, bias, weight}, o);
   if (any_requires_grad({&x, &w, &target, &b})) return LinearCrossEntropyFunction::apply(x, w, target, bias, weight, o);
   return forward({x, w, target, bias, weight}, o);
@@ -178,10 +180,13 @@ std::vector<Tensor> autocast(const Tensor& x, const Tensor& w, const Tensor& tar
                               loss_dtype);
 }
 
-std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&,
-                                 const OptionalTensor&, int64_t, int64_t reduction, double, double,
-                                 std::optional<double>, std::optional<double>, int64_t outputs, std::optional<int64_t>,
+std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
+                                 const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
+                                 double label_smoothing, double, std::optional<double> softcap, std::optional<double>,
+                                 int64_t outputs, std::optional<int64_t> memory_budget,
                                  std::optional<at::ScalarType> loss_dtype) {
+  check_linear_cross_entropy_forward(x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
+                                     outputs, memory_budget, loss_dtype);
   const auto shape = symbolic_loss_shape(x, w);
   const auto type = loss_type(x, target, loss_dtype), other = loss_dtype.value_or(x.scalar_type());
   std::vector<Tensor> results;
@@ -209,21 +214,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_meta(const Tensor& x, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
-    const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&, const OptionalTensor&, int64_t,
-    int64_t, double, double, std::optional<double>, std::optional<double>, bool argmax, std::optional<int64_t>, double,
+    const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias, const OptionalTensor& weight,
+    int64_t ignore_index, int64_t reduction, double label_smoothing, double, std::optional<double> softcap,
+    std::optional<double>, bool argmax, std::optional<int64_t> memory_budget, double filter_eps,
     std::optional<at::ScalarType> loss_dtype, std::array<bool, 3> mask) {
+  check_linear_cross_entropy_forward(x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
+                                     kOutputLoss, memory_budget, loss_dtype, filter_eps);
+  check_reduced("linear_cross_entropy_forward_backward", reduction);
   auto [dx, dw, db, none] = gradients_meta(x, w, target, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
   const auto classes = x.options().dtype(at::kLong);
   return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))),
           argmax ? at::empty_symint(symbolic_loss_shape(x, w), classes) : at::empty({0}, classes), dx, dw, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const OptionalTensor&, const OptionalTensor&,
-                                                         const OptionalTensor&, const OptionalTensor&, const Tensor& x,
-                                                         const Tensor& w, const Tensor& target, const OptionalTensor&,
-                                                         const OptionalTensor&, int64_t, int64_t, double, double,
-                                                         std::optional<double>, std::optional<double>,
-                                                         std::optional<int64_t>, double, std::array<bool, 4> mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(
+    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+    const OptionalTensor& grad_logprob, const Tensor& x, const Tensor& w, const Tensor& target,
+    const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
+    double label_smoothing, double, std::optional<double> softcap, std::optional<double>,
+    std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
+  check_linear_cross_entropy_backward({&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, x, w, target, bias, weight,
+                                      ignore_index, reduction, label_smoothing, softcap, memory_budget, filter_eps,
+                                      mask[3]);
   return gradients_meta(x, w, target, mask, std::nullopt);
 }
 

@@ -1,7 +1,7 @@
 // regfast::linear_nll: a reduced loss has its gradients computed in forward, while the residuals are there, and saves
 // them; a loss per element, or one whose saved tensors are packed away, saves its inputs alone and computes the
 // predictions again in backward.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 #include "saved_gradients.h"
 
@@ -156,8 +156,10 @@ Tensor autocast(const Tensor& x, const Tensor& w, const Tensor& target, const Op
                     reduction, loss_dtype);
 }
 
-Tensor forward_meta(const Tensor& x, const Tensor&, const Tensor& target, const OptionalTensor&, const OptionalTensor&,
-                    const OptionalTensor&, int64_t, double, bool, int64_t reduction, ScalarTypes loss_dtype) {
+Tensor forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
+                    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double, bool,
+                    int64_t reduction, ScalarTypes loss_dtype) {
+  check_linear_nll_forward(x, w, target, bias, scale, sample_weight, family, reduction, loss_dtype);
   const auto options = x.options().dtype(loss_type(x, target, loss_dtype));
   return reduction == at::Reduction::None ? at::empty_symint(target.sym_sizes(), options) : at::empty({}, options);
 }
@@ -175,16 +177,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_meta(const Tensor& x, const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
-    const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor&, const OptionalTensor& scale,
-    const OptionalTensor&, int64_t, double, bool, int64_t, ScalarTypes loss_dtype, std::array<bool, 4> mask) {
+    const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias, const OptionalTensor& scale,
+    const OptionalTensor& sample_weight, int64_t family, double, bool, int64_t reduction, ScalarTypes loss_dtype,
+    std::array<bool, 4> mask) {
+  check_linear_nll_forward(x, w, target, bias, scale, sample_weight, family, reduction, loss_dtype, mask[3]);
+  check_reduced("linear_nll_forward_backward", reduction);
   auto [dx, dw, db, dv] = gradients_meta(x, w, scale, mask, acc_type(x.scalar_type()));
   return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))), dx, dw, db, dv};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const Tensor& x, const Tensor& w, const Tensor&,
-                                                         const OptionalTensor&, const OptionalTensor& scale,
-                                                         const OptionalTensor&, int64_t, double, bool, int64_t,
-                                                         std::array<bool, 4> mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor& grad, const Tensor& x, const Tensor& w,
+                                                         const Tensor& target, const OptionalTensor& bias,
+                                                         const OptionalTensor& scale,
+                                                         const OptionalTensor& sample_weight, int64_t family, double,
+                                                         bool, int64_t reduction, std::array<bool, 4> mask) {
+  check_linear_nll_backward(grad, x, w, target, bias, scale, sample_weight, family, reduction, mask[3]);
   return gradients_meta(x, w, scale, mask, std::nullopt);
 }
 

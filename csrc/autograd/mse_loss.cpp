@@ -1,5 +1,5 @@
 // regfast::mse_loss saves input and target; the residual is recomputed in backward.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 
 namespace rf {
@@ -67,12 +67,14 @@ Tensor mse_loss_autocast(const Tensor& x, const Tensor& y, int64_t reduction) {
                       at::autocast::cached_cast(at::kFloat, y, device), reduction);
 }
 
-Tensor mse_loss_forward_meta(const Tensor& x, const Tensor&, int64_t reduction) {
+Tensor mse_loss_forward_meta(const Tensor& x, const Tensor& y, int64_t reduction) {
+  check_mse_loss("mse_loss", x, y, reduction);
   return reduction == at::Reduction::None ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({}, x.options());
 }
 
-std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor&, const Tensor& x, const Tensor&, int64_t,
-                                                  std::array<bool, 2> mask) {
+std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor& grad, const Tensor& x, const Tensor& y,
+                                                  int64_t reduction, std::array<bool, 2> mask) {
+  check_mse_loss_backward(grad, x, y, reduction);
   const auto like = [&](bool wanted) {
     return wanted ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
   };

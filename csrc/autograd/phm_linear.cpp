@@ -1,6 +1,6 @@
 // regfast::phm_linear: saves its operands and what the activation's derivative is computed from, never the weight that
 // they stand for; computes only the gradients that are asked for.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 
 namespace rf {
@@ -104,17 +104,21 @@ Tensor phm_linear_autocast(const Tensor& x, const Tensor& a, const Tensor& s, co
 }
 
 std::tuple<Tensor, Tensor> phm_linear_forward_meta(const Tensor& x, const Tensor& a, const Tensor& s,
-                                                   const OptionalTensor&, string_view, bool save_preactivation) {
+                                                   const OptionalTensor& b, string_view activation,
+                                                   bool save_preactivation) {
+  check_phm_linear_forward(x, a, s, b);
+  parse_activation(activation, "phm_linear");
   auto sizes = x.sym_sizes().vec();
   sizes.back() = a.sym_size(0) * s.sym_size(1);
   return {at::empty_symint(sizes, x.options()),
           save_preactivation ? at::empty_symint(sizes, x.options()) : at::empty({0}, x.options())};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward_meta(const Tensor& grad, const OptionalTensor&,
+std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward_meta(const Tensor& grad, const OptionalTensor& x,
                                                                     const Tensor& a, const Tensor& s,
-                                                                    const OptionalTensor&, string_view,
+                                                                    const OptionalTensor& saved, string_view activation,
                                                                     std::array<bool, 4> mask) {
+  check_phm_linear_backward(grad, x, a, s, saved, activation, mask);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   const c10::SymInt n = a.sym_size(0);
   auto sizes = grad.sym_sizes().vec();

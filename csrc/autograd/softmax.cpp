@@ -1,5 +1,5 @@
 // regfast::softmax saves its output alone; regfast::logsumexp saves input and result.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 
 namespace rf {
@@ -81,9 +81,9 @@ struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
 };
 
 Tensor softmax(const Tensor& x, int64_t dim, bool log) {
-  check_floating(log ? "log_softmax" : "softmax", x);
+  check_floating(softmax_name(log), x);
   if (takes_composite({&x})) return composite_softmax(x, dim, log);
-  dim = checked_dim(log ? "log_softmax" : "softmax", x, dim);
+  dim = checked_dim(softmax_name(log), x, dim);
   if (any_requires_grad({&x})) return SoftmaxFunction::apply(x, dim, log);
   return softmax_forward(x, dim, log);
 }
@@ -98,6 +98,7 @@ Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
 Tensor like_meta(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
 
 Tensor logsumexp_forward_meta(const Tensor& x, int64_t dim, bool keepdim) {
+  dim = check_softmax_forward("logsumexp", x, dim);
   auto sizes = x.sym_sizes().vec();
   if (x.dim()) {
     if (keepdim)
@@ -123,10 +124,19 @@ TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) {
   m.impl("logsumexp", composite_logsumexp);
 }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("softmax_forward", [](const Tensor& x, int64_t, bool) { return like_meta(x); });
-  m.impl("softmax_backward", [](const Tensor&, const Tensor& y, int64_t, bool) { return like_meta(y); });
+  m.impl("softmax_forward", [](const Tensor& x, int64_t dim, bool log) {
+    check_softmax_forward(softmax_name(log), x, dim);
+    return like_meta(x);
+  });
+  m.impl("softmax_backward", [](const Tensor& grad, const Tensor& y, int64_t dim, bool) {
+    check_softmax_backward(grad, y, dim);
+    return like_meta(y);
+  });
   m.impl("logsumexp_forward", logsumexp_forward_meta);
-  m.impl("logsumexp_backward", [](const Tensor&, const Tensor& x, const Tensor&, int64_t) { return like_meta(x); });
+  m.impl("logsumexp_backward", [](const Tensor& grad, const Tensor& x, const Tensor& lse, int64_t dim) {
+    check_logsumexp_backward(grad, x, lse, dim);
+    return like_meta(x);
+  });
 }
 
 }  // namespace rf

@@ -42,6 +42,13 @@ CrossEntropyPartial sum_over_blocks(const CrossEntropyArgs& args, bool tiles, in
   return {loss.value(), weight.value(), bad_row};
 }
 
+// Forward's kernels look for themselves.
+int64_t first_bad_row(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; a.target && r < end; ++r)
+    if (a.target[r] != a.ignore_index && (a.target[r] < 0 || a.target[r] >= a.classes)) return r;
+  return -1;
+}
+
 // Whether rows go through tiles, and if so their layouts as those want them.
 bool prepare_tiles(CrossEntropyArgs& args, CrossEntropyGrads& grads, int64_t rows) {
   const bool tiles = needs_tiles(args) || (grads.grad_logits && grads.grad_layout.class_stride != 1) ||
@@ -64,11 +71,16 @@ CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, co
   });
 }
 
-void cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows) {
+int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows) {
   const auto kernel = kernels().cross_entropy_backward[(int)dtype];
   const bool tiles = prepare_tiles(args, grads, rows);
-  for_row_blocks(args, tiles, rows,
-                 [&](const CrossEntropyArgs& a, int64_t, int64_t begin, int64_t end) { kernel(a, grads, begin, end); });
+  return sum_over_blocks(args, tiles, rows,
+                         [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+                           const int64_t bad_row = first_bad_row(a, begin, end);
+                           if (bad_row < 0) kernel(a, grads, begin, end);
+                           return CrossEntropyPartial{0, 0, bad_row};
+                         })
+      .bad_row;
 }
 
 CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,

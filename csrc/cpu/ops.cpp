@@ -3,7 +3,7 @@
 // above.
 #include <torch/csrc/stable/c/shim.h>
 
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 #include "activation_gradient.h"
 #include "compensated_sum.h"
@@ -31,6 +31,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                                           string_view activation, bool save_preactivation) {
+  check_linear_forward(x, w, bias);
   auto sizes = x.sizes().vec();
   sizes.back() = w.size(0);
   const DType dtype = dtype_of(x.scalar_type());
@@ -63,6 +64,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input,
                                                    const OptionalTensor& weight, const OptionalTensor& saved,
                                                    string_view activation_name, std::array<bool, 3> mask) {
+  check_linear_backward(grad, input, weight, saved, activation_name, mask);
   const Activation activation = parse_activation(activation_name);
   const DType dtype = dtype_of(grad.scalar_type());
   const int64_t m = rows_of(grad), n = grad.size(-1);
@@ -101,6 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
 // ---- softmax family ------------------------------------------------------------------------------------------------
 
 Tensor softmax_cpu(const Tensor& input, int64_t dim, bool log) {
+  dim = check_softmax_forward(softmax_name(log), input, dim);
   const Tensor x = walkable(input, dim);
   Tensor y = advised(at::empty(input.sizes(), input.options()));
   if (y.numel() == 0) return y;
@@ -116,6 +119,7 @@ Tensor softmax_cpu(const Tensor& input, int64_t dim, bool log) {
 }
 
 Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output, int64_t dim, bool log) {
+  dim = check_softmax_backward(grad, output, dim);
   const Tensor g = walkable(grad, dim), y = walkable(output, dim);
   Tensor dx = advised(at::empty(y.sizes(), y.options()));
   if (y.numel() == 0) return dx;
@@ -134,6 +138,7 @@ Tensor softmax_backward_cpu(const Tensor& grad, const Tensor& output, int64_t di
 
 // In accumulator type: the op rounds, backward does not have to.
 Tensor logsumexp_cpu(const Tensor& input, int64_t dim, bool keepdim) {
+  dim = check_softmax_forward("logsumexp", input, dim);
   const Tensor x = walkable(input, dim);
   Tensor result = at::empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
   SoftmaxArgs a = {};
@@ -148,6 +153,7 @@ Tensor logsumexp_cpu(const Tensor& input, int64_t dim, bool keepdim) {
 
 // lse and grad have the shape that logsumexp returned, with or without the reduced dimension.
 Tensor logsumexp_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& lse, int64_t dim) {
+  dim = check_logsumexp_backward(grad, input, lse, dim);
   const Tensor x = walkable(input, dim);
   const auto acc = acc_type(x.scalar_type());
   const Tensor g = grad.to(acc).contiguous(), l = lse.to(acc).contiguous();
@@ -181,11 +187,18 @@ CrossEntropyTensors<CrossEntropyArgs> tensors_of(const Tensor& input, const Tens
   return t;
 }
 
+void check_row(const CrossEntropyArgs& a, int64_t bad) {
+  RF_CHECK(TORCH_CHECK_INDEX, bad < 0, "cross_entropy", "target", c10::str("classes from 0 to ", a.classes - 1),
+           c10::str("Target ", a.target[bad], " is out of bounds."));
+}
+
 std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
                                               int64_t ignore_index, int64_t reduction, double label_smoothing,
                                               double z_loss, std::optional<double> softcap,
                                               std::optional<double> logit_scale, int64_t outputs,
                                               std::optional<at::ScalarType> loss_dtype) {
+  check_cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing, softcap, outputs,
+                              loss_dtype);
   auto t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
   const auto row_shape = reduced_sizes(input, class_dim(input), false);
   const auto acc = acc_type(input.scalar_type()), result_type = loss_dtype.value_or(input.scalar_type());
@@ -204,9 +217,7 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
     out.argmax = (argmax = at::empty(row_shape, input.options().dtype(at::kLong))).mutable_data_ptr<int64_t>();
 
   const CrossEntropyPartial sums = cross_entropy_forward(t.dtype, t.args, out, t.rows);
-  if (sums.bad_row >= 0)
-    RF_CHECK(TORCH_CHECK_INDEX, false, "cross_entropy", "target", c10::str("classes from 0 to ", t.args.classes - 1),
-             c10::str("Target ", t.args.target[sums.bad_row], " is out of bounds."));
+  check_row(t.args, sums.bad_row);
 
   std::vector<Tensor> results;
   if (outputs & kOutputLoss) {
@@ -251,7 +262,7 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
     g.grad_probabilities = dt.mutable_data_ptr();
     g.grad_probability_layout = *row_layout(dt, dim);
   }
-  cross_entropy_backward(t.dtype, t.args, g, t.rows);
+  check_row(t.args, cross_entropy_backward(t.dtype, t.args, g, t.rows));
   if (grad_input && !dx.is_same(*grad_input)) grad_input->copy_(dx);
   return dt;
 }
@@ -261,6 +272,9 @@ std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(
     const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
     const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing,
     double z_loss, std::optional<double> softcap, std::optional<double> logit_scale, std::array<bool, 2> mask) {
+  check_cross_entropy_backward("cross_entropy_backward", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
+                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
+                               mask[1]);
   Tensor dx = mask[0] ? advised(at::empty_like(input)) : at::empty({0}, input.options());
   Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, {grad_loss, grad_lse, grad_entropy, grad_logprob},
                                           input, target, weight, stats, weight_sum, ignore_index, reduction,
@@ -275,6 +289,9 @@ Tensor cross_entropy_backward_inplace_cpu(const OptionalTensor& grad_loss, const
                                           int64_t reduction, double label_smoothing, double z_loss,
                                           std::optional<double> softcap, std::optional<double> logit_scale,
                                           bool grad_target) {
+  check_cross_entropy_backward("cross_entropy_backward_", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
+                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
+                               grad_target, &input);
   input.unsafeGetTensorImpl()->bump_version();
   return cross_entropy_backward_into(&input, {grad_loss, grad_lse, grad_entropy, grad_logprob}, input, target, weight,
                                      stats, weight_sum, ignore_index, reduction, label_smoothing, z_loss, softcap,
@@ -284,6 +301,7 @@ Tensor cross_entropy_backward_inplace_cpu(const OptionalTensor& grad_loss, const
 // ---- mse_loss ------------------------------------------------------------------------------------------------------
 
 Tensor mse_loss_forward_cpu(const Tensor& input, const Tensor& target, int64_t reduction) {
+  check_mse_loss("mse_loss", input, target, reduction);
   const Tensor x = input.contiguous(), y = target.contiguous();
   const bool each = reduction == at::Reduction::None;
   Tensor out = each ? advised(at::empty(x.sizes(), x.options())) : Tensor();
@@ -295,6 +313,7 @@ Tensor mse_loss_forward_cpu(const Tensor& input, const Tensor& target, int64_t r
 
 std::tuple<Tensor, Tensor> mse_loss_backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& target,
                                                  int64_t reduction, std::array<bool, 2> mask) {
+  check_mse_loss_backward(grad, input, target, reduction);
   const Tensor x = input.contiguous(), y = target.contiguous(), g = grad.contiguous();
   Tensor dx = advised(at::empty(mask[0] ? x.sizes() : at::IntArrayRef{0}, x.options()));
   Tensor dy = advised(at::empty(mask[1] ? x.sizes() : at::IntArrayRef{0}, x.options()));

@@ -6,6 +6,7 @@
 #include <limits>
 #include <vector>
 
+#include "../op_checks.h"
 #include "drivers.h"
 #include "linear_cross_entropy.h"
 #include "linear_cross_entropy_problem.h"
@@ -200,6 +201,8 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
                                 int64_t reduction, double label_smoothing, double z_loss, std::optional<double> softcap,
                                 std::optional<double> logit_scale, int64_t outputs,
                                 std::optional<int64_t> memory_budget, std::optional<at::ScalarType> loss_dtype) {
+  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
+                                     label_smoothing, softcap, outputs, memory_budget, loss_dtype);
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
   const bool every_row = outputs & ~(kOutputLoss | kOutputLogprob);
   const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
@@ -255,6 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
     std::optional<double> softcap, std::optional<double> logit_scale, bool argmax_too,
     std::optional<int64_t> memory_budget, double filter_eps, std::optional<at::ScalarType> loss_dtype,
     std::array<bool, 3> mask) {
+  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
+                                     label_smoothing, softcap, kOutputLoss, memory_budget, loss_dtype, filter_eps);
+  check_reduced("linear_cross_entropy_forward_backward", reduction);
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
   const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, argmax_too);
   const Gradients g = new_gradients(p, input, linear_weight, target, p.acc, {mask[0], mask[1], mask[2], false});
@@ -276,6 +282,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
     std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
+  check_linear_cross_entropy_backward({&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input, linear_weight,
+                                      target, linear_bias, weight, ignore_index, reduction, label_smoothing, softcap,
+                                      memory_budget, filter_eps, mask[3]);
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
   const bool every_row = grad_lse.has_value() || grad_entropy.has_value();
   const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, every_row);

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../op_checks.h"
 #include "drivers.h"
 #include "linear_cross_entropy.h"
 #include "parallel.h"
@@ -206,6 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const 
 Tensor forward_cpu(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
                    bool full, int64_t reduction, std::optional<at::ScalarType> loss_dtype) {
+  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype);
   const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
   Wanted to;
   to.value = true;
@@ -220,6 +222,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
     const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
     const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance, bool full,
     int64_t reduction, std::optional<at::ScalarType> loss_dtype, std::array<bool, 4> mask) {
+  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype, mask[3]);
+  check_reduced("linear_nll_forward_backward", reduction);
   const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
   Wanted to;
   to.value = true;
@@ -237,6 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, cons
                                                         const OptionalTensor& sample_weight, int64_t family,
                                                         double variance, bool full, int64_t reduction,
                                                         std::array<bool, 4> mask) {
+  check_linear_nll_backward(grad, input, weight, target, bias, scale, sample_weight, family, reduction, mask[3]);
   const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
   Wanted to;
   want_gradients(p, input.scalar_type(), mask, &to);

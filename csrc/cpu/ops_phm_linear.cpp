@@ -2,7 +2,7 @@
 // d', without W. A chunk of rows is mixed, Z[(row, u), (m, r)] = sum over p of a[m, u, p] x[row, (p, r)], and
 // multiplied by S = s seen as q' x d: the arithmetic of the dense layer on n times the rows and an n-th of the weights.
 // Backward makes the same two products that the dense layer does, of Z's gradient with S and of Z with the output's.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../torch_api.h"
 #include "activation_gradient.h"
 #include "gemm_packed.h"
@@ -36,6 +36,7 @@ struct PhmProblem : PhmTensors {
 std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor& a, const Tensor& s,
                                               const OptionalTensor& bias, string_view activation,
                                               bool save_preactivation) {
+  check_phm_linear_forward(input, a, s, bias);
   PhmProblem p(input, a, s);
   const Activation act = parse_activation(activation, "phm_linear");
   auto sizes = input.sizes().vec();
@@ -72,6 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
                                                                const Tensor& a, const Tensor& s,
                                                                const OptionalTensor& saved, string_view activation_name,
                                                                std::array<bool, 4> mask) {
+  check_phm_linear_backward(grad, input, a, s, saved, activation_name, mask);
   const Activation activation = parse_activation(activation_name, "phm_linear");
   const auto none = [&] { return at::empty({0}, grad.options()); };
   PhmProblem p(grad, a, s);

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../cpu/tensor_layouts.h"
 #include "ops.h"
 #include "tuning.h"
@@ -75,6 +75,7 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                                           string_view activation, bool save_preactivation) {
+  check_linear_forward(x, w, bias);
   const OnDevice device(x);
   auto sizes = x.sizes().vec();
   sizes.back() = w.size(0);
@@ -105,6 +106,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input,
                                                    const OptionalTensor& weight, const OptionalTensor& saved,
                                                    string_view activation_name, std::array<bool, 3> mask) {
+  check_linear_backward(grad, input, weight, saved, activation_name, mask);
   const OnDevice device(grad);
   const Activation activation = parse_activation(activation_name);
   const DType dtype = dtype_of(grad.scalar_type());
@@ -140,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
 // ---- softmax family ------------------------------------------------------------------------------------------------
 
 Tensor softmax_forward(const Tensor& input, int64_t dim, bool log) {
+  dim = check_softmax_forward(softmax_name(log), input, dim);
   const OnDevice device(input);
   const Tensor x = walkable(input, dim);
   Tensor y = at::empty(input.sizes(), input.options());
@@ -157,6 +160,7 @@ Tensor softmax_forward(const Tensor& input, int64_t dim, bool log) {
 }
 
 Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, bool log) {
+  dim = check_softmax_backward(grad, output, dim);
   const OnDevice device(output);
   const Tensor g = walkable(grad, dim), y = walkable(output, dim);
   Tensor dx = at::empty(y.sizes(), y.options());
@@ -177,6 +181,7 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, b
 
 // In accumulator type: the op rounds, backward does not have to.
 Tensor logsumexp_forward(const Tensor& input, int64_t dim, bool keepdim) {
+  dim = check_softmax_forward("logsumexp", input, dim);
   const OnDevice device(input);
   const Tensor x = walkable(input, dim);
   Tensor result = at::empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
@@ -194,6 +199,7 @@ Tensor logsumexp_forward(const Tensor& input, int64_t dim, bool keepdim) {
 
 // lse and grad have the shape that logsumexp returned, with or without the reduced dimension.
 Tensor logsumexp_backward(const Tensor& grad, const Tensor& input, const Tensor& lse, int64_t dim) {
+  dim = check_logsumexp_backward(grad, input, lse, dim);
   const OnDevice device(input);
   const Tensor x = walkable(input, dim);
   const auto acc = acc_type(x.scalar_type());
@@ -216,6 +222,7 @@ Tensor logsumexp_backward(const Tensor& grad, const Tensor& input, const Tensor&
 // ---- mse_loss ------------------------------------------------------------------------------------------------------
 
 Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduction) {
+  check_mse_loss("mse_loss", input, target, reduction);
   const OnDevice device(input);
   const Tensor x = input.contiguous(), y = target.contiguous();
   const bool each = reduction == at::Reduction::None;
@@ -231,6 +238,7 @@ Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduc
 
 std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
                                              int64_t reduction, std::array<bool, 2> mask) {
+  check_mse_loss_backward(grad, input, target, reduction);
   const OnDevice device(input);
   const Tensor x = input.contiguous(), y = target.contiguous(), g = grad.contiguous();
   Tensor dx = at::empty(mask[0] ? x.sizes() : at::IntArrayRef{0}, x.options());

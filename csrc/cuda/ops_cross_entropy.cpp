@@ -1,5 +1,6 @@
 // The CUDA kernels of cross-entropy: tensors to plain structs, allocation, the current stream. Arguments were checked
 // above. Nothing here waits for the device.
+#include "../op_checks.h"
 #include "../cpu/cross_entropy_tensors.h"
 #include "ops.h"
 
@@ -84,6 +85,8 @@ std::vector<Tensor> cross_entropy_forward(const Tensor& input, const Tensor& tar
                                           double z_loss, std::optional<double> softcap,
                                           std::optional<double> logit_scale, int64_t outputs,
                                           std::optional<at::ScalarType> loss_dtype) {
+  check_cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing, softcap, outputs,
+                              loss_dtype);
   return cross_entropy_results(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
                                logit_scale, outputs, loss_dtype, nullptr);
 }
@@ -92,6 +95,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
     const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
     std::optional<at::ScalarType> loss_dtype) {
+  check_reduced("cross_entropy_forward_backward", reduction);
+  check_cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing, softcap, kOutputLoss,
+                              loss_dtype);
   Tensor grad = at::empty_like(input);
   const auto r = cross_entropy_results(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
                                        logit_scale, kOutputLoss, loss_dtype, &grad);
@@ -136,6 +142,9 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(
     const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
     const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing,
     double z_loss, std::optional<double> softcap, std::optional<double> logit_scale, std::array<bool, 2> mask) {
+  check_cross_entropy_backward("cross_entropy_backward", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
+                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
+                               mask[1]);
   Tensor dx = mask[0] ? at::empty_like(input) : at::empty({0}, input.options());
   Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, {grad_loss, grad_lse, grad_entropy, grad_logprob},
                                           input, target, weight, stats, weight_sum, ignore_index, reduction,
@@ -150,6 +159,9 @@ Tensor cross_entropy_backward_inplace(const OptionalTensor& grad_loss, const Opt
                                       int64_t reduction, double label_smoothing, double z_loss,
                                       std::optional<double> softcap, std::optional<double> logit_scale,
                                       bool grad_target) {
+  check_cross_entropy_backward("cross_entropy_backward_", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
+                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
+                               grad_target, &input);
   input.unsafeGetTensorImpl()->bump_version();
   return cross_entropy_backward_into(&input, {grad_loss, grad_lse, grad_entropy, grad_logprob}, input, target, weight,
                                      stats, weight_sum, ignore_index, reduction, label_smoothing, z_loss, softcap,
@@ -161,6 +173,8 @@ void cross_entropy_backward_unless_one(const Tensor& grad_loss, const Tensor& in
                                        int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
                                        std::optional<double> softcap, std::optional<double> logit_scale,
                                        const Tensor& grad) {
+  check_cross_entropy_unless_one(grad_loss, input, target, weight, stats, weight_sum, ignore_index, reduction,
+                                 label_smoothing, softcap, grad);
   cross_entropy_backward_into(&grad, {grad_loss, {}, {}, {}}, input, target, weight, stats, weight_sum, ignore_index,
                               reduction, label_smoothing, z_loss, softcap, logit_scale, false, /*unless_one=*/true);
 }

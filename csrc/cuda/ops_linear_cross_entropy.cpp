@@ -2,7 +2,7 @@
 // again and again, the panel turned into its gradient in place, the gradient multiplied into dX and dW, whose sums over
 // the chunks stay in the accumulator's type. Nothing here waits for the device, so ignored rows are multiplied like the
 // others: to gather the rest, the host would have to know how many there are.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../cpu/cross_entropy_tensors.h"
 #include "../cpu/linear_cross_entropy_tensors.h"
 #include "../cuda_chunks.h"
@@ -201,6 +201,8 @@ std::vector<Tensor> forward(const Tensor& input, const Tensor& linear_weight, co
                             int64_t reduction, double label_smoothing, double z_loss, std::optional<double> softcap,
                             std::optional<double> logit_scale, int64_t outputs, std::optional<int64_t> memory_budget,
                             std::optional<at::ScalarType> loss_dtype) {
+  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
+                                     label_smoothing, softcap, outputs, memory_budget, loss_dtype);
   const OnDevice device(input);
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
   const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o);
@@ -237,8 +239,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
     const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
     const OptionalTensor& weight, int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
     std::optional<double> softcap, std::optional<double> logit_scale, bool argmax_too,
-    std::optional<int64_t> memory_budget, double /*filter_eps*/, std::optional<at::ScalarType> loss_dtype,
+    std::optional<int64_t> memory_budget, double filter_eps, std::optional<at::ScalarType> loss_dtype,
     std::array<bool, 3> mask) {
+  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
+                                     label_smoothing, softcap, kOutputLoss, memory_budget, loss_dtype, filter_eps);
+  check_reduced("linear_cross_entropy_forward_backward", reduction);
   const OnDevice device(input);
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
   const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o);
@@ -261,7 +266,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
     const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
     const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
     double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
-    std::optional<int64_t> memory_budget, double /*filter_eps*/, std::array<bool, 4> mask) {
+    std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
+  check_linear_cross_entropy_backward({&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input, linear_weight,
+                                      target, linear_bias, weight, ignore_index, reduction, label_smoothing, softcap,
+                                      memory_budget, filter_eps, mask[3]);
   const OnDevice device(input);
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
   const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o);

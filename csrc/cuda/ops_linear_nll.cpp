@@ -4,7 +4,7 @@
 // be less than its last digit. Nothing here waits for the device.
 #include <cmath>
 
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../cpu/linear_cross_entropy_tensors.h"
 #include "../cuda_chunks.h"
 #include "ops.h"
@@ -198,6 +198,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Problem& p, const 
 Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
                const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
                bool full, int64_t reduction, std::optional<at::ScalarType> loss_dtype) {
+  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype);
   const OnDevice device(input);
   const Problem p = make_problem(input, weight, target, bias, scale, sample_weight, family, variance, full, reduction);
   const auto type = loss_type(input, target, loss_dtype);
@@ -212,6 +213,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
     const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
     const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance, bool full,
     int64_t reduction, std::optional<at::ScalarType> loss_dtype, std::array<bool, 4> mask) {
+  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype, mask[3]);
+  check_reduced("linear_nll_forward_backward", reduction);
   const OnDevice device(input);
   const Problem p = make_problem(input, weight, target, bias, scale, sample_weight, family, variance, full, reduction);
   Wanted to = wanted_gradients(p, p.acc, mask);
@@ -226,6 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     const OptionalTensor& scale, const OptionalTensor& sample_weight,
                                                     int64_t family, double variance, bool full, int64_t reduction,
                                                     std::array<bool, 4> mask) {
+  check_linear_nll_backward(grad, input, weight, target, bias, scale, sample_weight, family, reduction, mask[3]);
   const OnDevice device(input);
   const Problem p = make_problem(input, weight, target, bias, scale, sample_weight, family, variance, full, reduction);
   const bool each = reduction == at::Reduction::None;

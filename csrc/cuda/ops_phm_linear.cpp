@@ -1,7 +1,7 @@
 // phm_linear on CUDA, as csrc/cpu/ops_phm_linear.cpp has it: a chunk of rows is mixed, in their own type for the tensor
 // cores, and multiplied by S; backward multiplies the output's gradient by S, in the accumulator's type, and by the
 // mixed rows. W is never stored. Products are ATen's; nothing here waits for the device.
-#include "../checks.h"
+#include "../op_checks.h"
 #include "../cpu/phm_tensors.h"
 #include "ops.h"
 #include "tuning.h"
@@ -30,6 +30,7 @@ struct PhmProblem : PhmTensors {
 std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor& a, const Tensor& s,
                                               const OptionalTensor& bias, string_view activation,
                                               bool save_preactivation) {
+  check_phm_linear_forward(input, a, s, bias);
   const OnDevice device(input);
   PhmProblem p(input, a, s);
   const Activation act = parse_activation(activation, "phm_linear");
@@ -61,6 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
                                                                const Tensor& a, const Tensor& s,
                                                                const OptionalTensor& saved, string_view activation_name,
                                                                std::array<bool, 4> mask) {
+  check_phm_linear_backward(grad, input, a, s, saved, activation_name, mask);
   const OnDevice device(grad);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   PhmProblem p(grad, a, s);
