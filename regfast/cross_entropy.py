@@ -7,10 +7,11 @@ from torch import Tensor, nn
 from torch.jit import is_scripting
 from torch.nn import _reduction
 
+from . import kinds
 from ._extension import reduction_number, without_tensors
 from .outputs import require_one_for_scripts, select_outputs
 
-_cross_entropy = torch.ops.regfast.cross_entropy.default
+_cross_entropy = kinds.by_schema("cross_entropy", torch.ops.regfast.cross_entropy.default)
 
 
 def cross_entropy(
@@ -38,7 +39,7 @@ def cross_entropy(
 
     Args:
         input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float32, float64, bfloat16 or float16.
-        target: class indices, input's shape without C, int64 or uint8; or probabilities of input's shape.
+        target: class indices, input's shape without C, of any integer type; or probabilities of input's shape.
         weight: of each class, ``(C)``, input's dtype.
         size_average, reduce: deprecated, as in torch.
         ignore_index: rows with this target have no loss and no gradient, and do not count in the mean. That holds
@@ -99,21 +100,30 @@ def cross_entropy(
         input,
         target,
         weight,
-        ignore_index,
+        kinds.integer("cross_entropy", "ignore_index", ignore_index),
         reduction_number("cross_entropy", reduction),
         label_smoothing,
         z_loss,
         softcap,
         logit_scale,
         bits,
-        inplace_backward,
-        loss_dtype,
+        kinds.boolean("cross_entropy", "inplace_backward", inplace_backward),
+        kinds.dtype("cross_entropy", "loss_dtype", loss_dtype),
     )
     return tensors[0] if result is None else result(*(tensors[i] for i in places))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` computed by :func:`regfast.cross_entropy`, whose further options it takes."""
+
+    # Of an nn.CrossEntropyLoss whose __class__ became this one.
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float | None = None
+    outputs: str | tuple[str, ...] = ("loss",)
+    inplace_backward: bool = False
+    loss_dtype: torch.dtype | None = None
+    _bits: int = 1
 
     def __init__(
         self,

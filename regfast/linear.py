@@ -8,9 +8,10 @@ from torch.jit import is_scripting
 from torch.overrides import has_torch_function_unary
 
 from ._extension import without_tensors
+from .kinds import by_schema
 from .reference import ACTIVATIONS
 
-_linear = torch.ops.regfast.linear.default
+_linear = by_schema("linear", torch.ops.regfast.linear.default)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from . import _C
+from . import _C, kinds
 from ._extension import are_tensors, reduction_number, refuse_scripts, without_tensors
 from .cross_entropy import cross_entropy
 from .linear import is_product
 from .outputs import select_outputs
+from .reference import as_batch, unbatched
 
-_linear_cross_entropy = torch.ops.regfast.linear_cross_entropy.default
+_linear_cross_entropy = kinds.by_schema("linear_cross_entropy", torch.ops.regfast.linear_cross_entropy.default)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -55,10 +57,11 @@ def linear_cross_entropy(
     the gradient of ``linear_weight`` NaN, as it does in PyTorch.
 
     Args:
-        input: rows ``(D)`` or ``(N, D)``, any strides; float32, float64, bfloat16 or float16.
+        input: rows ``(D)`` or ``(N, D)``, any strides; float32, float64, bfloat16 or float16. More dimensions, as of
+            ``(B, T, D)``, which torch refuses, are a batch of B * T rows: targets and results have B and T for N.
         linear_weight: ``(C, D)``, or ``(C, d1, ..., D)`` for a K-dimensional loss, input's dtype.
-        target: class indices ``()``, ``(N)`` or ``(N, d1, ...)``, int64 or uint8; or probabilities ``(C)``, ``(N, C)``
-            or ``(N, C, d1, ...)``, of input's dtype or float32.
+        target: class indices ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type; or probabilities ``(C)``,
+            ``(N, C)`` or ``(N, C, d1, ...)``, of input's dtype or float32.
         linear_bias: linear_weight's shape without D. weight: of each class, ``(C)``.
         reduction: none, mean (over the rows' class weights for indices, over the rows for probabilities) or sum.
         ignore_index: class that has no loss; -100 by default, and not to be given with probabilities.
@@ -124,13 +127,14 @@ def linear_cross_entropy(
             chunk, input.shape[-1], linear_weight.shape[:-1].numel(), _name(input.dtype), input.is_cuda
         )
     bits, result, places = select_outputs("linear_cross_entropy", outputs)
+    input, target, batch = as_batch(input, target)
     tensors = _linear_cross_entropy(
         input,
         linear_weight,
         target,
         linear_bias,
         weight,
-        -100 if ignore_index is None else ignore_index,
+        -100 if ignore_index is None else kinds.integer("linear_cross_entropy", "ignore_index", ignore_index),
         reduction_number("linear_cross_entropy", reduction),
         label_smoothing,
         z_loss,
@@ -139,8 +143,10 @@ def linear_cross_entropy(
         bits,
         memory_budget,
         filter_eps,
-        loss_dtype,
+        kinds.dtype("linear_cross_entropy", "loss_dtype", loss_dtype),
     )
+    if batch is not None:
+        tensors = [unbatched(tensor, batch) for tensor in tensors]
     return tensors[0] if result is None else result(*(tensors[i] for i in places))
 
 
@@ -151,6 +157,12 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     Assign another module's Parameter to ``linear.weight`` to tie weights. Where ``linear`` has come to do more than
     multiply (an adapter, hooks, a quantised weight), it is called, and its logits are stored.
     """
+
+    further: ClassVar[dict[str, object]] = {}  # of a torch.nn.LinearCrossEntropyLoss whose __class__ became this one
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features
 
     def __init__(
         self,
@@ -184,7 +196,6 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             raise RuntimeError(
                 f"regfast.LinearCrossEntropyLoss: label_smoothing: expected a number from 0 to 1, got {label_smoothing}"
             )
-        self.in_features = in_features
         self.num_classes = num_classes
         self.out_features = tuple(out_features)
         self.ignore_index = ignore_index

@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function_unary
 
+from . import kinds
 from ._extension import are_tensors, not_a_tensor, reduction_number, refuse_scripts, without_tensors
 from .cross_entropy import cross_entropy
 from .linear import is_product
 from .linear_cross_entropy import linear_cross_entropy
 from .reference import FAMILIES, LIKELIHOODS, gaussian_variance, nll_dtype, nll_loss, weighted_classes
 
-_linear_nll = torch.ops.regfast.linear_nll.default
+_linear_nll = kinds.by_schema("linear_nll", torch.ops.regfast.linear_nll.default)
+_linear_mse_loss = kinds.by_schema("linear_mse_loss", torch.ops.regfast.linear_nll.default)
 
 
 def linear_nll(
@@ -114,7 +116,7 @@ def linear_nll(
         return weighted_classes(each, target, sample_weight, reduction)
     scale, variance = gaussian_variance(sigma, eps) if family == "gaussian" else (pos_weight, 1.0)
     full = family == "gaussian" if full is None else full
-    number = FAMILIES.index(family)
+    number, loss_dtype = FAMILIES.index(family), kinds.dtype("linear_nll", "loss_dtype", loss_dtype)
     return _linear_nll(input, weight, target, bias, scale, sample_weight, number, variance, full, mode, loss_dtype)
 
 
@@ -151,7 +153,8 @@ def linear_mse_loss(
             loss_dtype=loss_dtype,
         )
     mode = reduction_number("linear_mse_loss", reduction)
-    return _linear_nll(input, weight, target, bias, None, sample_weight, 0, 1.0, False, mode, loss_dtype)
+    loss_dtype = kinds.dtype("linear_mse_loss", "loss_dtype", loss_dtype)
+    return _linear_mse_loss(input, weight, target, bias, None, sample_weight, 0, 1.0, False, mode, loss_dtype)
 
 
 def _check_options(op: str, family: str, sigma: object, pos_weight: object, full: bool | None) -> None:

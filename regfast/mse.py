@@ -9,8 +9,9 @@ from torch.nn import _reduction
 
 from . import reference
 from ._extension import reduction_number, without_tensors
+from .kinds import by_schema
 
-_mse_loss = torch.ops.regfast.mse_loss.default
+_mse_loss = by_schema("mse_loss", torch.ops.regfast.mse_loss.default)
 
 
 def mse_loss(

@@ -266,7 +266,7 @@ def cross_entropy_outputs(
     if softcap is not None:
         z = softcap * _aten.tanh.default(z / softcap)
     if not probabilities:
-        target = target.long() if target.dtype == torch.uint8 else target
+        target = target if target.dtype in (torch.int64, torch.bool) or target.is_floating_point() else target.long()
         target = target.reshape(()) if input.dim() == 1 and target.shape == (1,) else target
     target, weight = _up(target), _up(weight)
 
@@ -279,6 +279,23 @@ def cross_entropy_outputs(
     }
     results = {name: compute[name]() for name in outputs}
     return [result if name == "argmax" else result.to(loss_dtype or dtypes[name]) for name, result in results.items()]
+
+
+def as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size | None]:
+    """A batch of more than one dimension as one of rows, and its shape; None where there is nothing to do."""
+    if input.dim() <= 2:
+        return input, target, None
+    batch = input.shape[:-1]
+    fits = target.shape[: len(batch)] == batch
+    _require(
+        fits, ValueError, "linear_cross_entropy: target", f"batch {tuple(batch)} as input has", tuple(target.shape)
+    )
+    return input.flatten(0, -2), target.flatten(0, len(batch) - 1), batch
+
+
+def unbatched(result: Tensor, batch: torch.Size) -> Tensor:
+    """A result for each row in the shape of the batch; a reduced loss as it is."""
+    return result.reshape(batch + result.shape[1:]) if result.dim() else result
 
 
 def linear_cross_entropy(
@@ -308,6 +325,7 @@ def linear_cross_entropy(
     known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
     _require(known, ValueError, "linear_cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
     _require_class_weight_type("linear_cross_entropy", input, weight, target.is_floating_point())
+    input, target, batch = as_batch(input, target)
     results = linear_cross_entropy_outputs(
         input,
         linear_weight,
@@ -323,6 +341,8 @@ def linear_cross_entropy(
         names,
         loss_dtype,
     )
+    if batch is not None:
+        results = [unbatched(result, batch) for result in results]
     return results[0] if len(results) == 1 else tuple(results)
 
 
@@ -536,7 +556,7 @@ def _loss(
         log_p = _aten.log_softmax.int(z, class_dim)
         if weight is not None:
             log_p = log_p * weight.view([-1 if d == class_dim else 1 for d in range(z.dim())])
-        rows = rows - smoothing / z.shape[class_dim] * log_p.sum(class_dim)
+        rows = rows - smoothing * log_p.sum(class_dim) / z.shape[class_dim]
         loss = (1 - smoothing) * loss
     lse = _lse(z, class_dim)
     valid = torch.ones_like(lse, dtype=torch.bool) if probabilities else target != ignore_index

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from operator import index
 
 import torch
 from torch import Tensor
 
+from . import kinds
 from ._extension import without_tensors
 
-_softmax = torch.ops.regfast.softmax.default
-_logsumexp = torch.ops.regfast.logsumexp.default
+_softmax = kinds.by_schema("softmax", torch.ops.regfast.softmax.default)
+_log_softmax = kinds.by_schema("log_softmax", torch.ops.regfast.softmax.default)
+_logsumexp = kinds.by_schema("logsumexp", torch.ops.regfast.logsumexp.default)
 
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -34,7 +36,9 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
     """
     if not isinstance(input, Tensor):
         return without_tensors(softmax, {"input": input}, {}, input, dim, dtype)
-    return _softmax(input if dtype is None else input.to(dtype), index(dim), False)
+    if dtype is not None:
+        input = input.to(kinds.dtype("softmax", "dtype", dtype))
+    return _softmax(input, kinds.integer("softmax", "dim", dim), False)
 
 
 def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -44,7 +48,9 @@ def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) 
     """
     if not isinstance(input, Tensor):
         return without_tensors(log_softmax, {"input": input}, {}, input, dim, dtype)
-    return _softmax(input if dtype is None else input.to(dtype), index(dim), True)
+    if dtype is not None:
+        input = input.to(kinds.dtype("log_softmax", "dtype", dtype))
+    return _log_softmax(input, kinds.integer("log_softmax", "dim", dim), True)
 
 
 def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = False) -> Tensor:
@@ -65,10 +71,11 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
     """
     if not isinstance(input, Tensor):
         return without_tensors(logsumexp, {"input": input}, {}, input, dim, keepdim)
+    keepdim = kinds.boolean("logsumexp", "keepdim", keepdim)
     if not isinstance(dim, (tuple, list)):
-        return _logsumexp(input, index(dim), keepdim)
+        return _logsumexp(input, kinds.integer("logsumexp", "dim", dim), keepdim)
     n = max(input.dim(), 1)
-    dims = [d + n if d < 0 else d for d in map(index, dim)]
+    dims = [d + n if d < 0 else d for d in (kinds.integer("logsumexp", "dim", d) for d in dim)]
     if len(set(dims)) != len(dims):
         raise RuntimeError(f"regfast.logsumexp: dim: expected different dimensions, got {tuple(dim)}")
     if any(not 0 <= d < n for d in dims):
@@ -77,6 +84,9 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
         return _logsumexp(input, 0, keepdim)
     dims = dims or list(range(n))  # none means all, as in torch
     kept = [d for d in range(n) if d not in dims]
-    rows = input.permute(*kept, *dims).reshape(*(input.shape[d] for d in kept), -1)
+    # No -1, which is any number where another dimension is empty.
+    rows = input.permute(*kept, *dims).reshape(
+        [input.shape[d] for d in kept] + [math.prod(input.shape[d] for d in dims)]
+    )
     result = _logsumexp(rows, -1, False)
     return result.reshape([1 if d in dims else size for d, size in enumerate(input.shape)]) if keepdim else result
