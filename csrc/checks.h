@@ -109,8 +109,12 @@ inline void check_cross_entropy(const Tensor& x, const Tensor& t, const Tensor& 
            c10::str("one number for each of the ", classes, " classes"), w.sym_sizes());
   RF_CHECK(TORCH_CHECK, x.device() == w.device(), "cross_entropy", "weight", c10::str(x.device(), " as input is on"),
            w.device());
-  RF_CHECK(TORCH_CHECK, w.scalar_type() == x.scalar_type(), "cross_entropy", "weight",
-           c10::str(x.scalar_type(), " as input has"), w.scalar_type());
+}
+
+// torch multiplies losses of classes by weights of the logits' type alone, losses of probabilities by any.
+inline void check_class_weight_type(const char* op, at::ScalarType logits, const Tensor& w, bool probabilities) {
+  RF_CHECK(TORCH_CHECK, !w.defined() || probabilities || w.scalar_type() == logits, op, "weight",
+           c10::str(logits, " as input has"), w.scalar_type());
 }
 
 // linear_cross_entropy's losses: of each row, and of each position of a K-dimensional weight.
@@ -156,7 +160,7 @@ inline void check_linear_cross_entropy(const Tensor& x, const Tensor& w, const T
   };
   same("linear_weight", w, true);
   same("linear_bias", b, true);
-  same("weight", c, true);
+  same("weight", c, false);
   same("target", t, false);
   if (b.defined())
     RF_CHECK(TORCH_CHECK, is(b, w.sym_sizes().slice(0, w.dim() - 1)), "linear_cross_entropy", "linear_bias",
@@ -192,13 +196,14 @@ inline void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, c
   predictions.pop_back();
   const auto rows = predictions;
   predictions.push_back(w.sym_size(0));
-  const auto same = [&](const char* name, const Tensor& tensor, bool or_wider) {
+  const auto same = [&](const char* name, const Tensor& tensor, bool or_any) {
     if (!tensor.defined()) return;
     RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), op, name, c10::str(x.device(), " as input is on"),
              tensor.device());
     const auto type = tensor.scalar_type();
-    RF_CHECK(TORCH_CHECK, type == x.scalar_type() || (or_wider && type == acc_type(x.scalar_type())), op, name,
-             c10::str(x.scalar_type(), " as input has"), type);
+    RF_CHECK(TORCH_CHECK, !or_any || at::isFloatingType(type), op, name, "a floating point type", type);
+    RF_CHECK(TORCH_CHECK, or_any || type == x.scalar_type(), op, name, c10::str(x.scalar_type(), " as input has"),
+             type);
   };
   same("weight", w, false);
   same("bias", b, false);

@@ -8,6 +8,7 @@ from operator import index
 import torch
 from torch import Tensor
 
+from . import reference
 from ._extension import without_tensors
 
 _softmax = torch.ops.regfast.softmax.default
@@ -67,6 +68,8 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
         return without_tensors(logsumexp, {"input": input}, {}, input, dim, keepdim)
     if not isinstance(dim, (tuple, list)):
         return _logsumexp(input, index(dim), keepdim)
+    if input.layout != torch.strided or input.is_nested:  # what has no strides cannot be permuted
+        return reference.logsumexp(input, dim, keepdim)
     n = max(input.dim(), 1)
     dims = [d + n if d < 0 else d for d in map(index, dim)]
     if len(set(dims)) != len(dims):
