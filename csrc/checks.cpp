@@ -108,8 +108,7 @@ void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const
   RF_CHECK(TORCH_CHECK, w.dim() == 1 && w.sym_size(0) == classes, op, "weight",
            c10::str("one number for each of the ", classes, " classes"), w.sym_sizes());
   RF_CHECK(TORCH_CHECK, x.device() == w.device(), op, "weight", c10::str(x.device(), " as input is on"), w.device());
-  RF_CHECK(TORCH_CHECK, w.scalar_type() == x.scalar_type(), op, "weight", c10::str(x.scalar_type(), " as input has"),
-           w.scalar_type());
+  RF_CHECK(TORCH_CHECK, at::isFloatingType(w.scalar_type()), op, "weight", "a floating point type", w.scalar_type());
 }
 
 void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
@@ -142,7 +141,7 @@ void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w
   };
   same("linear_weight", w, true);
   same("linear_bias", b, true);
-  same("weight", c, true);
+  same("weight", c, false);
   same("target", t, false);
   if (b.defined())
     RF_CHECK(TORCH_CHECK, is(b, w.sym_sizes().slice(0, w.dim() - 1)), op, "linear_bias",
@@ -150,6 +149,8 @@ void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w
   if (c.defined())
     RF_CHECK(TORCH_CHECK, c.dim() == 1 && c.sym_size(0) == w.sym_size(0), op, "weight",
              c10::str("one number for each of the ", w.sym_size(0), " classes"), c.sym_sizes());
+  RF_CHECK(TORCH_CHECK, !c.defined() || at::isFloatingType(c.scalar_type()), op, "weight", "a floating point type",
+           c.scalar_type());
   if (is(t, logits)) {
     RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), op, "target",
              "floating point probabilities, its shape being that of the logits", t.scalar_type());

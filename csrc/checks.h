@@ -37,6 +37,12 @@ void check_softcap(const char* op, std::optional<double> softcap);
 void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
                          double label_smoothing);
 
+// torch multiplies losses of classes by weights of the logits' type alone, losses of probabilities by any.
+inline void check_class_weight_type(const char* op, at::ScalarType logits, const Tensor& w, bool probabilities) {
+  RF_CHECK(TORCH_CHECK, !w.defined() || probabilities || w.scalar_type() == logits, op, "weight",
+           c10::str(logits, " as input has"), w.scalar_type());
+}
+
 // linear_cross_entropy's losses: of each row, and of each position of a K-dimensional weight.
 inline std::vector<c10::SymInt> symbolic_loss_shape(const Tensor& input, const Tensor& linear_weight) {
   std::vector<c10::SymInt> shape;

@@ -2,6 +2,7 @@
 // implemented in Python by reference.py and serve the derivatives that have no kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
 #include "cpu/drivers.h"
@@ -160,9 +161,21 @@ int64_t linear_cross_entropy_budget(int64_t chunk, int64_t features, int64_t cla
   return cuda ? rf::cuda_budget_for_chunk(size, chunk) : rf::budget_for_chunk(size, chunk);
 }
 
+// Keeps the function that answers torch_api.h's question about the class of a Python subclass.
+void ask_about_subclasses(pybind11::function answer) {
+  static pybind11::function& kept = *new pybind11::function;  // no destructor that would run after the interpreter's
+  kept = std::move(answer);
+  rf::subclass_takes_composite = [](const rf::Tensor& t) {
+    pybind11::gil_scoped_acquire gil;
+    const auto object = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(t));
+    return kept(pybind11::type::of(object)).cast<bool>();
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.def("ask_about_subclasses", ask_about_subclasses);
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
   m.def("linear_cross_entropy_plan", linear_cross_entropy_plan);

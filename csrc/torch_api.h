@@ -42,10 +42,26 @@ inline bool device_has_kernels(const Tensor& t) {
   return t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda_kernels_enabled && cuda_kernels_enabled(t));
 }
 
+// Whether a Python subclass with a dispatch of its own knows torch's operators alone (MaskedTensor, quantized weights):
+// set by library.cpp, which can ask Python.
+inline bool (*subclass_takes_composite)(const Tensor&) = nullptr;
+
+// Sparse, nested and mkldnn tensors, and subclasses that stand for something else than their elements: what they mean
+// to an op, if anything, is what torch's own operators make of them. Some of them have no sizes that could be checked.
+inline bool any_unusual(std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    if (!t->defined()) continue;
+    if (t->layout() != at::kStrided || t->is_nested()) return true;
+    if (t->unsafeGetTensorImpl()->is_python_dispatch() && subclass_takes_composite && subclass_takes_composite(*t))
+      return true;
+  }
+  return false;
+}
+
 // Whether a call has to take the plain composite: inside a torch.func transform, with a forward-mode tangent, for a
-// dtype without kernels or on a device that has none.
+// dtype without kernels, on a device that has none, or for tensors that are no plain memory.
 inline bool takes_composite(std::initializer_list<const Tensor*> tensors) {
-  if (inside_transform()) return true;
+  if (inside_transform() || any_unusual(tensors)) return true;
   for (const Tensor* t : tensors) {
     if (!t->defined()) continue;
     if (t->_fw_grad(0).defined()) return true;

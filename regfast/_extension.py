@@ -90,8 +90,18 @@ def _with_names(composite: Callable[..., list[Tensor]]) -> Callable[..., list[Te
     return call
 
 
+# Subclasses of Tensor that pass every op on to the tensors that they stand for; any other knows torch's ops alone.
+_PASS_OPS_ON = {"FakeTensor", "FunctionalTensor", "DTensor", "AsyncCollectiveTensor"}
+
+
+def _subclass_takes_composite(cls: type) -> bool:
+    return not any(base.__name__ in _PASS_OPS_ON and base.__module__.startswith("torch.") for base in cls.__mro__)
+
+
+_C.ask_about_subclasses(_subclass_takes_composite)
+
 _library = torch.library.Library("regfast", "FRAGMENT")
-for _name, _composite in {
+_COMPOSITES = {
     "composite_linear": lambda input, weight, bias, activation: reference.linear(
         input, weight, bias, activation=activation
     ),
@@ -106,7 +116,12 @@ for _name, _composite in {
     "composite_mse_loss": lambda input, target, reduction: reference.mse_loss(
         input, target, reduction=reference.REDUCTIONS[reduction]
     ),
-}.items():
+}
+for _name, _composite in _COMPOSITES.items():
     # vmap does not decompose ops of other libraries by itself, and nested tensors have a key of their own.
     for _key in ("CompositeImplicitAutograd", "CompositeImplicitAutogradNestedTensor", "FuncTorchBatched"):
         _library.impl(_name, _composite, _key)
+# Without autograd's keys, in inference mode, nested tensors would reach no kernel of these ops.
+for _name, _composite in _COMPOSITES.items():
+    if not _name.endswith("cross_entropy"):  # torch has none of nested tensors
+        _library.impl(_name.removeprefix("composite_"), _composite, "CompositeImplicitAutogradNestedTensor")

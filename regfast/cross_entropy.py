@@ -39,8 +39,10 @@ def cross_entropy(
 
     Args:
         input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, ...)``, any strides; float32, float64, bfloat16 or float16.
-        target: class indices, input's shape without C, of any integer type; or probabilities of input's shape.
-        weight: of each class, ``(C)``, input's dtype.
+        target: class indices, input's shape without C, of any integer type; or probabilities of input's shape, of any
+            floating dtype: both are computed in the wider one.
+        weight: of each class, ``(C)``: input's dtype, as in torch, or any with probabilities. Under autocast half types
+            count as float32. It is read in the type of the sums, float32 for half types, and never rounded to less.
         size_average, reduce: deprecated, as in torch.
         ignore_index: rows with this target have no loss and no gradient, and do not count in the mean. That holds
             whatever is in them: infinities and NaN, as padding may have them, make torch's gradient NaN there.

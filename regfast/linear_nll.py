@@ -66,7 +66,8 @@ def linear_nll(
         sigma: the gaussian's standard deviation in target's units: a positive number, or a tensor ``()`` or
             ``(out_features,)``, which may be learned. 1 by default.
         pos_weight: of bernoulli: factors of the losses of ones, ``()`` or ``(out_features,)``.
-        sample_weight: a weight for each row, input's shape without its last dimension.
+        sample_weight: a weight for each row, input's shape without its last dimension. Like sigma and pos_weight it may
+            have any floating dtype and is never rounded; a float64 one, or target, makes all of the call float64.
         full: whether a gaussian has its ``log(2 pi) / 2`` (by default it does), poisson Stirling's term (it does not).
         eps: the variance ``sigma^2`` is at least that, as in F.gaussian_nll_loss.
         reduction: none (of target's shape), mean (over all losses; with sample_weight divided by the sum of their
@@ -114,7 +115,8 @@ def linear_nll(
             )
         each = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction="none", loss_dtype=loss_dtype)
         return weighted_classes(each, target, sample_weight, reduction)
-    scale, variance = gaussian_variance(sigma, eps) if family == "gaussian" else (pos_weight, 1.0)
+    others = (input, target, sample_weight)
+    scale, variance = gaussian_variance(sigma, eps, *others) if family == "gaussian" else (pos_weight, 1.0)
     full = family == "gaussian" if full is None else full
     number, loss_dtype = FAMILIES.index(family), kinds.dtype("linear_nll", "loss_dtype", loss_dtype)
     return _linear_nll(input, weight, target, bias, scale, sample_weight, number, variance, full, mode, loss_dtype)

@@ -89,7 +89,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     """``activation(input @ weight.T + bias)``."""
     names = ", ".join(ACTIVATIONS)
     _require(activation in ACTIVATIONS, ValueError, "linear: activation", f"one of {names}", repr(activation))
-    _require(weight.dim() <= 2, RuntimeError, "linear: weight", "1 or 2 dimensions", tuple(weight.shape))
+    if weight.layout == torch.strided:
+        _require(weight.dim() <= 2, RuntimeError, "linear: weight", "1 or 2 dimensions", tuple(weight.shape))
     if activation == "none":
         return _aten.linear.default(input, weight, bias)
     if input.dtype in HALF and all(x is None or x.dtype == input.dtype for x in (weight, bias)):
@@ -156,8 +157,6 @@ def mse_loss(
         reduction in REDUCTIONS, ValueError, "mse_loss: reduction", f"one of {', '.join(REDUCTIONS)}", repr(reduction)
     )
     _require(dtype.is_floating_point, NotImplementedError, "mse_loss: input", FLOATING, dtype)
-    if weight is not None:
-        _require(weight.shape == input.shape, ValueError, "mse_loss: weight", tuple(input.shape), tuple(weight.shape))
     loss = _squared_error(input, target, reduction, weight)
     # Autocast lists torch's mse_loss among the operators that return float32; its weighted form is no such operator.
     if weight is None and _autocast(input):
@@ -167,19 +166,22 @@ def mse_loss(
 
 def _squared_error(input: Tensor, target: Tensor, reduction: str, weight: Tensor | None) -> Tensor:
     """As F.mse_loss, which warns of shapes that broadcast."""
-    if input.shape != target.shape:
-        pairs = zip(reversed(input.shape), reversed(target.shape), strict=False)
+    shape = input.shape
+    if shape != target.shape:
+        pairs = zip(reversed(shape), reversed(target.shape), strict=False)
         broadcast = all(a == b or a == 1 or b == 1 for a, b in pairs)
-        shape = f"a shape that broadcasts with {tuple(input.shape)}"
-        _require(broadcast, RuntimeError, "mse_loss: target", shape, tuple(target.shape))
+        expected = f"a shape that broadcasts with {tuple(shape)}"
+        _require(broadcast, RuntimeError, "mse_loss: target", expected, tuple(target.shape))
         warnings.warn(
             f"Using a target size ({target.size()}) that is different to the input size ({input.size()}). This will "
             "likely lead to incorrect results due to broadcasting. Please ensure they have the same size.",
             stacklevel=4,
         )
-    x, y = torch.broadcast_tensors(_up(input), _up(target))
+        input, target = torch.broadcast_tensors(input, target)
+    x, y = _up(input), _up(target)
     if weight is None:
         return _aten.mse_loss.default(x, y, REDUCTIONS.index(reduction))
+    _require(weight.shape == shape, ValueError, "mse_loss: weight", tuple(shape), tuple(weight.shape))
     terms = (x - y).square() * _up(weight)
     if reduction == "none":
         return terms
@@ -406,7 +408,7 @@ def linear_nll(
         mode = reduction if sample_weight is None else "none"
         loss = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=mode, loss_dtype=loss_dtype)
         return loss if sample_weight is None else weighted_classes(loss, target, sample_weight, reduction)
-    variance, number = gaussian_variance(sigma, eps)
+    variance, number = gaussian_variance(sigma, eps, input, target, sample_weight)
     scale = variance if family == "gaussian" else pos_weight
     full = family == "gaussian" if full is None else full
     options = (FAMILIES.index(family), number, full, reduction, loss_dtype)
@@ -427,12 +429,13 @@ def linear_mse_loss(
     return linear_nll_loss(input, weight, target, bias, None, sample_weight, 0, 1.0, False, reduction, loss_dtype)
 
 
-def gaussian_variance(sigma: float | Tensor | None, eps: float) -> tuple[Tensor | None, float]:
+def gaussian_variance(sigma: float | Tensor | None, eps: float, *others: Tensor | None) -> tuple[Tensor | None, float]:
     """The variance, of at least eps, as a tensor or as a number. As in F.gaussian_nll_loss the bound has no
     derivative. That of a half type is computed in float32, where squares of its range fit."""
     if not isinstance(sigma, Tensor):
         return None, max(1.0 if sigma is None else float(sigma) ** 2, eps)
-    variance = _up(sigma).square()
+    type = _promoted(sigma, *(x for x in others if x is not None and x.is_floating_point()))
+    variance = sigma.to(torch.promote_types(type, torch.float32)).square()
     value = variance.detach()
     return variance + torch.where(value < eps, eps - value, 0), 1.0
 

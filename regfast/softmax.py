@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import kinds
+from . import kinds, reference
 from ._extension import without_tensors
 
 _softmax = kinds.by_schema("softmax", torch.ops.regfast.softmax.default)
@@ -74,6 +74,8 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
     keepdim = kinds.boolean("logsumexp", "keepdim", keepdim)
     if not isinstance(dim, (tuple, list)):
         return _logsumexp(input, kinds.integer("logsumexp", "dim", dim), keepdim)
+    if input.layout != torch.strided or input.is_nested:  # what has no strides cannot be permuted
+        return reference.logsumexp(input, dim, keepdim)
     n = max(input.dim(), 1)
     dims = [d + n if d < 0 else d for d in (kinds.integer("logsumexp", "dim", d) for d in dim)]
     if len(set(dims)) != len(dims):

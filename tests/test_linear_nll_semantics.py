@@ -41,10 +41,15 @@ ERRORS = {
     "target elsewhere": ("target", {"target": T.to("meta")}, "cpu as input is on", "meta"),
     "weights of samples and outputs": ("sample_weight", {"sample_weight": T}, "each row, shape [4]", "[4, 5]"),
     "one weight for all samples": ("sample_weight", {"sample_weight": torch.ones(1)}, "each row, shape [4]", "[1]"),
-    "weights' dtype": ("sample_weight", {"sample_weight": torch.ones(4).double()}, "Float as input has", "Double"),
+    "weights' dtype": ("sample_weight", {"sample_weight": torch.ones(4).long()}, "a floating point type", "Long"),
     "sigma of two dimensions": ("sigma", {"sigma": T + 1}, "[] or [5]", "[4, 5]"),
     "sigma of one": ("sigma", {"sigma": torch.ones(1)}, "[] or [5]", "[1]"),
-    "sigma's dtype": ("sigma", {"sigma": torch.ones(5).double()}, "Float as input has", "Double"),
+    "pos_weight's dtype": (
+        "pos_weight",
+        {"pos_weight": torch.ones(5).int(), "family": "bernoulli"},
+        "a floating point type",
+        "Int",
+    ),
     "pos_weight's shape": ("pos_weight", {"pos_weight": X[0], "family": "bernoulli"}, "[] or [5]", "[3]"),
 }
 VALUE_ERRORS = {

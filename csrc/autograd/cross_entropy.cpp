@@ -136,22 +136,9 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   }
 };
 
-std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const OptionalTensor& weight,
-                                  int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
-                                  std::optional<double> softcap, std::optional<double> logit_scale, int64_t outputs,
-                                  bool inplace_backward, std::optional<at::ScalarType> loss_dtype) {
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
-  const Tensor& w = value_or_undefined(weight);
-  // torch takes a target of one element for a single row of logits.
-  const bool single = x.dim() == 1 && target.dim() == 1 && target.sym_size(0) == 1 && x.sym_size(0) != 1;
-  const Tensor t = single ? target.squeeze(0) : target;
-  check_softcap("cross_entropy", softcap);
-  // Probabilities or their weights in another type promote, and a differentiated weight is torch's (or its refusal).
-  const bool promotes = x.dim() >= 1 && is_probability_target(x, t) && at::isFloatingType(t.scalar_type()) &&
-                        (t.scalar_type() != x.scalar_type() || (w.defined() && w.scalar_type() != x.scalar_type()));
-  const bool empty = x.dim() >= 1 && no_classes(x.sym_size(class_dim(x)));
-  if (promotes || empty || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w}))
-    return composite(x, t, weight, o);
+// By the kernels, for logits and probabilities of one type and class weights of any.
+std::vector<Tensor> by_kernels(const Tensor& x, const Tensor& t, const OptionalTensor& weight, const Options& o,
+                               bool inplace_backward) {
   if (any_requires_grad({&x, &t})) {
     Way way = may_write_in_forward(x, t, o) ? Way::forward : Way::backward;
     if (inplace_backward && x.requires_grad()) {
@@ -171,30 +158,75 @@ std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const O
   return results;
 }
 
+bool holds_probabilities(const Tensor& x, const Tensor& t) {
+  return x.dim() >= 1 && is_probability_target(x, t) && at::isFloatingType(t.scalar_type());
+}
+
+// With results as if the logits were of type `counts_as`.
+std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Tensor& x, const Tensor& target,
+                                     const OptionalTensor& weight, Options o, bool inplace_backward) {
+  const Tensor& w = value_or_undefined(weight);
+  // torch takes a target of one element for a single row of logits.
+  const bool single = x.dim() == 1 && target.dim() == 1 && target.sym_size(0) == 1 && x.sym_size(0) != 1;
+  const Tensor t = single ? target.squeeze(0) : target;
+  check_softcap("cross_entropy", o.softcap);
+  const bool probabilities = holds_probabilities(x, t);
+  const CrossEntropyTypes types(counts_as, t, w, probabilities);
+  const bool typed = !o.loss_dtype && types.loss != x.scalar_type();
+  if (typed) o.loss_dtype = types.loss;
+  const auto finish = [&](std::vector<Tensor> results) {
+    return typed ? types.give(std::move(results), o.outputs) : results;
+  };
+  const bool empty = x.dim() >= 1 && no_classes(x.sym_size(class_dim(x)));
+  // A differentiated class weight is torch's, or its refusal.
+  if (empty || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w}))
+    return finish(composite(x, t, weight, o));
+  if (!probabilities) return finish(by_kernels(x, t, weight, o, inplace_backward));
+  // Both in the wider type, and in float64 if the weights are; autograd rounds their gradients.
+  auto computed = c10::promoteTypes(x.scalar_type(), t.scalar_type());
+  if (w.defined() && w.scalar_type() == at::kDouble) computed = at::kDouble;
+  return finish(by_kernels(x.to(computed), t.to(computed), weight, o, inplace_backward));
+}
+
+std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& t, const OptionalTensor& weight, int64_t ignore_index,
+                                  int64_t reduction, double label_smoothing, double z_loss,
+                                  std::optional<double> softcap, std::optional<double> logit_scale, int64_t outputs,
+                                  bool inplace_backward, std::optional<at::ScalarType> loss_dtype) {
+  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
+  const Tensor& w = value_or_undefined(weight);
+  if (any_unusual({&x, &t, &w})) return composite(x, t, weight, o);
+  check_class_weight_type("cross_entropy", x.scalar_type(), w, holds_probabilities(x, t));
+  return cross_entropy_as(x.scalar_type(), x, t, weight, o, inplace_backward);
+}
+
 std::vector<Tensor> cross_entropy_batched(const Tensor& x, const Tensor& t, const OptionalTensor& w,
                                           int64_t ignore_index, int64_t reduction, double label_smoothing,
                                           double z_loss, std::optional<double> softcap,
                                           std::optional<double> logit_scale, int64_t outputs, bool,
                                           std::optional<at::ScalarType> loss_dtype) {
+  const bool autocast = at::autocast::is_autocast_enabled(x.device().type());
+  if (!autocast)
+    check_class_weight_type("cross_entropy", x.scalar_type(), value_or_undefined(w), holds_probabilities(x, t));
   return composite(x, t, w,
                    {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype});
 }
 
-// Under autocast F.cross_entropy returns float32; the logits stay as they are, all arithmetic being in float32 anyway.
+// Under autocast F.cross_entropy takes half types for float32 and returns it. The logits stay as they are, all
+// arithmetic being in float32 anyway, and nothing else is rounded.
 std::vector<Tensor> cross_entropy_autocast(const Tensor& x, const Tensor& t, const OptionalTensor& w,
                                            int64_t ignore_index, int64_t reduction, double label_smoothing,
                                            double z_loss, std::optional<double> softcap,
                                            std::optional<double> logit_scale, int64_t outputs, bool inplace_backward,
                                            std::optional<at::ScalarType> loss_dtype) {
+  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
+  const Tensor& weight = value_or_undefined(w);
+  if (any_unusual({&x, &t, &weight})) return composite(x, t, w, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(x.device().type()));
-  const bool half = x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kHalf;
-  if (half && !loss_dtype) loss_dtype = at::kFloat;
-  const auto matched = [&](const Tensor& a) {
-    return half && at::isFloatingType(a.scalar_type()) ? a.to(x.scalar_type()) : a;
-  };
-  return cross_entropy(x, matched(t), w ? OptionalTensor(matched(*w)) : w, ignore_index, reduction, label_smoothing,
-                       z_loss, softcap, logit_scale, outputs, inplace_backward, loss_dtype);
+  const auto logits = autocast_loss_type(x.scalar_type());
+  if (weight.defined() && logits != autocast_loss_type(weight.scalar_type()))
+    check_class_weight_type("cross_entropy", logits, weight, holds_probabilities(x, t));
+  return cross_entropy_as(logits, x, t, w, o, inplace_backward);
 }
 
 std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t, const OptionalTensor& w,

@@ -47,6 +47,35 @@ struct CrossEntropyOptions {
 // Rows without classes are torch's own special case; of sizes that only a run will tell there are some.
 inline bool no_classes(const c10::SymInt& classes) { return classes.maybe_as_int() == 0; }
 
+// What the results are of, where nothing is asked for: `row` is the type that logits count as, input's own or, under
+// autocast, float32 for half types; a loss of probabilities is of what it promotes to with them and their weights.
+struct CrossEntropyTypes {
+  at::ScalarType row, loss;
+
+  CrossEntropyTypes(at::ScalarType logits, const Tensor& target, const Tensor& weight, bool probabilities)
+      : row(logits), loss(logits) {
+    if (!probabilities) return;
+    loss = c10::promoteTypes(loss, target.scalar_type());
+    if (weight.defined()) loss = c10::promoteTypes(loss, weight.scalar_type());
+  }
+
+  // Results that were computed in the loss's type; the rows' own numbers have theirs.
+  std::vector<Tensor> give(std::vector<Tensor> results, int64_t outputs) const {
+    size_t next = outputs & kOutputLoss ? 1 : 0;
+    for (const int64_t bit : {kOutputLse, kOutputEntropy})
+      if (outputs & bit) {
+        results[next] = results[next].to(row);
+        ++next;
+      }
+    return results;
+  }
+};
+
+// A half type under autocast: torch's losses are float32 there, whatever they are given.
+inline at::ScalarType autocast_loss_type(at::ScalarType t) {
+  return t == at::kBFloat16 || t == at::kHalf ? at::kFloat : t;
+}
+
 inline bool any_defined(const torch::autograd::variable_list& grads) {
   for (const Tensor& g : grads)
     if (g.defined()) return true;

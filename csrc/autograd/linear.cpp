@@ -83,9 +83,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation) {
   const Tensor& b = value_or_undefined(bias);
   parse_activation(activation);
+  if (any_unusual({&x, &w, &b})) return composite(x, w, bias, activation);
   // A vector as weight and a bias that broadcasts are torch's own special cases.
-  const bool unusual = w.dim() != 2 || (b.defined() && (b.dim() != 1 || (b.sym_size(0) == 1 && w.sym_size(0) != 1)));
-  if (unusual || takes_composite({&x, &w, &b})) return composite(x, w, bias, activation);
+  const bool special = w.dim() != 2 || (b.defined() && (b.dim() != 1 || (b.sym_size(0) == 1 && w.sym_size(0) != 1)));
+  if (special || takes_composite({&x, &w, &b})) return composite(x, w, bias, activation);
   if (any_requires_grad({&x, &w, &b})) return LinearFunction::apply(x, w, bias, activation);
   return std::get<0>(forward(x, w, bias, activation, false));
 }

@@ -125,6 +125,36 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
   }
 };
 
+// Probabilities where floating, as they have to be then where the target's shape is that of the logits.
+bool holds_probabilities(const Tensor& target) { return at::isFloatingType(target.scalar_type()); }
+
+// With results as if the logits were of type `count_as`. Arguments have been checked.
+std::vector<Tensor> linear_cross_entropy_as(at::ScalarType count_as, Operands t, Options o) {
+  const Tensor &b = value_or_undefined(t.bias), &c = value_or_undefined(t.weight);
+  const bool probabilities = holds_probabilities(t.target);
+  const CrossEntropyTypes types(count_as, t.target, c, probabilities);
+  const bool typed = !o.loss_dtype && types.loss != t.x.scalar_type();
+  if (typed) o.loss_dtype = types.loss;
+  const auto finish = [&](std::vector<Tensor> results) {
+    return typed ? types.give(std::move(results), o.outputs) : results;
+  };
+  // A differentiated class weight is torch's, or its refusal.
+  if (no_classes(t.w.sym_size(0)) || (c.defined() && c.requires_grad()) ||
+      takes_composite({&t.x, &t.w, &t.target, &b, &c}))
+    return finish(composite(t, o));
+  // One float64 number makes all of them float64; otherwise probabilities may have the type that logits have here.
+  const bool wide =
+      probabilities && (t.target.scalar_type() == at::kDouble || (c.defined() && c.scalar_type() == at::kDouble));
+  const auto type = wide ? at::kDouble : t.x.scalar_type();
+  t.x = t.x.to(type);
+  t.w = t.w.to(type);
+  if (b.defined()) t.bias = b.to(type);
+  if (probabilities && t.target.scalar_type() != type) t.target = t.target.to(acc_type(type));
+  return finish(any_requires_grad({&t.x, &t.w, &t.target, &value_or_undefined(t.bias)})
+                    ? LinearCrossEntropyFunction::apply(t.x, t.w, t.target, t.bias, t.weight, o)
+                    : forward(t, o));
+}
+
 std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& target,
                                          const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
                                          int64_t reduction, double label_smoothing, double z_loss,
@@ -135,18 +165,11 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
                      memory_budget,
                      filter_eps};
   const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
+  if (any_unusual({&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
   check_linear_cross_entropy("linear_cross_entropy", x, w, target, b, c, ignore_index, label_smoothing, softcap,
                              memory_budget, filter_eps);
-  // Probabilities of a type that is neither input's nor its accumulator's promote; a differentiated class weight is
-  // torch's, or its refusal.
-  const bool probabilities = at::isFloatingType(target.scalar_type());
-  const bool promotes = probabilities && has_kernel(x.scalar_type()) && target.scalar_type() != x.scalar_type() &&
-                        target.scalar_type() != acc_type(x.scalar_type());
-  if (promotes || no_classes(w.sym_size(0)) || (c.defined() && c.requires_grad()) ||
-      takes_composite({&x, &w, &target, &b, &c}))
-    return composite({x, w, target, bias, weight}, o);
-  if (any_requires_grad({&x, &w, &target, &b})) return LinearCrossEntropyFunction::apply(x, w, target, bias, weight, o);
-  return forward({x, w, target, bias, weight}, o);
+  check_class_weight_type("linear_cross_entropy", x.scalar_type(), c, holds_probabilities(target));
+  return linear_cross_entropy_as(x.scalar_type(), {x, w, target, bias, weight}, o);
 }
 
 std::vector<Tensor> batched(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
@@ -154,30 +177,37 @@ std::vector<Tensor> batched(const Tensor& x, const Tensor& w, const Tensor& targ
                             double label_smoothing, double z_loss, std::optional<double> softcap,
                             std::optional<double> logit_scale, int64_t outputs, std::optional<int64_t> memory_budget,
                             double filter_eps, std::optional<at::ScalarType> loss_dtype) {
+  if (!at::autocast::is_autocast_enabled(x.device().type()))
+    check_class_weight_type("linear_cross_entropy", x.scalar_type(), value_or_undefined(weight),
+                            holds_probabilities(target));
   return composite({x, w, target, bias, weight},
                    {{ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype},
                     memory_budget,
                     filter_eps});
 }
 
-// As F.linear followed by F.cross_entropy: products of autocast's type, a float32 loss.
+// As F.linear followed by F.cross_entropy: products of autocast's type, a float32 loss, and nothing else rounded.
 std::vector<Tensor> autocast(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
                              const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
                              double label_smoothing, double z_loss, std::optional<double> softcap,
                              std::optional<double> logit_scale, int64_t outputs, std::optional<int64_t> memory_budget,
                              double filter_eps, std::optional<at::ScalarType> loss_dtype) {
+  const Options o = {{ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype},
+                     memory_budget,
+                     filter_eps};
+  const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
+  if (any_unusual({&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
   const auto device = x.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto to = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(to, t, device); };
-  const Tensor input = cast(x);
-  const bool half = input.scalar_type() == at::kBFloat16 || input.scalar_type() == at::kHalf;
-  if (half && !loss_dtype) loss_dtype = at::kFloat;
-  OptionalTensor class_weight = weight;
-  if (half && weight) class_weight = weight->to(input.scalar_type());
-  return linear_cross_entropy(input, cast(w), target, cast(bias), class_weight, ignore_index, reduction,
-                              label_smoothing, z_loss, softcap, logit_scale, outputs, memory_budget, filter_eps,
-                              loss_dtype);
+  const Operands t = {cast(x), cast(w), target, cast(bias), weight};
+  check_linear_cross_entropy("linear_cross_entropy", t.x, t.w, target, value_or_undefined(t.bias), c, ignore_index,
+                             label_smoothing, softcap, memory_budget, filter_eps);
+  const auto logits = autocast_loss_type(t.x.scalar_type());
+  if (c.defined() && logits != autocast_loss_type(c.scalar_type()))
+    check_class_weight_type("linear_cross_entropy", logits, c, holds_probabilities(target));
+  return linear_cross_entropy_as(logits, t, o);
 }
 
 std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,

@@ -119,20 +119,25 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
 Tensor linear_nll(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
                   const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
                   bool full, int64_t reduction, ScalarTypes loss_dtype) {
-  const Options o = {family, variance, full, reduction, loss_dtype};
+  Options o = {family, variance, full, reduction, loss_dtype};
   const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale), &s = value_or_undefined(sample_weight);
+  if (any_unusual({&x, &w, &target, &b, &v, &s})) return composite({x, w, target, bias, scale, sample_weight}, o);
   const bool gaussian = (Family)family == Family::gaussian;
   check_linear_nll((Family)family == Family::squared ? "linear_mse_loss" : "linear_nll", x, w, target, b, v, s,
                    gaussian);
-  // Targets of a wider type promote, and gradients of what is observed rather than fitted are rare.
-  const auto type = target.scalar_type();
-  const bool promotes =
-      at::isFloatingType(type) && c10::promoteTypes(type, acc_type(x.scalar_type())) != acc_type(x.scalar_type());
+  o.loss_dtype = loss_type(x, target, loss_dtype);
+  // Gradients of what is observed rather than fitted are rare.
   const bool observed = any_requires_grad({&target, &s}) || (!gaussian && any_requires_grad({&v}));
-  if (promotes || observed || takes_composite({&x, &w, &target, &b, &v, &s}))
+  if (observed || takes_composite({&x, &w, &target, &b, &v, &s}))
     return composite({x, w, target, bias, scale, sample_weight}, o);
-  if (any_requires_grad({&x, &w, &b, &v})) return LinearNllFunction::apply(x, w, target, bias, scale, sample_weight, o);
-  return forward({x, w, target, bias, scale, sample_weight}, o);
+  // One float64 number makes all of them float64: nothing is rounded to the accumulator's type.
+  const auto wide = [](const Tensor& t) { return t.defined() && t.scalar_type() == at::kDouble; };
+  const auto type = wide(target) || wide(v) || wide(s) ? at::kDouble : x.scalar_type();
+  const OptionalTensor typed_bias = b.defined() ? OptionalTensor(b.to(type)) : bias;
+  const Operands t = {x.to(type), w.to(type), target, typed_bias, scale, sample_weight};
+  if (any_requires_grad({&t.x, &t.w, &b, &v}))
+    return LinearNllFunction::apply(t.x, t.w, t.target, t.bias, t.scale, t.sample_weight, o);
+  return forward(t, o);
 }
 
 Tensor batched(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
@@ -145,15 +150,18 @@ Tensor batched(const Tensor& x, const Tensor& w, const Tensor& target, const Opt
 Tensor autocast(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
                 const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
                 bool full, int64_t reduction, ScalarTypes loss_dtype) {
+  const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale), &s = value_or_undefined(sample_weight);
+  if (any_unusual({&x, &w, &target, &b, &v, &s}))
+    return composite({x, w, target, bias, scale, sample_weight}, {family, variance, full, reduction, loss_dtype});
   const auto device = x.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto to = at::autocast::get_autocast_dtype(device);
   const auto cast = [&](const auto& t) { return at::autocast::cached_cast(to, t, device); };
   const Tensor input = cast(x);
-  if (input.scalar_type() == to && !loss_dtype) loss_dtype = at::kFloat;
-  const auto wide = [&](const OptionalTensor& t) { return t ? t->to(acc_type(input.scalar_type())) : t; };
-  return linear_nll(input, cast(w), target, cast(bias), wide(scale), wide(sample_weight), family, variance, full,
-                    reduction, loss_dtype);
+  if (input.scalar_type() == to && !loss_dtype)
+    loss_dtype = c10::promoteTypes(at::kFloat, loss_type(input, target, std::nullopt));
+  return linear_nll(input, cast(w), target, cast(bias), scale, sample_weight, family, variance, full, reduction,
+                    loss_dtype);
 }
 
 Tensor forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,

@@ -52,8 +52,8 @@ struct MseLossFunction : torch::autograd::Function<MseLossFunction> {
 Tensor mse_loss(const Tensor& x, const Tensor& y, int64_t reduction) {
   // Shapes that broadcast (with torch's warning), types that promote and devices that differ are torch's own special
   // cases.
-  if (x.sym_sizes() != y.sym_sizes() || x.scalar_type() != y.scalar_type() || x.device() != y.device() ||
-      takes_composite({&x, &y}))
+  if (any_unusual({&x, &y}) || x.sym_sizes() != y.sym_sizes() || x.scalar_type() != y.scalar_type() ||
+      x.device() != y.device() || takes_composite({&x, &y}))
     return composite(x, y, reduction);
   if (any_requires_grad({&x, &y})) return MseLossFunction::apply(x, y, reduction);
   return forward(x, y, reduction);

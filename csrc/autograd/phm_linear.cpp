@@ -87,6 +87,7 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
                   string_view activation) {
   const Tensor& b = value_or_undefined(bias);
   parse_activation(activation, "phm_linear");
+  if (any_unusual({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   check_phm_linear(x, a, s, b);
   if (takes_composite({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, activation);
