@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "cpu/types.h"
+#include "trace.h"
 
 namespace rf {
 
@@ -42,16 +43,24 @@ inline bool device_has_kernels(const Tensor& t) {
   return t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda_kernels_enabled && cuda_kernels_enabled(t));
 }
 
-// Whether a call has to take the plain composite: inside a torch.func transform, with a forward-mode tangent, for a
-// dtype without kernels or on a device that has none.
-inline bool takes_composite(std::initializer_list<const Tensor*> tensors) {
-  if (inside_transform()) return true;
+// Whether a call has to take the plain composite: for a reason of the op's own, inside a torch.func transform, with a
+// forward-mode tangent, for a dtype without kernels or on a device that has none. A caller follows the answer, which is
+// on record where it is yes.
+inline bool takes_composite(const char* op, std::initializer_list<const Tensor*> tensors,
+                            const char* special = nullptr) {
+  const auto yes = [&](const auto&... why) {
+    if (trace::on()) trace::composite(op, tensors, c10::str(why...));
+    return true;
+  };
+  if (special) return yes(special);
+  if (inside_transform()) return yes("torch.func transform");
   for (const Tensor* t : tensors) {
     if (!t->defined()) continue;
-    if (t->_fw_grad(0).defined()) return true;
-    if (!device_has_kernels(*t)) return true;
+    if (t->_fw_grad(0).defined()) return yes("forward-mode tangent");
+    if (!device_has_kernels(*t)) return yes("no kernels in use on ", t->device());
   }
-  return !has_kernel((*tensors.begin())->scalar_type());
+  const auto type = (*tensors.begin())->scalar_type();
+  return !has_kernel(type) && yes(c10::getDtypeNames(type).first, " has no kernel");
 }
 
 inline bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
@@ -75,7 +84,12 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 
 // A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through
 // the composite, whose own derivatives and batching rules are torch's.
-inline bool backward_takes_composite() { return at::GradMode::is_enabled() || inside_transform(); }
+inline bool backward_takes_composite(const char* op, std::initializer_list<const Tensor*> tensors) {
+  const bool create_graph = at::GradMode::is_enabled();
+  if (!create_graph && !inside_transform()) return false;
+  if (trace::on()) trace::composite(op, tensors, create_graph ? "create_graph" : "torch.func transform");
+  return true;
+}
 
 // Gradients of composite(inputs), with their own graph under create_graph. Each input takes part under an alias, so
 // that one tensor passed twice gets the gradient of each of its places.

@@ -100,7 +100,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const Options o = Options::saved(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &t = saved[1], &w = saved[2];
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("cross_entropy_backward", {&x, &t, &w})) {
       auto g = composite_gradients(
           {x, t}, grads, [&](const std::vector<Tensor>& in) { return composite(in[0], in[1], optional(w), o); });
       result[0] = g[0];
@@ -150,8 +150,10 @@ std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& target, const O
   // Probabilities or their weights in another type promote, and a differentiated weight is torch's (or its refusal).
   const bool promotes = x.dim() >= 1 && is_probability_target(x, t) && at::isFloatingType(t.scalar_type()) &&
                         (t.scalar_type() != x.scalar_type() || (w.defined() && w.scalar_type() != x.scalar_type()));
-  if (promotes || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w}))
-    return composite(x, t, weight, o);
+  const char* const special = promotes                           ? "probabilities or weights of another type"
+                              : w.defined() && w.requires_grad() ? "a weight that requires grad"
+                                                                 : nullptr;
+  if (takes_composite("cross_entropy", {&x, &t, &w}, special)) return composite(x, t, weight, o);
   check_cross_entropy(x, t, w, ignore_index, label_smoothing);
   if (any_requires_grad({&x, &t})) {
     Way way = may_write_in_forward(x, t, o) ? Way::forward : Way::backward;
@@ -250,7 +252,7 @@ Tensor cross_entropy_backward_inplace_meta(const OptionalTensor&, const Optional
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("cross_entropy", cross_entropy); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("cross_entropy", cross_entropy_batched); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<cross_entropy_batched>(m, "cross_entropy"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

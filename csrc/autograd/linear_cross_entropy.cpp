@@ -100,7 +100,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const Options o = Options::saved(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1], &target = saved[2], &b = saved[3], &weight = saved[4];
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("linear_cross_entropy_backward", {&x, &w, &target, &b, &weight})) {
       auto g = composite_gradients({x, w, target, b}, upstream, [&](const std::vector<Tensor>& in) {
         return composite({in[0], in[1], in[2], optional(in[3]), optional(weight)}, o);
       });
@@ -141,7 +141,10 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
   const bool probabilities = at::isFloatingType(target.scalar_type());
   const bool promotes = probabilities && has_kernel(x.scalar_type()) && target.scalar_type() != x.scalar_type() &&
                         target.scalar_type() != acc_type(x.scalar_type());
-  if (promotes || (c.defined() && c.requires_grad()) || takes_composite({&x, &w, &target, &b, &c}))
+  const char* const special = promotes                           ? "probabilities of another type"
+                              : c.defined() && c.requires_grad() ? "a weight that requires grad"
+                                                                 : nullptr;
+  if (takes_composite("linear_cross_entropy", {&x, &w, &target, &b, &c}, special))
     return composite({x, w, target, bias, weight}, o);
   if (any_requires_grad({&x, &w, &target, &b})) return LinearCrossEntropyFunction::apply(x, w, target, bias, weight, o);
   return forward({x, w, target, bias, weight}, o);
@@ -231,7 +234,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const OptionalTensor&, 
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("linear_cross_entropy", batched); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<batched>(m, "linear_cross_entropy"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_cross_entropy", autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_cross_entropy", autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

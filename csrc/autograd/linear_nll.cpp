@@ -92,7 +92,7 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
     const auto saved = ctx->get_saved_variables();
     const Tensor *inputs[] = {&saved[0], &saved[1], &saved[3], &saved[4]}, &target = saved[2];
     const auto sample_weight = optional(saved[5]);
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("linear_nll_backward", {&up, inputs[0], inputs[1], &target})) {
       auto g = composite_gradients(
           {*inputs[0], *inputs[1], *inputs[2], *inputs[3]}, {up}, [&](const std::vector<Tensor>& in) {
             return std::vector<Tensor>{
@@ -129,7 +129,10 @@ Tensor linear_nll(const Tensor& x, const Tensor& w, const Tensor& target, const 
   const bool promotes =
       at::isFloatingType(type) && c10::promoteTypes(type, acc_type(x.scalar_type())) != acc_type(x.scalar_type());
   const bool observed = any_requires_grad({&target, &s}) || (!gaussian && any_requires_grad({&v}));
-  if (promotes || observed || takes_composite({&x, &w, &target, &b, &v, &s}))
+  const char* const special = promotes   ? "a target of a wider type"
+                              : observed ? "a target, weight or scale that requires grad"
+                                         : nullptr;
+  if (takes_composite("linear_nll", {&x, &w, &target, &b, &v, &s}, special))
     return composite({x, w, target, bias, scale, sample_weight}, o);
   if (any_requires_grad({&x, &w, &b, &v})) return LinearNllFunction::apply(x, w, target, bias, scale, sample_weight, o);
   return forward({x, w, target, bias, scale, sample_weight}, o);
@@ -192,7 +195,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor&, const Te
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_nll", linear_nll); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear_nll", linear_nll); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("linear_nll", batched); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<batched>(m, "linear_nll"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_nll", autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_nll", autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

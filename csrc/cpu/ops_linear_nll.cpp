@@ -251,9 +251,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regfast, CPU, m) {
-  m.impl("linear_nll_forward", forward_cpu);
-  m.impl("linear_nll_forward_backward", forward_backward_cpu);
-  m.impl("linear_nll_backward", backward_cpu);
+  register_kernels<forward_cpu>(m, "linear_nll_forward", isa_in_use);
+  register_kernels<forward_backward_cpu>(m, "linear_nll_forward_backward", isa_in_use);
+  register_kernels<backward_cpu>(m, "linear_nll_backward", isa_in_use);
 }
 
 }  // namespace rf
