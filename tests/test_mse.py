@@ -85,7 +85,7 @@ def test_weights(reduction, dtype):
 
 
 @reduction
-@pytest.mark.composite("input and target differ in kind")
+@pytest.mark.composite("input and target differ in kind", "a weight of each element")
 def test_mixed_dtypes_are_promoted(reduction):
     for a, b in itertools.permutations([torch.float32, torch.float64, torch.bfloat16, torch.float16], 2):
         check_mse(spiky(9, 13, dtype=a).requires_grad_(), spiky(9, 13, dtype=b).requires_grad_(), reduction)

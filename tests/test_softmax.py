@@ -119,7 +119,7 @@ def test_logsumexp_keeps_the_dimension_when_asked(dtype):
         check(lambda x, d=dim: regfast.logsumexp(x, d, True), lambda x, d=dim: torch.logsumexp(x, d, True), x)
 
 
-@pytest.mark.composite("int64 has no kernel")
+@pytest.mark.composite("has no kernel")
 def test_logsumexp_of_integers_is_floating():
     for x in (torch.randint(-5, 5, (4, 6)), torch.randint(2, (4, 6)).bool()):
         torch.testing.assert_close(regfast.logsumexp(x, 1), torch.logsumexp(x, 1))
