@@ -9,6 +9,7 @@
 #include "cpu/linear_cross_entropy.h"
 #include "cuda_chunks.h"
 #include "torch_api.h"
+#include "trace_module.h"
 
 #define RF_CROSS_ENTROPY_OPTIONS \
   "int ignore_index, int reduction, float label_smoothing, float z_loss, float? softcap, float? logit_scale"
@@ -181,6 +182,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_cross_entropy_plan", linear_cross_entropy_plan);
   m.def("linear_cross_entropy_budget", linear_cross_entropy_budget, pybind11::arg("chunk"), pybind11::arg("features"),
         pybind11::arg("classes"), pybind11::arg("dtype"), pybind11::arg("cuda") = false);
+  rf::add_trace_functions(m);
   m.def("build_info", build_info, "What was built, against which torch, and what runs here.");
   m.def(
       "fma_gflops", [](double seconds) { return rf::kernels().fma_gflops(seconds); }, pybind11::arg("seconds"),

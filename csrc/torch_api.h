@@ -9,6 +9,7 @@
 #include <string_view>
 
 #include "cpu/types.h"
+#include "trace.h"
 
 namespace rf {
 
@@ -48,26 +49,40 @@ inline bool (*subclass_takes_composite)(const Tensor&) = nullptr;
 
 // Sparse, nested and mkldnn tensors, and subclasses that stand for something else than their elements: what they mean
 // to an op, if anything, is what torch's own operators make of them. Some of them have no sizes that could be checked.
-inline bool any_unusual(std::initializer_list<const Tensor*> tensors) {
+// A caller follows the answer, which is on record where it is yes.
+inline bool any_unusual(const char* op, std::initializer_list<const Tensor*> tensors) {
+  const auto yes = [&](const char* why) {
+    if (trace::on()) trace::composite(op, tensors, why);
+    return true;
+  };
   for (const Tensor* t : tensors) {
     if (!t->defined()) continue;
-    if (t->layout() != at::kStrided || t->is_nested()) return true;
+    if (t->layout() != at::kStrided || t->is_nested()) return yes("a tensor without strides");
     if (t->unsafeGetTensorImpl()->is_python_dispatch() && subclass_takes_composite && subclass_takes_composite(*t))
-      return true;
+      return yes("a subclass that knows torch's operators alone");
   }
   return false;
 }
 
-// Whether a call has to take the plain composite: inside a torch.func transform, with a forward-mode tangent, for a
-// dtype without kernels, on a device that has none, or for tensors that are no plain memory.
-inline bool takes_composite(std::initializer_list<const Tensor*> tensors) {
-  if (inside_transform() || any_unusual(tensors)) return true;
+// Whether a call has to take the plain composite: for a reason of the op's own, inside a torch.func transform, with a
+// forward-mode tangent, for a dtype without kernels, on a device that has none, or for tensors that are no plain
+// memory.
+inline bool takes_composite(const char* op, std::initializer_list<const Tensor*> tensors,
+                            const char* special = nullptr) {
+  const auto yes = [&](const auto&... why) {
+    if (trace::on()) trace::composite(op, tensors, c10::str(why...));
+    return true;
+  };
+  if (special) return yes(special);
+  if (inside_transform()) return yes("torch.func transform");
+  if (any_unusual(op, tensors)) return true;
   for (const Tensor* t : tensors) {
     if (!t->defined()) continue;
-    if (t->_fw_grad(0).defined()) return true;
-    if (!device_has_kernels(*t)) return true;
+    if (t->_fw_grad(0).defined()) return yes("forward-mode tangent");
+    if (!device_has_kernels(*t)) return yes("no kernels in use on ", t->device());
   }
-  return !has_kernel((*tensors.begin())->scalar_type());
+  const auto type = (*tensors.begin())->scalar_type();
+  return !has_kernel(type) && yes(c10::getDtypeNames(type).first, " has no kernel");
 }
 
 inline bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
@@ -91,7 +106,12 @@ c10::TypedOperatorHandle<Signature> find_op(const char* name) {
 
 // A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through
 // the composite, whose own derivatives and batching rules are torch's.
-inline bool backward_takes_composite() { return at::GradMode::is_enabled() || inside_transform(); }
+inline bool backward_takes_composite(const char* op, std::initializer_list<const Tensor*> tensors) {
+  const bool create_graph = at::GradMode::is_enabled();
+  if (!create_graph && !inside_transform()) return false;
+  if (trace::on()) trace::composite(op, tensors, create_graph ? "create_graph" : "torch.func transform");
+  return true;
+}
 
 // Gradients of composite(inputs), with their own graph under create_graph. Each input takes part under an alias, so
 // that one tensor passed twice gets the gradient of each of its places.

@@ -16,7 +16,7 @@ except ImportError as error:
         "build it against this torch with: pip install --no-build-isolation ."
     ) from error
 
-from . import reference
+from . import _paths, reference
 
 _built, _running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
 if _built != _running:
@@ -25,6 +25,7 @@ if _built != _running:
         "build it against this torch with: pip install --no-build-isolation ."
     )
 
+_paths.print_if_asked()
 isa = _C.isa
 isas = _C.isas
 build_info = _C.build_info

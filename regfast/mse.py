@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.jit import is_scripting
 from torch.nn import _reduction
 
-from . import reference
+from . import _paths, reference
 from ._extension import reduction_number, without_tensors
 from .kinds import by_schema
 
@@ -47,6 +47,7 @@ def mse_loss(
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
     if weight is not None:
+        _paths.composite("mse_loss", (input, target, weight), "a weight of each element")
         return reference.mse_loss(input, target, reduction=reduction, weight=weight)
     return _mse_loss(input, target, reduction_number("mse_loss", reduction))
 

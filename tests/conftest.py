@@ -11,12 +11,16 @@ import pytest
 
 # Threads that wait by spinning, one set for each of pytest's processes, take the cores from those that work.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
+# Products are ours on every CPU, where ATen's would be compared with ATen's; the choice has tests of its own.
+os.environ.setdefault("REGFAST_GEMM", "own")
 
 import torch
 from hypothesis import HealthCheck, settings
 from util import DTYPES
 
 import regfast
+from regfast import _C
+from regfast._paths import recorded
 
 
 def load_emulator():
@@ -48,6 +52,40 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 settings.load_profile("regfast")
+
+
+# The path is asserted: a value test that passes by the composite, or by ATen's product, says nothing of our kernels. In
+# a module that is marked with `kernels`, each test has to run kernels of the ops named there, and nothing else, unless
+# it is marked in turn: `composite` has the reasons, or parts of them, for which it may take that, `no_kernels` why
+# it runs none.
+
+
+def wrong_path(item, calls):
+    """What is wrong with the calls that a test made, or None."""
+    ops = tuple(op for mark in item.iter_markers("kernels") for op in mark.args)
+    if not ops or next(item.iter_markers("no_kernels"), None):
+        return None
+    reasons = tuple(reason for mark in item.iter_markers("composite") for reason in mark.args)
+    for call in calls:
+        if call.path == "composite" and not any(reason in call.why for reason in reasons):
+            return f"{call.op}({call.tensors}) took the composite: {call.why}"
+        # On CUDA, some products are ATen's by design; gpu_checks.py and the emulator's tests know which.
+        if call.path == "aten" and call.by in regfast.isas():
+            return f"{call.op}({call.tensors}): {call.why}"
+    if not any(call.op.startswith(ops) for call in calls) and not (reasons and calls):
+        return f"no kernels of {' or '.join(ops)} have run"
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    if not next(item.iter_markers("kernels"), None):
+        return (yield)
+    with recorded(_C, *([EMULATOR] if EMULATOR else [])) as calls:
+        result = yield
+    if wrong := wrong_path(item, calls):
+        pytest.fail(wrong, pytrace=False)
+    return result
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,8 @@ from util import Pool, check, class_targets, lay_out, probability_targets, spiky
 import regfast
 from regfast import reference
 
+pytestmark = pytest.mark.kernels("linear", "softmax", "logsumexp", "cross_entropy", "mse_loss", "phm_linear")
+
 # One to two vectors of 16 with every tail, then sizes around a cache block and around the blocks of the product.
 TAILS = [*range(1, 35), 63, 65, 130]
 BLOCKS = [2047, 2048, 2051, 4100]

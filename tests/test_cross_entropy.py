@@ -22,6 +22,8 @@ from util import (
 
 import regfast
 
+pytestmark = pytest.mark.kernels("cross_entropy")
+
 REDUCTIONS = ("none", "mean", "sum")
 reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
@@ -118,6 +120,7 @@ def test_options_together(option, dtype):
             check_ce(x, probability_targets(*shape, dtype=dtype), weight, **options)
 
 
+@pytest.mark.composite("a weight that requires grad")
 def test_weights_of_probability_targets_have_a_gradient():
     x, target = spiky(6, 9).requires_grad_(), probability_targets(6, 9).requires_grad_()
     for mode in REDUCTIONS:
@@ -219,6 +222,7 @@ def test_uint8_targets():
     assert regfast.cross_entropy(wide, torch.tensor([156], dtype=torch.uint8)).item() > 0
 
 
+@pytest.mark.composite("probabilities or weights of another type")
 def test_mixed_dtypes_of_probabilities():
     # torch promotes: float64 probabilities or weights make a float64 loss.
     for a, b in itertools.permutations([torch.float32, torch.float64, torch.bfloat16], 2):

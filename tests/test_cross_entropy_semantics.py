@@ -21,6 +21,8 @@ from util import (
 
 import regfast
 
+pytestmark = pytest.mark.kernels("cross_entropy")
+
 REDUCTIONS = ("none", "mean", "sum")
 NAMES = ("loss", "lse", "entropy", "logprob", "argmax")
 
@@ -71,6 +73,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.no_kernels("errors")
 def test_errors_are_torchs_and_say_more(case):
     argument, arguments, options = ERRORS[case]
     assert_same_error(
@@ -81,6 +84,7 @@ def test_errors_are_torchs_and_say_more(case):
     )
 
 
+@pytest.mark.no_kernels("errors")
 def test_errors_for_what_is_no_tensor():
     for arguments in ((X, [0, 1, 2, 3]), (None, T), (X, T, [1.0] * 5)):
         with pytest.raises(TypeError):
@@ -88,6 +92,7 @@ def test_errors_for_what_is_no_tensor():
 
 
 @pytest.mark.parametrize("outputs", ["prob", (), ("loss", "prob"), ("loss", "loss")], ids=str)
+@pytest.mark.no_kernels("errors")
 def test_errors_for_outputs(outputs):
     with pytest.raises(ValueError, match=r"regfast\.cross_entropy.*outputs.*expected.*got"):
         regfast.cross_entropy(X, T, outputs=outputs)

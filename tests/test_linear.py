@@ -24,6 +24,8 @@ from util import (
 import regfast
 from regfast import reference
 
+pytestmark = pytest.mark.kernels("linear_forward", "linear_backward")
+
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -193,11 +195,13 @@ def test_bias_alone_without_its_weight_gradient():
 
 
 @pytest.mark.parametrize("bias_shape", [(1,), (), (1, 6), (4, 6)], ids=str)
+@pytest.mark.composite("weight or bias of an unusual shape")
 def test_bias_shapes_that_torch_broadcasts(bias_shape):
     x, w, b = spiky(4, 5).requires_grad_(), spiky(6, 5).requires_grad_(), spiky(*bias_shape).requires_grad_()
     check_linear(x, w, b)
 
 
+@pytest.mark.composite("weight or bias of an unusual shape")
 def test_weight_of_one_dimension():
     for x in (spiky(5), spiky(4, 5), spiky(2, 4, 5)):
         w = spiky(5).requires_grad_()
@@ -205,6 +209,7 @@ def test_weight_of_one_dimension():
 
 
 @pytest.mark.parametrize("other", [torch.int64, torch.int32, torch.complex64], ids=str)
+@pytest.mark.composite("has no kernel")
 def test_other_dtypes_go_to_torch(other):
     x, w, b = (torch.randint(-5, 5, shape).to(other) for shape in ((4, 7), (3, 7), (3,)))
     assert torch.equal(regfast.linear(x, w, b), F.linear(x, w, b))
@@ -281,22 +286,26 @@ X, W, B = torch.ones(4, 5), torch.ones(6, 5), torch.ones(6)
     ],
     ids=["inner", "weight 3-D", "bias", "bias batch", "input 0-D", "dtype", "dtype bf16", "bias dtype"],
 )
+@pytest.mark.no_kernels("errors")
 def test_errors_are_torchs_and_say_more(argument, arguments):
     assert_same_error(lambda: regfast.linear(*arguments), lambda: F.linear(*arguments), "linear", argument)
 
 
+@pytest.mark.no_kernels("errors")
 def test_errors_for_what_is_no_tensor():
     for arguments in ((None, W), ([1.0], W), (X, W, 1.0)):
         with pytest.raises(TypeError):
             regfast.linear(*arguments)
 
 
+@pytest.mark.no_kernels("errors")
 def test_error_for_an_unknown_activation():
     with pytest.raises(ValueError, match=r"regfast\.linear.*activation.*expected.*relu.*got.*swish"):
         regfast.linear(X, W, B, activation="swish")
 
 
 @pytest.mark.parametrize("gemm", ["own", "aten"])
+@pytest.mark.no_kernels("another process")
 def test_who_multiplies(gemm):
     # The switch forces a side, build_info tells, and either side gives the same result.
     printed = fresh_process(

@@ -37,6 +37,8 @@ from util import (
     virtual,
 )
 
+pytestmark = pytest.mark.kernels("linear_cross_entropy")
+
 
 @pytest.fixture
 def pool(dtype):

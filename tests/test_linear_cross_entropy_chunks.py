@@ -29,6 +29,8 @@ from util import HALF, INF, NAN, class_targets, evaluate, fresh_process, probabi
 
 import regfast
 
+pytestmark = pytest.mark.kernels("linear_cross_entropy")
+
 # Chunks
 
 
@@ -254,6 +256,7 @@ def test_torchs_options_are_taken():
     assert_close(module(x, target), regfasts(x, module.linear.weight, target))
 
 
+@pytest.mark.no_kernels("the plan")
 def test_batch_chunk_size_is_the_rows_of_a_chunk(dtype):
     name = str(dtype).removeprefix("torch.")
     for chunk, d, v in itertools.product((1, 16, 50, 128, 1000), (8, 700), (50, 3000)):
@@ -271,6 +274,7 @@ PLANNED = [(0, 5, 5), (4, 0, 5), (4, 3, 0), (1, 1, 1), (100, 40, 1000), (300, 40
 
 
 @pytest.mark.parametrize("n, d, v", PLANNED, ids=str)
+@pytest.mark.no_kernels("the plan")
 def test_the_plan(n, d, v, dtype):
     last = None
     for budget in (None, 2**30, 2**26, 2**22, 10**6, 2**17, 1):
@@ -290,6 +294,7 @@ def test_the_plan(n, d, v, dtype):
             assert "fit" in plan.reason
 
 
+@pytest.mark.no_kernels("errors")
 def test_errors_of_the_plan():
     plan = regfast.linear_cross_entropy_plan
     for sizes in ((-1, 2, 3), (1, -2, 3), (1, 2, -3)):
@@ -326,6 +331,7 @@ PEAK = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
+@pytest.mark.no_kernels("another process")
 def test_peak_memory_is_what_the_plan_says():
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -27,6 +27,8 @@ from util import HALF, INF, LAYOUTS, NAN, Pool, class_targets, evaluate, lay_out
 
 import regfast
 
+pytestmark = pytest.mark.kernels("linear_cross_entropy")
+
 ops = torch.ops.regfast
 ROWS = 131  # in two chunks, of 128 rows and the rest, at a budget of one byte: the emulator takes its time for each row
 
@@ -362,6 +364,7 @@ def test_only_the_gradients_that_are_asked_for(cuda_device):
 
 
 @pytest.mark.parametrize("n, d, v", [(0, 5, 5), (1, 1, 1), (100, 40, 1000), (5000, 64, 30000)], ids=str)
+@pytest.mark.no_kernels("the plan")
 def test_the_plan(n, d, v, dtype):
     last = None
     for budget in (2**40, 2**30, 2**26, 2**22, 10**6, 1):
@@ -375,6 +378,7 @@ def test_the_plan(n, d, v, dtype):
         last = plan
 
 
+@pytest.mark.no_kernels("the plan")
 def test_the_plans_default_is_a_share_of_the_devices_memory(monkeypatch):
     plan = regfast.linear_cross_entropy_plan
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -387,6 +391,7 @@ def test_the_plans_default_is_a_share_of_the_devices_memory(monkeypatch):
     assert plan(8192, 4096, 131072, torch.float32, "cuda").chunks == 2
 
 
+@pytest.mark.no_kernels("the plan")
 def test_batch_chunk_size_is_the_rows_of_a_chunk(dtype):
     name = str(dtype).removeprefix("torch.")
     for chunk, v in itertools.product((1, 128, 200, 1000), (50, 3000)):

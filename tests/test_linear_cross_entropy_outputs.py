@@ -26,6 +26,8 @@ from util import class_targets, probability_targets
 import regfast
 from regfast import reference
 
+pytestmark = pytest.mark.kernels("linear_cross_entropy")
+
 # Options and outputs
 
 

@@ -23,6 +23,8 @@ from util import assert_same_error, class_targets
 
 import regfast
 
+pytestmark = pytest.mark.kernels("linear_cross_entropy")
+
 # Errors
 
 X, W, T = torch.ones(4, 3), torch.ones(5, 3), torch.zeros(4, dtype=torch.int64)
@@ -76,6 +78,7 @@ ERRORS = {
 
 @needs_torchs
 @pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.no_kernels("errors")
 def test_errors_are_torchs_and_say_more(case):
     argument, arguments, options = ERRORS[case]
     if case == "no tensor for weights":
@@ -104,6 +107,7 @@ def test_errors_are_torchs_and_say_more(case):
     ],
     ids=str,
 )
+@pytest.mark.no_kernels("errors")
 def test_errors_of_further_options(option):
     (name,) = option
     for leaf in (X, X.clone().requires_grad_()):

@@ -26,6 +26,8 @@ from util import DTYPES, HALF, LAYOUTS, Pool, evaluate, lay_out, spiky
 
 import regfast
 
+pytestmark = pytest.mark.kernels("linear_nll")
+
 
 @pytest.fixture
 def pool(dtype):
@@ -168,6 +170,7 @@ def test_integer_and_boolean_targets(family, kind, dtype):
 
 @each_family
 @pytest.mark.parametrize("wide", DTYPES, ids=str)
+@pytest.mark.composite("a target of a wider type")
 def test_targets_of_another_type(family, wide, dtype, pool):
     for v, mode in itertools.product((3, 20), REDUCTIONS):
         x, w, b = operands((40,), 7, v, dtype)
@@ -315,6 +318,7 @@ def test_only_the_gradients_that_are_asked_for(mask, mode):
 
 
 @each_family
+@pytest.mark.composite("a target, weight or scale that requires grad")
 def test_gradients_of_what_is_observed(family):
     # Targets and weights of samples: rare, and composed of plain operators.
     x, w, b = operands((40,), 4, 3, torch.float64)
@@ -325,6 +329,7 @@ def test_gradients_of_what_is_observed(family):
         check_nll(x, w, t.clone().requires_grad_(), b, scale, weights, family=family, reduction=mode)
 
 
+@pytest.mark.composite("a target, weight or scale that requires grad")
 def test_gradient_of_pos_weight():
     # torch's binary_cross_entropy_with_logits refuses it.
     x, w, b = operands((40,), 4, 3)

@@ -15,6 +15,8 @@ from util import HALF, LAYOUTS, Pool, check, evaluate, lay_out, spiky
 import regfast
 from regfast.reference import FAMILIES
 
+pytestmark = pytest.mark.kernels("linear_nll")
+
 ops = torch.ops.regfast
 REDUCTIONS = ("none", "mean", "sum")
 ROWS = 131  # in two chunks, of 128 rows and the rest, on a device without memory

@@ -21,6 +21,8 @@ from util import HALF, INF, NAN
 
 import regfast
 
+pytestmark = pytest.mark.kernels("linear_nll")
+
 
 @pytest.mark.parametrize("v", [1, 20])
 def test_huge_predictions(v, dtype):

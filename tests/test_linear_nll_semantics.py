@@ -17,6 +17,8 @@ from util import HALF, class_targets, evaluate, fresh_process, probability_targe
 
 import regfast
 
+pytestmark = pytest.mark.kernels("linear_nll", "linear_cross_entropy")
+
 SIZES = [(4, 3), (40, 3), (4, 20)]  # one pass with lanes along rows, one pass, products; 40 rows
 each_size = pytest.mark.parametrize("d, v", SIZES)
 
@@ -75,6 +77,7 @@ def wrong_call(changes):
 
 @pytest.mark.parametrize("case", ERRORS)
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+@pytest.mark.no_kernels("errors")
 def test_errors_say_what_was_expected_and_what_came(case, requires_grad):
     argument, changes, expected, got = ERRORS[case]
     with pytest.raises((RuntimeError, NotImplementedError)) as error:
@@ -85,6 +88,7 @@ def test_errors_say_what_was_expected_and_what_came(case, requires_grad):
 
 
 @pytest.mark.parametrize("case", VALUE_ERRORS)
+@pytest.mark.no_kernels("errors")
 def test_errors_of_options(case):
     argument, changes, expected, got = VALUE_ERRORS[case]
     with pytest.raises(ValueError) as error:
@@ -95,6 +99,7 @@ def test_errors_of_options(case):
 
 
 @pytest.mark.parametrize("name", NO_TENSORS)
+@pytest.mark.no_kernels("errors")
 def test_what_is_no_tensor(name):
     changes = {name: [[1.0]]} | ({"family": "bernoulli"} if name == "pos_weight" else {})
     with pytest.raises(TypeError, match=rf"regfast\.linear_nll: {name}: expected a Tensor, got list"):
@@ -104,6 +109,7 @@ def test_what_is_no_tensor(name):
             regfast.linear_mse_loss(**{"input": X, "weight": W, "target": T} | {name: [[1.0]]})
 
 
+@pytest.mark.no_kernels("errors")
 def test_a_column_against_a_row_is_an_error():
     # Where F.mse_loss makes N x N residuals of (N, 1) and (N,) and warns, if it is heard.
     x, w, y = spiky(6, 2), spiky(1, 2), spiky(6)
@@ -267,6 +273,7 @@ PEAK = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
+@pytest.mark.no_kernels("another process")
 def test_peak_memory_has_no_room_for_all_predictions():
     # 117 MiB of them. A chunk's take what linear_cross_entropy's take; a few outputs' none at all.
     try:
@@ -324,6 +331,7 @@ def test_categorical_is_linear_cross_entropy(mode, dtype):
         assert_close(got, wanted.to(dtype), **tolerance)
 
 
+@pytest.mark.no_kernels("errors")
 def test_errors_of_classes():
     x, w = spiky(4, 3), spiky(5, 3)
     for weights in (torch.ones(1), torch.ones(4, 5), torch.tensor(1.0)):
@@ -424,6 +432,7 @@ def test_factory_arguments_of_the_module():
     ],
     ids=str,
 )
+@pytest.mark.no_kernels("errors")
 def test_errors_of_the_module(name, options):
     with pytest.raises(ValueError, match=rf"regfast\.LinearNLLLoss: {name}: expected .*, got "):
         regfast.LinearNLLLoss(7, 3, **options)

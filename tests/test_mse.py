@@ -12,6 +12,8 @@ from util import INF, LAYOUTS, NAN, assert_same_error, check, evaluate, lay_out,
 
 import regfast
 
+pytestmark = pytest.mark.kernels("mse_loss")
+
 REDUCTIONS = ("none", "mean", "sum")
 reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
@@ -65,6 +67,7 @@ def test_only_the_gradients_that_are_asked_for(reduction, mask):
 @pytest.mark.parametrize(
     "x_shape, y_shape", [((4, 5), (5,)), ((5,), (4, 5)), ((4, 1), (1, 5)), ((4, 5), ()), ((0, 5), (5,))]
 )
+@pytest.mark.composite("input and target differ in kind")
 def test_broadcasting_warns_as_torch(reduction, x_shape, y_shape):
     x, y = spiky(*x_shape).requires_grad_(), spiky(*y_shape).requires_grad_()
     check_mse(x, y, reduction)
@@ -73,6 +76,7 @@ def test_broadcasting_warns_as_torch(reduction, x_shape, y_shape):
 
 
 @reduction
+@pytest.mark.composite("a weight of each element")
 def test_weights(reduction, dtype):
     x, y = spiky(9, 13, dtype=dtype).requires_grad_(), spiky(9, 13, dtype=dtype).requires_grad_()
     check_mse(x, y, reduction, weight=torch.rand(9, 13).to(dtype))
@@ -81,6 +85,7 @@ def test_weights(reduction, dtype):
 
 
 @reduction
+@pytest.mark.composite("input and target differ in kind", "a weight of each element")
 def test_mixed_dtypes_are_promoted(reduction):
     for a, b in itertools.permutations([torch.float32, torch.float64, torch.bfloat16, torch.float16], 2):
         check_mse(spiky(9, 13, dtype=a).requires_grad_(), spiky(9, 13, dtype=b).requires_grad_(), reduction)
@@ -182,6 +187,7 @@ X = torch.ones(4, 5)
     ids=["shape", "reduction", "weight", "weighted reduction", "int", "complex", "bool"],
 )
 @pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.no_kernels("errors")
 def test_errors_are_torchs_and_say_more(argument, arguments, options):
     assert_same_error(
         lambda: regfast.mse_loss(*arguments, **options), lambda: F.mse_loss(*arguments, **options), "mse_loss", argument

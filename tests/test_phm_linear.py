@@ -16,6 +16,8 @@ from util import INF, LAYOUTS, NAN, check, evaluate, fresh_process, lay_out, spi
 import regfast
 from regfast import reference
 
+pytestmark = pytest.mark.kernels("phm_linear", "linear")
+
 # rows, inputs, outputs, n
 SHAPES = [
     (1, 2, 2, 2),  # parts of one element
@@ -82,6 +84,7 @@ def test_activations(activation, dtype):
         assert_close(reference.phm_linear(*exact, activation=activation), composed(activation)(*exact))
 
 
+@pytest.mark.no_kernels("the reference")
 def test_the_reference_stores_the_sum_of_kronecker_products():
     a, s = spiky(3, 3, 3, dtype=torch.float64), spiky(3, 4, 5, dtype=torch.float64)
     assert_close(reference.phm_weight(a, s), weight(a, s))
@@ -157,6 +160,7 @@ def test_gradient_from_sum_is_expanded():
 
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=4)), ids=str)
 @pytest.mark.parametrize("activation", ["none", "relu", "silu"])
+@pytest.mark.composite("create_graph")
 def test_only_the_gradients_that_are_asked_for(mask, activation):
     leaves = [t.detach().requires_grad_(m) for t, m in zip(operands(9, 12, 8, 4), mask, strict=True)]
     assert regfast.phm_linear(*leaves, activation=activation).requires_grad == any(mask)
@@ -258,11 +262,13 @@ X, A, S, B = torch.ones(4, 6), torch.ones(2, 2, 2), torch.ones(2, 5, 3), torch.o
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )
+@pytest.mark.no_kernels("errors")
 def test_errors_name_the_argument(argument, arguments):
     with pytest.raises(RuntimeError, match=rf"regfast\.phm_linear: {argument}: expected .*, got"):
         regfast.phm_linear(*arguments)
 
 
+@pytest.mark.no_kernels("errors")
 def test_errors_of_other_types():
     for module in (regfast, reference):
         with pytest.raises(ValueError, match=r"regfast\.phm_linear: activation: expected .*relu.*, got.*swish"):
@@ -300,6 +306,7 @@ PEAK = """
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
+@pytest.mark.no_kernels("another process")
 def test_the_weight_is_never_stored():
     try:
         Path("/proc/self/clear_refs").write_text("5")

@@ -21,6 +21,8 @@ from util import (
 
 import regfast
 
+pytestmark = pytest.mark.kernels("softmax", "logsumexp")
+
 OPS = {
     "softmax": (regfast.softmax, F.softmax),
     "log_softmax": (regfast.log_softmax, F.log_softmax),
@@ -117,6 +119,7 @@ def test_logsumexp_keeps_the_dimension_when_asked(dtype):
         check(lambda x, d=dim: regfast.logsumexp(x, d, True), lambda x, d=dim: torch.logsumexp(x, d, True), x)
 
 
+@pytest.mark.composite("has no kernel")
 def test_logsumexp_of_integers_is_floating():
     for x in (torch.randint(-5, 5, (4, 6)), torch.randint(2, (4, 6)).bool()):
         torch.testing.assert_close(regfast.logsumexp(x, 1), torch.logsumexp(x, 1))
@@ -226,17 +229,20 @@ def test_any_shape(op, shape, data, dtype, layout):
 @pytest.mark.parametrize(
     "argument, x, dim", [("dim", torch.ones(3, 4), 2), ("dim", torch.ones(3, 4), -3), ("dim", torch.tensor(1.0), 1)]
 )
+@pytest.mark.no_kernels("errors")
 def test_errors_for_dimensions(op, argument, x, dim):
     assert_same_error(lambda: OPS[op][0](x, dim), lambda: OPS[op][1](x, dim), op, argument)
 
 
 @pytest.mark.parametrize("op", ["softmax", "log_softmax"])
 @pytest.mark.parametrize("other", [torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.no_kernels("errors")
 def test_errors_for_dtypes(op, other):
     x = torch.ones(3, 4).to(other)
     assert_same_error(lambda: OPS[op][0](x, 1), lambda: OPS[op][1](x, 1), op, "input")
 
 
+@pytest.mark.no_kernels("errors")
 def test_error_for_a_dimension_that_appears_twice():
     assert_same_error(
         lambda: regfast.logsumexp(torch.ones(3, 4), (0, 0)),
@@ -247,6 +253,7 @@ def test_error_for_a_dimension_that_appears_twice():
 
 
 @op
+@pytest.mark.no_kernels("errors")
 def test_errors_for_what_is_no_dimension(op):
     for dim in ("a", 1.0):
         with pytest.raises(TypeError):

@@ -100,7 +100,7 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     const Options o = Options::saved(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &t = saved[1], &w = saved[2];
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("cross_entropy_backward", {&x, &t, &w})) {
       auto g = composite_gradients(
           {x, t}, grads, [&](const std::vector<Tensor>& in) { return composite(in[0], in[1], optional(w), o); });
       result[0] = g[0];
@@ -177,10 +177,11 @@ std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Tensor& x, 
   const auto finish = [&](std::vector<Tensor> results) {
     return typed ? types.give(std::move(results), o.outputs) : results;
   };
-  const bool empty = x.dim() >= 1 && no_classes(x.sym_size(class_dim(x)));
-  // A differentiated class weight is torch's, or its refusal.
-  if (empty || (w.defined() && w.requires_grad()) || takes_composite({&x, &t, &w}))
-    return finish(composite(x, t, weight, o));
+  // Without classes, and with a differentiated class weight, it is torch's, or its refusal.
+  const char* const special = x.dim() >= 1 && no_classes(x.sym_size(class_dim(x))) ? "no classes"
+                              : w.defined() && w.requires_grad()                   ? "a weight that requires grad"
+                                                                                   : nullptr;
+  if (takes_composite("cross_entropy", {&x, &t, &w}, special)) return finish(composite(x, t, weight, o));
   if (!probabilities) return finish(by_kernels(x, t, weight, o, inplace_backward));
   // Both in the wider type, and in float64 if the weights are; autograd rounds their gradients.
   auto computed = c10::promoteTypes(x.scalar_type(), t.scalar_type());
@@ -194,7 +195,7 @@ std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& t, const Option
                                   bool inplace_backward, std::optional<at::ScalarType> loss_dtype) {
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
   const Tensor& w = value_or_undefined(weight);
-  if (any_unusual({&x, &t, &w})) return composite(x, t, weight, o);
+  if (any_unusual("cross_entropy", {&x, &t, &w})) return composite(x, t, weight, o);
   check_class_weight_type("cross_entropy", x.scalar_type(), w, holds_probabilities(x, t));
   return cross_entropy_as(x.scalar_type(), x, t, weight, o, inplace_backward);
 }
@@ -220,7 +221,7 @@ std::vector<Tensor> cross_entropy_autocast(const Tensor& x, const Tensor& t, con
                                            std::optional<at::ScalarType> loss_dtype) {
   const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
   const Tensor& weight = value_or_undefined(w);
-  if (any_unusual({&x, &t, &weight})) return composite(x, t, w, o);
+  if (any_unusual("cross_entropy", {&x, &t, &weight})) return composite(x, t, w, o);
   c10::impl::ExcludeDispatchKeyGuard no_autocast(
       at::autocast::get_autocast_dispatch_key_from_device_type(x.device().type()));
   const auto logits = autocast_loss_type(x.scalar_type());
@@ -288,7 +289,7 @@ Tensor cross_entropy_backward_inplace_meta(const OptionalTensor& grad_loss, cons
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("cross_entropy", cross_entropy); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("cross_entropy", cross_entropy_batched); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<cross_entropy_batched>(m, "cross_entropy"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

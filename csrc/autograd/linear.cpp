@@ -57,7 +57,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
                                       ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("linear_backward", {&g, &x, &w})) {
       if (activation == "none") {
         if (mask[0]) result[0] = at::matmul(g, w);
         const Tensor rows = g.dim() == 1 ? g.unsqueeze(0) : g.flatten(0, -2);
@@ -83,10 +83,11 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
 Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation) {
   const Tensor& b = value_or_undefined(bias);
   parse_activation(activation);
-  if (any_unusual({&x, &w, &b})) return composite(x, w, bias, activation);
+  if (any_unusual("linear", {&x, &w, &b})) return composite(x, w, bias, activation);
   // A vector as weight and a bias that broadcasts are torch's own special cases.
   const bool special = w.dim() != 2 || (b.defined() && (b.dim() != 1 || (b.sym_size(0) == 1 && w.sym_size(0) != 1)));
-  if (special || takes_composite({&x, &w, &b})) return composite(x, w, bias, activation);
+  if (takes_composite("linear", {&x, &w, &b}, special ? "weight or bias of an unusual shape" : nullptr))
+    return composite(x, w, bias, activation);
   if (any_requires_grad({&x, &w, &b})) return LinearFunction::apply(x, w, bias, activation);
   return std::get<0>(forward(x, w, bias, activation, false));
 }
@@ -127,7 +128,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& grad, cons
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear", linear); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear", linear); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("linear", composite); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "linear"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear", linear_autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear", linear_autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

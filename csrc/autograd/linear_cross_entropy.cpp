@@ -100,7 +100,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     const Options o = Options::saved(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1], &target = saved[2], &b = saved[3], &weight = saved[4];
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("linear_cross_entropy_backward", {&x, &w, &target, &b, &weight})) {
       auto g = composite_gradients({x, w, target, b}, upstream, [&](const std::vector<Tensor>& in) {
         return composite({in[0], in[1], in[2], optional(in[3]), optional(weight)}, o);
       });
@@ -138,10 +138,11 @@ std::vector<Tensor> linear_cross_entropy_as(at::ScalarType count_as, Operands t,
   const auto finish = [&](std::vector<Tensor> results) {
     return typed ? types.give(std::move(results), o.outputs) : results;
   };
-  // A differentiated class weight is torch's, or its refusal.
-  if (no_classes(t.w.sym_size(0)) || (c.defined() && c.requires_grad()) ||
-      takes_composite({&t.x, &t.w, &t.target, &b, &c}))
-    return finish(composite(t, o));
+  // Without classes, and with a differentiated class weight, it is torch's, or its refusal.
+  const char* const special = no_classes(t.w.sym_size(0))        ? "no classes"
+                              : c.defined() && c.requires_grad() ? "a weight that requires grad"
+                                                                 : nullptr;
+  if (takes_composite("linear_cross_entropy", {&t.x, &t.w, &t.target, &b, &c}, special)) return finish(composite(t, o));
   // One float64 number makes all of them float64; otherwise probabilities may have the type that logits have here.
   const bool wide =
       probabilities && (t.target.scalar_type() == at::kDouble || (c.defined() && c.scalar_type() == at::kDouble));
@@ -165,7 +166,7 @@ std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const
                      memory_budget,
                      filter_eps};
   const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
-  if (any_unusual({&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
+  if (any_unusual("linear_cross_entropy", {&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
   check_linear_cross_entropy("linear_cross_entropy", x, w, target, b, c, ignore_index, label_smoothing, softcap,
                              memory_budget, filter_eps);
   check_class_weight_type("linear_cross_entropy", x.scalar_type(), c, holds_probabilities(target));
@@ -196,7 +197,7 @@ std::vector<Tensor> autocast(const Tensor& x, const Tensor& w, const Tensor& tar
                      memory_budget,
                      filter_eps};
   const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
-  if (any_unusual({&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
+  if (any_unusual("linear_cross_entropy", {&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
   const auto device = x.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
   const auto to = at::autocast::get_autocast_dtype(device);
@@ -273,7 +274,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("linear_cross_entropy", batched); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<batched>(m, "linear_cross_entropy"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_cross_entropy", autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_cross_entropy", autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

@@ -92,7 +92,7 @@ struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
     const auto saved = ctx->get_saved_variables();
     const Tensor *inputs[] = {&saved[0], &saved[1], &saved[3], &saved[4]}, &target = saved[2];
     const auto sample_weight = optional(saved[5]);
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("linear_nll_backward", {&up, inputs[0], inputs[1], &target})) {
       auto g = composite_gradients(
           {*inputs[0], *inputs[1], *inputs[2], *inputs[3]}, {up}, [&](const std::vector<Tensor>& in) {
             return std::vector<Tensor>{
@@ -121,14 +121,16 @@ Tensor linear_nll(const Tensor& x, const Tensor& w, const Tensor& target, const 
                   bool full, int64_t reduction, ScalarTypes loss_dtype) {
   Options o = {family, variance, full, reduction, loss_dtype};
   const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale), &s = value_or_undefined(sample_weight);
-  if (any_unusual({&x, &w, &target, &b, &v, &s})) return composite({x, w, target, bias, scale, sample_weight}, o);
+  if (any_unusual("linear_nll", {&x, &w, &target, &b, &v, &s}))
+    return composite({x, w, target, bias, scale, sample_weight}, o);
   const bool gaussian = (Family)family == Family::gaussian;
   check_linear_nll((Family)family == Family::squared ? "linear_mse_loss" : "linear_nll", x, w, target, b, v, s,
                    gaussian);
   o.loss_dtype = loss_type(x, target, loss_dtype);
   // Gradients of what is observed rather than fitted are rare.
   const bool observed = any_requires_grad({&target, &s}) || (!gaussian && any_requires_grad({&v}));
-  if (observed || takes_composite({&x, &w, &target, &b, &v, &s}))
+  const char* const special = observed ? "a target, weight or scale that requires grad" : nullptr;
+  if (takes_composite("linear_nll", {&x, &w, &target, &b, &v, &s}, special))
     return composite({x, w, target, bias, scale, sample_weight}, o);
   // One float64 number makes all of them float64: nothing is rounded to the accumulator's type.
   const auto wide = [](const Tensor& t) { return t.defined() && t.scalar_type() == at::kDouble; };
@@ -151,7 +153,7 @@ Tensor autocast(const Tensor& x, const Tensor& w, const Tensor& target, const Op
                 const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
                 bool full, int64_t reduction, ScalarTypes loss_dtype) {
   const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale), &s = value_or_undefined(sample_weight);
-  if (any_unusual({&x, &w, &target, &b, &v, &s}))
+  if (any_unusual("linear_nll", {&x, &w, &target, &b, &v, &s}))
     return composite({x, w, target, bias, scale, sample_weight}, {family, variance, full, reduction, loss_dtype});
   const auto device = x.device().type();
   c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
@@ -207,7 +209,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor& grad, con
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_nll", linear_nll); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear_nll", linear_nll); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("linear_nll", batched); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<batched>(m, "linear_nll"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_nll", autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_nll", autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

@@ -31,7 +31,7 @@ struct MseLossFunction : torch::autograd::Function<MseLossFunction> {
     const auto saved = ctx->get_saved_variables();
     const int64_t reduction = ctx->saved_data["reduction"].toInt();
     variable_list result(3);
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("mse_loss_backward", {&grads[0], &saved[0], &saved[1]})) {
       auto g = composite_gradients({saved[0], saved[1]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite(in[0], in[1], reduction)};
       });
@@ -52,8 +52,9 @@ struct MseLossFunction : torch::autograd::Function<MseLossFunction> {
 Tensor mse_loss(const Tensor& x, const Tensor& y, int64_t reduction) {
   // Shapes that broadcast (with torch's warning), types that promote and devices that differ are torch's own special
   // cases.
-  if (any_unusual({&x, &y}) || x.sym_sizes() != y.sym_sizes() || x.scalar_type() != y.scalar_type() ||
-      x.device() != y.device() || takes_composite({&x, &y}))
+  if (any_unusual("mse_loss", {&x, &y})) return composite(x, y, reduction);
+  const bool special = x.sym_sizes() != y.sym_sizes() || x.scalar_type() != y.scalar_type() || x.device() != y.device();
+  if (takes_composite("mse_loss", {&x, &y}, special ? "input and target differ in kind" : nullptr))
     return composite(x, y, reduction);
   if (any_requires_grad({&x, &y})) return MseLossFunction::apply(x, y, reduction);
   return forward(x, y, reduction);
@@ -85,7 +86,7 @@ std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor& grad, const Tens
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("mse_loss", mse_loss); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("mse_loss", mse_loss); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("mse_loss", composite); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "mse_loss"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("mse_loss", mse_loss_autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("mse_loss", mse_loss_autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

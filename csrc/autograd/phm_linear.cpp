@@ -58,7 +58,7 @@ struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
     const std::string activation = ctx->saved_data["activation"].toStringRef();
     const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                                       ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)};
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("phm_linear_backward", {&g, &x, &a, &s})) {
       // Without an activation, what was not saved has no part in its own gradient: any values will do.
       Tensor input = x, bias = b;
       if (!x.defined()) {
@@ -87,9 +87,9 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
                   string_view activation) {
   const Tensor& b = value_or_undefined(bias);
   parse_activation(activation, "phm_linear");
-  if (any_unusual({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
+  if (any_unusual("phm_linear", {&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   check_phm_linear(x, a, s, b);
-  if (takes_composite({&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
+  if (takes_composite("phm_linear", {&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, activation);
   return std::get<0>(forward(x, a, s, bias, activation, false));
 }
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward_meta(const Tensor
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("phm_linear", phm_linear); }
 TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("phm_linear", phm_linear); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { m.impl("phm_linear", composite); }
+TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "phm_linear"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("phm_linear", phm_linear_autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("phm_linear", phm_linear_autocast); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {

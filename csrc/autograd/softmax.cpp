@@ -42,7 +42,7 @@ struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
     const Tensor y = ctx->get_saved_variables()[0], &g = grads[0];
     const int64_t dim = ctx->saved_data["dim"].toInt();
     const bool log = ctx->saved_data["log"].toBool();
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("softmax_backward", {&g, &y})) {
       // The output carries the graph, so this expression of it can be differentiated again.
       const auto acc = acc_type(y.scalar_type());
       const Tensor ya = y.to(acc), ga = g.to(acc);
@@ -67,7 +67,7 @@ struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const auto saved = ctx->get_saved_variables();
     const int64_t dim = ctx->saved_data["dim"].toInt();
-    if (backward_takes_composite()) {
+    if (backward_takes_composite("logsumexp_backward", {&grads[0], &saved[0]})) {
       const bool keepdim = ctx->saved_data["keepdim"].toBool();
       auto g = composite_gradients({saved[0]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite_logsumexp(in[0], dim, keepdim)};
@@ -82,14 +82,14 @@ struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
 
 Tensor softmax(const Tensor& x, int64_t dim, bool log) {
   check_floating(softmax_name(log), x);
-  if (takes_composite({&x})) return composite_softmax(x, dim, log);
+  if (takes_composite(softmax_name(log), {&x})) return composite_softmax(x, dim, log);
   dim = checked_dim(softmax_name(log), x, dim);
   if (any_requires_grad({&x})) return SoftmaxFunction::apply(x, dim, log);
   return softmax_forward(x, dim, log);
 }
 
 Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
-  if (takes_composite({&x})) return composite_logsumexp(x, dim, keepdim);
+  if (takes_composite("logsumexp", {&x})) return composite_logsumexp(x, dim, keepdim);
   dim = checked_dim("logsumexp", x, dim);
   if (any_requires_grad({&x})) return LogsumexpFunction::apply(x, dim, keepdim);
   return logsumexp_forward(x, dim, keepdim).to(x.scalar_type());
@@ -120,8 +120,8 @@ TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) {
   m.impl("logsumexp", logsumexp);
 }
 TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) {
-  m.impl("softmax", composite_softmax);
-  m.impl("logsumexp", composite_logsumexp);
+  register_batched<composite_softmax>(m, "softmax");
+  register_batched<composite_logsumexp>(m, "logsumexp");
 }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {
   m.impl("softmax_forward", [](const Tensor& x, int64_t dim, bool log) {

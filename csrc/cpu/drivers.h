@@ -79,9 +79,9 @@ void add_part_products(DType dtype, PartProductsArgs args, int64_t rows, double*
 // C = Z S^T with Z's rows `n` to each row of what it was mixed from; few of them are not worth packing S.
 void phm_product(DType dtype, const Gemm& g, int64_t n);
 
-// Whether a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements;
-// REGFAST_GEMM=own or aten forces either side.
-bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
+// Why a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements, or null
+// where it is ours; REGFAST_GEMM=own or aten forces either side.
+const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
 // Whether the library under ATen's GEMM was measured to be faster than ours on CPUs like this one.
 bool library_gemm_wins(DType dtype);
 

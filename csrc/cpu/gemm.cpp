@@ -124,7 +124,7 @@ GemmPath gemm_path(DType dtype, const Gemm& g) {
   return GemmPath::packed;
 }
 
-bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
+const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
   enum class Force { neither, own, aten };
   static const Force force = [] {
     const char* v = std::getenv("REGFAST_GEMM");
@@ -133,9 +133,10 @@ bool gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
     if (!std::strcmp(v, "aten")) return Force::aten;
     throw std::runtime_error(std::string("REGFAST_GEMM: expected auto, own or aten, got ") + v);
   }();
-  if (force != Force::neither) return force == Force::aten;
-  if (n <= tuning::kSkinny || m <= tuning::kFewRows || k <= tuning::kSkinny) return false;
-  return m * n * k >= tuning::kLibraryProducts && library_gemm_wins(dtype);
+  if (force != Force::neither) return force == Force::aten ? "REGFAST_GEMM=aten" : nullptr;
+  if (n <= tuning::kSkinny || m <= tuning::kFewRows || k <= tuning::kSkinny) return nullptr;
+  const bool wins = m * n * k >= tuning::kLibraryProducts && library_gemm_wins(dtype);
+  return wins ? "measured to be faster on CPUs like this one" : nullptr;
 }
 
 void gemm(DType dtype, Gemm g) {

@@ -9,6 +9,7 @@
 #include "cross_entropy_tensors.h"
 #include "parallel.h"
 #include "linear_cross_entropy_tensors.h"
+#include "sums.h"
 #include "tuning.h"
 
 namespace rf {
@@ -59,7 +60,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& inpu
   if (weight.has_value()) {
     p.class_weight = weight->to(p.acc).contiguous();
     a.class_weight = p.class_weight.const_data_ptr();
-    a.class_weight_sum = p.class_weight.sum(at::kDouble).item<double>();
+    a.class_weight_sum = ordered_sum(p.class_weight);
   }
   set_options(a, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale);
 

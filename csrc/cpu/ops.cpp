@@ -11,6 +11,7 @@
 #include "drivers.h"
 #include "parallel.h"
 #include "tensor_layouts.h"
+#include "traced.h"
 #include "tuning.h"
 
 namespace rf {
@@ -36,7 +37,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   sizes.back() = w.size(0);
   const DType dtype = dtype_of(x.scalar_type());
   const Activation act = parse_activation(activation);
-  if (gemm_by_aten(dtype, rows_of(x), w.size(0), w.size(1))) {
+  if (product_by_aten(x.scalar_type(), rows_of(x), w.size(0), w.size(1))) {
     Tensor z = at::linear(x, w, bias);
     if (act == Activation::none) return {z, at::empty({0}, x.options())};
     Tensor y = save_preactivation ? advised(at::empty(sizes, x.options())) : z;
@@ -74,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
   const Tensor &dz = of.dz, &db = of.column_sums;
   const auto product = [&](int64_t rows, int64_t columns, int64_t inner, bool dz_transposed, const Tensor& other,
                            at::IntArrayRef sizes) {
-    if (gemm_by_aten(dtype, rows, columns, inner)) {
+    if (product_by_aten(grad.scalar_type(), rows, columns, inner)) {
       const Tensor left = dz.reshape({m, n}), right = other.reshape({inner, columns});
       return at::mm(dz_transposed ? left.t() : left, right).view(sizes);
     }
@@ -327,17 +328,17 @@ std::tuple<Tensor, Tensor> mse_loss_backward_cpu(const Tensor& grad, const Tenso
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regfast, CPU, m) {
-  m.impl("linear_forward", linear_forward);
-  m.impl("linear_backward", linear_backward);
-  m.impl("softmax_forward", softmax_cpu);
-  m.impl("softmax_backward", softmax_backward_cpu);
-  m.impl("logsumexp_forward", logsumexp_cpu);
-  m.impl("logsumexp_backward", logsumexp_backward_cpu);
-  m.impl("cross_entropy_forward", cross_entropy_forward_cpu);
-  m.impl("cross_entropy_backward", cross_entropy_backward_cpu);
-  m.impl("cross_entropy_backward_", cross_entropy_backward_inplace_cpu);
-  m.impl("mse_loss_forward", mse_loss_forward_cpu);
-  m.impl("mse_loss_backward", mse_loss_backward_cpu);
+  register_kernels<linear_forward>(m, "linear_forward", isa_in_use);
+  register_kernels<linear_backward>(m, "linear_backward", isa_in_use);
+  register_kernels<softmax_cpu>(m, "softmax_forward", isa_in_use);
+  register_kernels<softmax_backward_cpu>(m, "softmax_backward", isa_in_use);
+  register_kernels<logsumexp_cpu>(m, "logsumexp_forward", isa_in_use);
+  register_kernels<logsumexp_backward_cpu>(m, "logsumexp_backward", isa_in_use);
+  register_kernels<cross_entropy_forward_cpu>(m, "cross_entropy_forward", isa_in_use);
+  register_kernels<cross_entropy_backward_cpu>(m, "cross_entropy_backward", isa_in_use);
+  register_kernels<cross_entropy_backward_inplace_cpu>(m, "cross_entropy_backward_", isa_in_use);
+  register_kernels<mse_loss_forward_cpu>(m, "mse_loss_forward", isa_in_use);
+  register_kernels<mse_loss_backward_cpu>(m, "mse_loss_backward", isa_in_use);
 }
 
 }  // namespace rf

@@ -304,9 +304,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regfast, CPU, m) {
-  m.impl("linear_cross_entropy_forward", forward_cpu);
-  m.impl("linear_cross_entropy_forward_backward", forward_backward_cpu);
-  m.impl("linear_cross_entropy_backward", backward_cpu);
+  register_kernels<forward_cpu>(m, "linear_cross_entropy_forward", isa_in_use);
+  register_kernels<forward_backward_cpu>(m, "linear_cross_entropy_forward_backward", isa_in_use);
+  register_kernels<backward_cpu>(m, "linear_cross_entropy_backward", isa_in_use);
 }
 
 }  // namespace rf

@@ -10,7 +10,9 @@
 #include "linear_cross_entropy.h"
 #include "parallel.h"
 #include "products.h"
+#include "sums.h"
 #include "tensor_layouts.h"
+#include "tuning.h"
 
 namespace rf {
 namespace {
@@ -29,14 +31,18 @@ struct Problem {
   at::TensorOptions options() const { return x.options().dtype(acc); }
 };
 
-// One number for each output.
-Tensor for_outputs(const Problem& p, double value) {
+// A number for each output, and the same one for all.
+template <class F>
+Tensor by_output(const Problem& p, F&& value) {
   Tensor t = at::empty({p.outputs}, p.options());
-  if (p.acc == at::kDouble)
-    std::fill_n(t.mutable_data_ptr<double>(), p.outputs, value);
-  else
-    std::fill_n(t.mutable_data_ptr<float>(), p.outputs, (float)value);
+  const auto fill = [&](auto* to) {
+    for (int64_t j = 0; j < p.outputs; ++j) to[j] = value(j);
+  };
+  p.acc == at::kDouble ? fill(t.mutable_data_ptr<double>()) : fill(t.mutable_data_ptr<float>());
   return t;
+}
+Tensor for_outputs(const Problem& p, double value) {
+  return by_output(p, [&](int64_t) { return value; });
 }
 
 // A tensor with leading dimensions as a matrix; a call of few rows is mostly dispatch, so none that changes nothing.
@@ -60,9 +66,11 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& targ
   if (p.family == Family::gaussian) {
     const double constant = full ? 0.5 * std::log(2 * M_PI) : 0;
     if (scale.has_value()) {
-      const Tensor v = scale->to(p.acc).expand({p.outputs});
-      p.scale = v.reciprocal();
-      p.constant = v.log().mul_(0.5).add_(constant);
+      // Not by ATen's loops, which compute a logarithm at the end of a thread's part in another way than inside.
+      const Tensor variances = scale->to(p.acc).expand({p.outputs}).to(at::kDouble).contiguous();
+      const double* v = variances.const_data_ptr<double>();
+      p.scale = by_output(p, [&](int64_t j) { return 1 / v[j]; });
+      p.constant = by_output(p, [&](int64_t j) { return 0.5 * std::log(v[j]) + constant; });
     } else {
       p.scale = for_outputs(p, 1 / variance);
       p.constant = for_outputs(p, 0.5 * std::log(variance) + constant);
@@ -75,7 +83,7 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& targ
   p.denominator = (double)p.rows * (double)p.outputs;
   if (sample_weight.has_value()) {
     p.row_weight = sample_weight->to(p.acc).reshape({p.rows}).contiguous();
-    p.denominator = (double)p.outputs * p.row_weight.sum(at::kDouble).item<double>();
+    p.denominator = (double)p.outputs * ordered_sum(p.row_weight);
   }
   return p;
 }
@@ -94,10 +102,7 @@ struct Wanted {
 void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
 // Stirling's approximation of log(y!), where y > 1.
-Tensor stirling(const Tensor& y) {
-  const Tensor none = y <= 1, above = at::where(none, 2, y);  // NaN stays
-  return at::where(none, 0, above * above.log() - above + (above * (2 * M_PI)).log() * 0.5);
-}
+double stirling(double y) { return y <= 1 ? 0 : y * std::log(y) - y + 0.5 * std::log(2 * M_PI * y); }
 
 // Rows from `begin` on; their targets are kept in `target`.
 LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin, int64_t rows, Tensor* target) {
@@ -116,12 +121,27 @@ LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin
           from(to.each, at)};
 }
 
+// Adds Stirling's term to the losses from row `begin` on, and returns its sum.
+template <class A>
+double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Tensor& target) {
+  const int64_t rows = target.size(0);
+  const A* y = target.const_data_ptr<A>();
+  const A* weight = p.row_weight.defined() ? p.row_weight.const_data_ptr<A>() + begin : nullptr;
+  A* each = to.each.defined() ? to.each.mutable_data_ptr<A>() + begin * p.outputs : nullptr;
+  std::vector<double> sums(rows);
+  parallel_for(rows, tuning::kParallelElements / (8 * p.outputs) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r)
+      for (int64_t i = r * p.outputs; i < (r + 1) * p.outputs; ++i) {
+        const double term = stirling((double)y[i]) * (weight ? (double)weight[r] : 1);
+        if (each) each[i] += (A)term;
+        sums[r] += term;
+      }
+  });
+  return ordered_sum(sums.data(), rows);
+}
 double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Tensor& target) {
   if (!p.stirling || !to.value) return 0;
-  Tensor term = stirling(target);
-  if (p.row_weight.defined()) term = term * p.row_weight.narrow(0, begin, target.size(0)).unsqueeze(1);
-  if (to.each.defined()) Tensor(to.each).narrow(0, begin, target.size(0)).add_(term);
-  return term.sum(at::kDouble).item<double>();
+  return p.acc == at::kDouble ? add_stirling<double>(p, to, begin, target) : add_stirling<float>(p, to, begin, target);
 }
 
 double one_pass(const Problem& p, const Wanted& to) {
@@ -199,9 +219,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const 
   };
   const Tensor& v = scale.has_value() ? *scale : weight;
   const bool one_variance = to.variance.defined() && v.dim() == 0;
-  return {finished(to.x, input, input.sizes()), finished(to.w, weight, weight.sizes()),
-          finished(to.bias, weight, weight.sizes().slice(0, 1)),
-          finished(one_variance ? to.variance.sum() : to.variance, v, v.sizes())};
+  return {
+      finished(to.x, input, input.sizes()), finished(to.w, weight, weight.sizes()),
+      finished(to.bias, weight, weight.sizes().slice(0, 1)),
+      finished(one_variance ? number(ordered_sum(to.variance), to.variance.scalar_type()) : to.variance, v, v.sizes())};
 }
 
 Tensor forward_cpu(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
@@ -256,9 +277,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, cons
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regfast, CPU, m) {
-  m.impl("linear_nll_forward", forward_cpu);
-  m.impl("linear_nll_forward_backward", forward_backward_cpu);
-  m.impl("linear_nll_backward", backward_cpu);
+  register_kernels<forward_cpu>(m, "linear_nll_forward", isa_in_use);
+  register_kernels<forward_backward_cpu>(m, "linear_nll_forward_backward", isa_in_use);
+  register_kernels<backward_cpu>(m, "linear_nll_backward", isa_in_use);
 }
 
 }  // namespace rf

@@ -127,8 +127,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regfast, CPU, m) {
-  m.impl("phm_linear_forward", phm_linear_forward);
-  m.impl("phm_linear_backward", phm_linear_backward);
+  register_kernels<phm_linear_forward>(m, "phm_linear_forward", isa_in_use);
+  register_kernels<phm_linear_backward>(m, "phm_linear_backward", isa_in_use);
 }
 
 }  // namespace rf

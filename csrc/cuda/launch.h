@@ -178,6 +178,6 @@ int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& gemm);
 void launch_gemm(DType dtype, bool tf32, const Gemm& gemm, cudaStream_t stream);
 // Whether a product is left to ATen's GEMM (and its epilogue to launch_activation_forward) on the current device, by
 // tuning.h's table; REGFAST_CUDA_GEMM=aten|sm80|sm90 overrides it.
-bool gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k);
+const char* gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k);
 
 }  // namespace rf::cuda

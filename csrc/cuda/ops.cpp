@@ -32,6 +32,13 @@ bool tf32_allowed(const Tensor& t) {
              at::Float32Precision::TF32;
 }
 
+// Whether ATen multiplies: the answer of gemm_by_aten, which the caller then follows.
+static bool product_by_aten(const Tensor& like, int64_t m, int64_t n, int64_t k) {
+  const char* const why = gemm_by_aten(dtype_of(like.scalar_type()), tf32_allowed(like), m, n, k);
+  if (why && trace::on()) trace::product_by_aten(like.scalar_type(), m, n, k, why);
+  return why;
+}
+
 void product(const OnDevice& device, const Tensor& like, Gemm g) {
   const DType dtype = dtype_of(like.scalar_type());
   const bool tf32 = tf32_allowed(like);
@@ -42,7 +49,7 @@ void product(const OnDevice& device, const Tensor& like, Gemm g) {
 
 void linear_into(const OnDevice& device, const Tensor& x, const Tensor& w, const Tensor& bias, Tensor& out) {
   const int64_t m = x.size(0), n = w.size(0), k = w.size(1);
-  if (gemm_by_aten(dtype_of(x.scalar_type()), tf32_allowed(x), m, n, k)) {
+  if (product_by_aten(x, m, n, k)) {
     bias.defined() ? at::addmm_out(out, bias, x, w.t()) : at::mm_out(out, x, w.t());
     return;
   }
@@ -82,7 +89,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   const DType dtype = dtype_of(x.scalar_type());
   const Activation act = parse_activation(activation);
   const auto none = [&] { return at::empty({0}, x.options()); };
-  if (gemm_by_aten(dtype, tf32_allowed(x), rows_of(x), w.size(0), w.size(1))) {
+  if (product_by_aten(x, rows_of(x), w.size(0), w.size(1))) {
     Tensor z = at::linear(x, w, bias);
     if (act == Activation::none) return {z, none()};
     z = z.contiguous();
@@ -109,7 +116,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
   check_linear_backward(grad, input, weight, saved, activation_name, mask);
   const OnDevice device(grad);
   const Activation activation = parse_activation(activation_name);
-  const DType dtype = dtype_of(grad.scalar_type());
   const int64_t m = rows_of(grad), n = grad.size(-1);
   const auto none = [&] { return at::empty({0}, grad.options()); };
 
@@ -117,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
   const Tensor &dz = of.dz, &db = of.column_sums;
   const auto times = [&](int64_t rows, int64_t columns, int64_t inner, bool dz_transposed, const Tensor& other,
                          at::IntArrayRef sizes) {
-    if (gemm_by_aten(dtype, tf32_allowed(grad), rows, columns, inner)) {
+    if (product_by_aten(grad, rows, columns, inner)) {
       const Tensor left = dz.reshape({m, n}), right = other.reshape({inner, columns});
       return at::mm(dz_transposed ? left.t() : left, right).view(sizes);
     }
@@ -253,18 +259,18 @@ std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& grad, const Tensor& i
 }  // namespace
 
 RF_CUDA_OPS(m) {
-  m.impl("linear_forward", linear_forward);
-  m.impl("linear_backward", linear_backward);
-  m.impl("softmax_forward", softmax_forward);
-  m.impl("softmax_backward", softmax_backward);
-  m.impl("logsumexp_forward", logsumexp_forward);
-  m.impl("logsumexp_backward", logsumexp_backward);
+  register_kernels<linear_forward>(m, "linear_forward", architecture_in_use);
+  register_kernels<linear_backward>(m, "linear_backward", architecture_in_use);
+  register_kernels<softmax_forward>(m, "softmax_forward", architecture_in_use);
+  register_kernels<softmax_backward>(m, "softmax_backward", architecture_in_use);
+  register_kernels<logsumexp_forward>(m, "logsumexp_forward", architecture_in_use);
+  register_kernels<logsumexp_backward>(m, "logsumexp_backward", architecture_in_use);
   register_cross_entropy(m);
   register_linear_cross_entropy(m);
   register_linear_nll(m);
   register_phm_linear(m);
-  m.impl("mse_loss_forward", mse_loss_forward);
-  m.impl("mse_loss_backward", mse_loss_backward);
+  register_kernels<mse_loss_forward>(m, "mse_loss_forward", architecture_in_use);
+  register_kernels<mse_loss_backward>(m, "mse_loss_backward", architecture_in_use);
 }
 
 }  // namespace rf::cuda

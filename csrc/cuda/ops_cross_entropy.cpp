@@ -182,11 +182,11 @@ void cross_entropy_backward_unless_one(const Tensor& grad_loss, const Tensor& in
 }  // namespace
 
 void register_cross_entropy(torch::Library& m) {
-  m.impl("cross_entropy_forward", cross_entropy_forward);
-  m.impl("cross_entropy_forward_backward", cross_entropy_forward_backward);
-  m.impl("cross_entropy_backward_unless_one_", cross_entropy_backward_unless_one);
-  m.impl("cross_entropy_backward", cross_entropy_backward);
-  m.impl("cross_entropy_backward_", cross_entropy_backward_inplace);
+  register_kernels<cross_entropy_forward>(m, "cross_entropy_forward", architecture_in_use);
+  register_kernels<cross_entropy_forward_backward>(m, "cross_entropy_forward_backward", architecture_in_use);
+  register_kernels<cross_entropy_backward_unless_one>(m, "cross_entropy_backward_unless_one_", architecture_in_use);
+  register_kernels<cross_entropy_backward>(m, "cross_entropy_backward", architecture_in_use);
+  register_kernels<cross_entropy_backward_inplace>(m, "cross_entropy_backward_", architecture_in_use);
 }
 
 }  // namespace rf::cuda

@@ -282,9 +282,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
 }  // namespace
 
 void register_linear_cross_entropy(torch::Library& m) {
-  m.impl("linear_cross_entropy_forward", forward);
-  m.impl("linear_cross_entropy_forward_backward", forward_backward);
-  m.impl("linear_cross_entropy_backward", backward);
+  register_kernels<forward>(m, "linear_cross_entropy_forward", architecture_in_use);
+  register_kernels<forward_backward>(m, "linear_cross_entropy_forward_backward", architecture_in_use);
+  register_kernels<backward>(m, "linear_cross_entropy_backward", architecture_in_use);
 }
 
 }  // namespace rf::cuda

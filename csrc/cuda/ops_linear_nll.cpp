@@ -242,9 +242,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
 }  // namespace
 
 void register_linear_nll(torch::Library& m) {
-  m.impl("linear_nll_forward", forward);
-  m.impl("linear_nll_forward_backward", forward_backward);
-  m.impl("linear_nll_backward", backward);
+  register_kernels<forward>(m, "linear_nll_forward", architecture_in_use);
+  register_kernels<forward_backward>(m, "linear_nll_forward_backward", architecture_in_use);
+  register_kernels<backward>(m, "linear_nll_backward", architecture_in_use);
 }
 
 }  // namespace rf::cuda

@@ -118,8 +118,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
 }  // namespace
 
 void register_phm_linear(torch::Library& m) {
-  m.impl("phm_linear_forward", phm_linear_forward);
-  m.impl("phm_linear_backward", phm_linear_backward);
+  register_kernels<phm_linear_forward>(m, "phm_linear_forward", architecture_in_use);
+  register_kernels<phm_linear_backward>(m, "phm_linear_backward", architecture_in_use);
 }
 
 }  // namespace rf::cuda

@@ -12,6 +12,7 @@
 
 #include <device/torch_device.h>
 
+#include "../../csrc/trace_module.h"
 #include "emulator.h"
 
 namespace rf::cuda {
@@ -70,5 +71,6 @@ void enable(const std::string& schedule, int arch) {
 PYBIND11_MODULE(cuda_on_host, m) {
   m.def("enable", enable, pybind11::arg("schedule"), pybind11::arg("arch"));
   m.def("disable", disable);
+  rf::add_trace_functions(m);
   m.def("set_memory", [](int64_t bytes) { return std::exchange(rf::cuda::memory_of_all, bytes); });
 }

@@ -27,6 +27,8 @@ inline int architecture(const Tensor& t) {
   return 10 * major + minor;
 }
 
+inline std::string architecture_in_use(const Tensor& t) { return c10::str("CUDA sm_", architecture(t)); }
+
 // Bytes of the device's memory, whether free or not. Asked of all devices once, since the question takes long.
 inline int64_t memory_of_device(const Tensor& t) {
   static const std::vector<int64_t> known = [] {
@@ -45,6 +47,8 @@ inline int64_t memory_of_device(const Tensor& t) {
 
 // out = a b, or out += a b; out has their type, or float32 where that is a half type. By ATen.
 inline void wide_addmm(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  if (trace::on())
+    trace::product_by_aten(a.scalar_type(), out.size(0), out.size(1), a.size(1), "a sum that stays in its own type");
   const auto type = out.scalar_type();
   if (type == a.scalar_type())
     accumulate ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);

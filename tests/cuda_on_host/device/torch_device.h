@@ -15,12 +15,15 @@ struct OnDevice {
 };
 
 inline int architecture(const Tensor&) { return 0; }
+inline std::string architecture_in_use(const Tensor&) { return "emulated CUDA"; }
 
 inline int64_t memory_of_all = int64_t(2) << 30;  // a test may want a small device
 inline int64_t memory_of_device(const Tensor&) { return memory_of_all; }
 
 // CPUs have no product of half types with a float32 result.
 inline void wide_addmm(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  if (trace::on())
+    trace::product_by_aten(a.scalar_type(), out.size(0), out.size(1), a.size(1), "a sum that stays in its own type");
   const Tensor left = a.to(out.scalar_type()), right = b.to(out.scalar_type());
   accumulate ? at::addmm_out(out, out, left, right) : at::mm_out(out, left, right);
 }
