@@ -252,6 +252,7 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
   store(lane_max, m);
   store(lane_sum, sum);
   const float* weight = (const float*)a.class_weight;
+  double loss_sum = 0, weight_sum = 0;  // of few floats, which it holds exactly enough
   for (int64_t r = 0; r < rows; ++r) {
     const RowResult<float, float> result = row_result(lane_max[r], lane_sum[r]);
     const float log_sum = result.log_sum, lse = result.lse;
@@ -266,7 +267,9 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
     if (out.lse) ((float*)out.lse)[row + r] = lse;
     if (out.logprob) ((float*)out.logprob)[row + r] = logprob;
     if (out.loss) ((float*)out.loss)[row + r] = loss;
-    losses->add(loss);
-    weights->add(w);
+    loss_sum += loss;
+    weight_sum += w;
   }
+  losses->add(loss_sum);
+  weights->add(weight_sum);
 }
