@@ -175,13 +175,14 @@ void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Te
   predictions.pop_back();
   const auto rows = predictions;
   predictions.push_back(w.sym_size(0));
-  const auto same = [&](const char* name, const Tensor& tensor, bool or_wider) {
+  const auto same = [&](const char* name, const Tensor& tensor, bool or_any) {
     if (!tensor.defined()) return;
     RF_CHECK(TORCH_CHECK, x.device() == tensor.device(), op, name, c10::str(x.device(), " as input is on"),
              tensor.device());
     const auto type = tensor.scalar_type();
-    RF_CHECK(TORCH_CHECK, type == x.scalar_type() || (or_wider && type == acc_type(x.scalar_type())), op, name,
-             c10::str(x.scalar_type(), " as input has"), type);
+    RF_CHECK(TORCH_CHECK, !or_any || at::isFloatingType(type), op, name, "a floating point type", type);
+    RF_CHECK(TORCH_CHECK, or_any || type == x.scalar_type(), op, name, c10::str(x.scalar_type(), " as input has"),
+             type);
   };
   same("weight", w, false);
   same("bias", b, false);

@@ -60,8 +60,8 @@ def linear_cross_entropy(
         input: rows ``(D)`` or ``(N, D)``, any strides; float32, float64, bfloat16 or float16. More dimensions, as of
             ``(B, T, D)``, which torch refuses, are a batch of B * T rows: targets and results have B and T for N.
         linear_weight: ``(C, D)``, or ``(C, d1, ..., D)`` for a K-dimensional loss, input's dtype.
-        target: class indices ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type; or probabilities ``(C)``, ``(N, C)``
-            or ``(N, C, d1, ...)``, of any floating dtype; float64 makes all of the call float64.
+        target: class indices ``()``, ``(N)`` or ``(N, d1, ...)``, of any integer type; or probabilities ``(C)``,
+            ``(N, C)`` or ``(N, C, d1, ...)``, of any floating dtype; float64 makes all of the call float64.
         linear_bias: linear_weight's shape without D. weight: of each class, ``(C)``, as in
             :func:`regfast.cross_entropy`.
         reduction: none, mean (over the rows' class weights for indices, over the rows for probabilities) or sum.

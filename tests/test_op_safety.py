@@ -195,6 +195,9 @@ ANSWERED = {
     r"\w*cross_entropy\w* target torch\.int32": "class indices of any integer type",
     r"linear_nll\w* target torch\.(bfloat16|int32|bool)": "real numbers of any type that fits",
     r"linear_nll\w* scale a dimension less": "one number for all outputs",
+    r"(linear_)?cross_entropy\w* weight torch\.(float64|bfloat16)": "converted to the accumulator's type",
+    r"linear_nll\w* (scale|sample_weight) torch\.(float64|bfloat16)": "converted to the accumulator's type",
+    r"cross_entropy_\w+ input torch\.(float64|bfloat16)": "beside classes only statistics could differ",
 }
 
 
