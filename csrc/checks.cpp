@@ -82,7 +82,10 @@ void check_softcap(const char* op, std::optional<double> softcap) {
 
 void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
                          double label_smoothing) {
-  RF_CHECK(TORCH_CHECK_INDEX, x.dim() >= 1, op, "input", "1 or more dimensions", x.dim());
+  // torch looks for the classes' dimension, or, where target has input's shape, at its type first.
+  const bool by_type = t.dim() == 0 && !at::isFloatingType(t.scalar_type());
+  RF_CHECK(TORCH_CHECK_INDEX, x.dim() >= 1 || by_type, op, "input", "1 or more dimensions", x.dim());
+  RF_CHECK(TORCH_CHECK, x.dim() >= 1, op, "input", "1 or more dimensions", x.dim());
   RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing", "a number from 0 to 1",
            label_smoothing);
   RF_CHECK(TORCH_CHECK, x.device() == t.device(), op, "target", c10::str(x.device(), " as input is on"), t.device());

@@ -118,14 +118,9 @@ def cross_entropy(
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` computed by :func:`regfast.cross_entropy`, whose further options it takes."""
 
-    # Of an nn.CrossEntropyLoss whose __class__ became this one.
-    z_loss: float = 0.0
-    softcap: float | None = None
-    logit_scale: float | None = None
-    outputs: str | tuple[str, ...] = ("loss",)
-    inplace_backward: bool = False
-    loss_dtype: torch.dtype | None = None
-    _bits: int = 1
+    # Of an nn.CrossEntropyLoss whose __class__ became this one. TorchScript would want types that it can look up.
+    z_loss, softcap, logit_scale = 0.0, None, None
+    outputs, inplace_backward, loss_dtype, _bits = ("loss",), False, None, 1
 
     def __init__(
         self,

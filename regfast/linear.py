@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.jit import is_scripting
-from torch.overrides import has_torch_function_unary
+from torch.nn import Parameter
 
 from ._extension import without_tensors
 from .kinds import by_schema
@@ -62,8 +62,12 @@ def is_product(layer: nn.Module) -> bool:
 
 
 def _answers_functions(weight: object) -> bool:
-    """Whether a weight is of a subclass of Tensor that answers torch's functions itself, and knows none of ours."""
-    return isinstance(weight, Tensor) and has_torch_function_unary(weight)
+    """Whether a weight is of a subclass of Tensor that answers torch's functions itself, and knows none of ours. Modes
+    that are active (export's, for one) are not the weight's."""
+    kind = type(weight)
+    if kind is Parameter or kind is Tensor or not isinstance(weight, Tensor):
+        return False
+    return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
 
 class Linear(nn.Linear):

@@ -279,7 +279,11 @@ def cross_entropy_outputs(
         "logprob": lambda: _logprob(z, target, ignore_index, class_dim, probabilities),
         "argmax": lambda: z.detach().argmax(class_dim),
     }
-    results = {name: compute[name]() for name in outputs}
+    try:
+        results = {name: compute[name]() for name in outputs}
+    except IndexError as error:
+        expected = f"classes from 0 to {z.shape[class_dim] - 1}"
+        raise IndexError(f"regfast.cross_entropy: target: expected {expected}, got {error}") from None
     return [result if name == "argmax" else result.to(loss_dtype or dtypes[name]) for name, result in results.items()]
 
 
@@ -290,7 +294,7 @@ def as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size 
     batch = input.shape[:-1]
     fits = target.shape[: len(batch)] == batch
     _require(
-        fits, ValueError, "linear_cross_entropy: target", f"batch {tuple(batch)} as input has", tuple(target.shape)
+        fits, RuntimeError, "linear_cross_entropy: target", f"batch {tuple(batch)} as input has", tuple(target.shape)
     )
     return input.flatten(0, -2), target.flatten(0, len(batch) - 1), batch
 

@@ -78,17 +78,17 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
         return reference.logsumexp(input, dim, keepdim)
     n = max(input.dim(), 1)
     dims = [d + n if d < 0 else d for d in (kinds.integer("logsumexp", "dim", d) for d in dim)]
-    if len(set(dims)) != len(dims):
-        raise RuntimeError(f"regfast.logsumexp: dim: expected different dimensions, got {tuple(dim)}")
     if any(not 0 <= d < n for d in dims):
         raise IndexError(f"regfast.logsumexp: dim: expected from {-n} to {n - 1}, got {tuple(dim)}")
+    if len(set(dims)) != len(dims):
+        raise RuntimeError(f"regfast.logsumexp: dim: expected different dimensions, got {tuple(dim)}")
     if input.dim() == 0:
         return _logsumexp(input, 0, keepdim)
     dims = dims or list(range(n))  # none means all, as in torch
     kept = [d for d in range(n) if d not in dims]
     # No -1, which is any number where another dimension is empty.
     rows = input.permute(*kept, *dims).reshape(
-        [input.shape[d] for d in kept] + [math.prod(input.shape[d] for d in dims)]
+        [input.shape[d] for d in kept] + [math.prod([input.shape[d] for d in dims])]
     )
     result = _logsumexp(rows, -1, False)
     return result.reshape([1 if d in dims else size for d, size in enumerate(input.shape)]) if keepdim else result

@@ -170,7 +170,6 @@ def test_integer_and_boolean_targets(family, kind, dtype):
 
 @each_family
 @pytest.mark.parametrize("wide", DTYPES, ids=str)
-@pytest.mark.composite("a target of a wider type")
 def test_targets_of_another_type(family, wide, dtype, pool):
     for v, mode in itertools.product((3, 20), REDUCTIONS):
         x, w, b = operands((40,), 7, v, dtype)

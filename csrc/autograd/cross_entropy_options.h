@@ -44,9 +44,6 @@ struct CrossEntropyOptions {
   }
 };
 
-// Rows without classes are torch's own special case; of sizes that only a run will tell there are some.
-inline bool no_classes(const c10::SymInt& classes) { return classes.maybe_as_int() == 0; }
-
 // What the results are of, where nothing is asked for: `row` is the type that logits count as, input's own or, under
 // autocast, float32 for half types; a loss of probabilities is of what it promotes to with them and their weights.
 struct CrossEntropyTypes {

@@ -138,10 +138,11 @@ std::vector<Tensor> linear_cross_entropy_as(at::ScalarType count_as, Operands t,
   const auto finish = [&](std::vector<Tensor> results) {
     return typed ? types.give(std::move(results), o.outputs) : results;
   };
-  // Without classes, and with a differentiated class weight, it is torch's, or its refusal.
-  const char* const special = no_classes(t.w.sym_size(0))        ? "no classes"
-                              : c.defined() && c.requires_grad() ? "a weight that requires grad"
-                                                                 : nullptr;
+  // Without classes (of sizes that only a run will tell there are some), and with a differentiated class weight, it is
+  // torch's, or its refusal.
+  const char* const special = t.w.sym_size(0).maybe_as_int() == 0 ? "no classes"
+                              : c.defined() && c.requires_grad()  ? "a weight that requires grad"
+                                                                  : nullptr;
   if (takes_composite("linear_cross_entropy", {&t.x, &t.w, &t.target, &b, &c}, special)) return finish(composite(t, o));
   // One float64 number makes all of them float64; otherwise probabilities may have the type that logits have here.
   const bool wide =
