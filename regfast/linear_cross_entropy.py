@@ -218,7 +218,15 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     def forward(self, input: Tensor, target: Tensor):
         shape = (self.num_classes, *self.out_features)
         if not is_product(self.linear):
-            return self._of_logits(self.linear(input).unflatten(-1, shape), target)
+            rows, classes, batch = as_batch(input, target)
+            result = self._of_logits(self.linear(rows).unflatten(-1, shape), classes)
+            if batch is None:
+                return result
+            return (
+                unbatched(result, batch)
+                if isinstance(result, Tensor)
+                else type(result)(*(unbatched(x, batch) for x in result))
+            )
         bias = self.linear.bias
         return linear_cross_entropy(
             input,

@@ -180,9 +180,10 @@ std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Tensor& x, 
   // Without classes (of sizes that only a run will tell there are some), and with a differentiated class weight, it is
   // torch's, or its refusal.
   const bool empty = x.dim() >= 1 && x.sym_size(class_dim(x)).maybe_as_int() == 0;
-  const char* const special = empty                              ? "no classes"
-                              : w.defined() && w.requires_grad() ? "a weight that requires grad"
-                                                                 : nullptr;
+  const char* const special = empty                                          ? "no classes"
+                              : w.defined() && w.requires_grad()             ? "a weight that requires grad"
+                              : w.defined() && probabilities && w.dim() != 1 ? "a weight that broadcasts"
+                                                                             : nullptr;
   if (takes_composite("cross_entropy", {&x, &t, &w}, special)) return finish(composite(x, t, weight, o));
   if (!probabilities) return finish(by_kernels(x, t, weight, o, inplace_backward));
   // Both in the wider type, and in float64 if the weights are; autograd rounds their gradients.

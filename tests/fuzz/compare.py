@@ -7,7 +7,7 @@ from torch import Tensor
 
 # Epsilons of the arithmetic by which a result may be off, counted in the size of its terms; a chain of additions of
 # 256 terms of one sign errs by as much. Whatever is off by more must be within twice PyTorch's own error.
-EPSILONS = 8
+EPSILONS = 16
 # In float64 there is no better oracle than PyTorch's own operators, whose error is taken to be so many epsilons.
 ORACLE_EPSILONS = 32
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -7,6 +7,7 @@ Tensors end at an unmapped page, so that an access beyond them is a crash, and f
 from __future__ import annotations
 
 import math
+import re
 from functools import cache
 
 import torch
@@ -233,12 +234,18 @@ def check(case: Case) -> tuple[int, list[str]]:
         except Exception as error:
             if isinstance(error, SystemError):
                 return len(results) + 1, [f"raised {type(error).__name__}: {str(error)[:200]}"]
-            if not case["faults"] and expected_to_answer(op, case):
+            if not case["faults"] and expected_to_answer(op, case) and not stricter(str(error)):
                 return len(results) + 1, [f"refused what fits: {type(error).__name__}: {str(error)[:200]}"]
             return len(results) + 1, []
     problems = []
-    if len(results) > 1 and not all(
-        a.layout == b.layout and (a.is_meta or a.is_sparse or same_bits(a, b)) for a, b in zip(*results, strict=True)
+    # Composites consist of torch's operators, whose bits may differ from one alignment or number of threads to another.
+    if (
+        len(results) > 1
+        and "composite_" not in case["op"]
+        and not all(
+            a.layout == b.layout and (a.is_meta or a.is_sparse or same_bits(a, b))
+            for a, b in zip(*results, strict=True)
+        )
     ):
         problems.append("another run: other bits")
     problems += against_composite(op, found, results[0])
@@ -258,6 +265,11 @@ def expected_to_answer(op, case: Case) -> bool:
         and not any(t.get("dtype") for t in case["tensors"].values())
         and not any(t.get("grad") and n == "weight" for n, t in case["tensors"].items() if "cross" in case["op"])
     )
+
+
+def stricter(message: str) -> bool:
+    """What an op may refuse that the public function never asks of it."""
+    return bool(re.search(r"output_mask: expected no gradient of a scale|reduction: expected 1 \(mean\) or 2", message))
 
 
 def fits(dim: int, shape: list[int]) -> bool:

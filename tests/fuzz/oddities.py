@@ -5,6 +5,7 @@ A predicate is given the case and the problem as check.py words it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 Case = dict
@@ -36,7 +37,44 @@ def _byte_targets(case: Case, problem: str) -> bool:
 
 def _int_targets(case: Case, problem: str) -> bool:
     target = case["tensors"].get("target", {})
-    return "cross_entropy" in case["op"] and target.get("dtype") == "int32" and problem.startswith("only PyTorch")
+    refused = problem.startswith("only PyTorch") or "PyTorch RuntimeError: expected target dtype" in problem
+    return "cross_entropy" in case["op"] and target.get("dtype") == "int32" and refused
+
+
+def _batches(case: Case, problem: str) -> bool:
+    return (
+        case["op"] == "linear_cross_entropy" and "PyTorch RuntimeError: expected input with dimensionality" in problem
+    )
+
+
+def _leaves_the_range(case: Case, problem: str) -> bool:
+    huge = any(spec["values"] == "huge" for spec in case["tensors"].values())
+    return (huge or any(kind == "huge" for kind, _ in case["upstream"])) and _pattern(problem)
+
+
+def _empty_beside_another_type(case: Case, problem: str) -> bool:
+    sizes = [n for size in case["sizes"].values() for n in (size if isinstance(size, list) else [size])]
+    return 0 in sizes and case.get("mismatch", ("", ""))[1] == "dtype" and problem.startswith("only regfast raised")
+
+
+def _weights_of_more_dimensions(case: Case, problem: str) -> bool:
+    return (
+        case.get("mismatch") == ["weight", "deeper"] and "regfast.cross_entropy: weight: expected one number" in problem
+    )
+
+
+def _equal_terms(case: Case, problem: str) -> bool:
+    """kGemmChain additions of one term err by half as many epsilons at most, where PyTorch may err by none."""
+    found = re.search(r": error (\S+), allowed (\S+) or twice", problem)
+    equal = any(
+        spec["values"] in ("ones", "equal") or "expanded" in spec["layout"] for spec in case["tensors"].values()
+    )
+    equal = equal or any(kind in ("one", "broadcast") for kind, _ in case["upstream"])
+    return equal and found is not None and float(found[1]) <= 128 / 16 * float(found[2])
+
+
+def _scale_beyond_the_range(case: Case, problem: str) -> bool:
+    return case["op"] == "linear_nll" and _unbounded(case, "sigma", "pos_weight", "sample_weight")
 
 
 def _negative_smoothing(case: Case, problem: str) -> bool:
@@ -123,6 +161,12 @@ def _products_of_torch(case: Case, problem: str) -> bool:
 ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "torch takes uint8 classes for rows of logits, and refuses them beside further dimensions": _byte_targets,
     "int32 classes are taken, which torch refuses": _int_targets,
+    "batches of more dimensions are taken, which torch refuses": _batches,
+    "where terms leave the range, the order of operations decides what comes of them": _leaves_the_range,
+    "torch does not look at the types of what is empty": _empty_beside_another_type,
+    "squares of a sigma, and products with weights, beyond the range have no meaning": _scale_beyond_the_range,
+    "torch takes class weights of more dimensions where there are positions": _weights_of_more_dimensions,
+    "sums of equal terms round in one direction, for as long as a chain of additions is": _equal_terms,
     "torch ignores a negative label_smoothing, which is refused": _negative_smoothing,
     "torch's logsumexp over no dimension means all, but fails beside keepdim=False": _all_of_logsumexp,
     "the slope of gelu or silu at infinity is its limit; torch multiplies infinity by zero": _slope_at_infinity,

@@ -123,7 +123,7 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
     else:
         valid = (target != options.get("ignore_index", -100)).unsqueeze(1)
         index = torch.where(valid, target.long().unsqueeze(1), 0)
-        t = torch.zeros_like(z).scatter_(1, index, 1.0) * valid
+        t = torch.zeros_like(z).scatter_(1, index, 1.0) * valid if n_classes else torch.zeros_like(z)
         valid = valid.to(z.dtype)
     smooth = t * (1 - smoothing) + smoothing / max(1, n_classes) * valid
     z_loss = abs(options.get("z_loss", 0.0))
