@@ -69,12 +69,12 @@ asan: $(VENV)/built
 tsan:
 	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync tsan
 
-# SEED= gives the same cases again, CASE= one of them, OPS= those of some ops. Freed memory is overwritten, so that who
-# reads it gets another number.
+# SEED= gives the same cases again, CASES= so many of them at most, CASE= one of them, OPS= those of some ops. Freed
+# memory is overwritten, so that who reads it gets another number.
 SECONDS ?= 60
 fuzz: $(VENV)/built
 	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive python -m tests.fuzz --jobs $(JOBS) --seconds $(SECONDS) \
-		$(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE)) $(if $(OPS),--ops $(OPS))
+		$(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES)) $(if $(CASE),--case $(CASE)) $(if $(OPS),--ops $(OPS))
 
 bench: $(VENV)/built
 	mkdir -p build

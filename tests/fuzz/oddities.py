@@ -48,13 +48,21 @@ def _batches(case: Case, problem: str) -> bool:
 
 
 def _leaves_the_range(case: Case, problem: str) -> bool:
-    huge = any(spec["values"] == "huge" for spec in case["tensors"].values())
+    huge = any(
+        spec["values"] == "huge" or any(1e30 <= abs(value) < float("inf") for _, value, _ in spec.get("hostile", []))
+        for spec in case["tensors"].values()
+    )
     return (huge or any(kind == "huge" for kind, _ in case["upstream"])) and _pattern(problem)
 
 
 def _empty_beside_another_type(case: Case, problem: str) -> bool:
     sizes = [n for size in case["sizes"].values() for n in (size if isinstance(size, list) else [size])]
     return 0 in sizes and case.get("mismatch", ("", ""))[1] == "dtype" and problem.startswith("only regfast raised")
+
+
+def _infinite_terms_of_two_outputs(case: Case, problem: str) -> bool:
+    several = len(case["options"].get("outputs", [])) > 1
+    return several and problem.startswith("gradient of target") and "PyTorch nan" in problem and _unbounded(case)
 
 
 def _weights_of_more_dimensions(case: Case, problem: str) -> bool:
@@ -165,6 +173,9 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "where terms leave the range, the order of operations decides what comes of them": _leaves_the_range,
     "torch does not look at the types of what is empty": _empty_beside_another_type,
     "squares of a sigma, and products with weights, beyond the range have no meaning": _scale_beyond_the_range,
+    "factors of loss and logprob meet before an infinite log-probability, in torch after it": (
+        _infinite_terms_of_two_outputs
+    ),
     "torch takes class weights of more dimensions where there are positions": _weights_of_more_dimensions,
     "sums of equal terms round in one direction, for as long as a chain of additions is": _equal_terms,
     "torch ignores a negative label_smoothing, which is refused": _negative_smoothing,
