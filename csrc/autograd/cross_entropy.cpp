@@ -149,7 +149,7 @@ std::vector<Tensor> by_kernels(const Tensor& x, const Tensor& t, const OptionalT
                   "regfast.cross_entropy: inplace_backward: expected "
                   "an input whose elements have memory of their own, got overlapping ones (expanded?)");
       // While tracing, buffers are the compiler's to reuse.
-      way = x.unsafeGetTensorImpl()->is_python_dispatch() ? Way::backward : Way::in_place;
+      way = x.unsafeGetTensorImpl()->is_python_dispatch() || x.is_neg() ? Way::backward : Way::in_place;
     }
     return CrossEntropyFunction::apply(x, t, weight, o, way);
   }
@@ -288,6 +288,30 @@ Tensor cross_entropy_backward_inplace_meta(const OptionalTensor& grad_loss, cons
   return grad_target ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, x.options());
 }
 
+// Views whose sign is pending are made into tensors, but for what is written over. torch's own fallback takes it that
+// an op returns what it writes over, and reads the stack below its results otherwise.
+template <c10::DispatchKey key>
+void resolved(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    c10::IValue& value = (*stack)[stack->size() - arguments.size() + i];
+    if (!value.isTensor() || !value.toTensor().defined()) continue;
+    const Tensor t = value.toTensor();
+    if (!t.is_neg() && !t.is_conj()) continue;
+    const auto* alias = arguments[i].alias_info();
+    RF_CHECK(TORCH_CHECK, !alias || !alias->isWrite(), op.schema().name().substr(sizeof("regfast::") - 1),
+             arguments[i].name(), "a tensor to write over", "a negative or conjugate view");
+    value = t.resolve_conj().resolve_neg();
+  }
+  op.redispatchBoxed(keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, key), stack);
+}
+
+template <c10::DispatchKey key>
+void register_resolved(torch::Library& m) {
+  for (const char* name : {"cross_entropy_backward_", "cross_entropy_backward_unless_one_"})
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&resolved<key>>());
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("cross_entropy", cross_entropy); }
@@ -295,6 +319,8 @@ TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("cross_entrop
 TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<cross_entropy_batched>(m, "cross_entropy"); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
 TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
+TORCH_LIBRARY_IMPL(regfast, Negative, m) { register_resolved<c10::DispatchKey::Negative>(m); }
+TORCH_LIBRARY_IMPL(regfast, Conjugate, m) { register_resolved<c10::DispatchKey::Conjugate>(m); }
 TORCH_LIBRARY_IMPL(regfast, Meta, m) {
   m.impl("cross_entropy_forward", cross_entropy_forward_meta);
   m.impl("cross_entropy_forward_backward", cross_entropy_forward_backward_meta);
