@@ -148,8 +148,10 @@ def test_patterns_of_cross_entropy(kind, layout, probabilities, dtype):
         )
         assert torch.equal(mine["argmax"], theirs["argmax"])
         for name in mine:
-            # Near the largest number the one or the other rounding may reach infinity.
-            if kind not in ("the largest number", "the least number") or name[0] != "loss":
+            # Near the largest number the one or the other rounding may reach infinity, as sums of the logits do that
+            # the CUDA kernels keep in float32 for a smoothed loss.
+            smoothed = name == "loss" and "label_smoothing" in options
+            if kind not in ("the largest number", "the least number") or not (name[0] == "loss" or smoothed):
                 assert_same_pattern(mine[name], theirs[name], (v, options, name))
 
 

@@ -111,7 +111,9 @@ def test_one_summand_is_the_dense_layer(dtype):
     one = torch.ones_like(a)
     for activation in ("none", "gelu"):
         ours = regfast.phm_linear(x, one, s, b, activation=activation)
-        assert torch.equal(ours, regfast.linear(x, s[0], b, activation=activation))
+        # Not to the bit: on CUDA ATen's products have another order of sums, and half types round the mixed rows.
+        bounds = {"rtol": 0.02, "atol": 0.02} if dtype.itemsize == 2 else {}
+        torch.testing.assert_close(ours, regfast.linear(x, s[0], b, activation=activation), **bounds)
         check_phm(x, a, s, b, activation)
 
 
