@@ -7,6 +7,7 @@ The means of rows are computed from whole tensors: those of shards would have to
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
@@ -139,6 +140,14 @@ def _outputs(op: torch._ops.OpOverload, arguments: list) -> int:
     return len(op._schema.returns)
 
 
+def _register_or_warn() -> None:
+    """The rules' interface is torch's own affair: a torch that has changed it must not fail to import for our sake."""
+    try:
+        _register()
+    except (ImportError, AttributeError, TypeError) as error:
+        warnings.warn(f"regfast: no sharding rules for DTensor with torch {torch.__version__}: {error}", stacklevel=2)
+
+
 class _WhenImported(MetaPathFinder):
     """Registers the rules as soon as the module has been imported by someone."""
 
@@ -151,7 +160,7 @@ class _WhenImported(MetaPathFinder):
 
         def exec_module(module):
             execute(module)
-            _register()
+            _register_or_warn()
 
         spec.loader.exec_module = exec_module
         return spec
@@ -159,6 +168,6 @@ class _WhenImported(MetaPathFinder):
 
 if torch.distributed.is_available():
     if _MODULE in sys.modules:
-        _register()
+        _register_or_warn()
     else:
         sys.meta_path.insert(0, _WhenImported())
