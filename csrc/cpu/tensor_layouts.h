@@ -40,7 +40,10 @@ inline std::vector<int64_t> reduced_sizes(const Tensor& t, int64_t dim, bool kee
   return sizes;
 }
 
+// None where no strides describe the rows. An empty tensor has rows wherever the reduced dimension alone is empty, and
+// nothing in them to find: any layout is right, whatever its strides say.
 inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
+  if (t.numel() == 0) return RowLayout{1, 0, 0, 1};
   const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
   if (!outer || !inner) return std::nullopt;
   const int64_t classes = t.dim() ? t.size(dim) : 1;
@@ -51,7 +54,9 @@ inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
 // The tensor itself where its rows can be walked, else a contiguous copy.
 inline Tensor walkable(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
 
+// With null for its data where no strides describe the matrix, and where it is empty.
 inline MatrixView matrix_view(const Tensor& t) {
+  if (t.numel() == 0) return {nullptr, 1, 0, 0, 1};
   const int64_t last = t.dim() - 1;
   for (int64_t split = last; split >= 0; --split) {
     const auto outer = collapsed_stride(t, 0, split), inner = collapsed_stride(t, split, last);
@@ -59,7 +64,7 @@ inline MatrixView matrix_view(const Tensor& t) {
     const int64_t columns = t.size(last) == 1 ? 1 : t.stride(last);
     return {t.const_data_ptr(), std::max<int64_t>(1, product(t.sizes(), split, last)), *outer, *inner, columns};
   }
-  return {nullptr, 0, 0, 0, 0};
+  return {nullptr, 1, 0, 0, 1};
 }
 
 struct Operand {

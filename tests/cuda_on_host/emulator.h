@@ -75,6 +75,7 @@ enum class Kind {
   race,            // shared memory used by two threads, one of them writing, with no barrier between
   divergence,      // threads at different barriers, or at one that others will never reach
   assertion,       // RF_DEVICE_ASSERT
+  division,        // an integer by zero, of which a GPU makes some number and a CPU a signal
   hang,            // a loop without end
   launch,          // a configuration that a GPU refuses
 };

@@ -25,6 +25,11 @@ struct TypeMismatchData {
   unsigned char log_alignment, kind;
 };
 
+struct OverflowData {
+  SourceLocation location;
+  const void* type;
+};
+
 }  // namespace
 
 extern "C" {
@@ -64,6 +69,13 @@ void __ubsan_handle_type_mismatch_v1(void* data, uintptr_t p) {
   cuda_on_host::fault(Kind::misaligned,
                       "an access that needs alignment to " + std::to_string(1 << d->log_alignment) + " bytes, at " +
                           std::to_string(p % (uintptr_t(1) << d->log_alignment)) + " beyond one",
+                      cuda_on_host::Site{d->location.file, (int)d->location.line});
+}
+
+void __ubsan_handle_divrem_overflow(void* data, uintptr_t, uintptr_t) {
+  const auto* d = (const OverflowData*)data;
+  if (!cuda_on_host::running()) std::abort();
+  cuda_on_host::fault(Kind::division, "an integer divided by zero",
                       cuda_on_host::Site{d->location.file, (int)d->location.line});
 }
 

@@ -213,6 +213,7 @@ __global__ void failed_assertion(float* y, bool wrong) {
   RF_DEVICE_ASSERT(!wrong || threadIdx.x != 11, "thread 11 is wanted elsewhere");
   y[threadIdx.x] = 0;
 }
+__global__ void divide_by_zero(int* y, int divisor) { y[threadIdx.x] = (int)threadIdx.x / divisor; }
 __global__ void endless_loop(volatile float* y, bool wrong) {
   while (wrong && y[0] < 1) y[1] = y[0];
 }
@@ -297,6 +298,10 @@ const Case kCases[] = {
     {"misaligned copy", Kind::misaligned, on_both<misaligned_copy>},
     {"misaligned matrix", Kind::misaligned, on_y<misaligned_matrix, 1, 1024>},
     {"failed assertion", Kind::assertion, on_y<failed_assertion>},
+    {"division by zero", Kind::division,
+     [](float*, float* y, bool wrong) {
+       rf::cuda::launch(divide_by_zero, 1, kThreads, 0, nullptr, (int*)y, wrong ? 0 : 3);
+     }},
     {"endless loop", Kind::hang,
      [](float*, float* y, bool wrong) {
        rf::cuda::launch((void (*)(volatile float*, bool))endless_loop, 1, 1, 0, nullptr, y, wrong);
