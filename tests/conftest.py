@@ -132,7 +132,7 @@ def kernels(request):
     values that `device` meets, and the kernels' own tests in C++, run in every order.
     """
     with kernels_of(request.param):
-        yield
+        yield request.param
 
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))

@@ -132,7 +132,7 @@ def outputs_and_gradients(f, leaves):
 @pytest.mark.parametrize("probabilities", [False, True], ids=["classes", "probabilities"])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_patterns_of_cross_entropy(kind, layout, probabilities, dtype):
+def test_patterns_of_cross_entropy(kind, layout, probabilities, dtype, kernels):
     for v, options in itertools.product((5, 40, 2500), ({}, {"label_smoothing": 0.1}, {"logit_scale": 0.5})):
         target = torch.randint(v, (3,))
         x = spiky(3, v, dtype=dtype)
@@ -150,7 +150,7 @@ def test_patterns_of_cross_entropy(kind, layout, probabilities, dtype):
         for name in mine:
             # Near the largest number the one or the other rounding may reach infinity, as sums of the logits do that
             # the CUDA kernels keep in float32 for a smoothed loss.
-            smoothed = name == "loss" and "label_smoothing" in options
+            smoothed = name == "loss" and "label_smoothing" in options and kernels != "cpu"
             if kind not in ("the largest number", "the least number") or not (name[0] == "loss" or smoothed):
                 assert_same_pattern(mine[name], theirs[name], (v, options, name))
 
