@@ -288,7 +288,10 @@ def cross_entropy_outputs(
 
 
 def as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size | None]:
-    """A batch of more than one dimension as one of rows, and its shape; None where there is nothing to do."""
+    """A batch of more than one dimension as one of rows, and its shape; None where there is nothing to do. torch takes
+    a class in one dimension for a single row."""
+    if input.dim() == 1 and target.shape == (1,) and not target.is_floating_point():
+        return input, target.squeeze(0), None
     if input.dim() <= 2:
         return input, target, None
     batch = input.shape[:-1]

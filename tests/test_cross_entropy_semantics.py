@@ -155,6 +155,14 @@ def test_weights_of_zero():
     x, target = spiky(6, 9).requires_grad_(), class_targets((6,), 9)
     assert regfast.cross_entropy(x, target, torch.zeros(9)).isnan()
     assert regfast.cross_entropy(x, target, torch.zeros(9), reduction="sum") == 0
+    # Zero at the classes of all rows and not at others, which a smoothed loss adds up.
+    weight = torch.ones(9).index_fill_(0, target, 0)
+    for smoothing in (0.0, 0.1, 1.0):
+        assert F.cross_entropy(x, target, weight, label_smoothing=smoothing).isnan()
+        assert regfast.cross_entropy(x, target, weight, label_smoothing=smoothing).isnan()
+        w = spiky(9, 9)
+        assert regfast.linear_cross_entropy(x, w, target, weight=weight, label_smoothing=smoothing).isnan()
+    assert regfast.cross_entropy(x, target, weight, z_loss=0.1).isnan()
 
 
 @with_all_kernels

@@ -1,10 +1,18 @@
 // Cross-entropy's tensors as plain structs, for every device: Args is its arguments' struct, whose fields of these
 // names mean the same. What a device wants besides (the sum of the class weights) it adds.
 #pragma once
+#include <limits>
+
 #include "../checks.h"
 #include "tensor_layouts.h"
 
 namespace rf {
+
+// A mean over rows whose weights are all zero is NaN, whatever a smoothed loss or z_loss add up to beside them: PyTorch
+// divides each part of a loss by itself, and one of them is 0 / 0.
+inline double mean_of(double sum, double weights) {
+  return weights == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / weights;
+}
 
 template <class Args>
 void set_options(Args& a, int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap,

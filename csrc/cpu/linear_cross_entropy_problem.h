@@ -52,7 +52,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& inpu
   p.classes = linear_weight.size(0);
   p.outputs = p.w.size(0);
   p.positions = positions_of(linear_weight);
-  if (linear_bias.has_value()) p.bias = linear_bias->to(p.acc).contiguous();
+  if (linear_bias.has_value()) p.bias = linear_bias->to(p.acc).reshape({p.outputs}).contiguous();
   CrossEntropyArgs& a = p.loss;
   a.classes = p.classes;
   a.layout = {p.positions, p.outputs, p.positions == 1 ? 0 : 1, p.positions};

@@ -225,7 +225,7 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
     if (rowwise)
       results.push_back(loss.to(result_type));
     else
-      results.push_back(number(reduction == at::Reduction::Mean ? sums.loss / sums.weight : sums.loss, result_type));
+      results.push_back(number(reduction == at::Reduction::Mean ? mean_of(sums.loss, sums.weight) : sums.loss, result_type));
   }
   if (outputs & kOutputLse) results.push_back(lse.to(result_type));
   if (outputs & kOutputEntropy) results.push_back(stats[kEntropy].reshape(row_shape).to(result_type, false, true));

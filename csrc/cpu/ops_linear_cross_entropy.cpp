@@ -228,7 +228,7 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
   if (each)
     results.push_back(finished(loss, type));
   else if (outputs & kOutputLoss)
-    results.push_back(number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, type));
+    results.push_back(number(reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum, type));
   if (outputs & kOutputLse) results.push_back(finished(lse, other));
   if (outputs & kOutputEntropy) results.push_back(finished(entropy, other));
   if (outputs & kOutputLogprob) results.push_back(finished(logprob, type));
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
   if (argmax_too) out.argmax = argmax.mutable_data_ptr<int64_t>();
   const double sum = over_chunks(p, o, out, Tensor(), &up, g);
   auto [dx, dw, db, none] = g.shaped(input, linear_weight, target, false);
-  return {number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, loss_type(input, target, loss_dtype)),
+  return {number(reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum, loss_type(input, target, loss_dtype)),
           argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax, dx, dw, db};
 }
 

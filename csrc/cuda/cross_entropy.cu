@@ -32,7 +32,11 @@ struct TotalArgs {
 __device__ void store_total(const TotalArgs& a, const Totals& t) {
   if (a.weight_sum) *a.weight_sum = t.weight.value();
   if (!a.total) return;
-  const double value = a.mean ? t.loss.value() / t.weight.value() : t.loss.value();
+  double value = t.loss.value();
+  if (a.mean) {
+    const double weights = t.weight.value();
+    value = weights == 0 ? (double)NAN : value / weights;  // see mean_of
+  }
   switch (a.total_dtype) {
     case DType::f32:
       *(float*)a.total = (float)value;

@@ -193,7 +193,11 @@ Outputs new_outputs(const Problem& p, int64_t reduction, int64_t outputs) {
 
 Tensor reduced(const Problem& p, const Outputs& out) {
   const Tensor total = out.totals.sum();
-  return p.denominator.defined() ? total / p.denominator : total;
+  if (!p.denominator.defined()) return total;
+  // As mean_of, on the device.
+  const Tensor mean = total / p.denominator;
+  return p.class_weight.defined() ? mean.masked_fill_(p.denominator == 0, std::numeric_limits<double>::quiet_NaN())
+                                  : mean;
 }
 
 std::vector<Tensor> forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from regfast import _C
+from regfast._paths import recorded
+
 from . import direct
 from .compare import accumulator, compare, same_bits
 from .draw import Draw
@@ -17,6 +20,7 @@ from .tensors import classes, lay_out, memory_of, put, values
 from .terms import Terms
 
 THREADS = (1, 2, 3, 7)
+OTHER_BITS, OF_ATEN = "other bits", " of a product that ATen has multiplied"
 # Weights that make most of the calls fall where most of the kernels are.
 WEIGHTS = {
     "linear": 14,
@@ -185,6 +189,11 @@ def check_case(case: Case) -> Report:
                 report.calls += bool(again.grads)
                 problems += differences(first, again, threads)
         torch.set_num_threads(1)
+        if any(problem.endswith(OTHER_BITS) for problem in problems):
+            with recorded(_C) as calls:
+                run(op.ours, op, tensors, case, upstream)
+            if any(call.path == "aten" for call in calls):
+                problems = [p + OF_ATEN if p.endswith(OTHER_BITS) else p for p in problems]
     for name, t in tensors.items():
         if not torch.equal(memory_of(t), before[name]):
             problems.append(f"{name}: was changed")
@@ -200,7 +209,7 @@ def differences(first: Run, again: Run, threads: int) -> list[str]:
         return [f"{what}: raised {type(again.error).__name__}: {str(again.error)[:200]}"]
     pairs = {f"output {i}": p for i, p in enumerate(zip(first.outputs, again.outputs, strict=True))}
     pairs |= {f"gradient of {n}": (g, again.grads[n]) for n, g in first.grads.items()}
-    return [f"{what}: {name}: other bits" for name, (a, b) in pairs.items() if not same_bits(a, b)]
+    return [f"{what}: {name}: {OTHER_BITS}" for name, (a, b) in pairs.items() if not same_bits(a, b)]
 
 
 def against(op: Op, case: Case, tensors: Tensors, ours: Run, theirs: Run, upstream: list[Tensor | None]) -> list[str]:
@@ -228,6 +237,7 @@ def against(op: Op, case: Case, tensors: Tensors, ours: Run, theirs: Run, upstre
         if "mismatch" not in case and case["sizes"].get("other") in (None, case["sizes"].get("shape")):
             raise
         sizes = Terms([None] * len(ours.outputs))  # what broadcasts in a way that is not drawn otherwise
+    longest = max(max(t.shape, default=1) for t in tensors.values())
     floor = max([1.0, *(u.nan_to_num(0, 0, 0).abs().max().item() for u in ups if u is not None and u.numel())])
     between: list[Run] = []
 
@@ -243,12 +253,14 @@ def against(op: Op, case: Case, tensors: Tensors, ours: Run, theirs: Run, upstre
 
     problems = []
     acc = accumulator(dtype_of(case["dtype"]))
+    if case["options"].get("dtype") == "float32":
+        acc = torch.float32  # which softmax and log_softmax convert their input to
 
     def look(name, a, b, c, size, pick):
         size = None if size is None or not fits(size, c) else size
-        problem = compare(a, b, c, size, sizes.rounds, acc, None, floor)
+        problem = compare(a, b, c, size, sizes.rounds, acc, None, floor, longest)
         if problem and case["dtype"] in ("bfloat16", "float16"):
-            problem = compare(a, b, c, size, sizes.rounds, acc, half(pick), floor)
+            problem = compare(a, b, c, size, sizes.rounds, acc, half(pick), floor, longest)
         if problem:
             problems.append(f"{name}: {problem}")
 
