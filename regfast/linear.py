@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 from torch.jit import is_scripting
 from torch.nn import Parameter
 
+from . import _onnx
 from ._extension import without_tensors
 from .kinds import by_schema
 from .reference import ACTIVATIONS
@@ -77,8 +80,8 @@ class Linear(nn.Linear):
     ``(*, out_features)``. ``Linear(..., activation="relu")`` is a :class:`LinearActivation`, no ``nn.Linear``: what
     rewrites those (fuses, merges adapters, quantises) knows of no activation, and would drop it.
 
-    ``torch.ao.quantization.quantize_dynamic`` looks for the very class ``nn.Linear`` and passes over this one: set
-    ``layer.__class__ = torch.nn.Linear`` before.
+    ``torch.ao.quantization`` looks for the very class ``nn.Linear`` and passes over this one, which then warns: set
+    ``layer.__class__ = torch.nn.Linear`` before. torchao's ``quantize_`` takes it as it is.
     """
 
     def __init__(
@@ -109,6 +112,20 @@ class Linear(nn.Linear):
         if _answers_functions(self.weight):
             return nn.Linear.forward(self, input)
         return _linear(input, self.weight, self.bias, "none")
+
+    def _slow_forward(self, *args, **kwargs):  # nn.Module's, while torch.jit traces
+        _onnx.register()
+        return super()._slow_forward(*args, **kwargs)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        # torch.ao.quantization leaves word of its plan on every module that it meets.
+        if name == "qconfig":
+            warnings.warn(
+                "regfast.Linear: quantisation: expected torch.nn.Linear, the class that torch.ao.quantization looks "
+                "for, got regfast.Linear, which it leaves as it is; set layer.__class__ = torch.nn.Linear before",
+                stacklevel=2,
+            )
 
 
 class LinearActivation(nn.Module):
@@ -154,6 +171,10 @@ class LinearActivation(nn.Module):
         if is_product(self.linear):
             return _linear(input, self.linear.weight, self.linear.bias, self.activation)
         return ACTIVATIONS[self.activation](self.linear(input))
+
+    def _slow_forward(self, *args, **kwargs):
+        _onnx.register()
+        return super()._slow_forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"

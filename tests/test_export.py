@@ -1,5 +1,7 @@
 """torch.export, its decompositions, and the ONNX exporters."""
 
+import io
+
 import pytest
 import torch
 from cases import CASES, bound
@@ -116,4 +118,30 @@ def test_onnx():
         None, {name: value.numpy() for name, value in zip(names, arguments, strict=True)}
     )
     for value, true in zip(values, model(*arguments), strict=True):
+        assert_close(torch.as_tensor(value), true, rtol=1e-4, atol=1e-5)
+
+
+class Layers(torch.nn.Module):
+    """What the exporter that traces knows of ours."""
+
+    def __init__(self, activation):
+        super().__init__()
+        self.layer = regfast.Linear(20, 7, activation=activation)
+
+    def forward(self, x):
+        z = self.layer(x)
+        functions = regfast.softmax(z), regfast.log_softmax(z, 0), regfast.logsumexp(z, 1, True)
+        return z, *functions, regfast.linear(z, self.layer.weight.t(), activation="silu")
+
+
+@pytest.mark.parametrize("activation", regfast.reference.ACTIVATIONS)
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_by_tracing(activation):
+    reference = pytest.importorskip("onnx.reference")
+    model, x, file = Layers(activation).eval(), spiky(12, 20), io.BytesIO()
+    torch.onnx.export(model, (x,), file, dynamo=False, verbose=False)
+    exported = pytest.importorskip("onnx").load_model_from_string(file.getvalue())
+    assert {node.domain for node in exported.graph.node} == {""}
+    values = reference.ReferenceEvaluator(exported).run(None, {exported.graph.input[0].name: x.numpy()})
+    for value, true in zip(values, model(x), strict=True):
         assert_close(torch.as_tensor(value), true, rtol=1e-4, atol=1e-5)

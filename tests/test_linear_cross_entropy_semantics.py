@@ -19,7 +19,7 @@ from linear_cross_entropy_cases import (
 )
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from util import assert_same_error, class_targets
+from util import assert_same_error, class_targets, fresh_process
 
 import regfast
 
@@ -209,3 +209,23 @@ def test_checkpointing(reentrant):
                 results.append([t.grad for t in (x, w, b)])
                 x.grad = w.grad = b.grad = None
         assert_close(*results)
+
+
+@pytest.mark.parametrize("gemm", ["own", "aten"])
+@pytest.mark.no_kernels("another process")
+def test_a_bias_of_positions_whoever_multiplies(gemm):
+    printed = fresh_process(
+        """
+        import torch, regfast
+        torch.manual_seed(0)
+        for positions in ((), (3,), (2, 2)):
+            x, w, b = torch.randn(70, 33), torch.randn(40, *positions, 33), torch.randn(40, *positions)
+            t = torch.randint(40, (70, *positions))
+            for budget in (None, 1):
+                value = regfast.linear_cross_entropy(x, w, t, linear_bias=b, memory_budget=budget)
+                true = regfast.reference.linear_cross_entropy(x, w, t, linear_bias=b)
+                print((value - true).abs().item() < 1e-5)
+        """,
+        REGFAST_GEMM=gemm,
+    )
+    assert printed.split() == ["True"] * 6

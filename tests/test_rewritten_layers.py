@@ -202,6 +202,19 @@ def test_dynamic_quantisation(make, arguments, after):
     assert repr(module)
 
 
+def test_quantisation_that_passes_over_a_layer_says_so():
+    for layers in ({nn.Linear}, {nn.LSTM}, {regfast.Linear}):
+        with pytest.warns(
+            UserWarning, match=r"regfast\.Linear: quantisation: expected torch\.nn\.Linear.*, got regfast"
+        ):
+            module = torch.ao.quantization.quantize_dynamic(nn.Sequential(regfast.Linear(8, 5)), layers)
+        assert type(module[0]) is regfast.Linear
+    layer = regfast.Linear(8, 5)
+    layer.__class__ = nn.Linear
+    module = torch.ao.quantization.quantize_dynamic(nn.Sequential(layer), {nn.Linear})
+    assert type(module[0]) is torch.ao.nn.quantized.dynamic.Linear
+
+
 @holders
 @pytest.mark.filterwarnings("ignore")
 def test_weight_only_quantisation(make, arguments, after):
