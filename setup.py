@@ -64,12 +64,11 @@ class Build(BuildExtension):
         super().build_extensions()
 
 
-FOLDERS = ["csrc", "csrc/autograd", "csrc/cpu"] + (["csrc/cuda"] if CUDA else [])
+ROOMS = ["", "shared", "autograd", "cpu", "cpu/ops", "cpu/drivers", "cpu/isa"] + (["cuda/ops"] if CUDA else [])
 cuda_options = {}
 if CUDA:
     toolkit = CUDA[1]
     cuda_options = {
-        "include_dirs": [os.path.abspath("csrc/cuda"), toolkit.include],
         "library_dirs": toolkit.libraries,
         "libraries": ["cudart", "c10_cuda"],
     }
@@ -78,7 +77,8 @@ setup(
     ext_modules=[
         CppExtension(
             "regfast._C",
-            sorted(os.path.relpath(path) for folder in FOLDERS for path in glob.glob(f"{folder}/*.cpp")),
+            sorted(os.path.relpath(path) for room in ROOMS for path in glob.glob(f"csrc/{room}/*.cpp")),
+            include_dirs=[os.path.abspath("csrc")] + ([CUDA[1].include] if CUDA else []),
             extra_compile_args={"cxx": CXX_FLAGS},
             extra_link_args=SANITIZE_FLAGS,
             **cuda_options,

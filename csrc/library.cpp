@@ -5,11 +5,11 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/version.h>
 
-#include "cpu/drivers.h"
-#include "cpu/linear_cross_entropy.h"
-#include "cuda_chunks.h"
-#include "torch_api.h"
-#include "trace_module.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/drivers/linear_cross_entropy.h"
+#include "shared/chunks.h"
+#include "shared/torch_api.h"
+#include "shared/trace_module.h"
 
 #define RF_CROSS_ENTROPY_OPTIONS \
   "int ignore_index, int reduction, float label_smoothing, float z_loss, float? softcap, float? logit_scale"

@@ -1,7 +1,7 @@
 // regfast::linear: saves the operands that a derivative needs and what the activation's derivative is computed from
 // (nothing, the output or the pre-activation); computes only the gradients that are asked for.
-#include "../op_checks.h"
-#include "../torch_api.h"
+#include "shared/op_checks.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

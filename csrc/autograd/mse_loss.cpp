@@ -1,6 +1,6 @@
 // regfast::mse_loss saves input and target; the residual is recomputed in backward.
-#include "../op_checks.h"
-#include "../torch_api.h"
+#include "shared/op_checks.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

@@ -6,7 +6,7 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
 
-#include "../torch_api.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 

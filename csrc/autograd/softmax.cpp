@@ -1,6 +1,6 @@
 // regfast::softmax saves its output alone; regfast::logsumexp saves input and result.
-#include "../op_checks.h"
-#include "../torch_api.h"
+#include "shared/op_checks.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

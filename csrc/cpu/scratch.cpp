@@ -2,7 +2,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "parallel.h"
+#include "cpu/platform.h"
 
 namespace rf {
 

@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdint>
 
-#include "types.h"
+#include "shared/types.h"
 
 namespace rf::tuning {
 

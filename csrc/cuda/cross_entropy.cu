@@ -1,7 +1,7 @@
 // Cross-entropy: losses and statistics of rows, gradients from them, or both from one read of the logits; then the
 // rows' losses and denominators added up in double precision, in an order that depends on their number alone.
-#include "device/cross_entropy_program.cuh"
-#include "launch.h"
+#include "cuda/device/cross_entropy_program.cuh"
+#include "cuda/launch.h"
 
 namespace rf::cuda {
 namespace {

@@ -10,11 +10,11 @@
 #include <stdexcept>
 #include <string>
 
-#include <device/launch_kernel.cuh>
+#include "cuda/device/launch_kernel.cuh"
 
-#include "device/epilogue.cuh"
-#include "gemm.h"
-#include "tuning.h"
+#include "cuda/device/epilogue.cuh"
+#include "cuda/gemm.h"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // Between gemm.cu, which plans a product, and the files that hold its kernels.
 #pragma once
-#include "launch.h"
+#include "cuda/launch.h"
 
 namespace rf::cuda {
 

@@ -3,12 +3,12 @@
 // which transposes on the way, so that both lie with K outermost and are read 16 bytes at a time.
 #include <cuda_runtime.h>
 
-#include <device/launch_kernel.cuh>
-#include <device/ptx.cuh>
+#include "cuda/device/launch_kernel.cuh"
+#include "cuda/device/ptx.cuh"
 
-#include "device/epilogue.cuh"
-#include "gemm.h"
-#include "tuning.h"
+#include "cuda/device/epilogue.cuh"
+#include "cuda/gemm.h"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 namespace {

@@ -6,13 +6,13 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include <device/launch_kernel.cuh>
-#include <device/ptx.cuh>
+#include "cuda/device/launch_kernel.cuh"
+#include "cuda/device/ptx.cuh"
 
-#include "device/epilogue.cuh"
-#include "device/gemm_tile.cuh"
-#include "gemm.h"
-#include "tuning.h"
+#include "cuda/device/epilogue.cuh"
+#include "cuda/device/gemm_tile.cuh"
+#include "cuda/gemm.h"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 namespace {

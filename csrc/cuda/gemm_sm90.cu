@@ -10,12 +10,12 @@
 #include <algorithm>
 #include <climits>
 
-#include <device/launch_kernel.cuh>
+#include "cuda/device/launch_kernel.cuh"
 
-#include "device/epilogue.cuh"
-#include "device/ptx_sm90.cuh"
-#include "gemm.h"
-#include "tuning.h"
+#include "cuda/device/epilogue.cuh"
+#include "cuda/device/ptx_sm90.cuh"
+#include "cuda/gemm.h"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 namespace {

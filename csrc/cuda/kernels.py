@@ -78,9 +78,9 @@ def build(toolkit: Toolkit, folder: str, jobs: int) -> list[str]:
     """The objects of all kernels, of which only those are compiled whose sources or flags have changed."""
     into = Path(folder) / "kernels"
     into.mkdir(parents=True, exist_ok=True)
-    flags = [*FLAGS, f"-I{HERE}", *toolkit.code_flags()]
+    flags = [*FLAGS, f"-I{HERE.parent}", *toolkit.code_flags()]
     sources = sorted(HERE.glob("*.cu"))
-    headers = [*HERE.glob("*.h"), *HERE.glob("device/*.cuh"), HERE.parent / "cpu" / "types.h"]
+    headers = [*HERE.glob("*.h"), *HERE.glob("device/*"), HERE.parent / "shared" / "types.h"]
     newest_header = max(path.stat().st_mtime for path in headers)
 
     def compile_one(source: Path) -> Path:

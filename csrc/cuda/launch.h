@@ -5,7 +5,7 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "../cpu/types.h"
+#include "shared/types.h"
 
 namespace rf::cuda {
 

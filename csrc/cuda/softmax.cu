@@ -1,9 +1,9 @@
 // softmax, log-softmax and log-sum-exp with their gradients, as programs of rows.cuh. The logarithm of a row's sum is
 // kept apart from its maximum, which would swallow its digits.
-#include "device/math.cuh"
-#include "device/max_sum.cuh"
-#include "device/rows.cuh"
-#include "launch.h"
+#include "cuda/device/math.cuh"
+#include "cuda/device/max_sum.cuh"
+#include "cuda/device/rows.cuh"
+#include "cuda/launch.h"
 
 namespace rf::cuda {
 namespace {

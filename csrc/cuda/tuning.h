@@ -3,7 +3,7 @@
 #pragma once
 #include <cstdint>
 
-#include "../cpu/types.h"
+#include "shared/types.h"
 
 namespace rf::cuda::tuning {
 

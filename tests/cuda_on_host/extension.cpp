@@ -10,9 +10,9 @@
 #include <memory>
 #include <utility>
 
-#include <device/torch_device.h>
+#include "cuda/ops/torch_device.h"
 
-#include "../../csrc/trace_module.h"
+#include "shared/trace_module.h"
 #include "emulator.h"
 
 namespace rf::cuda {

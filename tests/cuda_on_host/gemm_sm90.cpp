@@ -1,5 +1,5 @@
 // In place of csrc/cuda/gemm_sm90.cu, whose instructions are beyond the emulator: it takes no product.
-#include "gemm.h"
+#include "cuda/gemm.h"
 
 namespace rf::cuda {
 

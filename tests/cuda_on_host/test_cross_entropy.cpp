@@ -7,7 +7,7 @@
 
 #include "cross_entropy_reference.h"
 #include "device_memory.h"
-#include "launch.h"
+#include "cuda/launch.h"
 #include "layouts.h"
 #include "tests.h"
 

@@ -1,6 +1,6 @@
 // Kernels with one mistake each, of every kind that the emulator claims to find, beside the same kernels without it.
-#include <device/launch_kernel.cuh>
-#include <device/ptx.cuh>
+#include "cuda/device/launch_kernel.cuh"
+#include "cuda/device/ptx.cuh"
 
 #include "check.h"
 #include "device_memory.h"

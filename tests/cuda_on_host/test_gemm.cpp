@@ -4,13 +4,13 @@
 #include <string>
 #include <vector>
 
-#include <device/launch_kernel.cuh>
+#include "cuda/device/launch_kernel.cuh"
 
 #include "activation_reference.h"
 #include "device_memory.h"
-#include "gemm.h"
+#include "cuda/gemm.h"
 #include "tests.h"
-#include "../../csrc/cuda/tuning.h"
+#include "cuda/tuning.h"
 
 namespace test {
 namespace {

@@ -2,8 +2,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include <device/launch_kernel.cuh>
-#include <device/ptx.cuh>
+#include "cuda/device/launch_kernel.cuh"
+#include "cuda/device/ptx.cuh"
 
 #include "check.h"
 #include "device_memory.h"

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "device_memory.h"
-#include "launch.h"
+#include "cuda/launch.h"
 #include "layouts.h"
 #include "tests.h"
 

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "memory.h"
-#include "types.h"
+#include "shared/types.h"
 
 namespace test {
 

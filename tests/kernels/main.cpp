@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "check.h"
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Operands of products in every arrangement that tensors come in, their memory guarded.
 #pragma once
 #include "memory.h"
-#include "types.h"
+#include "shared/types.h"
 
 namespace test {
 

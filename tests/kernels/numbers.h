@@ -10,8 +10,8 @@
 #include <type_traits>
 
 #include "check.h"
-#include "tuning.h"
-#include "types.h"
+#include "cpu/tuning.h"
+#include "shared/types.h"
 
 namespace test {
 

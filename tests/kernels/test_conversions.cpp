@@ -2,7 +2,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 #include "memory.h"
 
 namespace test {

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "cross_entropy_reference.h"
-#include "drivers.h"
+#include "cpu/drivers/drivers.h"
 #include "layouts.h"
 
 namespace test {

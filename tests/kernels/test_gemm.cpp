@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "activation_reference.h"
-#include "drivers.h"
+#include "cpu/drivers/drivers.h"
 #include "matrices.h"
 
 namespace test {

@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <vector>
 
-#include "drivers.h"
-#include "gemm_packed.h"
+#include "cpu/drivers/drivers.h"
+#include "cpu/drivers/gemm_packed.h"
 #include "matrices.h"
-#include "tuning.h"
+#include "cpu/tuning.h"
 
 namespace test {
 namespace {

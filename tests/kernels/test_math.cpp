@@ -6,7 +6,7 @@
 #include <cstdio>
 #include <vector>
 
-#include "drivers.h"
+#include "cpu/drivers/drivers.h"
 #include "memory.h"
 
 namespace test {

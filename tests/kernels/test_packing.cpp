@@ -1,7 +1,7 @@
 // The packed panels: their order, and zeros where a panel is not full. Widened rows.
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/isa/kernels.h"
 #include "memory.h"
 
 namespace test {

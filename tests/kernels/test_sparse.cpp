@@ -2,7 +2,7 @@
 #include <cmath>
 #include <vector>
 
-#include "drivers.h"
+#include "cpu/drivers/drivers.h"
 #include "memory.h"
 
 namespace test {

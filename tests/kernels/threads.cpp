@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "check.h"
-#include "parallel.h"
+#include "cpu/platform.h"
 
 int64_t test::threads = 2;
 

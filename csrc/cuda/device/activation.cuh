@@ -1,6 +1,6 @@
 // Activations and their derivatives, of accumulators. As csrc/cpu/gemm.inl.h and elementwise.inl.h have them.
 #pragma once
-#include "math.cuh"
+#include "cuda/device/math.cuh"
 
 namespace rf::cuda {
 

@@ -3,9 +3,9 @@
 #pragma once
 #include <algorithm>
 
-#include <device/launch_kernel.cuh>
-#include "../tuning.h"
-#include "reduce.cuh"
+#include "cuda/device/launch_kernel.cuh"
+#include "cuda/tuning.h"
+#include "cuda/device/reduce.cuh"
 
 namespace rf::cuda {
 

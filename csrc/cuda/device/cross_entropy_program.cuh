@@ -4,9 +4,9 @@
 //   loss = sum_j q_j (L - (z_j - m)) + z_loss lse^2     entropy = L - sum_j p_j (z_j - m)     lse = m + L
 // A row is reduced, or its statistics are read back (backward), and its gradient is written, or not (forward).
 #pragma once
-#include "../launch.h"
-#include "cross_entropy_state.cuh"
-#include "rows.cuh"
+#include "cuda/launch.h"
+#include "cuda/device/cross_entropy_state.cuh"
+#include "cuda/device/rows.cuh"
 
 namespace rf::cuda {
 

@@ -1,6 +1,6 @@
 // What cross-entropy with options gathers of a row: sums that are counted from the maximum so far, and shifted with it.
 #pragma once
-#include "max_sum.cuh"
+#include "cuda/device/max_sum.cuh"
 
 namespace rf::cuda {
 

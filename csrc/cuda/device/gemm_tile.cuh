@@ -1,11 +1,11 @@
 // An operand's tile on its way to the tensor cores: from global memory to shared memory, swizzled so that neither the
 // copies nor the loads of fragments conflict, and from there to registers.
 #pragma once
-#include <device/ptx.cuh>
+#include "cuda/device/ptx.cuh"
 
-#include "../gemm.h"
-#include "../tuning.h"
-#include "vec128.cuh"
+#include "cuda/gemm.h"
+#include "cuda/tuning.h"
+#include "cuda/device/vec128.cuh"
 
 namespace rf::cuda {
 

@@ -6,8 +6,8 @@
 #include <limits>
 #include <type_traits>
 
-#include <device/ptx.cuh>
-#include "../../cpu/types.h"
+#include "cuda/device/ptx.cuh"
+#include "shared/types.h"
 
 namespace rf::cuda {
 

@@ -1,8 +1,8 @@
 // The maximum of a row and the sum of exp(x - maximum) in one pass: the sum is rescaled when the maximum grows (Milakov
 // and Gimelshein, "Online normalizer calculation for softmax", 2018).
 #pragma once
-#include "math.cuh"
-#include "vec128.cuh"
+#include "cuda/device/math.cuh"
+#include "cuda/device/vec128.cuh"
 
 namespace rf::cuda {
 

@@ -3,7 +3,7 @@
 #pragma once
 #include <cuda.h>
 
-#include "ptx.cuh"
+#include "cuda/device/ptx.cuh"
 
 namespace rf::ptx {
 

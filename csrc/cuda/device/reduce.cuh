@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include <device/ptx.cuh>
+#include "cuda/device/ptx.cuh"
 
 namespace rf::cuda {
 

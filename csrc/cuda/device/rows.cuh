@@ -17,10 +17,10 @@
 #pragma once
 #include <algorithm>
 
-#include <device/launch_kernel.cuh>
-#include "../tuning.h"
-#include "reduce.cuh"
-#include "vec128.cuh"
+#include "cuda/device/launch_kernel.cuh"
+#include "cuda/tuning.h"
+#include "cuda/device/reduce.cuh"
+#include "cuda/device/vec128.cuh"
 
 namespace rf::cuda {
 

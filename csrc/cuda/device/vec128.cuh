@@ -10,7 +10,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../../cpu/types.h"
+#include "shared/types.h"
 
 namespace rf::cuda {
 

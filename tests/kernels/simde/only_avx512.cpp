@@ -1,5 +1,5 @@
 // Takes the place of csrc/cpu/dispatch.cpp where AVX-512 runs on SIMDe, whatever the CPU has.
-#include "drivers.h"
+#include "cpu/drivers/drivers.h"
 
 namespace rf {
 namespace avx512 {

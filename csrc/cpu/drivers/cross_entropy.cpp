@@ -1,0 +1,98 @@
+// Threads over blocks of rows of cross-entropy. Blocks depend on the shape alone and their sums are added in order.
+#include <initializer_list>
+#include <vector>
+
+#include "cpu/drivers/drivers.h"
+#include "cpu/platform.h"
+#include "cpu/tuning.h"
+
+namespace rf {
+namespace {
+
+bool needs_tiles(const CrossEntropyArgs& a) {
+  return a.layout.class_stride != 1 || (a.probabilities && a.probability_layout.class_stride != 1);
+}
+
+// Runs body(args, block, begin, end) over blocks of rows, with scratch where classes are not adjacent.
+template <class F>
+void for_row_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& body) {
+  const int64_t block = tuning::rows_per_sum(args.classes), blocks = ceil_div(rows, block);
+  const int64_t grain = tuning::kParallelElements / (block * (args.classes > 0 ? args.classes : 1)) + 1;
+  parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
+    CrossEntropyArgs mine = args;
+    if (tiles) mine.scratch = scratch(Slot::tile, tuning::tile_scratch_bytes(args.classes));
+    for (int64_t b = first; b < last; ++b) body(mine, b, b * block, b + 1 == blocks ? rows : (b + 1) * block);
+  });
+}
+
+// The sums that body(args, begin, end) returns for each block, in order.
+template <class F>
+CrossEntropyPartial sum_over_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& body) {
+  std::vector<CrossEntropyPartial> partial(ceil_div(rows, tuning::rows_per_sum(args.classes)));
+  for_row_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t b, int64_t begin, int64_t end) {
+    partial[b] = body(a, begin, end);
+  });
+  CompensatedSum loss, weight;
+  int64_t bad_row = -1;
+  for (const CrossEntropyPartial& p : partial) {
+    loss.add(p.loss);
+    weight.add(p.weight);
+    if (bad_row < 0) bad_row = p.bad_row;
+  }
+  return {loss.value(), weight.value(), bad_row};
+}
+
+// Forward's kernels look for themselves.
+int64_t first_bad_row(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  for (int64_t r = begin; a.target && r < end; ++r)
+    if (a.target[r] != a.ignore_index && (a.target[r] < 0 || a.target[r] >= a.classes)) return r;
+  return -1;
+}
+
+// Whether rows go through tiles, and if so their layouts as those want them.
+bool prepare_tiles(CrossEntropyArgs& args, CrossEntropyGrads& grads, int64_t rows) {
+  const bool tiles = needs_tiles(args) || (grads.grad_logits && grads.grad_layout.class_stride != 1) ||
+                     (grads.grad_probabilities && grads.grad_probability_layout.class_stride != 1);
+  if (tiles)
+    for (RowLayout* l : {&args.layout, &args.probability_layout, &grads.grad_layout, &grads.grad_probability_layout})
+      *l = as_inner_rows(*l, rows);
+  return tiles;
+}
+
+}  // namespace
+
+CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                          int64_t rows) {
+  const auto kernel = kernels().cross_entropy_forward[(int)dtype];
+  CrossEntropyGrads none = {};
+  const bool tiles = prepare_tiles(args, none, rows);
+  return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+    return kernel(a, out, begin, end);
+  });
+}
+
+int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows) {
+  const auto kernel = kernels().cross_entropy_backward[(int)dtype];
+  const bool tiles = prepare_tiles(args, grads, rows);
+  return sum_over_blocks(args, tiles, rows,
+                         [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+                           const int64_t bad_row = first_bad_row(a, begin, end);
+                           if (bad_row < 0) kernel(a, grads, begin, end);
+                           return CrossEntropyPartial{0, 0, bad_row};
+                         })
+      .bad_row;
+}
+
+CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                                   CrossEntropyGrads grads, int64_t rows) {
+  const auto forward = kernels().cross_entropy_forward[(int)dtype];
+  const auto backward = kernels().cross_entropy_backward[(int)dtype];
+  const bool tiles = prepare_tiles(args, grads, rows);
+  return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+    const CrossEntropyPartial sums = forward(a, out, begin, end);
+    if (sums.bad_row < 0) backward(a, grads, begin, end);
+    return sums;
+  });
+}
+
+}  // namespace rf

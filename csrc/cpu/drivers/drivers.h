@@ -1,0 +1,93 @@
+// Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
+// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp,
+// gemm_packed.cpp, likelihood.cpp, phm.cpp and sparse.cpp.
+#pragma once
+#include <vector>
+
+#include "shared/compensated_sum.h"
+#include "cpu/isa/kernels.h"
+
+namespace rf {
+
+enum class SoftmaxOp { forward, backward, logsumexp_forward, logsumexp_backward };
+void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows);
+
+// Sums over all rows. With bad_row >= 0 the outputs are undefined and nothing was read out of bounds.
+CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                          int64_t rows);
+// The first row whose class is out of range, beside which nothing is computed, or -1.
+int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows);
+// The one after the other for each block of rows, while it is in cache; the gradient may replace the logits.
+CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
+                                                   CrossEntropyGrads grads, int64_t rows);
+
+void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows);
+// sums[j] = partial[0 * stride + j] + partial[1 * stride + j] + ... in double precision, all of type acc; or, with null
+// sums, nothing.
+void add_parts(DType acc, const void* partial, int64_t parts, int64_t stride, int64_t columns, void* sums);
+// Sums of columns over parts that come one after another, of type acc: added to `totals`, and rounded in the end.
+void add_to_totals(DType acc, const void* part, int64_t columns, CompensatedSum* totals);
+void round_totals(DType acc, const CompensatedSum* totals, int64_t columns, void* sums);
+double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n);
+void squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
+                            void* dx, void* dy, int64_t n);
+
+// Losses of predictions (acc, rows x outputs, replaced by their slopes where those are asked for), and sums: their own
+// over all rows is returned, those of columns are written where `sums` points.
+double likelihood(DType acc, const LikelihoodArgs& args, void* predictions, int64_t rows, LikelihoodSums sums);
+// The same for predictions of a linear model with few outputs, and the gradients of its operands. few_outputs_fit tells
+// whether a model of that size is one.
+bool few_outputs_fit(DType dtype, int64_t features, int64_t outputs);
+double few_outputs(DType dtype, const FewOutputsArgs& args, int64_t rows, LikelihoodSums sums);
+
+// C = op(A) op(B) with an epilogue; all strides of A and B are allowed, C's columns are adjacent.
+struct Gemm {
+  int64_t m, n, k;
+  MatrixView a;  // a(i, k), or a(k, i) where transposed
+  bool a_transposed;
+  MatrixView b;             // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
+  bool b_transposed;        // true: rows of memory are B's columns, as in X W^T
+  Epilogue epilogue;        // partial is filled in by gemm()
+  bool wide_a = false;      // A has the accumulator's type
+  bool wide_c = false;      // C, bias and pre-activation have it
+  bool accumulate = false;  // the product is added to C, which has the accumulator's type
+};
+enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
+GemmPath gemm_path(DType dtype, const Gemm& g);
+void gemm(DType dtype, Gemm g);
+
+// A matrix by the entries of its rows; values are of the accumulator's type.
+struct SparseMatrix {
+  std::vector<int64_t> row_begin;  // and the last one's end
+  std::vector<int32_t> columns;
+  std::vector<char> values;
+};
+// Entries of a matrix (acc) whose magnitude exceeds their row's bound. False, and nothing listed, if they are more than
+// `most`.
+bool list_large_entries(DType dtype, const void* matrix, int64_t rows, int64_t columns, const double* bounds,
+                        int64_t most, SparseMatrix* to);
+SparseMatrix transposed(DType dtype, const SparseMatrix& m, int64_t columns);
+// C = A B, or added to it; C has the accumulator's type.
+void sparse_product(DType dtype, const SparseMatrix& a, const MatrixView& b, int64_t columns, void* c, int64_t c_stride,
+                    bool add);
+
+// Combinations of the parts of rows: from the dtype to its accumulator's type, or back.
+void mix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
+void unmix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
+// Products of parts with parts, added to of_parts x parts sums.
+void add_part_products(DType dtype, PartProductsArgs args, int64_t rows, double* sums);
+// C = Z S^T with Z's rows `n` to each row of what it was mixed from; few of them are not worth packing S.
+void phm_product(DType dtype, const Gemm& g, int64_t n);
+
+// Why a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements, or null
+// where it is ours; REGFAST_GEMM=own or aten forces either side.
+const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
+// Whether the library under ATen's GEMM was measured to be faster than ours on CPUs like this one.
+bool library_gemm_wins(DType dtype);
+
+void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activation activation);
+
+// Large fresh outputs on huge pages; a no-op where the system has none.
+void advise_huge_pages(void* p, int64_t bytes);
+
+}  // namespace rf

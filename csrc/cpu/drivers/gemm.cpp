@@ -1,0 +1,159 @@
+// The choice of a way to multiply; few outputs with K in parts, and small operands where they lie.
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/drivers/gemm_packed.h"
+#include "cpu/platform.h"
+#include "cpu/tuning.h"
+
+namespace rf {
+namespace {
+
+// How many parts K is cut into where C alone gives the threads too little to share. By shape, not by the number of
+// threads: the same bits with any number of them.
+int64_t k_parts(const Gemm& g) {
+  const bool affine = (!g.a_transposed || g.a.inner == 1) && (g.b_transposed || g.b.inner == 1);
+  if (!affine || g.m * g.n > tuning::kSplitOutputs || std::max(g.m, g.n) > tuning::kSplitSide) return 1;
+  return std::max<int64_t>(1, std::min(tuning::kMostSplits, g.k / tuning::kSplitK));
+}
+
+// Parts of K, one to a task, and their sums added in order.
+void split_k(DType dtype, const Gemm& g, int64_t parts) {
+  const int64_t acc = acc_size(dtype), size = g.m * g.n;
+  char* sums = (char*)scratch(Slot::splits, parts * size * acc);
+  take_tasks(parts, thread_count(), [&](int64_t task) {
+    const Range k = part_of(g.k, tuning::kGemmChain, task, parts);
+    Gemm part = g;
+    part.k = k.size();
+    const auto from = [&](MatrixView& m, bool rows_are_k) {
+      const int64_t at = rows_are_k ? m.row_offset(k.begin) : k.begin * m.col_stride;
+      m.data = (const char*)m.data + at * size_of(dtype);
+    };
+    from(part.a, g.a_transposed);
+    from(part.b, !g.b_transposed);
+    part.wide_c = true;
+    part.epilogue = {};
+    part.epilogue.c = sums + task * size * acc;
+    part.epilogue.c_stride = g.n;
+    gemm_packed(dtype, part, 1);
+  });
+  const auto add = [&](auto* first) {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
+  };
+  dtype == DType::f64 ? add((double*)sums) : add((float*)sums);
+  // A block without products adds them to nothing and finishes C.
+  GemmBlockArgs block = {};
+  block.a = block.b = sums;
+  block.chain = 1;
+  block.last = true;
+  block.epilogue = g.epilogue;
+  block.epilogue.partial = sums;
+  block.epilogue.partial_stride = g.n;
+  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  block.a_count = g.m;
+  block.b_count = g.n;
+  block.tiles = scratch(Slot::tiles, round_up(g.m, mr) * round_up(g.n, nr) * acc);
+  kernels().gemm_block[(int)c_type(dtype, g)](block);
+}
+
+void dot(DType dtype, const Gemm& g, bool few_rows) {
+  const int64_t many = few_rows ? g.n : g.m, few = few_rows ? g.m : g.n;
+  const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, few * g.k / 8) + 1;
+  const bool far = short_and_far(g.k * size_of(dtype), many);
+  parallel_for(many, grain, [&](int64_t begin, int64_t end) {
+    kernels().gemm_dot[(int)dtype](
+        {few_rows ? g.b : g.a, few_rows ? g.a : g.b, begin, end, few, g.k, few_rows, far, g.epilogue});
+  });
+}
+
+// A matrix of a half type, widened to float for kernels that read their operands in place.
+MatrixView widened(DType dtype, const MatrixView& m, int64_t rows, int64_t columns, Slot slot) {
+  float* to = (float*)scratch(slot, rows * columns * (int64_t)sizeof(float));
+  parallel_for(rows, tuning::kParallelElements / std::max<int64_t>(1, columns) + 1, [&](int64_t begin, int64_t end) {
+    kernels().widen_a[(int)dtype]({m, false, begin, end - begin, 0, columns, to + begin * columns});
+  });
+  return {to, 1, columns, 0, 1};
+}
+
+// Threads share whichever of C's sides has more register tiles.
+void direct(DType dtype, const Gemm& g) {
+  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  MatrixView a = g.a;
+  if (size_of(dtype) != acc_size(dtype))
+    a = widened(dtype, a, g.a_transposed ? g.k : g.m, g.a_transposed ? g.m : g.k, Slot::packed_a);
+  DirectArgs args = {};
+  args.a = a.data;
+  args.a_row = g.a_transposed ? a.col_stride : a.outer_stride;
+  args.a_k = g.a_transposed ? a.outer_stride : a.col_stride;
+  args.b = g.b.data;
+  args.b_k = g.b.outer_stride;
+  args.k = g.k;
+  args.b_is_far = g.k * g.n * acc_size(dtype) > 2 * caches().l2;  // by shape alone: it decides the order of sums
+  args.epilogue = g.epilogue;
+  const bool by_rows = g.k <= tuning::kSkinny && (g.m >= 4 * mr * thread_count() || g.m / mr > g.n / nr);
+  const int64_t step = by_rows ? mr : nr, side = by_rows ? g.m : g.n, other = by_rows ? g.n : g.m;
+  const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, step * other * g.k / 8) + 1;
+  parallel_for(ceil_div(side, step), grain, [&](int64_t first, int64_t last) {
+    DirectArgs mine = args;
+    const int64_t begin = first * step, end = std::min(last * step, side);
+    mine.row_begin = by_rows ? begin : 0;
+    mine.row_end = by_rows ? end : g.m;
+    mine.column_begin = by_rows ? 0 : begin;
+    mine.column_end = by_rows ? g.n : end;
+    kernels().gemm_direct[(int)dtype](mine);
+  });
+}
+
+}  // namespace
+
+bool short_and_far(int64_t row_bytes, int64_t rows) {
+  return row_bytes < tuning::kShortRow && rows * row_bytes > 2 * caches().l2;
+}
+
+GemmPath gemm_path(DType dtype, const Gemm& g) {
+  const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
+  if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
+  if (along_k && g.m <= tuning::kFewRows) return GemmPath::dot_few_rows;
+  const bool half = size_of(dtype) != acc_size(dtype);
+  const bool readable = g.b.col_stride == 1 && g.b.inner == 1 && (half ? g.a.col_stride == 1 : g.a.inner == 1);
+  if (!g.b_transposed && readable && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny)) return GemmPath::direct;
+  return GemmPath::packed;
+}
+
+const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
+  enum class Force { neither, own, aten };
+  static const Force force = [] {
+    const char* v = std::getenv("REGFAST_GEMM");
+    if (!v || !*v || !std::strcmp(v, "auto")) return Force::neither;
+    if (!std::strcmp(v, "own")) return Force::own;
+    if (!std::strcmp(v, "aten")) return Force::aten;
+    throw std::runtime_error(std::string("REGFAST_GEMM: expected auto, own or aten, got ") + v);
+  }();
+  if (force != Force::neither) return force == Force::aten ? "REGFAST_GEMM=aten" : nullptr;
+  if (n <= tuning::kSkinny || m <= tuning::kFewRows || k <= tuning::kSkinny) return nullptr;
+  const bool wins = m * n * k >= tuning::kLibraryProducts && library_gemm_wins(dtype);
+  return wins ? "measured to be faster on CPUs like this one" : nullptr;
+}
+
+void gemm(DType dtype, Gemm g) {
+  if (g.m == 0 || g.n == 0) return;
+  const bool mixed = (g.wide_a || g.wide_c) && acc_dtype(dtype) != dtype;
+  if (mixed || g.accumulate) return gemm_packed(dtype, g, thread_count());
+  if (const int64_t parts = k_parts(g); parts > 1) return split_k(dtype, g, parts);
+  switch (gemm_path(dtype, g)) {
+    case GemmPath::dot_few_columns:
+      return dot(dtype, g, false);
+    case GemmPath::dot_few_rows:
+      return dot(dtype, g, true);
+    case GemmPath::direct:
+      return direct(dtype, g);
+    case GemmPath::packed:
+      return gemm_packed(dtype, g, thread_count());
+  }
+}
+
+}  // namespace rf

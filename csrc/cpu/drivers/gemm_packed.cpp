@@ -1,0 +1,349 @@
+// The GEMM engine's loops around the micro-kernel, and the division of C among threads.
+#include "cpu/drivers/gemm_packed.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#if defined(__unix__)
+#include <unistd.h>
+#endif
+
+#include "cpu/platform.h"
+#include "cpu/tuning.h"
+
+namespace rf {
+namespace {
+
+// Rows of A that are multiplied at a time are equal parts of about kBlockRows: fewer than so many are one.
+constexpr int64_t kTallestPiece = tuning::kBlockRows * 3 / 2;
+
+// An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
+struct Side {
+  DType type;
+  MatrixView view;
+  bool across;
+  int64_t count;
+
+  Side(DType t, const MatrixView& v, bool rows_are_k, int64_t n) : type(t), view(v), across(rows_are_k), count(n) {
+    // Columns of memory that are adjacent down them are rows of the transposed matrix.
+    if (v.inner == 1 && v.outer_stride == 1 && v.col_stride != 1) {
+      view = {v.data, 1, v.col_stride, 0, 1};
+      across = !across;
+    }
+  }
+  bool along_k() const { return !across && view.col_stride == 1; }
+  // Whether its elements can be broadcast from where they lie.
+  bool in_place() const { return along_k() && view.inner == 1 && size_of(type) == acc_size(type); }
+};
+
+// Where the sums of a K block wait for the next one.
+enum class Waiting {
+  nowhere,  // K is one block, or stays in tiles
+  c,        // in C itself, which has their type; also what they are added to
+  task,     // in scratch of the task, which sees all of K
+  all       // in scratch for all tasks
+};
+
+// A product, planned. The micro-kernel broadcasts elements of A and loads vectors of B's packed panels. A longer side
+// that can be read in place is A, and the shorter one is packed by all threads together before they share A's rows.
+// Otherwise the longer side is B, of which each thread packs what it needs, and the shorter one is laid out for all.
+struct Plan {
+  Side a, b;
+  bool transposed;  // A's rows are C's columns
+  bool a_is_longer;
+  DType c;  // type of C, its bias and its pre-activation
+  int64_t threads = 1;
+  int64_t kc = 1, chain = 1;         // K block, and the additions in a row within it
+  int64_t k_count = 1;               // of K, at a time, of the side that is laid out for all; whole K blocks
+  int64_t b_count = 0;               // rows of B at a time, where it is packed for all
+  int64_t a_parts = 1, b_parts = 1;  // tasks
+  Waiting waiting = Waiting::nowhere;
+  // Deep blocks of few rows of A stay in the same tiles over all of K. Their sums then have another order than those of
+  // blocks that wait, so it is decided by shape, and tasks are narrow enough for it with any number of threads.
+  bool stays_in_tiles = false;
+
+  // Of the side that is laid out for all threads.
+  int64_t depth(int64_t k) const { return std::min(k_count, round_up(k, kc)); }
+  int64_t a_task(int64_t mr) const { return ceil_div(ceil_div(a.count, mr), a_parts) * mr; }
+  int64_t b_task(int64_t nr) const { return ceil_div(ceil_div(b_count, nr), b_parts) * nr; }
+};
+
+// What the engine assumes of a product and of its plan. A caller or a planner that breaks it is a bug of this library,
+// which must not become a write to memory that is not ours.
+void require(bool holds, const char* what) {
+  if (!holds) throw std::logic_error(std::string("regfast: gemm: ") + what);
+}
+void check_product(DType dtype, const Gemm& g) {
+  require(g.m >= 0 && g.n >= 0 && g.k >= 0, "expected sizes of at least 0");
+  require(g.epilogue.c && (g.m == 1 || g.epilogue.c_stride >= g.n), "expected rows of C that do not overlap");
+  require(!g.accumulate || c_type(dtype, g) == acc_dtype(dtype), "expected a C of the accumulator's type to add to");
+  require(g.k == 0 || (g.a.data && g.b.data), "expected operands");
+}
+void check_plan(DType dtype, const Gemm& g, const Plan& p) {
+  require(p.a.count == (p.transposed ? g.n : g.m) && p.b.count == (p.transposed ? g.m : g.n), "the plan has its sides");
+  require(!p.a_is_longer || p.a.in_place(), "A, which is not laid out, can be read in place");
+  require(p.kc >= 1 && p.k_count >= p.kc && p.k_count % p.kc == 0, "K is laid out in whole blocks");
+  require(p.chain >= 1 && p.a_parts >= 1 && p.b_parts >= 1 && p.threads >= 1, "the plan has tasks");
+  const bool wait = g.accumulate || (g.k > p.kc && !p.stays_in_tiles);
+  require(wait == (p.waiting != Waiting::nowhere), "sums that wait have a place");
+  require(p.waiting != Waiting::c || p.c == acc_dtype(dtype), "sums that wait in C have its type");
+  require(p.waiting != Waiting::task || p.k_count >= g.k, "a task whose sums wait with it sees all of K");
+  require(!p.stays_in_tiles || p.k_count >= g.k, "a task whose sums stay in tiles sees all of K");
+}
+
+Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const Side x(g.wide_a ? acc_dtype(dtype) : dtype, g.a, g.a_transposed, g.m), w(dtype, g.b, !g.b_transposed, g.n);
+  // Few columns of a W across K: it costs less to pack than X, a task's rows of which are read again for each part of
+  // W.
+  const bool narrow = w.across && x.in_place() && g.n <= tuning::kNarrowColumns;
+  const bool w_is_longer = g.n >= g.m || (narrow && 2 * g.n >= g.m), a_is_longer = (w_is_longer ? w : x).in_place();
+  const bool transposed = w_is_longer == a_is_longer;
+  Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g)};
+  const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
+  p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));
+  // K in equal parts, so that the last is not a sliver.
+  const auto parts = [](int64_t whole, int64_t part) {
+    return std::max<int64_t>(1, ceil_div(whole, std::max<int64_t>(1, ceil_div(whole, part))));
+  };
+  const bool deep = !a_is_longer && !p.b.across;
+  p.kc = parts(g.k, a_is_longer ? tuning::kBlockKInPlace : deep ? tuning::kDeepBlockK : tuning::kBlockK);
+  p.chain = parts(p.kc, tuning::kGemmChain);
+  p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
+  const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc, budget = caches().last / tuning::kCacheShare;
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(g.k, p.kc));
+  p.k_count = p.kc * std::max<int64_t>(1, std::min(blocks, budget / (for_all * p.kc)));
+  // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
+  const bool half = size_of(p.c) != acc;
+  if (!a_is_longer && (p.a.in_place() || (half && g.k <= p.b.count))) p.k_count = p.kc * blocks;
+  p.stays_in_tiles = deep && g.k > p.kc && p.k_count >= g.k && p.a.count < kTallestPiece;
+  if (g.accumulate || (g.k > p.kc && !p.stays_in_tiles))
+    p.waiting = !half ? Waiting::c : p.k_count >= g.k ? Waiting::task : Waiting::all;
+  // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
+  const int64_t tiles = ceil_div(p.a.count, mr), panels = ceil_div(p.b_count, nr);
+  const int64_t wanted = p.threads == 1 ? 1 : p.threads * tuning::kTasksPerThread;
+  if (a_is_longer) {
+    const int64_t most = std::max<int64_t>(1, tiles / (tuning::kTaskTiles * p.threads)) * p.threads;
+    p.a_parts =
+        std::min({tiles, most, p.threads * ceil_div(std::max(wanted, p.a.count / tuning::kBlockRows), p.threads)});
+    p.b_parts = std::min(panels, ceil_div(p.threads, p.a_parts));
+  } else {
+    // For few rows of A packing decides, and it wants long pieces of memory.
+    const int64_t least = p.a.count < tuning::kPackingDecides && !deep ? p.threads : wanted;
+    const int64_t columns = deep ? tuning::kDeepTaskColumns : tuning::kTaskColumns;
+    const int64_t most = narrow ? std::max<int64_t>(1, p.b_count / tuning::kGroupColumns) : panels;
+    p.b_parts = std::min(most, p.threads * ceil_div(std::max(least, p.b_count / columns), p.threads));
+    if (p.stays_in_tiles) p.b_parts = std::max(p.b_parts, ceil_div(panels, round_up(tuning::kGroupColumns, nr) / nr));
+    p.a_parts = std::min(tiles, ceil_div(p.threads, p.b_parts));
+  }
+  check_plan(dtype, g, p);
+  return p;
+}
+
+// The place where sums of rows i of A and j of B wait.
+void place_sums(Epilogue& e, DType dtype, const Plan& p, Range i, Range j) {
+  if (p.waiting == Waiting::nowhere) return;
+  if (p.waiting == Waiting::c) {
+    e.partial = e.c;
+    e.partial_stride = e.c_stride;
+    return;
+  }
+  const Range &down = p.transposed ? j : i, &across = p.transposed ? i : j;
+  const int64_t acc = acc_size(dtype);
+  e.partial_stride = across.size();
+  e.partial = (char*)scratch(Slot::partial, down.size() * across.size() * acc) -
+              (down.begin * across.size() + across.begin) * acc;
+}
+
+// Where a block's A is read from: rows from i on, K from k0 on, where they lie.
+void read_in_place(GemmBlockArgs& block, DType dtype, const Side& a, int64_t i, int64_t k0) {
+  const int64_t stride = a.view.outer_stride;
+  block.a = (const char*)a.view.data + (i * stride + k0) * acc_size(dtype);
+  block.a_row = stride;
+  block.a_k = 1;
+  block.a_panel = kernels().mr[(int)dtype] * stride;
+}
+// The same where a K block of A was laid out: widened rows, or panels.
+void read_laid_out(GemmBlockArgs& block, DType dtype, const Side& a, const char* laid_out, int64_t i, int64_t k) {
+  const int64_t mr = kernels().mr[(int)dtype];
+  block.a = laid_out + i * k * acc_size(dtype);
+  block.a_row = a.along_k() ? k : 1;
+  block.a_k = a.along_k() ? 1 : mr;
+  block.a_panel = mr * k;
+}
+
+// Rows of a side as memory that packing will read; none if its layout is another.
+Region memory_of(const Side& s, Range rows, int64_t k0, int64_t k) {
+  const int64_t size = size_of(s.type), stride = s.view.outer_stride * size;
+  if (s.view.col_stride != 1 || s.view.inner != 1 || k <= 0) return {};
+  const char* data = (const char*)s.view.data;
+  return s.across ? Region{data + k0 * stride + rows.begin * size, k, stride, rows.size() * size}
+                  : Region{data + rows.begin * stride + k0 * size, rows.size(), stride, k * size};
+}
+Region region_part(const Region& r, int64_t i, int64_t n) {
+  const Range rows = part_of(r.rows, 1, i, n);
+  return {(const char*)r.from + rows.begin * r.stride, rows.size(), r.stride, r.bytes};
+}
+
+// Rows i of A, from where `block` reads them, times the packed rows j of B, in pieces that fit the caches. `block`
+// holds the epilogue too.
+void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan& p, Range i, const char* b, Range j,
+                     int64_t k0, int64_t k) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  // Equal parts of about kBlockRows: a sliver of rows would read all of B again for itself.
+  const int64_t parts = std::max<int64_t>(1, (i.size() + tuning::kBlockRows / 2) / tuning::kBlockRows);
+  const int64_t rows = round_up(ceil_div(i.size(), parts), mr), group = round_up(tuning::kGroupColumns, nr);
+  const int64_t pieces = ceil_div(i.size(), rows) * ceil_div(j.size(), group);
+  const Region next = block.next;
+  int64_t piece = 0;
+  block.k = k;
+  block.chain = p.chain;
+  block.transposed = p.transposed;
+  block.last = k0 + k == g.k;
+  const bool adds = !block.first && !block.continues, keeps = !block.last && !block.continued;
+  require(!(adds || keeps) || block.epilogue.partial, "sums that wait have a place");
+  block.b_is_far = group * k * acc > caches().l2;
+  block.tiles = scratch(Slot::tiles, rows * std::min(group, round_up(j.size(), nr)) * acc);
+  const char* a = (const char*)block.a;
+  for (int64_t s = i.begin; s < i.end; s += rows) {
+    block.a = a + (s - i.begin) / mr * block.a_panel * acc;
+    block.a_index = s;
+    block.a_count = std::min(rows, i.end - s);
+    for (int64_t t = j.begin; t < j.end; t += group, ++piece) {
+      block.next = region_part(next, piece, pieces);
+      block.b = b + (t - j.begin) * k * acc;
+      block.b_index = t;
+      block.b_count = std::min(group, j.end - t);
+      kernels().gemm_block[(int)c_type(dtype, g)](block);
+    }
+  }
+}
+
+// Lays out rows and K of a side for all threads: K blocks one behind another.
+void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width, void (*pack)(const PackArgs&), Range rows,
+             Range depth, char* to) {
+  const int64_t acc = acc_size(dtype), padded = round_up(rows.size(), width), blocks = ceil_div(depth.size(), p.kc);
+  const int64_t step = std::max<int64_t>(1, tuning::kPackTask / (p.kc * width)) * width;
+  const int64_t parts = ceil_div(padded, step);
+  take_tasks(parts * blocks, p.threads, [&](int64_t task) {
+    const int64_t block = task / parts * p.kc, k = std::min(p.kc, depth.size() - block), i = task % parts * step;
+    pack({side.view, side.across, rows.begin + i, std::min(step, rows.size() - i), depth.begin + block, k,
+          to + (block * padded + i * k) * acc});
+  });
+}
+
+// The longer side in place.
+void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  char* packed = (char*)scratch(Slot::packed_b, p.b_count * p.depth(g.k) * acc);
+  for (int64_t j0 = 0; j0 < p.b.count; j0 += p.b_count) {
+    const Range rows = {j0, std::min(j0 + p.b_count, p.b.count)};
+    const int64_t padded = round_up(rows.size(), nr);
+    Epilogue e = g.epilogue;
+    if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, rows);
+    int64_t k0 = 0;
+    do {  // once for an empty K too: C is written all the same
+      const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
+      lay_out(dtype, p, p.b, nr, kernels().pack_b[(int)p.b.type], rows, depth, packed);
+      take_tasks(p.a_parts * p.b_parts, p.threads, [&](int64_t task) {
+        const Range i = part_of(p.a.count, mr, task / p.b_parts, p.a_parts);
+        const Range part = part_of(rows.size(), nr, task % p.b_parts, p.b_parts);
+        const Range j = {rows.begin + part.begin, rows.begin + part.end};
+        GemmBlockArgs block = {};
+        block.epilogue = e;
+        if (p.waiting == Waiting::task) place_sums(block.epilogue, dtype, p, i, j);
+        int64_t at = depth.begin;
+        do {
+          const int64_t k = std::min(p.kc, depth.end - at);
+          const char* b = packed + ((at - k0) * padded + part.begin * k) * acc;
+          read_in_place(block, dtype, p.a, i.begin, at);
+          block.first = at == 0 && !g.accumulate;
+          multiply_pieces(block, dtype, g, p, i, b, j, at, k);
+          at += p.kc;
+        } while (at < depth.end);
+      });
+      k0 += p.k_count;
+    } while (k0 < g.k);
+  }
+}
+
+// The longer side packed, by whoever multiplies it.
+void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const bool in_place = p.a.in_place();
+  const int64_t rows = round_up(p.a.count, mr);
+  char* laid_out = in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * p.depth(g.k) * acc);
+  Epilogue e = g.epilogue;
+  if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, {0, p.b.count});
+  int64_t k0 = 0;
+  do {  // once for an empty K too
+    const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
+    if (!in_place)
+      lay_out(dtype, p, p.a, mr, (p.a.along_k() ? kernels().widen_a : kernels().pack_a)[(int)p.a.type], {0, p.a.count},
+              depth, laid_out);
+    take_tasks(p.b_parts * p.a_parts, p.threads, [&](int64_t task) {
+      const Range j = part_of(p.b.count, nr, task / p.a_parts, p.b_parts);
+      const Range i = part_of(p.a.count, mr, task % p.a_parts, p.a_parts);
+      // For few rows of A, what packing waits for memory shows: it is asked for while the K block before is multiplied.
+      const bool few = i.size() < tuning::kPackingDecides;
+      // All K blocks in the same tiles: also where that is the same order of sums, block after block in any place.
+      const bool one_piece = p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= g.k &&
+                                                  i.size() < kTallestPiece && j.size() <= tuning::kGroupColumns);
+      GemmBlockArgs block = {};
+      block.epilogue = e;
+      if (p.waiting == Waiting::task) place_sums(block.epilogue, dtype, p, i, j);
+      int64_t at = depth.begin;
+      do {
+        const int64_t k = std::min(p.kc, depth.end - at);
+        char* b = (char*)scratch(Slot::packed_b, round_up(j.size(), nr) * k * acc);
+        kernels().pack_b[(int)p.b.type]({p.b.view, p.b.across, j.begin, j.size(), at, k, b});
+        in_place ? read_in_place(block, dtype, p.a, i.begin, at)
+                 : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
+        const int64_t then = std::min(p.kc, depth.end - at - k);
+        if (few) block.next = memory_of(p.b, j, at + k, then);
+        block.first = (one_piece || at == 0) && !g.accumulate;
+        block.continues = one_piece && at > 0;
+        block.continued = one_piece && then > 0;
+        multiply_pieces(block, dtype, g, p, i, b, j, at, k);
+        at += p.kc;
+      } while (at < depth.end);
+    });
+    k0 += p.k_count;
+  } while (k0 < g.k);
+}
+
+}  // namespace
+
+// As the system tells it, where it does.
+const Caches& caches() {
+  static const Caches found = [] {
+    Caches c = {0, 0};
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    c = {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
+#endif
+    if (c.l2 <= 0) c.l2 = tuning::kUsualL2;
+    if (c.last <= 0) c.last = std::max(c.l2, tuning::kUsualLastLevelCache);
+    return c;
+  }();
+  return found;
+}
+
+void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
+  check_product(dtype, g);
+  const Plan p = make_plan(dtype, g, threads);
+  p.a_is_longer ? multiply_in_place(dtype, g, p) : multiply_packed(dtype, g, p);
+}
+
+int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
+  const Plan p = make_plan(dtype, g, threads);
+  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t tiles = p.threads * round_up(kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
+  const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
+  const int64_t panels = p.a_is_longer ? 0 : p.threads * p.b_task(nr) * p.kc;
+  const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)
+                          : p.waiting == Waiting::all ? p.a.count * std::min(p.b_count, p.b.count)
+                                                      : 0;
+  return (tiles + for_all * p.depth(g.k) + panels + waiting) * acc;
+}
+
+}  // namespace rf

@@ -1,0 +1,28 @@
+// Threads over the rows of the softmax family.
+#include <initializer_list>
+
+#include "cpu/drivers/drivers.h"
+#include "cpu/platform.h"
+#include "cpu/tuning.h"
+
+namespace rf {
+
+void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows) {
+  const Kernels& k = kernels();
+  const auto* entry = op == SoftmaxOp::forward             ? k.softmax_forward
+                      : op == SoftmaxOp::backward          ? k.softmax_backward
+                      : op == SoftmaxOp::logsumexp_forward ? k.logsumexp_forward
+                                                           : k.logsumexp_backward;
+  const auto kernel = entry[(int)dtype];
+  const bool tiles = args.in.class_stride != 1 || args.out.class_stride != 1 || args.grad_in.class_stride != 1;
+  if (tiles)
+    for (RowLayout* l : {&args.in, &args.grad_in, &args.out}) *l = as_inner_rows(*l, rows);
+  const int64_t grain = tuning::kParallelElements / (args.classes > 0 ? args.classes : 1) + 1;
+  parallel_for(rows, tiles && grain < tuning::kTileRows ? tuning::kTileRows : grain, [&](int64_t begin, int64_t end) {
+    SoftmaxArgs mine = args;
+    if (tiles) mine.scratch = scratch(Slot::tile, tuning::tile_scratch_bytes(args.classes));
+    kernel(mine, begin, end);
+  });
+}
+
+}  // namespace rf

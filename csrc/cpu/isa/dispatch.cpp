@@ -1,0 +1,97 @@
+// Chooses the table of kernels: once, when first asked for.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/drivers/drivers.h"
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace rf {
+namespace scalar {
+extern const Kernels table;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+#elif defined(__aarch64__)
+namespace neon {
+extern const Kernels table;
+}
+#endif
+
+namespace {
+
+struct Available {
+  const Kernels* best_first[4] = {};
+  Available() {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    unsigned a = 0, b = 0, c = 0, d = 0;  // clang's __builtin_cpu_supports does not know f16c
+    const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      best_first[n++] = &avx512::table;
+    if (avx2) best_first[n++] = &avx2::table;
+#elif defined(__aarch64__)
+    best_first[n++] = &neon::table;  // part of the architecture
+#endif
+    best_first[n++] = &scalar::table;
+  }
+};
+
+const Kernels* choose() {
+  const Kernels* const* available = available_kernels();
+  const char* forced = std::getenv("REGFAST_ISA");
+  if (!forced || !*forced) return available[0];
+  std::string names;
+  for (; *available; ++available) {
+    if (!std::strcmp((*available)->isa, forced)) return *available;
+    names += std::string(names.empty() ? "" : ", ") + (*available)->isa;
+  }
+  throw std::runtime_error(std::string("REGFAST_ISA=") + forced + ": expected one that this machine runs: " + names);
+}
+
+}  // namespace
+
+const Kernels* const* available_kernels() {
+  static const Available available;
+  return available.best_first;
+}
+
+bool library_gemm_wins(DType dtype) {
+#if defined(__x86_64__)
+  struct Features {
+    bool intel_avx512, bf16, f16;
+  };
+  static const Features cpu = [] {
+    unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0, unused;
+    __get_cpuid_count(7, 0, &a, &b, &c, &d);
+    if (a >= 1) __get_cpuid_count(7, 1, &a1, &unused, &unused, &unused);
+    __builtin_cpu_init();
+    const bool avx512_bf16 = a1 >> 5 & 1, amx_bf16 = d >> 22 & 1, avx512_fp16 = d >> 23 & 1;
+    return Features{__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f"), avx512_bf16 || amx_bf16,
+                    avx512_fp16};
+  }();
+  if (dtype == DType::f32) return cpu.intel_avx512;
+  if (dtype == DType::bf16) return cpu.bf16;
+  if (dtype == DType::f16) return cpu.f16;
+#endif
+  (void)dtype;
+  return false;
+}
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace rf

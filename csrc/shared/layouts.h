@@ -1,0 +1,103 @@
+// How the kernels see tensors: rows, classes and matrices as strides, copied only where no strides describe them.
+#pragma once
+#include "shared/torch_api.h"
+#include "cpu/drivers/drivers.h"
+
+namespace rf {
+
+// Dimensions [from, to) as one: their common stride, or none when they do not collapse.
+inline std::optional<int64_t> collapsed_stride(const Tensor& t, int64_t from, int64_t to) {
+  int64_t stride = 1, expected = -1;
+  for (int64_t d = to - 1; d >= from; --d) {
+    if (t.size(d) == 1) continue;
+    if (expected < 0)
+      stride = t.stride(d);
+    else if (t.stride(d) != expected)
+      return std::nullopt;
+    expected = t.stride(d) * t.size(d);
+  }
+  return stride;
+}
+
+inline int64_t product(at::IntArrayRef sizes, int64_t from, int64_t to) {
+  return from < to ? c10::multiply_integers(sizes.begin() + from, sizes.begin() + to) : 1;
+}
+
+// Rows of a matrix with leading dimensions, and of a tensor whose dimension `dim` they run along.
+inline int64_t rows_of(const Tensor& t) { return product(t.sizes(), 0, t.dim() - 1); }
+inline int64_t rows_without(const Tensor& t, int64_t dim) {
+  return product(t.sizes(), 0, dim) * product(t.sizes(), dim + 1, t.dim());
+}
+
+// The shape that reducing a dimension leaves.
+inline std::vector<int64_t> reduced_sizes(const Tensor& t, int64_t dim, bool keepdim) {
+  auto sizes = t.sizes().vec();
+  if (t.dim() == 0) return sizes;
+  if (keepdim)
+    sizes[dim] = 1;
+  else
+    sizes.erase(sizes.begin() + dim);
+  return sizes;
+}
+
+// None where no strides describe the rows. An empty tensor has rows wherever the reduced dimension alone is empty, and
+// nothing in them to find: any layout is right, whatever its strides say.
+inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
+  if (t.numel() == 0) return RowLayout{1, 0, 0, 1};
+  const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
+  if (!outer || !inner) return std::nullopt;
+  const int64_t classes = t.dim() ? t.size(dim) : 1;
+  return RowLayout{std::max<int64_t>(1, product(t.sizes(), dim + 1, t.dim())), *outer, *inner,
+                   classes == 1 ? 1 : t.stride(dim)};
+}
+
+// The tensor itself where its rows can be walked, else a contiguous copy.
+inline Tensor walkable(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
+
+// With null for its data where no strides describe the matrix, and where it is empty.
+inline MatrixView matrix_view(const Tensor& t) {
+  if (t.numel() == 0) return {nullptr, 1, 0, 0, 1};
+  const int64_t last = t.dim() - 1;
+  for (int64_t split = last; split >= 0; --split) {
+    const auto outer = collapsed_stride(t, 0, split), inner = collapsed_stride(t, split, last);
+    if (!outer || !inner) continue;
+    const int64_t columns = t.size(last) == 1 ? 1 : t.stride(last);
+    return {t.const_data_ptr(), std::max<int64_t>(1, product(t.sizes(), split, last)), *outer, *inner, columns};
+  }
+  return {nullptr, 1, 0, 0, 1};
+}
+
+struct Operand {
+  Tensor keep;  // holds the memory that view points to
+  MatrixView view;
+};
+inline Operand operand(const Tensor& t) {
+  MatrixView v = matrix_view(t);
+  if (v.data || t.numel() == 0) return {t, v};
+  Tensor copy = t.contiguous();
+  return {copy, matrix_view(copy)};
+}
+
+// Fresh memory that a kernel is about to fill.
+inline Tensor advised(Tensor t) {
+  advise_huge_pages(t.mutable_data_ptr(), (int64_t)t.nbytes());
+  return t;
+}
+
+// A tensor of one number, without the dispatch of a fill.
+inline Tensor number(double value, at::ScalarType type) {
+  Tensor t = at::empty({}, at::TensorOptions(type));
+  switch (type) {
+    case at::kDouble:
+      *t.mutable_data_ptr<double>() = value;
+      break;
+    case at::kFloat:
+      *t.mutable_data_ptr<float>() = (float)value;
+      break;
+    default:
+      t.fill_(value);
+  }
+  return t;
+}
+
+}  // namespace rf

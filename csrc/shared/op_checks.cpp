@@ -1,0 +1,419 @@
+// See op_checks.h. Compiled once: the words of the messages take longer to compile than the ops.
+#include "shared/op_checks.h"
+
+namespace rf {
+// ---- any op's arguments --------------------------------------------------------------------------------------------
+
+namespace {
+
+// Whether a tensor's elements lie in its storage, which others may have resized.
+bool has_memory(const Tensor& t) {
+  const auto* impl = t.unsafeGetTensorImpl();
+  if (impl->is_python_dispatch() || t.is_meta() || impl->has_symbolic_sizes_strides() || t.numel() == 0) return true;
+  int64_t last = t.storage_offset();
+  for (int64_t d = 0; d < t.dim(); ++d) last += (t.size(d) - 1) * t.stride(d);
+  return impl->has_storage() && (size_t)(last + 1) * t.element_size() <= t.storage().nbytes();
+}
+
+// A tensor that kernels can read, on the device of `like`.
+void check_readable(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  RF_CHECK(TORCH_CHECK_TYPE, t.defined(), op, name, "a tensor", "none");
+  RF_CHECK(TORCH_CHECK, t.device() == like.device(), op, name, c10::str("a tensor on ", like.device()), t.device());
+  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, t.layout() == at::kStrided, op, name, "a strided tensor", t.layout());
+  RF_CHECK(TORCH_CHECK, has_memory(t), op, name, c10::str("memory for shape ", t.sizes()),
+           c10::str(t.storage().nbytes(), " bytes"));
+}
+
+// The same of one that may be absent; whether it is there.
+bool check_optional(const char* op, const char* name, const OptionalTensor& t, const Tensor& like) {
+  if (t.has_value()) check_readable(op, name, *t, like);
+  return t.has_value();
+}
+
+// The argument that the others are compared with: readable, and of a type that has kernels.
+void check_first(const char* op, const char* name, const Tensor& t) {
+  RF_CHECK(TORCH_CHECK_TYPE, t.defined(), op, name, "a tensor", "none");
+  check_readable(op, name, t, t);
+  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, has_kernel(t.scalar_type()), op, name, "float32, float64, bfloat16 or float16",
+           t.scalar_type());
+}
+
+void check_type(const char* op, const char* name, const Tensor& t, at::ScalarType type) {
+  RF_CHECK(TORCH_CHECK, t.scalar_type() == type, op, name, type, t.scalar_type());
+}
+
+void check_sizes(const char* op, const char* name, const Tensor& t, c10::SymIntArrayRef sizes) {
+  RF_CHECK(TORCH_CHECK, t.sym_sizes() == sizes, op, name, c10::str("shape ", sizes), t.sym_sizes());
+}
+
+// An upstream gradient, which kernels convert to the accumulator's type: of each result, or one number.
+void check_upstream(const char* op, const char* name, const Tensor& t, const Tensor& like, bool one,
+                    c10::SymIntArrayRef each) {
+  check_readable(op, name, t, like);
+  RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), op, name, "a floating point type", t.scalar_type());
+  if (!one) return check_sizes(op, name, t, each);
+  RF_CHECK(TORCH_CHECK, t.sym_numel() == 1, op, name, "one number", t.sym_sizes());
+}
+
+// An argument that may be absent where nothing that is asked for needs it.
+const Tensor& needed(const char* op, const char* name, const OptionalTensor& t, const Tensor& like) {
+  RF_CHECK(TORCH_CHECK, t.has_value(), op, name, "a tensor, which the gradients that are asked for need", "none");
+  check_readable(op, name, *t, like);
+  return *t;
+}
+
+void check_reduction(const char* op, int64_t reduction) {
+  RF_CHECK(TORCH_CHECK_VALUE, at::Reduction::None <= reduction && reduction <= at::Reduction::Sum, op, "reduction",
+           "0 (none), 1 (mean) or 2 (sum)", reduction);
+}
+
+void check_outputs(const char* op, int64_t outputs) {
+  RF_CHECK(TORCH_CHECK_VALUE, 0 < outputs && outputs < 2 * kOutputArgmax, op, "outputs", "bits from 1 to 31", outputs);
+}
+
+void check_loss_dtype(const char* op, std::optional<at::ScalarType> type) {
+  RF_CHECK(TORCH_CHECK, !type || has_kernel(*type), op, "loss_dtype", "float32, float64, bfloat16, float16 or none",
+           *type);
+}
+
+// Pointers to classes, or to probabilities of them, are null where there are none.
+void check_classes(const char* op, const char* name, const Tensor& t, int64_t dim) {
+  RF_CHECK(TORCH_CHECK, t.sym_size(dim).maybe_as_int() != 0, op, name, "one class or more", t.sym_sizes());
+}
+
+// Rows of `outputs` numbers whose bytes, in panels of any type, can be counted.
+void check_countable(const char* op, const char* name, const c10::SymInt& rows, const c10::SymInt& outputs) {
+  const auto r = rows.maybe_as_int(), o = outputs.maybe_as_int();
+  int64_t bytes;
+  RF_CHECK(TORCH_CHECK,
+           !r || !o || !(__builtin_mul_overflow(*r, *o, &bytes) || __builtin_mul_overflow(bytes, 64, &bytes)), op, name,
+           "sizes whose product is a number of bytes", c10::str(rows, " rows of ", outputs));
+}
+
+}  // namespace
+
+void check_reduced(const char* op, int64_t reduction) {
+  RF_CHECK(TORCH_CHECK_VALUE, reduction != at::Reduction::None, op, "reduction", "1 (mean) or 2 (sum)", reduction);
+}
+
+// ---- linear --------------------------------------------------------------------------------------------------------
+
+void check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  check_first("linear", "input", x);
+  check_readable("linear", "weight", w, x);
+  check_optional("linear", "bias", bias, x);
+  check_linear(x, w, value_or_undefined(bias));
+}
+
+namespace {
+
+// The upstream gradient of an activation's results, and what its derivative is computed from.
+void check_activation_gradient(const char* op, const Tensor& grad, const OptionalTensor& saved,
+                               string_view activation) {
+  check_first(op, "grad", grad);
+  RF_CHECK(TORCH_CHECK, grad.dim() >= 1, op, "grad", "1 or more dimensions", grad.dim());
+  if (saved_for(parse_activation(activation, op)) == Saved::nothing) return;
+  RF_CHECK(TORCH_CHECK, saved.has_value(), op, "saved", c10::str("what ", activation, " saves"), "none");
+  check_readable(op, "saved", *saved, grad);
+  check_type(op, "saved", *saved, grad.scalar_type());
+  check_sizes(op, "saved", *saved, grad.sym_sizes());
+}
+
+// The input of a layer whose results have the gradient `grad`.
+void check_layer_input(const char* op, const Tensor& x, const Tensor& grad) {
+  check_type(op, "input", x, grad.scalar_type());
+  const int64_t last = grad.dim() - 1;
+  RF_CHECK(TORCH_CHECK, x.dim() == last + 1 && x.sym_sizes().slice(0, last) == grad.sym_sizes().slice(0, last), op,
+           "input", c10::str("the shape of grad ", grad.sym_sizes(), " but for the last dimension"), x.sym_sizes());
+}
+
+}  // namespace
+
+void check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
+                           const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask) {
+  constexpr auto op = "linear_backward";
+  check_activation_gradient(op, grad, saved, activation);
+  if (mask[0]) {
+    const Tensor& w = needed(op, "weight", weight, grad);
+    check_type(op, "weight", w, grad.scalar_type());
+    RF_CHECK(TORCH_CHECK, w.dim() == 2 && w.sym_size(0) == grad.sym_size(-1), op, "weight",
+             c10::str("shape (", grad.sym_size(-1), ", in_features)"), w.sym_sizes());
+  }
+  if (mask[1]) check_layer_input(op, needed(op, "input", input, grad), grad);
+}
+
+// ---- phm_linear ----------------------------------------------------------------------------------------------------
+
+void check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias) {
+  check_first("phm_linear", "input", x);
+  check_readable("phm_linear", "a", a, x);
+  check_readable("phm_linear", "s", s, x);
+  check_optional("phm_linear", "bias", bias, x);
+  check_phm_linear(x, a, s, value_or_undefined(bias));
+}
+
+void check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
+                               const OptionalTensor& saved, string_view activation, std::array<bool, 4> mask) {
+  constexpr auto op = "phm_linear_backward";
+  check_activation_gradient(op, grad, saved, activation);
+  check_readable(op, "a", a, grad);
+  check_readable(op, "s", s, grad);
+  check_phm_operands(op, a, s);
+  check_type(op, "a", a, grad.scalar_type());
+  check_type(op, "s", s, grad.scalar_type());
+  const auto n = a.sym_size(0);
+  RF_CHECK(TORCH_CHECK, grad.sym_size(-1) == n * s.sym_size(1), op, "grad",
+           c10::str("last dimension ", n * s.sym_size(1), " as s of shape ", s.sym_sizes(), " has it"),
+           grad.sym_sizes());
+  if (!mask[1] && !mask[2]) return;
+  const Tensor& x = needed(op, "input", input, grad);
+  check_layer_input(op, x, grad);
+  RF_CHECK(TORCH_CHECK, x.sym_size(-1) == n * s.sym_size(2), op, "input",
+           c10::str("last dimension ", n * s.sym_size(2), " as s of shape ", s.sym_sizes(), " has it"), x.sym_sizes());
+}
+
+// ---- softmax family: the dimension, counted from 0 -----------------------------------------------------------------
+
+int64_t check_softmax_forward(const char* op, const Tensor& x, int64_t dim) {
+  check_first(op, "input", x);
+  return checked_dim(op, x, dim);
+}
+
+int64_t check_softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim) {
+  constexpr auto op = "softmax_backward";
+  check_first(op, "output", output);
+  check_readable(op, "grad", grad, output);
+  check_type(op, "grad", grad, output.scalar_type());
+  check_sizes(op, "grad", grad, output.sym_sizes());
+  return checked_dim(op, output, dim);
+}
+
+namespace {
+
+// Whether a tensor has the shape of `x` without its dimension `dim`.
+bool has_rows_of(const Tensor& t, const Tensor& x, int64_t dim) {
+  if (x.dim() == 0) return t.dim() == 0;
+  const auto sizes = t.sym_sizes(), of = x.sym_sizes();
+  return t.dim() == x.dim() - 1 && sizes.slice(0, dim) == of.slice(0, dim) && sizes.slice(dim) == of.slice(dim + 1);
+}
+
+bool has_rows_of_keeping(const Tensor& t, const Tensor& x, int64_t dim) {
+  const auto sizes = t.sym_sizes(), of = x.sym_sizes();
+  return t.dim() == x.dim() && t.dim() > 0 && sizes[dim] == 1 && sizes.slice(0, dim) == of.slice(0, dim) &&
+         sizes.slice(dim + 1) == of.slice(dim + 1);
+}
+
+}  // namespace
+
+int64_t check_logsumexp_backward(const Tensor& grad, const Tensor& x, const Tensor& lse, int64_t dim) {
+  constexpr auto op = "logsumexp_backward";
+  check_first(op, "input", x);
+  dim = checked_dim(op, x, dim);
+  for (const auto& [name, t] : {std::pair("grad", &grad), std::pair("lse", &lse)}) {
+    check_readable(op, name, *t, x);
+    RF_CHECK(TORCH_CHECK, at::isFloatingType(t->scalar_type()), op, name, "a floating point type", t->scalar_type());
+    RF_CHECK(TORCH_CHECK, has_rows_of(*t, x, dim) || has_rows_of_keeping(*t, x, dim), op, name,
+             c10::str("input's shape ", x.sym_sizes(), " without dimension ", dim, ", or with size 1 there"),
+             t->sym_sizes());
+  }
+  return dim;
+}
+
+// ---- cross-entropy -------------------------------------------------------------------------------------------------
+
+namespace {
+
+void check_cross_entropy_inputs(const char* op, const Tensor& x, const Tensor& target, const OptionalTensor& weight,
+                                int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                std::optional<double> softcap) {
+  check_first(op, "input", x);
+  check_readable(op, "target", target, x);
+  check_optional(op, "weight", weight, x);
+  check_reduction(op, reduction);
+  check_softcap(op, softcap);
+  check_cross_entropy(op, x, target, value_or_undefined(weight), ignore_index, label_smoothing);
+  check_classes(op, "input", x, class_dim(x));
+}
+
+}  // namespace
+
+void check_cross_entropy_forward(const Tensor& x, const Tensor& target, const OptionalTensor& weight,
+                                 int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                 std::optional<double> softcap, int64_t outputs,
+                                 std::optional<at::ScalarType> loss_dtype) {
+  check_cross_entropy_inputs("cross_entropy", x, target, weight, ignore_index, reduction, label_smoothing, softcap);
+  check_outputs("cross_entropy", outputs);
+  check_loss_dtype("cross_entropy", loss_dtype);
+}
+
+constexpr const char* kUpstreamNames[] = {"grad_loss", "grad_lse", "grad_entropy", "grad_logprob"};
+
+void check_cross_entropy_backward(const char* op, const UpstreamOfOutputs& upstream, const Tensor& x,
+                                  const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
+                                  const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
+                                  double label_smoothing, std::optional<double> softcap, bool grad_target,
+                                  const Tensor* grad) {
+  check_cross_entropy_inputs(op, x, target, weight, ignore_index, reduction, label_smoothing, softcap);
+  const int64_t dim = class_dim(x);
+  for (int i = 0; i < 4; ++i) {
+    if (!upstream[i]->has_value()) continue;
+    const Tensor& t = **upstream[i];
+    const bool one = i == 0 && reduction != at::Reduction::None;
+    check_upstream(op, kUpstreamNames[i], t, x, one, t.defined() ? t.sym_sizes() : c10::SymIntArrayRef());
+    RF_CHECK(TORCH_CHECK, one || has_rows_of(t, x, dim), op, kUpstreamNames[i],
+             c10::str("input's shape ", x.sym_sizes(), " without its classes"), t.sym_sizes());
+  }
+  const bool probabilities = is_probability_target(x, target), entropy = upstream[2]->has_value();
+  RF_CHECK(TORCH_CHECK, !grad_target || probabilities, op, "output_mask", "no gradient of class indices", "one");
+
+  c10::SymInt rows = 1;
+  for (int64_t d = 0; d < x.dim(); ++d)
+    if (d != dim) rows = rows * x.sym_size(d);
+  const int64_t fewest = cross_entropy_stat_rows(probabilities, entropy),
+                most = cross_entropy_stat_rows(probabilities, true);
+  check_readable(op, "stats", stats, x);
+  check_type(op, "stats", stats, acc_type(x.scalar_type()));
+  RF_CHECK(TORCH_CHECK,
+           stats.dim() == 2 && stats.sym_size(0) >= fewest && stats.sym_size(0) <= most && stats.sym_size(1) == rows &&
+               stats.is_contiguous(),
+           op, "stats", c10::str(fewest, " or ", most, " contiguous rows of ", rows, " numbers"), stats.sym_sizes());
+  check_readable(op, "weight_sum", weight_sum, x);
+  check_type(op, "weight_sum", weight_sum, at::kDouble);
+  RF_CHECK(TORCH_CHECK, weight_sum.sym_numel() == 1, op, "weight_sum", "one number", weight_sum.sym_sizes());
+  if (!grad) return;
+  const char* name = grad == &x ? "input" : "grad";
+  check_readable(op, name, *grad, x);
+  check_type(op, name, *grad, x.scalar_type());
+  check_sizes(op, name, *grad, x.sym_sizes());
+  RF_CHECK(TORCH_CHECK, at::has_internal_overlap(*grad) != at::MemOverlap::Yes, op, name,
+           "elements that have memory of their own", "overlapping ones (expanded?)");
+}
+
+void check_cross_entropy_unless_one(const Tensor& grad_loss, const Tensor& x, const Tensor& target,
+                                    const OptionalTensor& weight, const Tensor& stats, const Tensor& weight_sum,
+                                    int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                    std::optional<double> softcap, const Tensor& grad) {
+  constexpr auto op = "cross_entropy_backward_unless_one_";
+  const OptionalTensor upstream = grad_loss, none;
+  check_cross_entropy_backward(op, {&upstream, &none, &none, &none}, x, target, weight, stats, weight_sum, ignore_index,
+                               reduction, label_smoothing, softcap, false, &grad);
+  check_reduced(op, reduction);
+}
+
+// ---- linear_cross_entropy ------------------------------------------------------------------------------------------
+
+namespace {
+
+void check_linear_cross_entropy_inputs(const char* op, const Tensor& x, const Tensor& w, const Tensor& target,
+                                       const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
+                                       int64_t reduction, double label_smoothing, std::optional<double> softcap,
+                                       std::optional<int64_t> memory_budget, double filter_eps) {
+  check_first(op, "input", x);
+  check_readable(op, "linear_weight", w, x);
+  check_readable(op, "target", target, x);
+  check_optional(op, "linear_bias", bias, x);
+  check_optional(op, "weight", weight, x);
+  check_reduction(op, reduction);
+  check_linear_cross_entropy(op, x, w, target, value_or_undefined(bias), value_or_undefined(weight), ignore_index,
+                             label_smoothing, softcap, memory_budget, filter_eps);
+  const auto type = target.scalar_type();
+  RF_CHECK(TORCH_CHECK, !at::isFloatingType(type) || type == x.scalar_type() || type == acc_type(x.scalar_type()), op,
+           "target", c10::str(x.scalar_type(), " or ", acc_type(x.scalar_type()), " probabilities"), type);
+  check_classes(op, "linear_weight", w, 0);
+  c10::SymInt outputs = 1;
+  for (int64_t d = 0; d + 1 < w.dim(); ++d) outputs = outputs * w.sym_size(d);
+  check_countable(op, "linear_weight", x.dim() == 1 ? c10::SymInt(1) : x.sym_size(0), outputs);
+}
+
+}  // namespace
+
+void check_linear_cross_entropy_forward(const Tensor& x, const Tensor& w, const Tensor& target,
+                                        const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
+                                        int64_t reduction, double label_smoothing, std::optional<double> softcap,
+                                        int64_t outputs, std::optional<int64_t> memory_budget,
+                                        std::optional<at::ScalarType> loss_dtype, double filter_eps) {
+  constexpr auto op = "linear_cross_entropy";
+  check_linear_cross_entropy_inputs(op, x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
+                                    memory_budget, filter_eps);
+  check_outputs(op, outputs);
+  check_loss_dtype(op, loss_dtype);
+}
+
+void check_linear_cross_entropy_backward(const UpstreamOfOutputs& upstream, const Tensor& x, const Tensor& w,
+                                         const Tensor& target, const OptionalTensor& bias, const OptionalTensor& weight,
+                                         int64_t ignore_index, int64_t reduction, double label_smoothing,
+                                         std::optional<double> softcap, std::optional<int64_t> memory_budget,
+                                         double filter_eps, bool grad_target) {
+  constexpr auto op = "linear_cross_entropy_backward";
+  check_linear_cross_entropy_inputs(op, x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
+                                    memory_budget, filter_eps);
+  const auto shape = symbolic_loss_shape(x, w);
+  for (int i = 0; i < 4; ++i)
+    if (upstream[i]->has_value())
+      check_upstream(op, kUpstreamNames[i], **upstream[i], x, i == 0 && reduction != at::Reduction::None, shape);
+  RF_CHECK(TORCH_CHECK, !grad_target || at::isFloatingType(target.scalar_type()), op, "output_mask",
+           "no gradient of class indices", "one");
+}
+
+// ---- linear_nll ----------------------------------------------------------------------------------------------------
+
+namespace {
+
+void check_linear_nll_inputs(const char* op, const Tensor& x, const Tensor& w, const Tensor& target,
+                             const OptionalTensor& bias, const OptionalTensor& scale,
+                             const OptionalTensor& sample_weight, int64_t family, int64_t reduction, bool grad_scale) {
+  check_first(op, "input", x);
+  check_readable(op, "weight", w, x);
+  check_readable(op, "target", target, x);
+  check_optional(op, "bias", bias, x);
+  check_optional(op, "scale", scale, x);
+  check_optional(op, "sample_weight", sample_weight, x);
+  check_reduction(op, reduction);
+  RF_CHECK(TORCH_CHECK_VALUE, 0 <= family && family <= (int64_t)Family::poisson, op, "family",
+           "0 (squared), 1 (gaussian), 2 (bernoulli) or 3 (poisson)", family);
+  const bool gaussian = (Family)family == Family::gaussian;
+  check_linear_nll(op, x, w, target, value_or_undefined(bias), value_or_undefined(scale),
+                   value_or_undefined(sample_weight), gaussian);
+  const auto type = target.scalar_type(), acc = acc_type(x.scalar_type());
+  RF_CHECK(TORCH_CHECK, !at::isFloatingType(type) || c10::promoteTypes(type, acc) == acc, op, "target",
+           c10::str("a type that fits ", acc), type);
+  RF_CHECK(TORCH_CHECK, !grad_scale || (gaussian && scale.has_value()), op, "output_mask",
+           "no gradient of a scale but a gaussian's variance", "one");
+}
+
+}  // namespace
+
+void check_linear_nll_forward(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
+                              const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family,
+                              int64_t reduction, std::optional<at::ScalarType> loss_dtype, bool grad_scale) {
+  check_linear_nll_inputs("linear_nll", x, w, target, bias, scale, sample_weight, family, reduction, grad_scale);
+  check_loss_dtype("linear_nll", loss_dtype);
+}
+
+void check_linear_nll_backward(const Tensor& grad, const Tensor& x, const Tensor& w, const Tensor& target,
+                               const OptionalTensor& bias, const OptionalTensor& scale,
+                               const OptionalTensor& sample_weight, int64_t family, int64_t reduction,
+                               bool grad_scale) {
+  constexpr auto op = "linear_nll_backward";
+  check_linear_nll_inputs(op, x, w, target, bias, scale, sample_weight, family, reduction, grad_scale);
+  check_upstream(op, "grad", grad, x, reduction != at::Reduction::None, target.sym_sizes());
+}
+
+// ---- mse_loss ------------------------------------------------------------------------------------------------------
+
+void check_mse_loss(const char* op, const Tensor& x, const Tensor& target, int64_t reduction) {
+  check_first(op, "input", x);
+  check_readable(op, "target", target, x);
+  check_type(op, "target", target, x.scalar_type());
+  check_sizes(op, "target", target, x.sym_sizes());
+  check_reduction(op, reduction);
+}
+
+void check_mse_loss_backward(const Tensor& grad, const Tensor& x, const Tensor& target, int64_t reduction) {
+  constexpr auto op = "mse_loss_backward";
+  check_mse_loss(op, x, target, reduction);
+  check_upstream(op, "grad", grad, x, reduction != at::Reduction::None, x.sym_sizes());
+  check_type(op, "grad", grad, x.scalar_type());
+}
+
+}  // namespace rf

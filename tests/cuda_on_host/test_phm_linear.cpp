@@ -1,0 +1,108 @@
+// Combinations of the parts of rows, and products of parts with parts, against double precision.
+#include <cmath>
+#include <vector>
+
+#include "device_memory.h"
+#include "cuda/launch.h"
+#include "tests.h"
+
+namespace test {
+namespace {
+
+// From, the type of what is combined: T or its accumulator's.
+template <class T, class From>
+void combine(int64_t rows, int64_t parts, int64_t to_parts, int64_t length, Random& random) {
+  using A = rf::acc_t<T>;
+  describe("combine parts %s to %s: %lld rows of %lld parts of %lld, to %lld", Format<From>::name, Format<T>::name,
+           (long long)rows, (long long)parts, (long long)length, (long long)to_parts);
+  const auto value = [&] { return random.spiky(); };
+  const int64_t stride = parts * length + random.integer(0, 3);
+  const Buffer<From> from =
+      input<From>((rows - 1) * stride + parts * length, value, Guard::behind, random.integer(0, 3));
+  const Buffer<A> coefficients = input<A>(to_parts * parts, value);
+  Buffer<T> to(rows * to_parts * length, Guard::behind, random.integer(0, 3));
+  {
+    const Lent f(from), c(coefficients), t(to);
+    rf::cuda::launch_combine_parts(
+        Format<T>::dtype,
+        {rows, parts, to_parts, length, from.data(), stride, !std::is_same_v<From, T>, coefficients.data(), to.data()},
+        nullptr);
+  }
+  Comparison<T> compare("combination");
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < to_parts; ++j)
+      for (int64_t r = 0; r < length; ++r) {
+        double sum = 0, size = 0;
+        for (int64_t i = 0; i < parts; ++i) {
+          const double term = coefficients.value(j * parts + i) * from.value(row * stride + i * length + r);
+          sum += term;
+          size += std::fabs(term);
+        }
+        const int64_t at = (row * to_parts + j) * length + r;
+        compare.add(to.result(at), sum, size * sum_error(parts), at);
+      }
+  CHECK(to.rest_untouched());
+}
+
+template <class T>
+void products(int64_t rows, int64_t of_parts, int64_t parts, int64_t length, Random& random) {
+  using A = rf::acc_t<T>;
+  describe("part products %s: %lld rows, %lld parts with %lld of %lld", Format<T>::name, (long long)rows,
+           (long long)of_parts, (long long)parts, (long long)length);
+  const auto value = [&] { return random.spiky(); };
+  const int64_t stride = parts * length + random.integer(0, 3);
+  const Buffer<A> of = input<A>(rows * of_parts * length, value, Guard::behind, random.integer(0, 3));
+  const Buffer<T> with = input<T>((rows - 1) * stride + parts * length, value, Guard::behind, random.integer(0, 3));
+  const int64_t blocks = rf::cuda::part_products_blocks(Format<T>::dtype, rows, length);
+  Buffer<A> sums(blocks * of_parts * parts);
+  {
+    const Lent o(of), w(with), s(sums);
+    rf::cuda::launch_part_products(
+        Format<T>::dtype, {rows, of_parts, parts, length, of.data(), with.data(), stride, sums.data()}, nullptr);
+  }
+  Comparison<A> compare("products");
+  for (int64_t j = 0; j < of_parts; ++j)
+    for (int64_t i = 0; i < parts; ++i) {
+      double expected = 0, size = 0, got = 0;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t r = 0; r < length; ++r) {
+          const double term = of.value((row * of_parts + j) * length + r) * with.value(row * stride + i * length + r);
+          expected += term;
+          size += std::fabs(term);
+        }
+      for (int64_t block = 0; block < blocks; ++block) got += sums.result((block * of_parts + j) * parts + i);
+      compare.add(got, expected, size * sum_error(rows * length), j * parts + i);
+    }
+  CHECK(sums.rest_untouched());
+}
+
+template <class T>
+void all() {
+  using A = rf::acc_t<T>;
+  Random random(900 + (int)Format<T>::dtype);
+  // Parts shorter than a vector, a vector, and with tails; fewer of them than a thread or a block takes, and more.
+  constexpr int64_t kLengths[] = {1, 2, 7, 8, 16, 17, 33, 131}, kParts[] = {1, 2, 3, 4, 5, 8, 13, 17};
+  for (int i = 0; i < 12; ++i) {
+    const int64_t rows = random.integer(1, 40), length = random.pick(kLengths);
+    combine<T, T>(rows, random.pick(kParts), random.pick(kParts), length, random);
+    combine<T, A>(rows, random.pick(kParts), random.pick(kParts), length, random);
+    products<T>(rows, random.pick(kParts), random.pick(kParts), length, random);
+  }
+  products<T>(700, 4, 2, 40, random);  // several blocks
+  describe("parts %s of nothing", Format<T>::name);
+  rf::cuda::launch_combine_parts(Format<T>::dtype, {0, 2, 4, 5, nullptr, 10, false, nullptr, nullptr}, nullptr);
+  rf::cuda::launch_combine_parts(Format<T>::dtype, {3, 2, 4, 0, nullptr, 0, false, nullptr, nullptr}, nullptr);
+  rf::cuda::launch_part_products(Format<T>::dtype, {0, 4, 2, 5, nullptr, nullptr, 10, nullptr}, nullptr);
+  CHECK(rf::cuda::part_products_blocks(Format<T>::dtype, 0, 5) == 0);
+}
+
+}  // namespace
+
+void test_phm() {
+  all<float>();
+  all<double>();
+  all<bf16>();
+  all<f16>();
+}
+
+}  // namespace test

@@ -1,0 +1,198 @@
+// Activations: forward through the GEMM's epilogue (a product of 1 x 1 matrices leaves z as it is), and backward.
+#include <cmath>
+#include <vector>
+
+#include "activation_reference.h"
+#include "cpu/drivers/drivers.h"
+#include "layouts.h"
+
+namespace test {
+namespace {
+
+// y and z, n of them, for a row of pre-activations x.
+template <class T>
+void apply(Activation activation, const Buffer<T>& x, Buffer<T>& y, Buffer<T>* z) {
+  const Buffer<T> one = input<T>(1, [] { return 1.0; });
+  rf::Gemm g = {};
+  g.m = g.k = 1;
+  g.n = x.count();
+  g.a = {one.data(), 1, 1, 0, 1};
+  g.b = {x.data(), 1, x.count(), 0, 1};
+  g.b_transposed = false;
+  g.epilogue.c = y.data();
+  g.epilogue.c_stride = x.count();
+  g.epilogue.activation = activation;
+  g.epilogue.preactivation = z ? z->data() : nullptr;
+  rf::gemm(Format<T>::dtype, g);
+}
+
+template <class T>
+void forward(Activation activation, Random& random) {
+  const char* name = kActivationNames[(int)activation];
+  describe("activation %s %s forward", name, Format<T>::name);
+  // Every magnitude that matters, both signs, and the ends.
+  std::vector<double> points = {0, kInfinity, -kInfinity, kNaN};
+  for (int i = 0; i < 3000; ++i) points.push_back(random.between(-20, 20));
+  for (int i = 0; i < 500; ++i) points.push_back((random.chance(0.5) ? 1 : -1) * std::exp(random.between(-12, 6.5)));
+  size_t i = 0;
+  const Buffer<T> x = input<T>((int64_t)points.size(), [&] { return points[i++]; });
+  Buffer<T> y(x.count()), z(x.count()), alone(x.count());
+  apply(activation, x, y, &z);
+  rf::activation_forward(Format<T>::dtype, x.data(), alone.data(), x.count(), activation);
+  {
+    Comparison<T> compare("y"), of_z("z"), of_alone("y of activation_forward");
+    for (int64_t j = 0; j < x.count(); ++j) {
+      compare.add(y.result(j), activate(activation, x.value(j)), activate_units(activation, x.value(j)), j);
+      of_alone.add(alone.result(j), activate(activation, x.value(j)), activate_units(activation, x.value(j)), j);
+      of_z.add(z.result(j), x.value(j), 0, j);
+    }
+  }
+  CHECK(y.rest_untouched() && z.rest_untouched() && alone.rest_untouched());
+}
+
+enum class GradRows { adjacent, padded, expanded, collapsed };
+
+template <class T>
+void backward(Activation activation, int64_t rows, int64_t columns, GradRows kind, bool write, bool sum,
+              Random& random) {
+  using A = rf::acc_t<T>;
+  describe("activation %s %s backward %lld x %lld gradient %d output=%d sums=%d", kActivationNames[(int)activation],
+           Format<T>::name, (long long)rows, (long long)columns, (int)kind, write, sum);
+  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
+  rf::RowLayout layout = {1, columns, 0, 1};
+  if (kind == GradRows::padded) layout.outer_stride = columns + 3;
+  if (kind == GradRows::expanded) layout.outer_stride = 0;
+  if (kind == GradRows::collapsed) layout = {3, 5 * columns, columns + 1, 1};
+  const Buffer<T> grad = input<T>(
+      layout.offset(rows - 1) + columns + (kind == GradRows::collapsed ? 2 * columns + 2 : 0),
+      [&] { return random.spiky(); }, guard);
+  const bool from_output = rf::saved_for(activation) == rf::Saved::output;
+  const Buffer<T> saved = input<T>(
+      rows * columns,
+      [&] {
+        const double z = random.chance(0.01) ? random.between(-90, 90) : 2 * random.spiky();
+        return from_output ? activate(activation, z) : z;
+      },
+      guard, 1);
+  Buffer<T> dz(rows * columns, guard, random.integer(0, 3));
+  Buffer<A> sums(columns, guard);
+  const rf::ActivationBackwardArgs a = {grad.data(),
+                                        activation == Activation::none ? nullptr : saved.data(),
+                                        layout,
+                                        write ? dz.data() : nullptr,
+                                        columns,
+                                        activation,
+                                        sum ? sums.data() : nullptr};
+  rf::activation_backward(Format<T>::dtype, a, rows);
+  std::vector<double> total(columns), size(columns);
+  {
+    Comparison<T> compare("dz");
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < columns; ++j) {
+        const double g = grad.value(layout.offset(r) + j), s = saved.value(r * columns + j);
+        const double expected = g * derivative(activation, s);
+        const double tail = derivative_tail(activation, s) / kUnit<T>;
+        const double units = std::fabs(g) * (derivative_units(activation, s) + tail) + 2 * std::fabs(expected);
+        if (write) compare.add(dz.result(r * columns + j), expected, units, r * columns + j);
+        total[j] += expected;
+        size[j] += units + std::fabs(expected) * sum_error(rows);
+      }
+  }
+  if (sum) {
+    Comparison<A> compare("column sums");
+    for (int64_t j = 0; j < columns; ++j) compare.add(sums.result(j), total[j], size[j], j);
+  }
+  CHECK(dz.rest_untouched() && sums.rest_untouched());
+}
+
+// The derivative's ends, and NaN and infinity through both of its arguments.
+template <class T>
+void special_values(Activation activation) {
+  describe("activation %s %s backward: special values", kActivationNames[(int)activation], Format<T>::name);
+  const bool from_output = rf::saved_for(activation) == rf::Saved::output;
+  constexpr int64_t n = 21;
+  for (int64_t at : {0, 10, 20}) {
+    const auto run = [&](double grad, double special) {
+      int64_t i = 0;
+      const Buffer<T> g = input<T>(n, [&] { return grad; }), s = input<T>(n, [&] { return i++ == at ? special : 0.5; });
+      Buffer<T> dz(n);
+      rf::activation_backward(Format<T>::dtype, {g.data(), s.data(), {1, n, 0, 1}, dz.data(), n, activation, nullptr},
+                              1);
+      return dz.value(at);
+    };
+    CHECK(std::isnan(run(kNaN, 0.5)));
+    CHECK(run(kInfinity, 0.5) == kInfinity);
+    if (activation == Activation::none) continue;
+    if (activation == Activation::relu) {
+      CHECK(run(2, kNaN) == 2 && run(2, kInfinity) == 2 && run(2, 1e-30) == (std::is_same_v<T, f16> ? 0 : 2));
+      for (double grad : {2.0, kInfinity, kNaN}) CHECK(run(grad, 0.0) == 0 && run(grad, -0.0) == 0);
+      continue;
+    }
+    CHECK(std::isnan(run(1, kNaN)));
+    if (from_output) continue;
+    for (double far : {200.0, 800.0, 2000.0, 6e4, 1e19, 1e38, 1e300, kInfinity}) {
+      CHECK(run(2, far) == 2);
+      CHECK(std::fabs(run(2, -far)) == 0 || (std::is_same_v<T, double> && far < 800));
+    }
+  }
+}
+
+// Equal terms, whose additions may all err to the same side.
+template <class T>
+void many_rows(int64_t rows) {
+  using A = rf::acc_t<T>;
+  describe("column sums %s: %lld equal rows", Format<T>::name, (long long)rows);
+  const Buffer<T> g = input<T>(1, [] { return 0.1; });
+  Buffer<A> sums(1);
+  rf::activation_backward(Format<T>::dtype,
+                          {g.data(), nullptr, {1, 0, 0, 1}, nullptr, 1, Activation::none, sums.data()}, rows);
+  const double exact = g.value(0) * (double)rows, unit = std::is_same_v<T, double> ? 1.1e-16 : 6e-8;
+  CHECK(std::fabs(sums.value(0) - exact) <= 8 * unit * exact);
+}
+
+template <class T>
+void any_number_of_threads() {
+  using A = rf::acc_t<T>;
+  describe("column sums %s: the same bits with any number of threads", Format<T>::name);
+  Random random(9);
+  constexpr int64_t rows = 3001, columns = 19;
+  const Buffer<T> g = input<T>(rows * columns, [&] { return random.spiky(); });
+  std::vector<A> first;
+  for (int64_t n : {1, 2, 3, 5}) {
+    threads = n;
+    Buffer<A> sums(columns);
+    rf::activation_backward(Format<T>::dtype,
+                            {g.data(), nullptr, {1, columns, 0, 1}, nullptr, columns, Activation::none, sums.data()},
+                            rows);
+    if (first.empty()) first = sums.copy();
+    CHECK(first == sums.copy());
+  }
+  threads = 2;
+}
+
+template <class T>
+void all() {
+  Random random(1000 + (int)Format<T>::dtype);
+  for (Activation a : kActivations) {
+    forward<T>(a, random);
+    special_values<T>(a);
+    for (int64_t columns : {1, 2, 7, 15, 16, 17, 31, 33, 300, 2049})
+      for (int outputs = 1; outputs <= 3; ++outputs)
+        backward<T>(a, random.pick({1, 3, 31, 32, 65}), columns, (GradRows)random.integer(0, 3), outputs & 1,
+                    outputs & 2, random);
+  }
+  backward<T>(Activation::silu, 2000, 33, GradRows::padded, true, true, random);
+  for (int64_t rows : {1000, 65535, 3000000}) many_rows<T>(rows);
+  any_number_of_threads<T>();
+}
+
+}  // namespace
+
+void test_activations() {
+  all<float>();
+  all<double>();
+  all<bf16>();
+  all<f16>();
+}
+
+}  // namespace test

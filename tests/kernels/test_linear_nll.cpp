@@ -1,0 +1,308 @@
+// Likelihoods of predictions, and linear models with few outputs in one pass, against double precision.
+#include <cmath>
+#include <vector>
+
+#include "cpu/drivers/drivers.h"
+#include "memory.h"
+
+namespace test {
+namespace {
+
+using rf::Family;
+constexpr Family kFamilies[] = {Family::squared, Family::gaussian, Family::bernoulli, Family::poisson};
+constexpr const char* kNames[] = {"squared", "gaussian", "bernoulli", "poisson"};
+
+// A loss and its derivatives; `error` bounds those of loss and slope in units, for a prediction that is off by
+// `eta_error` units.
+struct Expected {
+  double loss, slope, variance, loss_error, slope_error;
+};
+Expected expect(Family family, double eta, double y, double scale, double constant, double eta_error) {
+  const double r = eta - y, e = std::exp(-std::fabs(eta)), log1p = std::log1p(e);
+  if (family == Family::bernoulli) {
+    const double larger = 1 / (1 + e), smaller = e / (1 + e), up = eta < 0 ? smaller : larger, down = 1 - up;
+    const double positive = scale * y, negative = 1 - y;
+    const double loss = negative * (std::fmax(eta, 0) + log1p) + positive * (std::fmax(-eta, 0) + log1p);
+    const double slope = negative * up - positive * (eta < 0 ? larger : smaller);
+    const double size = negative * up + positive * (eta < 0 ? larger : smaller);
+    return {loss, slope, 0, 16 * loss + size * eta_error, 16 * size + (negative + positive) * up * down * eta_error};
+  }
+  if (family == Family::poisson) {
+    const double mean = std::exp(eta), relative = 8 + std::fabs(eta) + eta_error;
+    return {mean - y * eta, mean - y, 0, mean * relative + std::fabs(y) * (4 * std::fabs(eta) + eta_error),
+            mean * relative + 4 * std::fabs(y)};
+  }
+  const double far = std::fabs(eta) + std::fabs(y) + eta_error;  // the difference may cancel
+  return {0.5 * scale * r * r + constant, scale * r, 0.5 * scale * (1 - scale * r * r),
+          8 * scale * r * r + scale * std::fabs(r) * far + 2 * std::fabs(constant), scale * (8 * std::fabs(r) + far)};
+}
+
+template <class T>
+struct Observations {  // what a likelihood is given besides predictions
+  using A = rf::acc_t<T>;
+  Family family;
+  int64_t rows, outputs;
+  Buffer<A> target, scale, constant, row_weight, grad;
+  bool constants, weights, grads;
+  double grad_scale = 0.625;
+
+  Observations(Family f, int64_t m, int64_t n, Random& random, Guard guard)
+      : family(f),
+        rows(m),
+        outputs(n),
+        target(input<A>(
+            m * n,
+            [&] {
+              return f == Family::bernoulli ? random.uniform()
+                     : f == Family::poisson ? random.integer(0, 9)
+                                            : random.spiky();
+            },
+            guard)),
+        scale(input<A>(
+            n, [&] { return f == Family::squared ? 2.0 : random.between(0.25, 4); }, guard)),
+        constant(input<A>(
+            n, [&] { return random.spiky(); }, guard)),
+        row_weight(input<A>(
+            m, [&] { return random.uniform(); }, guard)),
+        grad(input<A>(
+            m * n, [&] { return random.spiky(); }, guard)),
+        constants(f == Family::gaussian && random.chance(0.7)),
+        weights(random.chance(0.5)),
+        grads(random.chance(0.5)) {}
+
+  rf::LikelihoodArgs args(void* loss) const {
+    return {family,
+            outputs,
+            target.data(),
+            scale.data(),
+            constants ? constant.data() : nullptr,
+            weights ? row_weight.data() : nullptr,
+            grads ? grad.data() : nullptr,
+            grad_scale,
+            loss};
+  }
+  double weight(int64_t r) const { return weights ? row_weight.value(r) : 1; }
+  double upstream(int64_t r, int64_t j) const {
+    return weight(r) * grad_scale * (grads ? grad.value(r * outputs + j) : 1);
+  }
+  Expected at(int64_t r, int64_t j, double eta, double eta_error) const {
+    return expect(family, eta, target.value(r * outputs + j), scale.value(j), constants ? constant.value(j) : 0,
+                  eta_error);
+  }
+};
+
+// Sums over rows and what bounds their errors.
+struct Sum {
+  double value = 0, size = 0, error = 0;
+  void add(double x, double e) {
+    value += x;
+    size += std::fabs(x);
+    error += e;
+  }
+  double units(int64_t terms) const { return error + size * long_sum_error(terms); }
+};
+
+template <class T>
+void rows_of_predictions(Family family, int64_t rows, int64_t outputs, Random& random) {
+  using A = rf::acc_t<T>;
+  const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
+  describe("likelihood %s %s %lld x %lld", kNames[(int)family], Format<T>::name, (long long)rows, (long long)outputs);
+  const Observations<T> seen(family, rows, outputs, random, guard);
+  const Buffer<A> eta = input<A>(rows * outputs, [&] { return random.spiky(); }, guard);
+  for (const bool value : {true, false})
+    for (const bool slope : {true, false}) {
+      if (!value && !slope) continue;
+      const bool of_bias = random.chance(0.7), of_variance = family == Family::gaussian && random.chance(0.7);
+      Buffer<A> panel(rows * outputs, guard), each(rows * outputs, guard), bias(outputs, guard),
+          variance(outputs, guard);
+      for (int64_t i = 0; i < rows * outputs; ++i) panel[i] = eta.data()[i];
+      const double total =
+          rf::likelihood(Format<A>::dtype, seen.args(value ? each.data() : nullptr), panel.data(), rows,
+                         {value, slope, slope && of_bias ? bias.data() : nullptr,
+                          slope && of_variance ? variance.data() : nullptr, 0});
+      Comparison<A> of_each("each"), of_slope("slope"), of_sums("column sums");
+      std::vector<Sum> biases(outputs), variances(outputs);
+      Sum loss;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < outputs; ++j) {
+          const int64_t i = r * outputs + j;
+          const Expected e = seen.at(r, j, eta.value(i), 0);
+          const double w = seen.weight(r), up = seen.upstream(r, j);
+          if (value) of_each.add(each.result(i), w * e.loss, w * e.loss_error, i);
+          loss.add(w * e.loss, w * e.loss_error);
+          of_slope.add(panel.result(i), slope ? up * e.slope : eta.value(i), slope ? std::fabs(up) * e.slope_error : 0,
+                       i);
+          biases[j].add(up * e.slope, std::fabs(up) * e.slope_error);
+          variances[j].add(up * e.variance, 4 * std::fabs(up) * seen.scale.value(j) * (1 + e.loss_error));
+        }
+      for (int64_t j = 0; j < outputs; ++j) {
+        if (slope && of_bias) of_sums.add(bias.result(j), biases[j].value, biases[j].units(rows), j);
+        if (slope && of_variance) of_sums.add(variance.result(j), variances[j].value, variances[j].units(rows), j);
+      }
+      if (value) CHECK(std::fabs(total - loss.value) <= kUnit<A> * loss.units(rows * outputs));
+      CHECK(each.rest_untouched() && bias.rest_untouched() && variance.rest_untouched() && panel.rest_untouched());
+    }
+}
+
+// x's rows with a gap of NaN between them where padded.
+template <class T>
+void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Random& random) {
+  using A = rf::acc_t<T>;
+  const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
+  const int64_t stride = features + (random.chance(0.3) ? random.integer(1, 9) : 0);
+  const bool has_bias = random.chance(0.7), wide = random.chance(0.5);
+  describe("few_outputs %s %s %lld x %lld -> %lld, rows %lld apart", kNames[(int)family], Format<T>::name,
+           (long long)rows, (long long)features, (long long)outputs, (long long)stride);
+  const Observations<T> seen(family, rows, outputs, random, guard);
+  int64_t at = 0;
+  const int64_t cells = rows > 0 ? (rows - 1) * stride + features : 0;
+  const Buffer<T> x = input<T>(cells, [&] { return at++ % stride < features ? random.spiky() : kNaN; }, guard);
+  const double most = family == Family::poisson ? 0.25 : 1;  // exp of the prediction is finite
+  const double size = most / std::sqrt(std::fmax(1, (double)features));
+  const Buffer<T> w = input<T>(outputs * features, [&] { return size * random.spiky(); }, guard);
+  const Buffer<A> b = input<A>(outputs, [&] { return random.spiky(); }, guard);
+  Buffer<A> each(rows * outputs, guard), dw(outputs * features, guard), db(outputs, guard), dv(outputs, guard);
+  Buffer<A> wide_dx(rows * features, guard);
+  Buffer<T> dx(rows * features, guard);
+  rf::FewOutputsArgs args = {x.data(),
+                             stride,
+                             features,
+                             false,
+                             w.data(),
+                             has_bias ? b.data() : nullptr,
+                             seen.args(each.data()),
+                             dw.data(),
+                             wide ? (void*)wide_dx.data() : dx.data(),
+                             wide};
+  const double total = rf::few_outputs(Format<T>::dtype, args, rows,
+                                       {true, true, db.data(), family == Family::gaussian ? dv.data() : nullptr, 0});
+
+  Comparison<A> of_each("each"), of_dw("dw"), of_db("db"), of_dv("dv"), of_wide("wide dx");
+  Comparison<T> of_dx("dx");
+  std::vector<Sum> weights(outputs * features), biases(outputs), variances(outputs);
+  Sum loss;
+  for (int64_t r = 0; r < rows; ++r) {
+    std::vector<Sum> inputs(features);
+    for (int64_t j = 0; j < outputs; ++j) {
+      Sum eta;
+      for (int64_t c = 0; c < features; ++c) eta.add(x.value(r * stride + c) * w.value(j * features + c), 0);
+      if (has_bias) eta.add(b.value(j), 0);
+      const Expected e = seen.at(r, j, eta.value, eta.units(features));
+      const double share = seen.weight(r), up = seen.upstream(r, j), d = up * e.slope;
+      const double d_error = std::fabs(up) * e.slope_error;
+      of_each.add(each.result(r * outputs + j), share * e.loss, share * e.loss_error, r * outputs + j);
+      loss.add(share * e.loss, share * e.loss_error);
+      biases[j].add(d, d_error);
+      variances[j].add(up * e.variance, 4 * std::fabs(up) * seen.scale.value(j) * (1 + e.loss_error));
+      for (int64_t c = 0; c < features; ++c) {
+        const double xc = x.value(r * stride + c), wc = w.value(j * features + c);
+        weights[j * features + c].add(d * xc, d_error * std::fabs(xc));
+        inputs[c].add(d * wc, d_error * std::fabs(wc));
+      }
+    }
+    for (int64_t c = 0; c < features; ++c) {
+      const int64_t i = r * features + c;
+      wide ? of_wide.add(wide_dx.result(i), inputs[c].value, inputs[c].units(outputs), i)
+           : of_dx.add(dx.result(i), inputs[c].value, inputs[c].units(outputs), i);
+    }
+  }
+  for (int64_t i = 0; i < outputs * features; ++i) of_dw.add(dw.result(i), weights[i].value, weights[i].units(rows), i);
+  for (int64_t j = 0; j < outputs; ++j) {
+    of_db.add(db.result(j), biases[j].value, biases[j].units(rows), j);
+    if (family == Family::gaussian) of_dv.add(dv.result(j), variances[j].value, variances[j].units(rows), j);
+  }
+  CHECK(std::fabs(total - loss.value) <= kUnit<A> * loss.units(rows * outputs));
+  CHECK(each.rest_untouched() && dw.rest_untouched() && db.rest_untouched() && dv.rest_untouched());
+  CHECK(wide ? wide_dx.rest_untouched() : dx.rest_untouched());
+
+  // Nothing but the losses, and nothing but the gradients, have the same bits.
+  Buffer<A> alone(rows * outputs, guard), dw_alone(outputs * features, guard);
+  args.likelihood.loss = alone.data();
+  args.grad_weight = args.grad_x = nullptr;
+  CHECK(rf::few_outputs(Format<T>::dtype, args, rows, {true, false, nullptr, nullptr, 0}) == total);
+  args.likelihood.loss = nullptr;
+  args.grad_weight = dw_alone.data();
+  rf::few_outputs(Format<T>::dtype, args, rows, {false, true, nullptr, nullptr, 0});
+  CHECK(!std::memcmp(alone.data(), each.data(), rows * outputs * sizeof(A)));
+  CHECK(!std::memcmp(dw_alone.data(), dw.data(), outputs * features * sizeof(A)));
+}
+
+// Far from zero: finite, and in both tails as precise as near it.
+template <class A>
+void far_predictions() {
+  describe("likelihood %s: far predictions", Format<A>::name);
+  const double most = std::is_same_v<A, float> ? 3e38 : 1e308;
+  for (const double eta : {0.0, 1e-30, 5.0, 50.0, 80.0, 1e4, most})
+    for (const double sign : {1.0, -1.0})
+      for (const double y : {0.0, 1.0}) {
+        A panel = (A)(sign * eta), target = (A)y, scale = 1, each = 0;
+        const rf::LikelihoodArgs args = {Family::bernoulli, 1, &target, &scale, nullptr, nullptr, nullptr, 1, &each};
+        rf::likelihood(Format<A>::dtype, args, &panel, 1, {true, true, nullptr, nullptr, 0});
+        const Expected e = expect(Family::bernoulli, (A)(sign * eta), y, 1, 0, 0);
+        // exp gives 0 instead of subnormal numbers.
+        const double least = std::is_same_v<A, float> ? 0x1p-126 : 0x1p-1022, unit = kUnit<A>;
+        CHECK(std::fabs(each - e.loss) <= unit * e.loss_error + least);
+        CHECK(std::fabs(panel - e.slope) <= unit * (16 * std::fabs(e.slope)) + least);
+      }
+}
+
+template <class T>
+void any_number_of_threads() {
+  describe("few_outputs %s: the same bits with any number of threads", Format<T>::name);
+  using A = rf::acc_t<T>;
+  Random random(9);
+  for (const int64_t features : {3, 40}) {
+    const int64_t rows = 20011, outputs = 3;
+    const Observations<T> seen(Family::gaussian, rows, outputs, random, Guard::behind);
+    const Buffer<T> x = input<T>(rows * features, [&] { return random.spiky(); });
+    const Buffer<T> w = input<T>(outputs * features, [&] { return random.spiky(); });
+    std::vector<std::vector<A>> results;
+    for (int64_t t : {1, 2, 3, 7}) {
+      threads = t;
+      std::vector<A> sums(outputs * (features + 2) + 1);
+      A* db = sums.data() + outputs * features;
+      const double total = rf::few_outputs(
+          Format<T>::dtype,
+          {x.data(), features, features, false, w.data(), nullptr, seen.args(nullptr), sums.data(), nullptr, false},
+          rows, {true, true, db, db + outputs, 0});
+      sums.back() = (A)total;
+      results.push_back(sums);
+    }
+    threads = 2;
+    for (const auto& r : results) CHECK(!std::memcmp(r.data(), results[0].data(), r.size() * sizeof(A)));
+  }
+}
+
+template <class T>
+void all() {
+  Random random(900 + (int)Format<T>::dtype);
+  for (const Family family : kFamilies) {
+    if constexpr (std::is_same_v<T, rf::acc_t<T>>)
+      for (const int64_t rows : {0, 1, 31, 70})
+        for (const int64_t outputs : {1, 7, 16, 33, 300}) rows_of_predictions<T>(family, rows, outputs, random);
+    // Features around a vector and half of one, several register tiles of columns, and none; rows around a vector, a
+    // block of 32, and more than one partial sum.
+    for (const int64_t features : {0, 1, 2, 4, 5, 8, 9, 15, 16, 17, 40, 67, 130})
+      for (const int64_t outputs : {1, 2, 3, 4, 5, 8})
+        one_pass<T>(family, random.pick({1, 2, 7, 8, 9, 15, 16, 17, 31, 32, 33, 75}), features, outputs, random);
+    one_pass<T>(family, 0, 5, 2, random);
+    if (!quick) {
+      one_pass<T>(family, 9001, 7, 2, random);
+      one_pass<T>(family, 20011, 130, 3, random);  // read from memory
+    }
+  }
+  any_number_of_threads<T>();
+}
+
+}  // namespace
+
+void test_likelihood() {
+  all<float>();
+  all<double>();
+  all<bf16>();
+  all<f16>();
+  far_predictions<float>();
+  far_predictions<double>();
+}
+
+}  // namespace test

@@ -1,0 +1,99 @@
+// Combinations of the parts of rows, both ways between a type and its accumulator's, and products of parts with parts.
+#include <cmath>
+#include <vector>
+
+#include "cpu/drivers/drivers.h"
+#include "memory.h"
+
+namespace test {
+namespace {
+
+// From one type to another: mix_parts or unmix_parts.
+template <class In, class Out, class F>
+void combine(F driver, const char* name, int64_t rows, int64_t parts, int64_t to_parts, int64_t length,
+             Random& random) {
+  using A = rf::acc_t<In>;
+  const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
+  describe("%s %s to %s: %lld rows of %lld parts of %lld, to %lld", name, Format<In>::name, Format<Out>::name,
+           (long long)rows, (long long)parts, (long long)length, (long long)to_parts);
+  const auto value = [&] { return random.spiky(); };
+  const int64_t stride = parts * length + random.integer(0, 3);
+  const Buffer<In> from = input<In>((rows - 1) * stride + parts * length, value, guard, random.integer(0, 3));
+  const Buffer<A> coefficients = input<A>(to_parts * parts, value, guard);
+  Buffer<Out> to(rows * to_parts * length, guard, random.integer(0, 3));
+  driver(rf::CombinePartsArgs{{from.data(), 1, stride, 0, 1}, parts, to_parts, length, coefficients.data(), to.data()},
+         rows);
+  Comparison<Out> compare("combination");
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t j = 0; j < to_parts; ++j)
+      for (int64_t r = 0; r < length; ++r) {
+        double sum = 0, units = 0;
+        for (int64_t i = 0; i < parts; ++i) {
+          const double term = coefficients.value(j * parts + i) * from.value(row * stride + i * length + r);
+          sum += term;
+          units += std::fabs(term);
+        }
+        const int64_t at = (row * to_parts + j) * length + r;
+        compare.add(to.result(at), sum, units * 8, at);
+      }
+  CHECK(to.rest_untouched());
+}
+
+template <class T>
+void products(int64_t rows, int64_t of_parts, int64_t parts, int64_t length, Random& random) {
+  using A = rf::acc_t<T>;
+  const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
+  describe("part products %s: %lld rows, %lld parts with %lld of %lld", Format<T>::name, (long long)rows,
+           (long long)of_parts, (long long)parts, (long long)length);
+  const auto value = [&] { return random.spiky(); };
+  const int64_t stride = parts * length + random.integer(0, 3);
+  const Buffer<A> of = input<A>(rows * of_parts * length, value, guard, random.integer(0, 3));
+  const Buffer<T> with = input<T>((rows - 1) * stride + parts * length, value, guard, random.integer(0, 3));
+  std::vector<double> sums(of_parts * parts, 1.5), alone = sums;
+  const rf::PartProductsArgs args = {of.data(), {with.data(), 1, stride, 0, 1}, of_parts, parts, length, nullptr};
+  rf::add_part_products(Format<T>::dtype, args, rows, sums.data());
+  const int64_t used = threads;
+  threads = 1;
+  rf::add_part_products(Format<T>::dtype, args, rows, alone.data());
+  threads = used;
+  CHECK(sums == alone);  // the same bits with any number of threads
+  Comparison<A> compare("products");
+  for (int64_t j = 0; j < of_parts; ++j)
+    for (int64_t i = 0; i < parts; ++i) {
+      double sum = 1.5, units = 1.5;
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t r = 0; r < length; ++r) {
+          const double term = of.value((row * of_parts + j) * length + r) * with.value(row * stride + i * length + r);
+          sum += term;
+          units += std::fabs(term);
+        }
+      compare.add((A)sums[j * parts + i], sum, units * 8, j * parts + i);
+    }
+}
+
+template <class T>
+void all() {
+  using A = rf::acc_t<T>;
+  Random random(2100 + (int)Format<T>::dtype);
+  // Parts shorter than a vector, a vector, with tails, and beyond a chain of additions of a scalar.
+  constexpr int64_t kLengths[] = {1, 2, 7, 8, 15, 16, 17, 33, 64, 131, 300}, kParts[] = {1, 2, 3, 4, 5, 7, 8, 13, 16};
+  const auto mix = [](const rf::CombinePartsArgs& a, int64_t rows) { rf::mix_parts(Format<T>::dtype, a, rows); };
+  const auto unmix = [](const rf::CombinePartsArgs& a, int64_t rows) { rf::unmix_parts(Format<T>::dtype, a, rows); };
+  for (int i = 0; i < fewer(60); ++i) {
+    const int64_t rows = random.integer(1, 70), length = random.pick(kLengths);
+    combine<T, A>(mix, "mix", rows, random.pick(kParts), random.pick(kParts), length, random);
+    combine<A, T>(unmix, "unmix", rows, random.pick(kParts), random.pick(kParts), length, random);
+    products<T>(rows, random.pick(kParts), random.pick(kParts), length, random);
+  }
+}
+
+}  // namespace
+
+void test_phm() {
+  all<float>();
+  all<double>();
+  all<bf16>();
+  all<f16>();
+}
+
+}  // namespace test
