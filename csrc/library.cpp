@@ -1,15 +1,6 @@
-// Every op's schema, one line each, and the Python module: what was built and what runs here. Ops named composite_* are
-// implemented in Python by reference.py and serve the derivatives that have no kernel.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/version.h>
-
-#include "cpu/drivers/drivers.h"
-#include "cpu/drivers/linear_cross_entropy.h"
-#include "shared/chunks.h"
-#include "shared/torch_api.h"
-#include "shared/trace_module.h"
+// Every op's schema, one line each. Ops named composite_* are implemented in Python by reference.py and serve the
+// derivatives that have no kernel.
+#include <torch/library.h>
 
 #define RF_CROSS_ENTROPY_OPTIONS \
   "int ignore_index, int reduction, float label_smoothing, float z_loss, float? softcap, float? logit_scale"
@@ -95,97 +86,4 @@ TORCH_LIBRARY(regfast, m) {
       "mse_loss_backward(Tensor grad, Tensor input, Tensor target, int reduction, bool[2] output_mask) -> (Tensor, "
       "Tensor)");
   m.def("composite_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
-}
-
-namespace {
-
-std::vector<std::string> isas() {
-  std::vector<std::string> names;
-  for (auto table = rf::available_kernels(); *table; ++table) names.push_back((*table)->isa);
-  return names;
-}
-
-constexpr struct {
-  const char* name;
-  rf::DType dtype;
-} kTypes[] = {{"float32", rf::DType::f32},
-              {"float64", rf::DType::f64},
-              {"bfloat16", rf::DType::bf16},
-              {"float16", rf::DType::f16}};
-rf::DType dtype_named(const std::string& name) {
-  for (const auto& t : kTypes)
-    if (name == t.name) return t.dtype;
-  throw std::invalid_argument("a dtype with kernels: " + name);
-}
-
-// Who multiplies in linear, by dtype; gemm_by_aten has the rule.
-pybind11::dict linear_products() {
-  pybind11::dict who;
-  for (const auto& t : kTypes) {
-    const bool large = rf::gemm_by_aten(t.dtype, 4096, 4096, 4096), skinny = rf::gemm_by_aten(t.dtype, 4096, 8, 4096);
-    who[t.name] = skinny ? "aten" : large ? "aten for large products, regfast for the others" : "regfast";
-  }
-  return who;
-}
-
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["torch"] = TORCH_VERSION;
-#if defined(__VERSION__)
-  info["compiler"] = __VERSION__;
-#endif
-  info["cxx_standard"] = (long)__cplusplus;
-  info["isas"] = isas();
-  info["isa"] = rf::kernels().isa;
-  info["linear"] = linear_products();
-  info["cuda"] = c10::Dispatcher::singleton()
-                     .findSchemaOrThrow("regfast::linear_forward", "")
-                     .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
-  return info;
-}
-
-// The plan for a reduced loss of class indices with all gradients: rows of a chunk, the bytes that it takes, the
-// budget. Without one it is the default of the CPU, or of a CUDA device of so much memory.
-std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, int64_t features, int64_t classes,
-                                                                const std::string& type, bool cuda,
-                                                                std::optional<int64_t> budget, int64_t memory) {
-  if (!budget) budget = cuda ? rf::cuda_default_memory_budget(memory) : rf::default_memory_budget();
-  const rf::LinearCrossEntropySize size = {dtype_named(type), rows, features, classes, 1, 1, *budget};
-  return cuda ? std::tuple{rf::cuda_chunk_rows(size), rf::cuda_peak_bytes(size), *budget}
-              : std::tuple{rf::chunk_rows(size), rf::peak_bytes(size), *budget};
-}
-
-// The budget that makes chunks of so many rows.
-int64_t linear_cross_entropy_budget(int64_t chunk, int64_t features, int64_t classes, const std::string& type,
-                                    bool cuda) {
-  const rf::LinearCrossEntropySize size = {dtype_named(type), chunk, features, classes, 1, 1, 0};
-  return cuda ? rf::cuda_budget_for_chunk(size, chunk) : rf::budget_for_chunk(size, chunk);
-}
-
-// Keeps the function that answers torch_api.h's question about the class of a Python subclass.
-void ask_about_subclasses(pybind11::function answer) {
-  static pybind11::function& kept = *new pybind11::function;  // no destructor that would run after the interpreter's
-  kept = std::move(answer);
-  rf::subclass_takes_composite = [](const rf::Tensor& t) {
-    pybind11::gil_scoped_acquire gil;
-    const auto object = pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(t));
-    return kept(pybind11::type::of(object)).cast<bool>();
-  };
-}
-
-}  // namespace
-
-PYBIND11_MODULE(_C, m) {
-  m.def("ask_about_subclasses", ask_about_subclasses);
-  m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
-  m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
-  m.def("linear_cross_entropy_plan", linear_cross_entropy_plan);
-  m.def("linear_cross_entropy_budget", linear_cross_entropy_budget, pybind11::arg("chunk"), pybind11::arg("features"),
-        pybind11::arg("classes"), pybind11::arg("dtype"), pybind11::arg("cuda") = false);
-  rf::add_trace_functions(m);
-  m.def("build_info", build_info, "What was built, against which torch, and what runs here.");
-  m.def(
-      "fma_gflops", [](double seconds) { return rf::kernels().fma_gflops(seconds); }, pybind11::arg("seconds"),
-      pybind11::call_guard<pybind11::gil_scoped_release>(),
-      "Measured float32 fma rate of the calling thread with the ISA in use, GFLOP/s.");
 }

@@ -6,8 +6,8 @@ from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .linear import Linear, LinearActivation, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
 from .linear_nll import LinearNLLLoss, linear_mse_loss, linear_nll
-from .mse import MSELoss, mse_loss
-from .phm import PHMLinear, phm_linear
+from .mse_loss import MSELoss, mse_loss
+from .phm_linear import PHMLinear, phm_linear
 from .softmax import log_softmax, logsumexp, softmax
 
 __version__ = "0.1.0"

@@ -1,9 +1,9 @@
 // regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or,
 // on devices that compute it in the pass that gives the loss, the gradient itself.
+#include "autograd/saved_gradients.h"
+#include "shared/cross_entropy_options.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
-#include "shared/cross_entropy_options.h"
-#include "autograd/saved_gradients.h"
 
 namespace rf {
 namespace {

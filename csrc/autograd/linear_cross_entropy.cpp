@@ -1,10 +1,10 @@
 // regfast::linear_cross_entropy: a reduced loss has its gradients computed in forward, chunk by chunk while the logits
 // are there, and saves them; anything else saves its inputs alone and computes the logits again in backward, and so
 // does a reduced loss whose saved tensors are packed away.
+#include "autograd/saved_gradients.h"
+#include "shared/cross_entropy_options.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
-#include "shared/cross_entropy_options.h"
-#include "autograd/saved_gradients.h"
 
 namespace rf {
 namespace {

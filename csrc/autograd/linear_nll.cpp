@@ -1,9 +1,9 @@
 // regfast::linear_nll: a reduced loss has its gradients computed in forward, while the residuals are there, and saves
 // them; a loss per element, or one whose saved tensors are packed away, saves its inputs alone and computes the
 // predictions again in backward.
+#include "autograd/saved_gradients.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
-#include "autograd/saved_gradients.h"
 
 namespace rf {
 namespace {

@@ -1,4 +1,4 @@
-// What the drivers need of the world around them: threads, and scratch memory that is kept between calls.
+// What the machine is to the kernels and their drivers: threads, memory, caches. No torch.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -9,8 +9,10 @@
 
 namespace rf {
 
+// ---- threads -------------------------------------------------------------------------------------------------------
+
 // Runs fn(ctx, begin, end) over a partition of [0, n) into ranges of at least `grain`, on as many threads as there are.
-// Defined by ops.cpp on torch's own pool, and by the kernel tests without torch.
+// Defined by ops/threads.cpp on torch's own pool, and by the kernel tests without torch.
 void run_parallel(int64_t n, int64_t grain, void (*fn)(int64_t begin, int64_t end, void* ctx), void* ctx);
 int64_t thread_count();
 
@@ -44,11 +46,27 @@ inline Range part_of(int64_t count, int64_t step, int64_t i, int64_t n) {
   return {std::min(count, steps * i / n * step), std::min(count, steps * (i + 1) / n * step)};
 }
 
+// ---- memory --------------------------------------------------------------------------------------------------------
+
 // Memory of one thread that is reused: what it held is lost when another size is asked for. Each Slot has its own, so
 // that a caller may hold one while what it calls takes another.
 enum class Slot { packed_a, packed_b, partial, splits, tiles, tile };
 constexpr int kSlots = 6;
 // Defined by scratch.cpp, and by the kernel tests with an unreadable page behind every request.
 void* scratch(Slot slot, int64_t bytes);
+
+// Large fresh outputs on huge pages; a no-op where the system has none.
+void advise_huge_pages(void* p, int64_t bytes);
+
+// ---- the CPU -------------------------------------------------------------------------------------------------------
+
+// Bytes; of L2 what one core has.
+struct Caches {
+  int64_t l2, last;
+};
+const Caches& caches();
+
+// Whether the library under ATen's GEMM was measured to be faster than ours on CPUs like this one.
+bool library_gemm_wins(DType dtype);
 
 }  // namespace rf

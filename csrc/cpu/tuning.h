@@ -1,4 +1,4 @@
-// Every tuning constant of the CPU kernels, each with its reason.
+// What the CPU's kernels and drivers are tuned by: constants, each with its reason. The fuzzer draws sizes around them.
 #pragma once
 #include <cstdint>
 

@@ -10,9 +10,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/device/launch_kernel.cuh"
-
 #include "cuda/device/epilogue.cuh"
+#include "cuda/device/launch_kernel.cuh"
 #include "cuda/gemm.h"
 #include "cuda/tuning.h"
 

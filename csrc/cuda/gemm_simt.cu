@@ -3,10 +3,9 @@
 // which transposes on the way, so that both lie with K outermost and are read 16 bytes at a time.
 #include <cuda_runtime.h>
 
+#include "cuda/device/epilogue.cuh"
 #include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/ptx.cuh"
-
-#include "cuda/device/epilogue.cuh"
 #include "cuda/gemm.h"
 #include "cuda/tuning.h"
 

@@ -6,11 +6,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-#include "cuda/device/launch_kernel.cuh"
-#include "cuda/device/ptx.cuh"
-
 #include "cuda/device/epilogue.cuh"
 #include "cuda/device/gemm_tile.cuh"
+#include "cuda/device/launch_kernel.cuh"
+#include "cuda/device/ptx.cuh"
 #include "cuda/gemm.h"
 #include "cuda/tuning.h"
 

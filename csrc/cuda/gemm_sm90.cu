@@ -10,9 +10,8 @@
 #include <algorithm>
 #include <climits>
 
-#include "cuda/device/launch_kernel.cuh"
-
 #include "cuda/device/epilogue.cuh"
+#include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/ptx_sm90.cuh"
 #include "cuda/gemm.h"
 #include "cuda/tuning.h"

@@ -1,8 +1,8 @@
 // Negative log-likelihoods of linear models: a prediction becomes its loss and the loss's derivative, with the sums of
 // both that are wanted. A block has its own sums, for the caller to add up over all blocks of all chunks: no atomics,
 // the same bits on every run.
-#include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/columns.cuh"
+#include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/math.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vec128.cuh"

@@ -1,10 +1,10 @@
 // What a layer whose weight is a sum of Kronecker products has besides its products of matrices (see
-// csrc/cpu/phm.inl.h): combinations of a row's parts, and products of parts with parts. Blocks have sums of their own,
-// for the caller to add up: no atomics, the same bits on every run.
+// csrc/cpu/kernels/phm_linear.inl.h): combinations of a row's parts, and products of parts with parts. Blocks have sums
+// of their own, for the caller to add up: no atomics, the same bits on every run.
 #include <algorithm>
 
-#include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/columns.cuh"
+#include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vec128.cuh"
 #include "cuda/launch.h"

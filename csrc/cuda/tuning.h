@@ -1,4 +1,4 @@
-// Every tuning constant of the CUDA kernels, each with its reason. None has been measured yet: they follow from the
+// What the CUDA kernels are tuned by: constants, each with its reason. None has been measured yet: they follow from the
 // sizes of registers, shared memory and caches, and `make gpu` is to confirm or correct them.
 #pragma once
 #include <cstdint>

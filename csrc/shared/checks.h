@@ -1,5 +1,6 @@
 // The user's mistakes: each is one message that names the op, the argument, what was expected and what came. Called
-// once per call, above the devices; sizes are symbolic so that the checks hold while tracing.
+// where users' calls arrive, in autograd/, and by op_checks.h, for who calls an op as it stands. Sizes are symbolic, so
+// that the checks hold while tracing.
 #pragma once
 #include "shared/torch_api.h"
 

@@ -1,12 +1,21 @@
-// How the rows of linear_cross_entropy and linear_nll are divided into chunks on a CUDA device, and the memory that it
-// takes: what their loops do, and what the former's plan tells in a build without CUDA too, hence not in csrc/cuda. No
-// torch.
+// The size of linear_cross_entropy or linear_nll, from which a device knows how many rows of logits it takes at a time;
+// and the rule for a CUDA device, which is here and not in csrc/cuda because linear_cross_entropy_plan tells it in a
+// build without CUDA too. That for the CPU is in cpu/drivers/linear_cross_entropy.h: it asks the GEMM for its scratch.
 #pragma once
 #include <algorithm>
 
-#include "cpu/drivers/linear_cross_entropy.h"
+#include "shared/types.h"
 
 namespace rf {
+
+struct LinearCrossEntropySize {
+  DType dtype;
+  int64_t rows, features, classes, positions;  // positions: of a K-dimensional loss, else 1
+  int64_t panels = 1;                          // as large as a chunk's logits: they, and what is widened beside them
+  int64_t memory_budget;                       // bytes
+};
+
+// ---- on a CUDA device ----------------------------------------------------------------------------------------------
 
 // Part of the device's memory that a call takes by default. All of it counts, not what is free: the chunks decide the
 // order of sums, whose bits are not to depend on what else runs. 2.5 GiB of 80 are 10000 rows of 131072 half-precision

@@ -1,7 +1,6 @@
 // How the kernels see tensors: rows, classes and matrices as strides, copied only where no strides describe them.
 #pragma once
 #include "shared/torch_api.h"
-#include "cpu/drivers/drivers.h"
 
 namespace rf {
 
@@ -76,28 +75,6 @@ inline Operand operand(const Tensor& t) {
   if (v.data || t.numel() == 0) return {t, v};
   Tensor copy = t.contiguous();
   return {copy, matrix_view(copy)};
-}
-
-// Fresh memory that a kernel is about to fill.
-inline Tensor advised(Tensor t) {
-  advise_huge_pages(t.mutable_data_ptr(), (int64_t)t.nbytes());
-  return t;
-}
-
-// A tensor of one number, without the dispatch of a fill.
-inline Tensor number(double value, at::ScalarType type) {
-  Tensor t = at::empty({}, at::TensorOptions(type));
-  switch (type) {
-    case at::kDouble:
-      *t.mutable_data_ptr<double>() = value;
-      break;
-    case at::kFloat:
-      *t.mutable_data_ptr<float>() = (float)value;
-      break;
-    default:
-      t.fill_(value);
-  }
-  return t;
 }
 
 }  // namespace rf

@@ -1,4 +1,4 @@
-// The only header that names torch for the device layers and the autograd files.
+// torch, as the ops of each device and the autograd files see it. trace.h, which it brings along, has the rest.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -8,8 +8,8 @@
 
 #include <string_view>
 
-#include "shared/types.h"
 #include "shared/trace.h"
+#include "shared/types.h"
 
 namespace rf {
 
@@ -44,7 +44,7 @@ inline bool device_has_kernels(const Tensor& t) {
 }
 
 // Whether a Python subclass with a dispatch of its own knows torch's operators alone (MaskedTensor, quantized weights):
-// set by library.cpp, which can ask Python.
+// set by module.cpp, which can ask Python.
 inline bool (*subclass_takes_composite)(const Tensor&) = nullptr;
 
 // Sparse, nested and mkldnn tensors, and subclasses that stand for something else than their elements: what they mean

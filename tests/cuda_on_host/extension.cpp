@@ -1,5 +1,5 @@
 // A Python module that lets the tests of the ops run the CUDA kernels: while it is enabled, calls with CPU tensors
-// reach csrc/cuda/ops.cpp in place of csrc/cpu/ops.cpp, and torch's CPU memory is the device's: each tensor a buffer of
+// reach csrc/cuda/ops in place of csrc/cpu/ops, and torch's CPU memory is the device's: each tensor a buffer of
 // its own, filled with NaNs.
 #include <c10/core/CPUAllocator.h>
 #include <pybind11/pybind11.h>
@@ -11,9 +11,8 @@
 #include <utility>
 
 #include "cuda/ops/torch_device.h"
-
-#include "shared/trace_module.h"
 #include "emulator.h"
+#include "shared/trace_module.h"
 
 namespace rf::cuda {
 void register_ops(torch::Library& m);

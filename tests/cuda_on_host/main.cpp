@@ -35,13 +35,14 @@ struct Test {
 };
 const Test tests[] = {{"faults", test::test_faults},
                       {"instructions", test::test_instructions},
-                      {"elementwise", test::test_elementwise},
+                      {"activation", test::test_activation},
+                      {"mse_loss", test::test_mse_loss},
                       {"softmax", test::test_softmax},
                       {"cross_entropy", test::test_cross_entropy},
                       {"cross_entropy_edges", test::test_cross_entropy_edges},
                       {"gemm", test::test_gemm},
-                      {"likelihood", test::test_likelihood},
-                      {"phm", test::test_phm}};
+                      {"linear_nll", test::test_linear_nll},
+                      {"phm_linear", test::test_phm_linear}};
 
 void run_test(const Test& t) {
   try {

@@ -54,7 +54,8 @@ std::string source_of(const void* address) {
   if (FILE* pipe = popen(command, "r")) {
     char function[2048], line[1024];
     while (std::fgets(function, sizeof function, pipe) && std::fgets(line, sizeof line, pipe)) {
-      if (std::strstr(line, "??") || std::strstr(line, "/cuda_runtime.h") || std::strstr(line, "cuda_on_host/device/"))
+      if (std::strstr(line, "??") || std::strstr(line, "/cuda_runtime.h") ||
+          std::strstr(line, "cuda_on_host/cuda/device/"))
         continue;
       line[std::strcspn(line, " \n")] = function[std::strcspn(function, "\n")] = 0;
       const char* file = std::strrchr(line, '/');

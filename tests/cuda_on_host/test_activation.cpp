@@ -1,18 +1,15 @@
-// Activations, their derivatives with column sums, and squared error, against double precision.
+// Activations and their derivatives with column sums, against double precision.
 #include <cmath>
 #include <vector>
 
 #include "activation_reference.h"
-#include "device_memory.h"
 #include "cuda/launch.h"
+#include "device_memory.h"
 #include "layouts.h"
 #include "tests.h"
 
 namespace test {
 namespace {
-
-// Around vectors of 16 bytes, a block of 256 of them, and several blocks.
-constexpr int64_t kSizes[] = {1, 3, 7, 8, 9, 31, 1023, 2050, 9001};
 
 template <class T>
 void forward(Activation activation, Random& random) {
@@ -94,71 +91,19 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
   CHECK(dz.rest_untouched() && sums.rest_untouched());
 }
 
-template <class T>
-void squared_error(int64_t n, Random& random) {
-  describe("squared_error %s n=%lld", Format<T>::name, (long long)n);
-  const auto spiky = [&] { return random.spiky(); };
-  const int64_t shift = random.integer(0, 2), other = random.chance(0.5) ? shift : random.integer(0, 2);
-  const Buffer<T> x = input<T>(n, spiky, Guard::behind, shift), y = input<T>(n, spiky, Guard::behind, other);
-  const Buffer<T> g = input<T>(n, spiky, Guard::behind, other), one = input<T>(1, spiky);
-  Buffer<T> each(n, Guard::behind, shift), total(1);
-  Buffer<char> workspace(rf::cuda::squared_error_workspace(n));
-  const double scale = 1.0 / 3;
-  {
-    const Lent lx(x), ly(y), le(each), lt(total), lw(workspace);
-    rf::cuda::launch_squared_error(Format<T>::dtype, x.data(), y.data(), each.data(), nullptr, 0, nullptr, n, nullptr);
-    rf::cuda::launch_squared_error(Format<T>::dtype, x.data(), y.data(), nullptr, total.data(), scale, workspace.data(),
-                                   n, nullptr);
-  }
-  double expected = 0;
-  {
-    Comparison<T> compare("each");
-    for (int64_t i = 0; i < n; ++i) {
-      const double d = x.value(i) - y.value(i);
-      expected += d * d;
-      compare.add(each.result(i), d * d, 4 * d * d, i);
-    }
-  }
-  {
-    Comparison<T> compare("total");
-    compare.add(total.result(0), expected * scale, expected * scale * sum_error(std::min<int64_t>(n, 64)), 0);
-  }
-  CHECK(each.rest_untouched());
-  for (const bool each_grad : {false, true})
-    for (int wanted = 1; wanted <= 3; ++wanted) {
-      Buffer<T> dx(n, Guard::behind, shift), dy(n, Guard::behind, random.integer(0, 3));
-      {
-        const Lent lx(x), ly(y), lg(g), lo(one), ldx(dx), ldy(dy);
-        rf::cuda::launch_squared_error_backward(Format<T>::dtype, x.data(), y.data(), each_grad ? g.data() : one.data(),
-                                                each_grad, scale, wanted & 1 ? dx.data() : nullptr,
-                                                wanted & 2 ? dy.data() : nullptr, n, nullptr);
-      }
-      Comparison<T> of_dx("dx"), of_dy("dy");
-      for (int64_t i = 0; i < n; ++i) {
-        const double d = scale * (each_grad ? g.value(i) : one.value(0)) * (x.value(i) - y.value(i));
-        if (wanted & 1) of_dx.add(dx.result(i), d, 8 * std::fabs(d), i);
-        if (wanted & 2) of_dy.add(dy.result(i), -d, 8 * std::fabs(d), i);
-      }
-    }
-}
-
 // Sums of nothing: zero, and without a single element to read.
 template <class T>
 void nothing() {
-  describe("elementwise %s of nothing", Format<T>::name);
-  Buffer<T> total(1), sums(5);
-  Buffer<char> workspace(rf::cuda::squared_error_workspace(0));
+  describe("activation %s of nothing", Format<T>::name);
+  Buffer<T> sums(5);
   {
-    const Lent lt(total), ls(sums), lw(workspace);
-    rf::cuda::launch_squared_error(Format<T>::dtype, nullptr, nullptr, nullptr, total.data(), 1, workspace.data(), 0,
-                                   nullptr);
+    const Lent ls(sums);
     rf::cuda::launch_activation_backward(
         Format<T>::dtype, {nullptr, nullptr, {1, 5, 0, 1}, nullptr, 0, 5, Activation::none, sums.data(), nullptr},
         nullptr);
     rf::cuda::launch_activation_forward(Format<T>::dtype, nullptr, nullptr, 0, Activation::relu, nullptr);
   }
   CHECK(rf::cuda::activation_backward_workspace(Format<T>::dtype, 5, 0) == 0);
-  CHECK(total.value(0) == 0);
   for (int64_t j = 0; j < 5; ++j) CHECK(sums.value(j) == 0);
 }
 
@@ -175,13 +120,12 @@ void all() {
   backward<T>(Activation::none, 70, 3, GradRows::adjacent, false, true, random);
   backward<T>(Activation::silu, 2100, 5, GradRows::padded, true, true, random);  // 256 or 128 rows for a block's pass
   backward<T>(Activation::relu, 1, 1, GradRows::adjacent, true, true, random);
-  for (const int64_t n : kSizes) squared_error<T>(n, random);
   nothing<T>();
 }
 
 }  // namespace
 
-void test_elementwise() {
+void test_activation() {
   all<float>();
   all<double>();
   all<bf16>();

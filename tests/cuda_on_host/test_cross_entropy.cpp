@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "cross_entropy_reference.h"
-#include "device_memory.h"
 #include "cuda/launch.h"
+#include "device_memory.h"
 #include "layouts.h"
 #include "tests.h"
 

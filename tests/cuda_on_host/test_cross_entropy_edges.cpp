@@ -3,8 +3,8 @@
 #include <limits>
 #include <utility>
 
-#include "device_memory.h"
 #include "cuda/launch.h"
+#include "device_memory.h"
 #include "layouts.h"
 #include "tests.h"
 

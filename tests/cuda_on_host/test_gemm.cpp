@@ -4,13 +4,12 @@
 #include <string>
 #include <vector>
 
-#include "cuda/device/launch_kernel.cuh"
-
 #include "activation_reference.h"
-#include "device_memory.h"
+#include "cuda/device/launch_kernel.cuh"
 #include "cuda/gemm.h"
-#include "tests.h"
 #include "cuda/tuning.h"
+#include "device_memory.h"
+#include "tests.h"
 
 namespace test {
 namespace {

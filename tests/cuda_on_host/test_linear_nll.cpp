@@ -2,8 +2,8 @@
 #include <cmath>
 #include <vector>
 
-#include "device_memory.h"
 #include "cuda/launch.h"
+#include "device_memory.h"
 #include "tests.h"
 
 namespace test {
@@ -240,7 +240,7 @@ void certain() {
 
 }  // namespace
 
-void test_likelihood() {
+void test_linear_nll() {
   all<float>();
   all<double>();
   all<bf16>();

@@ -2,8 +2,8 @@
 #include <cmath>
 #include <vector>
 
-#include "device_memory.h"
 #include "cuda/launch.h"
+#include "device_memory.h"
 #include "tests.h"
 
 namespace test {
@@ -98,7 +98,7 @@ void all() {
 
 }  // namespace
 
-void test_phm() {
+void test_phm_linear() {
   all<float>();
   all<double>();
   all<bf16>();

@@ -3,8 +3,8 @@
 #include <cmath>
 #include <vector>
 
-#include "device_memory.h"
 #include "cuda/launch.h"
+#include "device_memory.h"
 #include "layouts.h"
 #include "tests.h"
 

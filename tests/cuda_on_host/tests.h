@@ -5,12 +5,13 @@ namespace test {
 
 void test_faults();
 void test_instructions();
-void test_elementwise();
+void test_activation();
+void test_mse_loss();
 void test_softmax();
 void test_cross_entropy();
 void test_cross_entropy_edges();
 void test_gemm();
-void test_likelihood();
-void test_phm();
+void test_linear_nll();
+void test_phm_linear();
 
 }  // namespace test

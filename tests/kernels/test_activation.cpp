@@ -188,7 +188,7 @@ void all() {
 
 }  // namespace
 
-void test_activations() {
+void test_activation() {
   all<float>();
   all<double>();
   all<bf16>();

@@ -84,8 +84,8 @@ void signs() {
   describe("%s signs", Format<T>::name);
   const Buffer<T> x = input<T>(21, [] { return 1.0; }), g = input<T>(1, [] { return -1.0; });
   Buffer<T> dx(21);
-  rf::kernels().squared_error_backward[(int)Format<T>::dtype](x.data(), x.data(), g.data(), false, 1.0, dx.data(),
-                                                              nullptr, 21);
+  rf::kernels().mse_loss_backward[(int)Format<T>::dtype](x.data(), x.data(), g.data(), false, 1.0, dx.data(), nullptr,
+                                                         21);
   bool negative = true;
   for (int64_t i = 0; i < 21; ++i) negative = negative && dx.data()[i].bits == 0x8000;
   CHECK(negative);

@@ -4,8 +4,8 @@
 #include <memory>
 #include <vector>
 
-#include "cross_entropy_reference.h"
 #include "cpu/drivers/drivers.h"
+#include "cross_entropy_reference.h"
 #include "layouts.h"
 
 namespace test {

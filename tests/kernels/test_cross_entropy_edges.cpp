@@ -4,8 +4,8 @@
 #include <cstring>
 #include <vector>
 
-#include "cross_entropy_reference.h"
 #include "cpu/drivers/drivers.h"
+#include "cross_entropy_reference.h"
 #include "layouts.h"
 
 namespace test {

@@ -7,8 +7,8 @@
 
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/gemm_packed.h"
-#include "matrices.h"
 #include "cpu/tuning.h"
+#include "matrices.h"
 
 namespace test {
 namespace {

@@ -296,7 +296,7 @@ void all() {
 
 }  // namespace
 
-void test_likelihood() {
+void test_linear_nll() {
   all<float>();
   all<double>();
   all<bf16>();

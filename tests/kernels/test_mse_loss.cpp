@@ -9,14 +9,14 @@ namespace test {
 namespace {
 
 template <class T>
-void squared_error(int64_t n, Random& random) {
+void mse_loss(int64_t n, Random& random) {
   const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
-  describe("squared_error %s n=%lld", Format<T>::name, (long long)n);
+  describe("mse_loss %s n=%lld", Format<T>::name, (long long)n);
   const auto spiky = [&] { return random.spiky(); };
   const Buffer<T> x = input<T>(n, spiky, guard), y = input<T>(n, spiky, guard, 1), g = input<T>(n, spiky, guard, 2);
   Buffer<T> each(n, guard, random.integer(0, 3));
-  const double sum = rf::squared_error(Format<T>::dtype, x.data(), y.data(), each.data(), n);
-  const double sum_alone = rf::squared_error(Format<T>::dtype, x.data(), y.data(), nullptr, n);
+  const double sum = rf::mse_loss(Format<T>::dtype, x.data(), y.data(), each.data(), n);
+  const double sum_alone = rf::mse_loss(Format<T>::dtype, x.data(), y.data(), nullptr, n);
   double expected = 0;
   {
     Comparison<T> compare("each");
@@ -36,8 +36,8 @@ void squared_error(int64_t n, Random& random) {
     for (int wanted = 1; wanted <= 3; ++wanted) {
       Buffer<T> dx(n, guard, random.integer(0, 3)), dy(n, guard, random.integer(0, 3));
       const Buffer<T> one = input<T>(1, spiky, guard);
-      rf::squared_error_backward(Format<T>::dtype, x.data(), y.data(), each_grad ? g.data() : one.data(), each_grad,
-                                 scale, wanted & 1 ? dx.data() : nullptr, wanted & 2 ? dy.data() : nullptr, n);
+      rf::mse_loss_backward(Format<T>::dtype, x.data(), y.data(), each_grad ? g.data() : one.data(), each_grad, scale,
+                            wanted & 1 ? dx.data() : nullptr, wanted & 2 ? dy.data() : nullptr, n);
       {
         Comparison<T> of_dx("dx"), of_dy("dy");
         for (int64_t i = 0; i < n; ++i) {
@@ -52,13 +52,13 @@ void squared_error(int64_t n, Random& random) {
 
 template <class T>
 void special_values() {
-  describe("squared_error %s: special values", Format<T>::name);
+  describe("mse_loss %s: special values", Format<T>::name);
   for (double special : {kNaN, kInfinity, -kInfinity})
     for (int64_t at : {0, 20, 36}) {
       int64_t i = 0;
       const Buffer<T> x = input<T>(37, [&] { return i++ == at ? special : 1.0; }), y = input<T>(37, [] { return 0.5; });
       Buffer<T> each(37);
-      const double sum = rf::squared_error(Format<T>::dtype, x.data(), y.data(), each.data(), 37);
+      const double sum = rf::mse_loss(Format<T>::dtype, x.data(), y.data(), each.data(), 37);
       CHECK(special != special ? sum != sum : sum == kInfinity);
       bool right = true;
       for (int64_t j = 0; j < 37; ++j) {
@@ -72,23 +72,23 @@ void special_values() {
 // Equal terms, whose additions may all err to the same side.
 template <class T>
 void many_terms(int64_t n) {
-  describe("squared_error %s: %lld equal terms", Format<T>::name, (long long)n);
+  describe("mse_loss %s: %lld equal terms", Format<T>::name, (long long)n);
   const Buffer<T> x = input<T>(n, [] { return 0.1; }), y = input<T>(n, [] { return 0.0; });
   const double exact = (double)((long double)x.value(0) * x.value(0) * n);
   const double unit = std::is_same_v<T, double> ? 1.1e-16 : 6e-8;
-  CHECK(std::fabs(rf::squared_error(Format<T>::dtype, x.data(), y.data(), nullptr, n) - exact) <= 8 * unit * exact);
+  CHECK(std::fabs(rf::mse_loss(Format<T>::dtype, x.data(), y.data(), nullptr, n) - exact) <= 8 * unit * exact);
 }
 
 template <class T>
 void any_number_of_threads() {
-  describe("squared_error %s: the same bits with any number of threads", Format<T>::name);
+  describe("mse_loss %s: the same bits with any number of threads", Format<T>::name);
   Random random(8);
   const int64_t n = 200001;
   const Buffer<T> x = input<T>(n, [&] { return random.spiky(); }), y = input<T>(n, [&] { return random.spiky(); });
   std::vector<double> sums;
   for (int64_t t : {1, 2, 3, 7}) {
     threads = t;
-    sums.push_back(rf::squared_error(Format<T>::dtype, x.data(), y.data(), nullptr, n));
+    sums.push_back(rf::mse_loss(Format<T>::dtype, x.data(), y.data(), nullptr, n));
   }
   threads = 2;
   for (double s : sums) CHECK(s == sums[0]);
@@ -98,7 +98,7 @@ template <class T>
 void all() {
   Random random(700 + (int)Format<T>::dtype);
   for (int64_t n : {0, 1, 2, 7, 15, 16, 17, 31, 33, 2047, 2048, 2049, 5000, 16384, 16385, 100003})
-    squared_error<T>(n, random);
+    mse_loss<T>(n, random);
   special_values<T>();
   for (int64_t n : {1000, 16384, 65535, 3000000}) many_terms<T>(n);
   any_number_of_threads<T>();
@@ -106,7 +106,7 @@ void all() {
 
 }  // namespace
 
-void test_squared_error() {
+void test_mse_loss() {
   all<float>();
   all<double>();
   all<bf16>();

@@ -89,7 +89,7 @@ void all() {
 
 }  // namespace
 
-void test_phm() {
+void test_phm_linear() {
   all<float>();
   all<double>();
   all<bf16>();

@@ -1,4 +1,4 @@
-// What csrc/cpu/parallel.h expects from its surroundings: std::thread, whose every step the thread sanitizer sees, and
+// What csrc/cpu/platform.h expects from its surroundings: std::thread, whose every step the thread sanitizer sees, and
 // scratch memory that notices misuse.
 #include <sys/mman.h>
 #include <unistd.h>

@@ -1,16 +1,19 @@
 // Whole operations without torch: the work divided among threads, results combined in an order that does not depend on
-// their number. Implemented in softmax.cpp, cross_entropy.cpp, elementwise.cpp, gemm.cpp,
-// gemm_packed.cpp, likelihood.cpp, phm.cpp and sparse.cpp.
+// their number. Each is in the file that its section names.
 #pragma once
 #include <vector>
 
-#include "shared/compensated_sum.h"
 #include "cpu/isa/kernels.h"
+#include "shared/compensated_sum.h"
 
 namespace rf {
 
+// ---- softmax.cpp ---------------------------------------------------------------------------------------------------
+
 enum class SoftmaxOp { forward, backward, logsumexp_forward, logsumexp_backward };
 void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows);
+
+// ---- cross_entropy.cpp ---------------------------------------------------------------------------------------------
 
 // Sums over all rows. With bad_row >= 0 the outputs are undefined and nothing was read out of bounds.
 CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
@@ -21,16 +24,27 @@ int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyG
 CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
                                                    CrossEntropyGrads grads, int64_t rows);
 
+// ---- activation.cpp ------------------------------------------------------------------------------------------------
+
+void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activation activation);
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows);
+
+// ---- column_sums.cpp -----------------------------------------------------------------------------------------------
+
 // sums[j] = partial[0 * stride + j] + partial[1 * stride + j] + ... in double precision, all of type acc; or, with null
 // sums, nothing.
 void add_parts(DType acc, const void* partial, int64_t parts, int64_t stride, int64_t columns, void* sums);
 // Sums of columns over parts that come one after another, of type acc: added to `totals`, and rounded in the end.
 void add_to_totals(DType acc, const void* part, int64_t columns, CompensatedSum* totals);
 void round_totals(DType acc, const CompensatedSum* totals, int64_t columns, void* sums);
-double squared_error(DType dtype, const void* x, const void* y, void* each, int64_t n);
-void squared_error_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
-                            void* dx, void* dy, int64_t n);
+
+// ---- mse_loss.cpp --------------------------------------------------------------------------------------------------
+
+double mse_loss(DType dtype, const void* x, const void* y, void* each, int64_t n);
+void mse_loss_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
+                       void* dx, void* dy, int64_t n);
+
+// ---- linear_nll.cpp ------------------------------------------------------------------------------------------------
 
 // Losses of predictions (acc, rows x outputs, replaced by their slopes where those are asked for), and sums: their own
 // over all rows is returned, those of columns are written where `sums` points.
@@ -39,6 +53,8 @@ double likelihood(DType acc, const LikelihoodArgs& args, void* predictions, int6
 // whether a model of that size is one.
 bool few_outputs_fit(DType dtype, int64_t features, int64_t outputs);
 double few_outputs(DType dtype, const FewOutputsArgs& args, int64_t rows, LikelihoodSums sums);
+
+// ---- gemm.cpp, gemm_packed.cpp -------------------------------------------------------------------------------------
 
 // C = op(A) op(B) with an epilogue; all strides of A and B are allowed, C's columns are adjacent.
 struct Gemm {
@@ -55,6 +71,11 @@ struct Gemm {
 enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
 GemmPath gemm_path(DType dtype, const Gemm& g);
 void gemm(DType dtype, Gemm g);
+// Why a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements, or null
+// where it is ours; REGFAST_GEMM=own or aten forces either side.
+const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
+
+// ---- sparse.cpp ----------------------------------------------------------------------------------------------------
 
 // A matrix by the entries of its rows; values are of the accumulator's type.
 struct SparseMatrix {
@@ -71,6 +92,8 @@ SparseMatrix transposed(DType dtype, const SparseMatrix& m, int64_t columns);
 void sparse_product(DType dtype, const SparseMatrix& a, const MatrixView& b, int64_t columns, void* c, int64_t c_stride,
                     bool add);
 
+// ---- phm_linear.cpp ------------------------------------------------------------------------------------------------
+
 // Combinations of the parts of rows: from the dtype to its accumulator's type, or back.
 void mix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
 void unmix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
@@ -78,16 +101,5 @@ void unmix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
 void add_part_products(DType dtype, PartProductsArgs args, int64_t rows, double* sums);
 // C = Z S^T with Z's rows `n` to each row of what it was mixed from; few of them are not worth packing S.
 void phm_product(DType dtype, const Gemm& g, int64_t n);
-
-// Why a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements, or null
-// where it is ours; REGFAST_GEMM=own or aten forces either side.
-const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
-// Whether the library under ATen's GEMM was measured to be faster than ours on CPUs like this one.
-bool library_gemm_wins(DType dtype);
-
-void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activation activation);
-
-// Large fresh outputs on huge pages; a no-op where the system has none.
-void advise_huge_pages(void* p, int64_t bytes);
 
 }  // namespace rf

@@ -4,9 +4,6 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#if defined(__unix__)
-#include <unistd.h>
-#endif
 
 #include "cpu/platform.h"
 #include "cpu/tuning.h"
@@ -313,20 +310,6 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
 }
 
 }  // namespace
-
-// As the system tells it, where it does.
-const Caches& caches() {
-  static const Caches found = [] {
-    Caches c = {0, 0};
-#if defined(_SC_LEVEL2_CACHE_SIZE)
-    c = {sysconf(_SC_LEVEL2_CACHE_SIZE), sysconf(_SC_LEVEL3_CACHE_SIZE)};
-#endif
-    if (c.l2 <= 0) c.l2 = tuning::kUsualL2;
-    if (c.last <= 0) c.last = std::max(c.l2, tuning::kUsualLastLevelCache);
-    return c;
-  }();
-  return found;
-}
 
 void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
   check_product(dtype, g);

@@ -6,12 +6,6 @@ namespace rf {
 
 inline DType c_type(DType operands, const Gemm& g) { return g.wide_c ? acc_dtype(operands) : operands; }
 
-// Bytes; of L2 what one core has.
-struct Caches {
-  int64_t l2, last;
-};
-const Caches& caches();
-
 // Whether rows come from memory and are shorter than what its prefetchers follow side by side.
 bool short_and_far(int64_t row_bytes, int64_t rows);
 

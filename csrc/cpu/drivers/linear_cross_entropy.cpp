@@ -4,10 +4,10 @@
 #include <algorithm>
 #include <thread>
 
-#include "shared/compensated_sum.h"
 #include "cpu/drivers/gemm_packed.h"
 #include "cpu/platform.h"
 #include "cpu/tuning.h"
+#include "shared/compensated_sum.h"
 
 namespace rf {
 namespace {

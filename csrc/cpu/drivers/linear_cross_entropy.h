@@ -1,15 +1,9 @@
-// How linear_cross_entropy is divided into chunks of rows, and the memory that it takes. No torch.
+// How linear_cross_entropy is divided into chunks of rows on the CPU, and the memory that it takes.
 #pragma once
-#include "shared/types.h"
+#include "shared/chunks.h"
 
 namespace rf {
 
-struct LinearCrossEntropySize {
-  DType dtype;
-  int64_t rows, features, classes, positions;  // positions: of a K-dimensional loss, else 1
-  int64_t panels = 1;                          // as large as a chunk's logits: they, and what is widened beside them
-  int64_t memory_budget;                       // bytes
-};
 // 32 MiB for each core of the machine, 1 GiB at most.
 int64_t default_memory_budget();
 // Equal chunks that fit the budget, of at least kLeastChunkRows rows.

@@ -1,37 +1,17 @@
 // AVX2 + FMA + F16C (Haswell, Zen and later).
 #if defined(__x86_64__)
-#include <algorithm>
-#include <chrono>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
 #include <immintrin.h>
 
-#include "shared/compensated_sum.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/target_region.h"
-#include "cpu/tuning.h"
+#include "cpu/kernels/prelude.h"
 
 RF_BEGIN_TARGET("avx2,fma,f16c")
 
 namespace rf::avx2 {
 constexpr tuning::RegisterTile kTile = tuning::kTileAvx2;
 #include "cpu/isa/simd_avx2.h"
-#include "cpu/kernels/math.inl.h"
-#include "cpu/kernels/softmax.inl.h"
-#include "cpu/kernels/cross_entropy.inl.h"
-#include "cpu/kernels/cross_entropy_backward.inl.h"
-#include "cpu/kernels/tiles.inl.h"
-#include "cpu/kernels/gemm_pack.inl.h"
-#include "cpu/kernels/gemm.inl.h"
-#include "cpu/kernels/gemm_small.inl.h"
-#include "cpu/kernels/activation.inl.h"
-#include "cpu/kernels/linear_nll.inl.h"
-#include "cpu/kernels/linear_nll_few_outputs.inl.h"
-#include "cpu/kernels/sparse.inl.h"
-#include "cpu/kernels/phm_linear.inl.h"
+#include "cpu/isa/algorithms.inl.h"
 }  // namespace rf::avx2
 
 RF_END_TARGET

@@ -1,18 +1,10 @@
 // AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4 and later).
 #if defined(__x86_64__)
-#include <algorithm>
-#include <chrono>
-#include <cmath>
-#include <cstring>
-#include <limits>
-#include <type_traits>
-
 #include <immintrin.h>
 
-#include "shared/compensated_sum.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/isa/target_region.h"
-#include "cpu/tuning.h"
+#include "cpu/kernels/prelude.h"
 
 #if !defined(__clang__)  // gcc 12's own reductions read a deliberately undefined register
 #pragma GCC diagnostic ignored "-Wuninitialized"
@@ -23,19 +15,7 @@ RF_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace rf::avx512 {
 constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
 #include "cpu/isa/simd_avx512.h"
-#include "cpu/kernels/math.inl.h"
-#include "cpu/kernels/softmax.inl.h"
-#include "cpu/kernels/cross_entropy.inl.h"
-#include "cpu/kernels/cross_entropy_backward.inl.h"
-#include "cpu/kernels/tiles.inl.h"
-#include "cpu/kernels/gemm_pack.inl.h"
-#include "cpu/kernels/gemm.inl.h"
-#include "cpu/kernels/gemm_small.inl.h"
-#include "cpu/kernels/activation.inl.h"
-#include "cpu/kernels/linear_nll.inl.h"
-#include "cpu/kernels/linear_nll_few_outputs.inl.h"
-#include "cpu/kernels/sparse.inl.h"
-#include "cpu/kernels/phm_linear.inl.h"
+#include "cpu/isa/algorithms.inl.h"
 }  // namespace rf::avx512
 
 RF_END_TARGET

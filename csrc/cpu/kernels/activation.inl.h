@@ -1,5 +1,35 @@
-// Activations on their own (the GEMM's epilogue has them otherwise), their derivatives with the bias gradient's column
-// sums, and squared error.
+// Activations, which the GEMM's epilogue applies or which run on their own, and their derivatives with the bias
+// gradient's column sums.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
+
+// 2 sqrt(2 / pi) (x + 0.044715 x^3): gelu_tanh(x) = x (1 + tanh(half of it)) / 2 = x sigmoid(it).
+constexpr double kGeluTanhLinear = 1.5957691216057308, kGeluTanhCubic = 0.044715 * kGeluTanhLinear;
+template <class V>
+inline V gelu_tanh_argument(V x) {
+  using A = typename V::scalar;
+  return x * fma(x * x, set1(A(kGeluTanhCubic)), set1(A(kGeluTanhLinear)));
+}
+
+template <Activation act, class V>
+inline V activate(V x) {
+  using A = typename V::scalar;
+  if constexpr (act == Activation::relu)
+    return max(set1(A(0)), x);  // in this order NaN gets through
+  else if constexpr (act == Activation::gelu)
+    return x * normal_cdf(x, gaussian(x));
+  else if constexpr (act == Activation::gelu_tanh)
+    return x * sigmoid(gelu_tanh_argument(x));
+  else if constexpr (act == Activation::silu)
+    return x * sigmoid(x);
+  else if constexpr (act == Activation::sigmoid)
+    return sigmoid(x);
+  else if constexpr (act == Activation::tanh)
+    return tanh(x);
+  else
+    return x;
+}
 
 template <class T, Activation act>
 inline void activate_all(const T* z, T* y, int64_t n) {
@@ -87,79 +117,4 @@ inline void activation_backward(const ActivationBackwardArgs& a, int64_t begin, 
     RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
   }
-}
-
-template <class T>
-inline double squared_error(const void* px, const void* py, void* peach, int64_t n) {
-  using V = vec_t<T>;
-  const T *x = (const T*)px, *y = (const T*)py;
-  T* each = (T*)peach;
-  // Four sums at a time, so that none waits for its last addition.
-  constexpr int64_t kStep = 4 * V::size, kSumBlock = kStep * tuning::kSumVectors;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kSumBlock) {
-    const int64_t end = std::min(n, begin + kSumBlock);
-    V sum = set1(acc_t<T>(0)), more[4] = {sum, sum, sum, sum};
-    int64_t j = begin;
-    for (; j + kStep <= end; j += kStep)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int64_t at = j + i * V::size;
-        V d = load(x + at) - load(y + at), q = d * d;
-        more[i] = more[i] + q;
-        if (each) store(each + at, q);
-      }
-    for (; j + V::size <= end; j += V::size) {
-      V d = load(x + j) - load(y + j), q = d * d;
-      sum = sum + q;
-      if (each) store(each + j, q);
-    }
-    if (j < end) {
-      V d = load_n(x + j, end - j) - load_n(y + j, end - j), q = d * d;
-      sum = sum + q;
-      if (each) store_n(each + j, q, end - j);
-    }
-    total += (double)reduce_add(sum + ((more[0] + more[1]) + (more[2] + more[3])));
-  }
-  return total;
-}
-
-template <class T>
-inline void squared_error_backward(const void* px, const void* py, const void* pg, bool each_grad, double scale,
-                                   void* pdx, void* pdy, int64_t n) {
-  using A = acc_t<T>;
-  using V = vec_t<T>;
-  const T *x = (const T*)px, *y = (const T*)py, *g = (const T*)pg;
-  T *dx = (T*)pdx, *dy = (T*)pdy;
-  const V factor = set1(A(scale)), shared = factor * set1(load_one(g)), zero = set1(A(0));
-  for (int64_t j = 0; j < n; j += V::size) {
-    const int64_t count = std::min<int64_t>(V::size, n - j);
-    const bool full = count == V::size;
-    V d = full ? load(x + j) - load(y + j) : load_n(x + j, count) - load_n(y + j, count);
-    V s = !each_grad ? shared : factor * (full ? load(g + j) : load_n(g + j, count));
-    d = d * s;
-    if (dx) full ? store(dx + j, d) : store_n(dx + j, d, count);
-    if (dy) full ? store(dy + j, zero - d) : store_n(dy + j, zero - d, count);
-  }
-}
-
-// The float32 peak of this core: independent chains of fma, as many as the latency needs.
-inline double fma_gflops(double seconds) {
-  constexpr int kChains = 12, kRepeats = 4096;
-  f32v acc[kChains];
-  for (int i = 0; i < kChains; ++i) acc[i] = set1(1.0f + i);
-  const f32v a = set1(0.999999f), b = set1(1e-6f);
-  double done = 0, elapsed = 0;
-  const auto start = std::chrono::steady_clock::now();
-  while (elapsed < seconds) {
-    for (int n = 0; n < kRepeats; ++n)
-#pragma GCC unroll 12
-      for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], a, b);
-    done += 2.0 * f32v::size * kChains * kRepeats;
-    elapsed = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  }
-  f32v sum = acc[0];
-  for (int i = 1; i < kChains; ++i) sum = sum + acc[i];
-  // The result is used, so that the loop is not removed: a sum of positive numbers is not negative.
-  return reduce_add(sum) < 0 ? 0 : done / elapsed * 1e-9;
 }

@@ -2,6 +2,10 @@
 // q_j (a class weight at the target, spread by label smoothing, or the probabilities), every output is a sum over j:
 //   loss = sum_j q_j (L - (z_j - m)) + z_loss lse^2     entropy = L - sum_j p_j (z_j - m)     lse = m + L
 // so one pass over the row gives them all, and their gradient is  p_j (a + b log p_j) - q_j  with two numbers per row.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
+#include "cpu/kernels/rows.inl.h"
 
 template <class A>
 struct LogitTransform {
@@ -272,4 +276,52 @@ inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, con
   }
   losses->add(loss_sum);
   weights->add(weight_sum);
+}
+
+// ---- ranges of rows ------------------------------------------------------------------------------------------------
+
+inline bool class_out_of_range(const CrossEntropyArgs& a, int64_t row) {
+  return a.target && a.target[row] != a.ignore_index && (a.target[row] < 0 || a.target[row] >= a.classes);
+}
+
+template <class T>
+inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
+                                                 int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  for (int64_t r = begin; r < end; ++r)
+    if (class_out_of_range(a, r)) return {0, 0, r};
+  CompensatedSum losses, weights;
+  const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
+  const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1);
+  if constexpr (!std::is_same_v<T, double> && f32v::size > 1) {
+    const bool plain =
+        !t && !a.row_entropy && !out.argmax && a.label_smoothing == 0 && a.softcap == 0 && a.logit_scale == 1;
+    if (plain && (direct || a.layout.inner_stride == 1) && a.classes <= tuning::kNarrowClasses) {
+      for (int64_t r = begin, rows; r < end; r += rows) {
+        rows = std::min<int64_t>(f32v::size, direct ? end - r : tile_rows(a.layout, r, end));
+        cross_entropy_narrow_rows(x, a, out, r, rows, &losses, &weights);
+      }
+      return {losses.value(), weights.value(), -1};
+    }
+  }
+  A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
+  for (int64_t r = begin, rows; r < end; r += rows) {
+    double loss;
+    if (direct) {
+      rows = 1;
+      const T* probabilities = t ? t + a.probability_layout.offset(r) : nullptr;
+      weights.add(cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r, &loss));
+      losses.add(loss);
+      continue;
+    }
+    rows = tile_rows(a.layout, r, end);
+    gather_tile(x, a.layout, r, rows, a.classes, x_tile);
+    if (t) gather_tile(t, a.probability_layout, r, rows, a.classes, t_tile);
+    for (int64_t i = 0; i < rows; ++i) {
+      const A* probabilities = t ? t_tile + i * a.classes : nullptr;
+      weights.add(cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i, &loss));
+      losses.add(loss);
+    }
+  }
+  return {losses.value(), weights.value(), -1};
 }

@@ -1,4 +1,9 @@
 // Gradients of cross-entropy's row kernels: one read of the logits and of the row's statistics, one write.
+#pragma once
+#include "cpu/kernels/cross_entropy.inl.h"
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
+#include "cpu/kernels/rows.inl.h"
 
 // Probabilities below exp of this count as 0 in gradients: times 1/N they would be subnormal, and every product that
 // the layers below form with a subnormal costs a microcode assist (a 10-class layer's backward took 5 times as long).
@@ -154,4 +159,39 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
       }
     }
   }
+}
+
+// ---- ranges of rows ------------------------------------------------------------------------------------------------
+
+template <class T>
+inline void cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntropyGrads& g, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
+  T *dx = (T*)g.grad_logits, *dt = (T*)g.grad_probabilities;
+  const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1) &&
+                      (!dx || g.grad_layout.class_stride == 1) && (!dt || g.grad_probability_layout.class_stride == 1);
+  A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
+  A* dt_tile = t_tile + tuning::kTileRows * a.classes;
+  for (int64_t r = begin, rows; r < end; r += rows) {
+    if (direct) {
+      rows = 1;
+      cross_entropy_backward_row(x + a.layout.offset(r), t ? t + a.probability_layout.offset(r) : nullptr,
+                                 dx ? dx + g.grad_layout.offset(r) : nullptr,
+                                 dt ? dt + g.grad_probability_layout.offset(r) : nullptr, a, g, r);
+      continue;
+    }
+    rows = tile_rows(a.layout, r, end);
+    gather_tile(x, a.layout, r, rows, a.classes, x_tile);
+    if (t) gather_tile(t, a.probability_layout, r, rows, a.classes, t_tile);
+    CrossEntropyGrads in_cache = g;
+    in_cache.stream = false;
+    for (int64_t i = 0; i < rows; ++i) {
+      A* row = x_tile + i * a.classes;  // the logits' gradient takes their place
+      cross_entropy_backward_row<A>(row, t ? t_tile + i * a.classes : nullptr, dx ? row : nullptr,
+                                    dt ? dt_tile + i * a.classes : nullptr, a, in_cache, r + i);
+    }
+    if (dx) scatter_tile(x_tile, dx, g.grad_layout, r, rows, a.classes);
+    if (dt) scatter_tile(dt_tile, dt, g.grad_probability_layout, r, rows, a.classes);
+  }
+  if (g.stream) stream_fence();
 }

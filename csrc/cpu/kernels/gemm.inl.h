@@ -2,39 +2,17 @@
 // multiplication", 2008). Of the two operands the longer one, A, is read where it lies, an element at a time; the
 // other, B, comes in packed panels. C is therefore computed as it is or transposed. gemm_packed.cpp has loops and
 // threads.
+#pragma once
+#include "cpu/kernels/activation.inl.h"
+#include "cpu/kernels/gemm_pack.inl.h"
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
 
 // Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time; a vector may reach beyond
 // the last of them.
 constexpr int64_t kStripTiles = 16, kStripStride = kStripTiles * kTile.rows + 16;
 
 // ---- epilogue ------------------------------------------------------------------------------------------------------
-
-// 2 sqrt(2 / pi) (x + 0.044715 x^3): gelu_tanh(x) = x (1 + tanh(half of it)) / 2 = x sigmoid(it).
-constexpr double kGeluTanhLinear = 1.5957691216057308, kGeluTanhCubic = 0.044715 * kGeluTanhLinear;
-template <class V>
-inline V gelu_tanh_argument(V x) {
-  using A = typename V::scalar;
-  return x * fma(x * x, set1(A(kGeluTanhCubic)), set1(A(kGeluTanhLinear)));
-}
-
-template <Activation act, class V>
-inline V activate(V x) {
-  using A = typename V::scalar;
-  if constexpr (act == Activation::relu)
-    return max(set1(A(0)), x);  // in this order NaN gets through
-  else if constexpr (act == Activation::gelu)
-    return x * normal_cdf(x, gaussian(x));
-  else if constexpr (act == Activation::gelu_tanh)
-    return x * sigmoid(gelu_tanh_argument(x));
-  else if constexpr (act == Activation::silu)
-    return x * sigmoid(x);
-  else if constexpr (act == Activation::sigmoid)
-    return sigmoid(x);
-  else if constexpr (act == Activation::tanh)
-    return tanh(x);
-  else
-    return x;
-}
 
 template <class T, Activation act>
 inline void finish_tile(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, int64_t cols, int64_t row, int64_t col,

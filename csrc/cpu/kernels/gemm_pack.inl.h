@@ -1,6 +1,9 @@
 // Packing for the GEMM engine: the operand whose vectors are loaded goes into panels of register-tile width, the one
 // whose elements are broadcast is laid out anew only where it cannot be read in place. Half types are widened on the
 // way, so that one micro-kernel per accumulator type serves them all. kTile is the ISA's register tile.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
 
 template <class V>
 constexpr int64_t kTileColumns = kTile.vectors * V::size;

@@ -1,4 +1,8 @@
 // Products that packing does not pay for, on operands where they lie.
+#pragma once
+#include "cpu/kernels/gemm.inl.h"
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
 
 // ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
 

@@ -1,5 +1,8 @@
 // Negative log-likelihoods of the exponential family and their derivatives with respect to a linear prediction, each
 // estimate minus observation (McCullagh and Nelder, "Generalized Linear Models", 1989), over rows of predictions.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
 
 // log(1 + e) for 0 <= e <= 1: 2 atanh(s), s = e / (2 + e), whose series in s^2 <= 1/9 converges fast. The float's
 // coefficients are fitted to 4e-9; the double's are the series, up to 2e-17.

@@ -2,6 +2,10 @@
 // the gradients of weight, bias and x, some rows at a time while they are in registers or L1. The product is bound by
 // reading x, which F.linear and the gradient of its weight would read twice. Lanes go along rows in all but the dot
 // products.
+#pragma once
+#include "cpu/kernels/linear_nll.inl.h"
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
 
 constexpr int64_t kPassRows = tuning::kPassRows;
 

@@ -1,6 +1,8 @@
 // Elementary functions over the SIMD vocabulary, included inside each ISA's namespace. exp errs by less than 2 ulp
 // (Cephes, S. Moshier, 1989), lets NaN through, and is 0 where the result would be subnormal: far from the maximum that
 // is most lanes, and a subnormal result costs a microcode assist of 150 cycles. Doubles take tanh and erfc from libm.
+#pragma once
+#include "cpu/kernels/prelude.h"
 
 template <class T>
 struct vector_for {
@@ -12,6 +14,8 @@ struct vector_for<double> {
 };
 template <class T>
 using vec_t = typename vector_for<T>::type;
+template <class V>
+using scalar_t = typename V::scalar;
 
 // Whole vectors, or their first n lanes where n is less.
 template <class T>

@@ -1,6 +1,9 @@
 // What a layer whose weight is a sum of Kronecker products A_m (x) S_m does beside its products with S: combinations of
 // a row's parts with A's numbers, and their gradient, products of parts with parts (Zhang et al., "Beyond
 // fully-connected layers with quaternions", 2021). A row is a sequence of adjacent parts of equal length.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
 
 // J parts of the result at a time: each vector of the row is used J times, in as many chains of additions.
 template <class In, class Out, int J>

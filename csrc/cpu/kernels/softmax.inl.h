@@ -1,63 +1,10 @@
-// Row kernels of softmax, log-softmax and log-sum-exp, and what cross-entropy shares with them. A row is read in blocks
-// that fit L1: first its maximum, then the sum of exponentials, the running sum being rescaled when the maximum grows
-// (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). So a row longer than the caches is read
-// from memory once.
-
-constexpr int64_t kBlock = tuning::kBlockVectors * f32v::size;
-
-template <class V>
-using scalar_t = typename V::scalar;
-template <class A>
-inline A minus_infinity() {
-  return -std::numeric_limits<A>::infinity();
-}
-
-template <class A>
-inline A block_max(const A* z, int64_t n) {
-  using V = vec_t<A>;
-  V m0 = set1(minus_infinity<A>()), m1 = m0;
-  int64_t j = 0;
-  for (; j + 2 * V::size <= n; j += 2 * V::size) {
-    m0 = max(load(z + j), m0);
-    m1 = max(load(z + j + V::size), m1);
-  }
-  for (; j + V::size <= n; j += V::size) m0 = max(load(z + j), m0);
-  if (j < n) m1 = max(first_n(load_n(z + j, n - j), n - j, m1), m1);
-  return reduce_max(max(m0, m1));
-}
-
-// Sum of exp(z - m). Lanes past the end count exp(-inf) = 0. Meanwhile what follows at `next` is fetched (past the
-// end of the row that is a hint without effect): memory would idle during this pass otherwise.
-template <class T, class A>
-inline A block_exp_sum(const A* z, int64_t n, A m, const T* next) {
-  using V = vec_t<A>;
-  constexpr int64_t line = 64 / sizeof(T);
-  V vm = set1(m), s0 = set1(A(0)), s1 = s0;
-  int64_t j = 0;
-  for (; j + 2 * V::size <= n; j += 2 * V::size) {
-    __builtin_prefetch(next + j);
-    if constexpr (line < 2 * V::size) __builtin_prefetch(next + j + line);
-    s0 = s0 + exp(load(z + j) - vm);
-    s1 = s1 + exp(load(z + j + V::size) - vm);
-  }
-  for (; j + V::size <= n; j += V::size) s0 = s0 + exp(load(z + j) - vm);
-  if (j < n) s1 = s1 + exp(first_n(load_n(z + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
-  return reduce_add(s0 + s1);
-}
-
-// A block of n elements in accumulator type: the elements themselves where nothing needs doing, else a copy in buf.
-template <class T, class A>
-inline const A* staged(const T* p, int64_t n, A* buf) {
-  if constexpr (std::is_same_v<T, A>) {
-    return p;
-  } else {
-    using V = vec_t<A>;
-    int64_t j = 0;
-    for (; j + V::size <= n; j += V::size) store(buf + j, load(p + j));
-    if (j < n) store_n(buf + j, load_n(p + j, n - j), n - j);
-    return buf;
-  }
-}
+// Softmax, log-softmax and log-sum-exp. A row is read in blocks that fit L1: first its maximum, then the sum of
+// exponentials, the running sum being rescaled when the maximum grows (Milakov and Gimelshein, "Online normalizer
+// calculation for softmax", 2018). So a row longer than the caches is read from memory once.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
+#include "cpu/kernels/rows.inl.h"
 
 // Maximum of a row, and the logarithm of the sum of exp(z - maximum). They are kept apart because max + log loses the
 // digits of log when the maximum is large.
@@ -168,20 +115,7 @@ inline void logsumexp_backward_row(const T* x, T* dx, int64_t n, acc_t<T> g, acc
   if (j < n) store_n(dx + j, gv * exp(load_n(x + j, n - j) - lv), n - j);
 }
 
-// ---- classes far apart, rows adjacent: lanes are rows
-// ----------------------------------------------------------------
-
-template <class T>
-inline vec_t<T> load_lanes(const T* p, int64_t lanes) {
-  return lanes == vec_t<T>::size ? load(p) : load_n(p, lanes);
-}
-template <class T>
-inline void store_lanes(T* p, vec_t<T> x, int64_t lanes) {
-  if (lanes == vec_t<T>::size)
-    store(p, x);
-  else
-    store_n(p, x, lanes);
-}
+// ---- classes far apart, rows adjacent: lanes are rows --------------------------------------------------------------
 
 // Softmax of `lanes` rows whose classes are x_step and y_step apart.
 template <class T>
@@ -223,5 +157,113 @@ inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64
   for (int64_t c = 0; c < n; ++c) {
     V gv = load_lanes(g + c * g_step, lanes), yv = load_lanes(y + c * y_step, lanes);
     store_lanes(dx + c * dx_step, log ? gv - exp(yv) * sum : yv * (gv - sum), lanes);
+  }
+}
+
+// ---- ranges of rows ------------------------------------------------------------------------------------------------
+
+template <class T>
+inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* x = (const T*)a.input;
+  T* y = (T*)a.output;
+  if (a.in.class_stride == 1 && a.out.class_stride == 1) {
+    for (int64_t r = begin; r < end; ++r) softmax_row(x + a.in.offset(r), y + a.out.offset(r), a.classes, a.log);
+    return;
+  }
+  if (vec_t<T>::size > 1 && a.classes <= tuning::kLaneClasses && a.in.inner_stride == 1 && a.out.inner_stride == 1) {
+    for (int64_t r = begin, lanes; r < end; r += lanes) {
+      lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      softmax_lanes(x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes, lanes,
+                    a.log);
+    }
+    return;
+  }
+  A* tile = (A*)a.scratch;
+  for (int64_t r = begin, rows; r < end; r += rows) {
+    rows = tile_rows(a.in, r, end);
+    gather_tile(x, a.in, r, rows, a.classes, tile);
+    for (int64_t i = 0; i < rows; ++i) softmax_row(tile + i * a.classes, tile + i * a.classes, a.classes, a.log);
+    scatter_tile(tile, y, a.out, r, rows, a.classes);
+  }
+}
+
+template <class T>
+inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T *y = (const T*)a.input, *g = (const T*)a.grad;
+  T* dx = (T*)a.output;
+  if (a.in.class_stride == 1 && a.grad_in.class_stride == 1 && a.out.class_stride == 1) {
+    for (int64_t r = begin; r < end; ++r)
+      softmax_backward_row(g + a.grad_in.offset(r), y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
+    return;
+  }
+  if (vec_t<T>::size > 1 && a.classes <= tuning::kLaneClasses && a.in.inner_stride == 1 &&
+      a.grad_in.inner_stride == 1 && a.out.inner_stride == 1) {
+    for (int64_t r = begin, lanes; r < end; r += lanes) {
+      lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      softmax_backward_lanes(g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r), a.in.class_stride,
+                             dx + a.out.offset(r), a.out.class_stride, a.classes, lanes, a.log);
+    }
+    return;
+  }
+  A *y_tile = (A*)a.scratch, *g_tile = y_tile + tuning::kTileRows * a.classes;
+  for (int64_t r = begin, rows; r < end; r += rows) {
+    rows = tile_rows(a.in, r, end);
+    gather_tile(y, a.in, r, rows, a.classes, y_tile);
+    gather_tile(g, a.grad_in, r, rows, a.classes, g_tile);
+    for (int64_t i = 0; i < rows; ++i)
+      softmax_backward_row(g_tile + i * a.classes, y_tile + i * a.classes, g_tile + i * a.classes, a.classes, a.log);
+    scatter_tile(g_tile, dx, a.out, r, rows, a.classes);
+  }
+}
+
+// +inf dominates any finite value, as the limit does; a NaN dominates both.
+template <class T>
+inline acc_t<T> row_logsumexp(const T* x, int64_t n) {
+  using A = acc_t<T>;
+  RowStats<A> s = row_stats(x, n);
+  if (s.max != -minus_infinity<A>()) return A(s.max + s.log_sum);
+  for (int64_t j = 0; j < n; ++j) {
+    A v = load_one(x + j);
+    if (v != v) return v;
+  }
+  return s.max;
+}
+
+template <class T>
+inline void logsumexp_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* x = (const T*)a.input;
+  A *result = (A*)a.row_result, *tile = (A*)a.scratch;
+  if (a.in.class_stride == 1) {
+    for (int64_t r = begin; r < end; ++r) result[r] = row_logsumexp(x + a.in.offset(r), a.classes);
+    return;
+  }
+  for (int64_t r = begin, rows; r < end; r += rows) {
+    rows = tile_rows(a.in, r, end);
+    gather_tile(x, a.in, r, rows, a.classes, tile);
+    for (int64_t i = 0; i < rows; ++i) result[r + i] = row_logsumexp(tile + i * a.classes, a.classes);
+  }
+}
+
+template <class T>
+inline void logsumexp_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  const T* x = (const T*)a.input;
+  T* dx = (T*)a.output;
+  const A *lse = (const A*)a.row_result, *g = (const A*)a.row_grad;
+  if (a.in.class_stride == 1 && a.out.class_stride == 1) {
+    for (int64_t r = begin; r < end; ++r)
+      logsumexp_backward_row(x + a.in.offset(r), dx + a.out.offset(r), a.classes, g[r], lse[r]);
+    return;
+  }
+  A* tile = (A*)a.scratch;
+  for (int64_t r = begin, rows; r < end; r += rows) {
+    rows = tile_rows(a.in, r, end);
+    gather_tile(x, a.in, r, rows, a.classes, tile);
+    for (int64_t i = 0; i < rows; ++i)
+      logsumexp_backward_row(tile + i * a.classes, tile + i * a.classes, a.classes, g[r + i], lse[r + i]);
+    scatter_tile(tile, dx, a.out, r, rows, a.classes);
   }
 }

@@ -1,5 +1,8 @@
 // Gradients of which few entries are large enough to matter (filter_eps): the others are dropped and the products
 // that follow take the remaining ones alone.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
 
 // Entries of a row of which the magnitude exceeds the bound; NaN does.
 template <class A>

@@ -1,6 +1,7 @@
 // What a layer's backward does before its products: the activation's derivative and the bias's gradient, in one pass.
 #pragma once
 #include "cpu/drivers/drivers.h"
+#include "cpu/ops/outputs.h"
 #include "shared/layouts.h"
 
 namespace rf {

@@ -6,11 +6,12 @@
 #include <limits>
 #include <vector>
 
-#include "shared/op_checks.h"
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/linear_cross_entropy.h"
 #include "cpu/ops/linear_cross_entropy_problem.h"
+#include "cpu/ops/outputs.h"
 #include "cpu/ops/products.h"
+#include "shared/op_checks.h"
 
 namespace rf {
 namespace {
@@ -272,7 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
   if (argmax_too) out.argmax = argmax.mutable_data_ptr<int64_t>();
   const double sum = over_chunks(p, o, out, Tensor(), &up, g);
   auto [dx, dw, db, none] = g.shaped(input, linear_weight, target, false);
-  return {number(reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum, loss_type(input, target, loss_dtype)),
+  return {number(reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum,
+                 loss_type(input, target, loss_dtype)),
           argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax, dx, dw, db};
 }
 

@@ -3,14 +3,15 @@
 #pragma once
 #include <cstring>
 
+#include "cpu/kernels/arguments.h"
+#include "cpu/ops/ordered_sum.h"
+#include "cpu/platform.h"
+#include "cpu/tuning.h"
 #include "shared/checks.h"
-#include "shared/torch_api.h"
 #include "shared/compensated_sum.h"
 #include "shared/cross_entropy_tensors.h"
-#include "cpu/platform.h"
 #include "shared/linear_cross_entropy_tensors.h"
-#include "cpu/ops/ordered_sum.h"
-#include "cpu/tuning.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 

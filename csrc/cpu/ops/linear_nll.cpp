@@ -5,14 +5,15 @@
 #include <cmath>
 #include <vector>
 
-#include "shared/op_checks.h"
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/linear_cross_entropy.h"
-#include "cpu/platform.h"
-#include "cpu/ops/products.h"
 #include "cpu/ops/ordered_sum.h"
-#include "shared/layouts.h"
+#include "cpu/ops/outputs.h"
+#include "cpu/ops/products.h"
+#include "cpu/platform.h"
 #include "cpu/tuning.h"
+#include "shared/layouts.h"
+#include "shared/op_checks.h"
 
 namespace rf {
 namespace {

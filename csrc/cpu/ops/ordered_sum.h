@@ -1,7 +1,7 @@
 // Sums that ATen would divide among threads, and so round otherwise for each number of them.
 #pragma once
-#include "shared/torch_api.h"
 #include "shared/compensated_sum.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 

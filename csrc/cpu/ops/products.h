@@ -1,9 +1,9 @@
 // Products of two-dimensional tensors inside of other operations, whose partial results may keep the accumulator's
 // type.
 #pragma once
-#include "shared/torch_api.h"
 #include "cpu/drivers/drivers.h"
 #include "cpu/ops/traced.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 
@@ -24,8 +24,8 @@ inline void multiply(const Tensor& a, const Tensor& b, const Tensor& c, const Te
   const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
   const bool wide_a = is_wide(a, b.scalar_type()), wide_c = is_wide(c, b.scalar_type());
   TORCH_INTERNAL_ASSERT(a.size(0) == m && a.size(1) == k && b.size(1) == n && (n <= 1 || c.stride(1) == 1) &&
-                        (!bias.defined() || (bias.scalar_type() == c.scalar_type() && bias.dim() == 1 && bias.size(0) == n &&
-                                               bias.is_contiguous())));
+                        (!bias.defined() || (bias.scalar_type() == c.scalar_type() && bias.dim() == 1 &&
+                                             bias.size(0) == n && bias.is_contiguous())));
   if (!wide_a && !wide_c && product_by_aten(b.scalar_type(), m, n, k)) {
     Tensor out = c;
     if (accumulate)

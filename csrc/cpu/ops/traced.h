@@ -1,7 +1,7 @@
-// What the files ops*.cpp tell of their calls.
+// What the CPU's ops tell of their calls.
 #pragma once
-#include "shared/torch_api.h"
 #include "cpu/drivers/drivers.h"
+#include "shared/torch_api.h"
 
 namespace rf {
 

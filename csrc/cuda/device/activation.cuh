@@ -1,4 +1,4 @@
-// Activations and their derivatives, of accumulators. As csrc/cpu/gemm.inl.h and elementwise.inl.h have them.
+// Activations and their derivatives, of accumulators. As csrc/cpu/kernels/activation.inl.h has them.
 #pragma once
 #include "cuda/device/math.cuh"
 

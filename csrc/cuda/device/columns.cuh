@@ -4,8 +4,8 @@
 #include <algorithm>
 
 #include "cuda/device/launch_kernel.cuh"
-#include "cuda/tuning.h"
 #include "cuda/device/reduce.cuh"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 

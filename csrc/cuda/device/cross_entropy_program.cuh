@@ -4,7 +4,7 @@
 //   loss = sum_j q_j (L - (z_j - m)) + z_loss lse^2     entropy = L - sum_j p_j (z_j - m)     lse = m + L
 // A row is reduced, or its statistics are read back (backward), and its gradient is written, or not (forward).
 #pragma once
-#include "cuda/launch.h"
+#include "cuda/device/arguments.h"
 #include "cuda/device/cross_entropy_state.cuh"
 #include "cuda/device/rows.cuh"
 

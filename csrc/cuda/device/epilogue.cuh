@@ -1,8 +1,8 @@
 // What a product's sums become: bias, activation, rounding once, and a copy from before the activation where its
 // derivative needs it. Also the sums themselves where K is split, for finish_split (gemm.cu) to add up.
 #pragma once
-#include "cuda/gemm.h"
 #include "cuda/device/activation.cuh"
+#include "cuda/device/gemm_task.h"
 #include "cuda/device/vec128.cuh"
 
 namespace rf::cuda {

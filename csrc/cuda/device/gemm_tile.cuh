@@ -1,11 +1,10 @@
 // An operand's tile on its way to the tensor cores: from global memory to shared memory, swizzled so that neither the
 // copies nor the loads of fragments conflict, and from there to registers.
 #pragma once
+#include "cuda/device/gemm_task.h"
 #include "cuda/device/ptx.cuh"
-
-#include "cuda/gemm.h"
-#include "cuda/tuning.h"
 #include "cuda/device/vec128.cuh"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 

@@ -1,5 +1,6 @@
-// How kernels are launched: checked, with as much shared memory as they ask for. tests/cuda_on_host/device/ has the
-// same functions over threads of its own making, so that kernels and launchers compile for both without a change.
+// How kernels are launched: checked, with as much shared memory as they ask for. tests/cuda_on_host/cuda/device
+// has the same functions over threads of its own making, so that kernels and launchers compile for both without a
+// change.
 #pragma once
 #include <cuda_runtime.h>
 

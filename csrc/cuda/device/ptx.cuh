@@ -1,5 +1,5 @@
 // One function per instruction that CUDA C++ has no name for. Inline assembly stands here and nowhere else;
-// tests/cuda_on_host/device/ptx.cuh says in C++ what each of them does, after the PTX manual.
+// tests/cuda_on_host/cuda/device/ptx.cuh says in C++ what each of them does, after the PTX manual.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -18,9 +18,9 @@
 #include <algorithm>
 
 #include "cuda/device/launch_kernel.cuh"
-#include "cuda/tuning.h"
 #include "cuda/device/reduce.cuh"
 #include "cuda/device/vec128.cuh"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 

@@ -1,8 +1,8 @@
-// The CUDA kernels of cross-entropy: tensors to plain structs, allocation, the current stream. Arguments were checked
-// above. Nothing here waits for the device.
-#include "shared/op_checks.h"
-#include "shared/cross_entropy_tensors.h"
+// cross_entropy on a CUDA device: tensors to plain structs, allocation, the current stream. Nothing here waits for the
+// device.
 #include "cuda/ops/ops.h"
+#include "shared/cross_entropy_tensors.h"
+#include "shared/op_checks.h"
 
 namespace rf::cuda {
 namespace {

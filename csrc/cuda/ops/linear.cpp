@@ -1,28 +1,10 @@
-// The CUDA kernels of the ops but the cross-entropies: tensors to plain structs, allocation, the current stream.
-// Arguments were checked above. Nothing here waits for the device.
-#include <cstdlib>
-#include <cstring>
-
-#include "shared/op_checks.h"
-#include "shared/layouts.h"
+// linear on a CUDA device, and the products of the ops that are made of it: tensors to plain structs, allocation, the
+// current stream. Nothing here waits for the device.
 #include "cuda/ops/ops.h"
-#include "cuda/tuning.h"
+#include "shared/layouts.h"
+#include "shared/op_checks.h"
 
 namespace rf::cuda {
-namespace {
-
-// Whether the kernels are used for a CUDA tensor: REGFAST_CUDA_KERNELS=1 (or 0) says so, else tuning.h's list of the
-// architectures that they have been proven on.
-bool enabled(const Tensor& t) {
-  static const char* const said = std::getenv("REGFAST_CUDA_KERNELS");
-  if (said && *said) return std::strcmp(said, "0") != 0;
-  return tuning::proven(architecture(t));
-}
-[[maybe_unused]] const bool announced = (cuda_kernels_enabled = enabled, true);
-
-}  // namespace
-
-// ---- linear --------------------------------------------------------------------------------------------------------
 
 // As torch has been told: float32 products are exact unless it may take tf32. (allowTF32CuBLAS() throws where only the
 // newer of torch's two settings was made.)
@@ -145,132 +127,11 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
   return {dx, dw, db};
 }
 
-// ---- softmax family ------------------------------------------------------------------------------------------------
-
-Tensor softmax_forward(const Tensor& input, int64_t dim, bool log) {
-  dim = check_softmax_forward(softmax_name(log), input, dim);
-  const OnDevice device(input);
-  const Tensor x = walkable(input, dim);
-  Tensor y = at::empty(input.sizes(), input.options());
-  if (y.numel() == 0) return y;
-  SoftmaxRows a = {};
-  a.rows = rows_without(x, dim);
-  a.classes = x.dim() ? x.size(dim) : 1;
-  a.input = x.const_data_ptr();
-  a.output = y.mutable_data_ptr();
-  a.in = a.grad_in = *row_layout(x, dim);
-  a.out = *row_layout(y, dim);
-  a.log = log;
-  launch_softmax_forward(dtype_of(x.scalar_type()), a, device.stream);
-  return y;
-}
-
-Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, bool log) {
-  dim = check_softmax_backward(grad, output, dim);
-  const OnDevice device(output);
-  const Tensor g = walkable(grad, dim), y = walkable(output, dim);
-  Tensor dx = at::empty(y.sizes(), y.options());
-  if (y.numel() == 0) return dx;
-  SoftmaxRows a = {};
-  a.rows = rows_without(y, dim);
-  a.classes = y.dim() ? y.size(dim) : 1;
-  a.input = y.const_data_ptr();
-  a.grad = g.const_data_ptr();
-  a.output = dx.mutable_data_ptr();
-  a.in = *row_layout(y, dim);
-  a.grad_in = *row_layout(g, dim);
-  a.out = *row_layout(dx, dim);
-  a.log = log;
-  launch_softmax_backward(dtype_of(y.scalar_type()), a, device.stream);
-  return dx;
-}
-
-// In accumulator type: the op rounds, backward does not have to.
-Tensor logsumexp_forward(const Tensor& input, int64_t dim, bool keepdim) {
-  dim = check_softmax_forward("logsumexp", input, dim);
-  const OnDevice device(input);
-  const Tensor x = walkable(input, dim);
-  Tensor result = at::empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
-  if (result.numel() == 0) return result;
-  SoftmaxRows a = {};
-  a.rows = result.numel();
-  a.classes = x.dim() ? x.size(dim) : 1;
-  a.input = x.const_data_ptr();
-  a.in = a.grad_in = *row_layout(x, dim);
-  a.out = a.in;
-  a.row_result = result.mutable_data_ptr();
-  launch_logsumexp_forward(dtype_of(x.scalar_type()), a, device.stream);
-  return result;
-}
-
-// lse and grad have the shape that logsumexp returned, with or without the reduced dimension.
-Tensor logsumexp_backward(const Tensor& grad, const Tensor& input, const Tensor& lse, int64_t dim) {
-  dim = check_logsumexp_backward(grad, input, lse, dim);
-  const OnDevice device(input);
-  const Tensor x = walkable(input, dim);
-  const auto acc = acc_type(x.scalar_type());
-  const Tensor g = grad.to(acc).contiguous(), l = lse.to(acc).contiguous();
-  Tensor dx = at::empty(x.sizes(), x.options());
-  if (dx.numel() == 0) return dx;
-  SoftmaxRows a = {};
-  a.rows = l.numel();
-  a.classes = x.dim() ? x.size(dim) : 1;
-  a.input = x.const_data_ptr();
-  a.output = dx.mutable_data_ptr();
-  a.in = a.grad_in = *row_layout(x, dim);
-  a.out = *row_layout(dx, dim);
-  a.row_result = l.data_ptr();
-  a.row_grad = g.const_data_ptr();
-  launch_logsumexp_backward(dtype_of(x.scalar_type()), a, device.stream);
-  return dx;
-}
-
-// ---- mse_loss ------------------------------------------------------------------------------------------------------
-
-Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduction) {
-  check_mse_loss("mse_loss", input, target, reduction);
-  const OnDevice device(input);
-  const Tensor x = input.contiguous(), y = target.contiguous();
-  const bool each = reduction == at::Reduction::None;
-  Tensor out = at::empty(each ? x.sizes() : at::IntArrayRef{}, x.options());
-  if (out.numel() == 0) return out;
-  Workspace workspace(each ? 0 : squared_error_workspace(x.numel()), x);
-  launch_squared_error(dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(),
-                       each ? out.mutable_data_ptr() : nullptr, each ? nullptr : out.mutable_data_ptr(),
-                       reduction == at::Reduction::Mean ? 1.0 / (double)x.numel() : 1.0, workspace.data(), x.numel(),
-                       device.stream);
-  return out;
-}
-
-std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& grad, const Tensor& input, const Tensor& target,
-                                             int64_t reduction, std::array<bool, 2> mask) {
-  check_mse_loss_backward(grad, input, target, reduction);
-  const OnDevice device(input);
-  const Tensor x = input.contiguous(), y = target.contiguous(), g = grad.contiguous();
-  Tensor dx = at::empty(mask[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
-  Tensor dy = at::empty(mask[1] ? x.sizes() : at::IntArrayRef{0}, x.options());
-  launch_squared_error_backward(
-      dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(), g.const_data_ptr(),
-      reduction == at::Reduction::None, reduction == at::Reduction::Mean ? 2.0 / (double)x.numel() : 2.0,
-      mask[0] ? dx.mutable_data_ptr() : nullptr, mask[1] ? dy.mutable_data_ptr() : nullptr, x.numel(), device.stream);
-  return {dx, dy};
-}
-
 }  // namespace
 
-RF_CUDA_OPS(m) {
+void register_linear(torch::Library& m) {
   register_kernels<linear_forward>(m, "linear_forward", architecture_in_use);
   register_kernels<linear_backward>(m, "linear_backward", architecture_in_use);
-  register_kernels<softmax_forward>(m, "softmax_forward", architecture_in_use);
-  register_kernels<softmax_backward>(m, "softmax_backward", architecture_in_use);
-  register_kernels<logsumexp_forward>(m, "logsumexp_forward", architecture_in_use);
-  register_kernels<logsumexp_backward>(m, "logsumexp_backward", architecture_in_use);
-  register_cross_entropy(m);
-  register_linear_cross_entropy(m);
-  register_linear_nll(m);
-  register_phm_linear(m);
-  register_kernels<mse_loss_forward>(m, "mse_loss_forward", architecture_in_use);
-  register_kernels<mse_loss_backward>(m, "mse_loss_backward", architecture_in_use);
 }
 
 }  // namespace rf::cuda

@@ -4,10 +4,10 @@
 // be less than its last digit. Nothing here waits for the device.
 #include <cmath>
 
-#include "shared/op_checks.h"
-#include "shared/linear_cross_entropy_tensors.h"
-#include "shared/chunks.h"
 #include "cuda/ops/ops.h"
+#include "shared/chunks.h"
+#include "shared/linear_cross_entropy_tensors.h"
+#include "shared/op_checks.h"
 
 namespace rf::cuda {
 namespace {

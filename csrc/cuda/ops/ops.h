@@ -1,8 +1,7 @@
-// What the files ops*.cpp share: with device/torch_device.h they are all of this folder that knows torch.
+// What the files of csrc/cuda/ops share. They are all of csrc/cuda that knows torch.
 #pragma once
-#include "cuda/ops/torch_device.h"
-
 #include "cuda/launch.h"
+#include "cuda/ops/torch_device.h"
 
 namespace rf::cuda {
 
@@ -32,9 +31,12 @@ struct ActivationGradient {
 ActivationGradient activation_gradient(const OnDevice& device, const Tensor& grad, const OptionalTensor& saved,
                                        Activation activation, bool column_sums);
 
+void register_linear(torch::Library& m);
+void register_softmax(torch::Library& m);
 void register_cross_entropy(torch::Library& m);
 void register_linear_cross_entropy(torch::Library& m);
 void register_linear_nll(torch::Library& m);
 void register_phm_linear(torch::Library& m);
+void register_mse_loss(torch::Library& m);
 
 }  // namespace rf::cuda

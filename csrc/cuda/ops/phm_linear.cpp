@@ -1,10 +1,10 @@
-// phm_linear on CUDA, as csrc/cpu/ops_phm_linear.cpp has it: a chunk of rows is mixed, in their own type for the tensor
+// phm_linear on CUDA, as csrc/cpu/ops/phm_linear.cpp has it: a chunk of rows is mixed, in their own type for the tensor
 // cores, and multiplied by S; backward multiplies the output's gradient by S, in the accumulator's type, and by the
 // mixed rows. W is never stored. Products are ATen's; nothing here waits for the device.
-#include "shared/op_checks.h"
-#include "shared/phm_linear_tensors.h"
 #include "cuda/ops/ops.h"
 #include "cuda/tuning.h"
+#include "shared/op_checks.h"
+#include "shared/phm_linear_tensors.h"
 
 namespace rf::cuda {
 namespace {

@@ -1,4 +1,4 @@
-// torch's side of a CUDA device, for ops*.cpp alone. tests/cuda_on_host/device/ has the emulator's.
+// torch's side of a CUDA device. tests/cuda_on_host/cuda/ops has the emulator's.
 #pragma once
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>

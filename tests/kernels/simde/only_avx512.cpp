@@ -1,5 +1,5 @@
-// Takes the place of csrc/cpu/dispatch.cpp where AVX-512 runs on SIMDe, whatever the CPU has.
-#include "cpu/drivers/drivers.h"
+// Takes the place of csrc/cpu/isa/dispatch.cpp where AVX-512 runs on SIMDe, whatever the CPU has.
+#include "cpu/isa/kernels.h"
 
 namespace rf {
 namespace avx512 {
@@ -11,6 +11,5 @@ const Kernels* const* available_kernels() {
   return only;
 }
 const Kernels& kernels() { return avx512::table; }
-bool library_gemm_wins(DType) { return false; }
 
 }  // namespace rf

@@ -1,4 +1,4 @@
-// torch's side of the emulated device; see csrc/cuda/device/torch_device.h. CPU tensors are the device's.
+// torch's side of the emulated device; see csrc/cuda/ops/torch_device.h. CPU tensors are the device's.
 #pragma once
 #include <cuda_runtime.h>
 

@@ -1,0 +1,15 @@
+// Every algorithm, for every ISA: included inside its namespace and target region, after its SIMD vocabulary.
+#pragma once
+#include "cpu/kernels/activation.inl.h"
+#include "cpu/kernels/cross_entropy.inl.h"
+#include "cpu/kernels/cross_entropy_backward.inl.h"
+#include "cpu/kernels/gemm.inl.h"
+#include "cpu/kernels/gemm_pack.inl.h"
+#include "cpu/kernels/gemm_small.inl.h"
+#include "cpu/kernels/linear_nll.inl.h"
+#include "cpu/kernels/linear_nll_few_outputs.inl.h"
+#include "cpu/kernels/mse_loss.inl.h"
+#include "cpu/kernels/peak.inl.h"
+#include "cpu/kernels/phm_linear.inl.h"
+#include "cpu/kernels/softmax.inl.h"
+#include "cpu/kernels/sparse.inl.h"

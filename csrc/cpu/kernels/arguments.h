@@ -1,0 +1,217 @@
+// The arguments of the kernels. Pointers to void point to elements of the dtype that a kernel is for; "acc" means acc_t
+// of it (float, or double for double). No alignment beyond the element's is assumed.
+#pragma once
+#include "shared/types.h"
+
+namespace rf {
+
+// ---- softmax family ------------------------------------------------------------------------------------------------
+
+struct SoftmaxArgs {
+  const void* input;  // x, or in the backward kernels: the forward's output (softmax) or input (logsumexp)
+  const void* grad;   // upstream gradient, laid out as input (softmax); null forward
+  void* output;       // y or dx
+  RowLayout in, grad_in, out;
+  int64_t classes;
+  bool log;
+  void* row_result;      // logsumexp, acc, one per row: written forward, read backward
+  const void* row_grad;  // logsumexp backward, acc, one per row
+  void* scratch;         // acc, 3 * kTileRows * classes of them; unused when every class_stride is 1
+};
+
+// ---- cross-entropy -------------------------------------------------------------------------------------------------
+
+struct CrossEntropyArgs {
+  const void* logits;
+  RowLayout layout;
+  int64_t classes;
+  const int64_t* target;  // class of each row in row order; null when there are probabilities
+  const void* probabilities;
+  RowLayout probability_layout;
+  const void* class_weight;  // acc, one per class, or null
+  double class_weight_sum;   // their sum; classes without weights
+  int64_t ignore_index;
+  double label_smoothing, z_loss, logit_scale;
+  double softcap;  // 0: none
+  // acc, one per row. Always kept for backward: maximum and log of the sum of exp(z - maximum).
+  void *row_max, *row_log_sum;
+  // acc, one per row, null where not asked for. row_mass (sum of the effective target weights) and row_target_mass (sum
+  // of the probabilities) exist for probability targets only, row_entropy where the entropy is an output.
+  void *row_entropy, *row_mass, *row_target_mass;
+  void* scratch;  // acc, 3 * kTileRows * classes; unused when class strides are 1
+};
+
+struct CrossEntropyOutputs {  // acc, one per row, null where not asked for
+  void *loss, *lse, *logprob;
+  int64_t* argmax;
+};
+
+struct CrossEntropyPartial {
+  double loss, weight;  // sums of losses and of the denominators' terms over the range
+  int64_t bad_row;      // a row whose class is out of range, or -1
+};
+
+struct CrossEntropyGrads {  // upstream, acc; loss_scale multiplies grad_loss[row * loss_stride]
+  const void* loss;
+  int64_t loss_stride;
+  double loss_scale;
+  const void *lse, *entropy, *logprob;  // one per row, or null
+  void* grad_logits;                    // laid out by grad_layout, or null
+  RowLayout grad_layout;
+  void* grad_probabilities;  // or null
+  RowLayout grad_probability_layout;
+  bool stream;  // write grad_logits past the caches
+};
+
+// ---- activation ----------------------------------------------------------------------------------------------------
+
+struct ActivationBackwardArgs {  // dz = dy * act'(saved), rows x columns
+  const void *grad, *saved;
+  RowLayout grad_layout;  // class_stride: between columns
+  void* output;           // dz, contiguous, or null: only the column sums are wanted
+  int64_t columns;
+  Activation activation;
+  void* column_sums;  // acc, columns of them, overwritten; or null
+};
+
+// ---- likelihoods ---------------------------------------------------------------------------------------------------
+
+// Losses of predictions and their derivatives: with w = row_weight, g = grad * grad_scale,
+//   gaussian   w (scale (eta - y)^2 / 2 + constant)   its slope w g scale (eta - y); scale is 1 / variance
+//   bernoulli  w ((1 - y) log(1 + exp(eta)) + scale y log(1 + exp(-eta)))
+//   poisson    w (exp(eta) - y eta)
+// squared is gaussian with scale 2 and constant 0. Pointers to void are acc.
+struct LikelihoodArgs {
+  Family family;
+  int64_t outputs;         // of a row
+  const void* target;      // rows x outputs
+  const void* scale;       // one per output; not read for poisson
+  const void* constant;    // one per output, gaussian's; or null
+  const void* row_weight;  // or null
+  const void* grad;        // rows x outputs, or null: 1
+  double grad_scale;
+  void* loss;  // rows x outputs, or null
+};
+// Sums of a range of rows. Of columns: acc, overwritten, or null where not asked for; a variance's derivative is
+// w g scale (1 - scale (eta - y)^2) / 2.
+struct LikelihoodSums {
+  bool value, slope;  // what is asked for: losses, gradients
+  void *bias, *variance;
+  double loss;
+};
+
+// All of a linear model with a few outputs in one pass over x.
+struct FewOutputsArgs {
+  const void* x;
+  int64_t x_stride, features;  // between rows; features are adjacent
+  bool x_is_far;               // as many_are_far of DotArgs
+  const void* weight;          // outputs x features, contiguous
+  const void* bias;            // acc, one per output, or null
+  LikelihoodArgs likelihood;
+  void* grad_weight;  // acc, outputs x features, overwritten; or null
+  void* grad_x;       // rows x features, or null
+  bool wide_grad_x;   // of type acc
+};
+
+// ---- GEMM ----------------------------------------------------------------------------------------------------------
+
+// What happens to a tile of C = A B once its products are summed. C, pre-activation and bias have the entry's dtype.
+struct Epilogue {
+  void* c;
+  int64_t c_stride;  // between rows; columns are adjacent
+  void* partial;     // acc, sums of the K blocks before the last; may be c itself
+  int64_t partial_stride;
+  const void* bias;  // one per column, or null
+  Activation activation;
+  void* preactivation;  // laid out as c, or null
+  // Rows of C take turns in so many rows of biases, bias_stride apart.
+  int64_t bias_rows = 1, bias_stride = 0;
+};
+
+// Rows of memory, their distance and length in bytes.
+struct Region {
+  const void* from;
+  int64_t rows, stride, bytes;
+};
+
+// A block of C, or of C transposed: rows of A times panels of B.
+struct GemmBlockArgs {
+  const void* a;                // acc
+  int64_t a_row, a_k, a_panel;  // element (i, k) of A's tile t is a[t * a_panel + i * a_row + k * a_k]
+  const void* b;                // acc, ceil(b_count / NR) packed panels of [k][NR]
+  int64_t a_count, b_count, k;  // of this block; k of this K block
+  bool b_is_far;    // beyond L2: each panel's next chain is asked for early, which brings 12% there and costs 2% within
+  Region next;      // is asked for meanwhile
+  int64_t chain;    // products of a K block that are added up before they join the rest
+  bool transposed;  // A's rows are C's columns
+  void* tiles;      // acc, scratch of a_count * b_count, rounded up to MR and NR
+  bool continues, continued;  // tiles hold sums of the K block before; they wait for the next one, and C is left alone
+  int64_t a_index, b_index;   // of the block in C
+  bool first, last;           // K block: nothing to add to, or the epilogue is due
+  Epilogue epilogue;
+};
+
+// A part of an operand of a product: its element (i, k) is from(i, k), or from(k, i) where its rows lie across k.
+struct PackArgs {
+  MatrixView from;
+  bool across;
+  int64_t i0, count;
+  int64_t k0, k;
+  void* to;  // acc: panels of [k][MR] or [k][NR] one behind another, padded with zeros; or widened rows of k
+};
+
+// Products of a few rows with many, both read where they lie, adjacent along K.
+struct DotArgs {
+  MatrixView many, few;  // col_stride 1
+  int64_t begin, end;    // range of many's rows
+  int64_t few_rows, k;
+  bool many_are_columns;  // of C: few rows of X against all of W; else X's rows against few of W
+  bool many_are_far;      // in memory, and short: they are read in order first
+  Epilogue epilogue;
+};
+
+// C(m, n) = sum over k of A(m, k) B(k, n) with B's rows adjacent along n and read in place: few rows or a small K. A is
+// of the entry's accumulator type.
+struct DirectArgs {
+  const void* a;  // acc, element (i, k) at i * a_row + k * a_k
+  int64_t a_row, a_k;
+  const void* b;  // row k at k * b_k
+  int64_t b_k, k;
+  bool b_is_far;                                         // beyond the L2 of a few cores
+  int64_t row_begin, row_end, column_begin, column_end;  // the part of C to compute; kSkinny rows unless K is
+  Epilogue epilogue;
+};
+
+// ---- sparse gradients ----------------------------------------------------------------------------------------------
+
+// One row of C = A B, A's row given by its entries: c[j] = sum over them of value * b[row * b_row + j].
+struct SparseRow {
+  const int32_t* rows;  // of B
+  const void* values;   // acc
+  int64_t entries;
+  const void* b;
+  int64_t b_row, columns;
+  void* c;   // acc
+  bool add;  // to what is there
+};
+
+// ---- parts of rows -------------------------------------------------------------------------------------------------
+
+// Part j of a row of `to` = sum over i of coefficients[j * parts + i] times part i of that row of `from`. A row's parts
+// are adjacent and equally long, from's rows lie anywhere, to's follow one another.
+struct CombinePartsArgs {
+  MatrixView from;  // col_stride 1
+  int64_t parts, to_parts, length;
+  const void* coefficients;  // acc, to_parts x parts
+  void* to;
+};
+
+// sums[j * parts + i] = sum over rows of the dot product of part j of `of` and part i of `with`.
+struct PartProductsArgs {
+  const void* of;   // acc, rows follow one another
+  MatrixView with;  // col_stride 1
+  int64_t of_parts, parts, length;
+  void* sums;  // acc
+};
+
+}  // namespace rf

@@ -1,0 +1,148 @@
+// What softmax and cross-entropy share of rows: blocks of one row that fit L1, and tiles of rows. Where the class
+// dimension is not adjacent in memory, tiles of kTileRows rows are transposed into scratch, the row kernels run there,
+// and the results are transposed back.
+#pragma once
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
+
+// ---- a block of a row ----------------------------------------------------------------------------------------------
+
+constexpr int64_t kBlock = tuning::kBlockVectors * f32v::size;
+
+template <class A>
+inline A minus_infinity() {
+  return -std::numeric_limits<A>::infinity();
+}
+
+template <class A>
+inline A block_max(const A* z, int64_t n) {
+  using V = vec_t<A>;
+  V m0 = set1(minus_infinity<A>()), m1 = m0;
+  int64_t j = 0;
+  for (; j + 2 * V::size <= n; j += 2 * V::size) {
+    m0 = max(load(z + j), m0);
+    m1 = max(load(z + j + V::size), m1);
+  }
+  for (; j + V::size <= n; j += V::size) m0 = max(load(z + j), m0);
+  if (j < n) m1 = max(first_n(load_n(z + j, n - j), n - j, m1), m1);
+  return reduce_max(max(m0, m1));
+}
+
+// Sum of exp(z - m). Lanes past the end count exp(-inf) = 0. Meanwhile what follows at `next` is fetched (past the
+// end of the row that is a hint without effect): memory would idle during this pass otherwise.
+template <class T, class A>
+inline A block_exp_sum(const A* z, int64_t n, A m, const T* next) {
+  using V = vec_t<A>;
+  constexpr int64_t line = 64 / sizeof(T);
+  V vm = set1(m), s0 = set1(A(0)), s1 = s0;
+  int64_t j = 0;
+  for (; j + 2 * V::size <= n; j += 2 * V::size) {
+    __builtin_prefetch(next + j);
+    if constexpr (line < 2 * V::size) __builtin_prefetch(next + j + line);
+    s0 = s0 + exp(load(z + j) - vm);
+    s1 = s1 + exp(load(z + j + V::size) - vm);
+  }
+  for (; j + V::size <= n; j += V::size) s0 = s0 + exp(load(z + j) - vm);
+  if (j < n) s1 = s1 + exp(first_n(load_n(z + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
+  return reduce_add(s0 + s1);
+}
+
+// A block of n elements in accumulator type: the elements themselves where nothing needs doing, else a copy in buf.
+template <class T, class A>
+inline const A* staged(const T* p, int64_t n, A* buf) {
+  if constexpr (std::is_same_v<T, A>) {
+    return p;
+  } else {
+    using V = vec_t<A>;
+    int64_t j = 0;
+    for (; j + V::size <= n; j += V::size) store(buf + j, load(p + j));
+    if (j < n) store_n(buf + j, load_n(p + j, n - j), n - j);
+    return buf;
+  }
+}
+
+// ---- several rows at a time ----------------------------------------------------------------------------------------
+
+// A lane to a row.
+template <class T>
+inline vec_t<T> load_lanes(const T* p, int64_t lanes) {
+  return lanes == vec_t<T>::size ? load(p) : load_n(p, lanes);
+}
+template <class T>
+inline void store_lanes(T* p, vec_t<T> x, int64_t lanes) {
+  if (lanes == vec_t<T>::size)
+    store(p, x);
+  else
+    store_n(p, x, lanes);
+}
+
+// Tile from memory: to[row][class], rows adjacent in memory along `inner` with inner_stride.
+template <class T>
+inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t rows, int64_t classes, acc_t<T>* to) {
+  const T* p = base + l.offset(row);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (l.inner_stride == 1 && f32v::size > 1) {
+      constexpr int64_t W = f32v::size;
+      for (int64_t r0 = 0; r0 < rows; r0 += W) {
+        const int64_t lanes = std::min<int64_t>(W, rows - r0);
+        for (int64_t c0 = 0; c0 < classes; c0 += W) {
+          const int64_t count = std::min<int64_t>(W, classes - c0);
+          f32v block[W];
+          for (int64_t c = 0; c < W; ++c) {
+            const T* q = p + (c0 + c) * l.class_stride + r0;
+            block[c] = c >= count ? set1(0.0f) : lanes == W ? load(q) : load_n(q, lanes);
+          }
+          transpose(block);
+          for (int64_t r = 0; r < lanes; ++r) {
+            float* q = to + (r0 + r) * classes + c0;
+            if (count == W)
+              store(q, block[r]);
+            else
+              store_n(q, block[r], count);
+          }
+        }
+      }
+      return;
+    }
+  }
+  for (int64_t c = 0; c < classes; ++c)
+    for (int64_t r = 0; r < rows; ++r) to[r * classes + c] = load_one(p + c * l.class_stride + r * l.inner_stride);
+}
+
+template <class T>
+inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int64_t row, int64_t rows,
+                         int64_t classes) {
+  T* p = base + l.offset(row);
+  if constexpr (!std::is_same_v<T, double>) {
+    if (l.inner_stride == 1 && f32v::size > 1) {
+      constexpr int64_t W = f32v::size;
+      for (int64_t r0 = 0; r0 < rows; r0 += W) {
+        const int64_t lanes = std::min<int64_t>(W, rows - r0);
+        for (int64_t c0 = 0; c0 < classes; c0 += W) {
+          const int64_t count = std::min<int64_t>(W, classes - c0);
+          f32v block[W];
+          for (int64_t r = 0; r < W; ++r) {
+            const float* q = from + (r0 + r) * classes + c0;
+            block[r] = r >= lanes ? set1(0.0f) : count == W ? load(q) : load_n(q, count);
+          }
+          transpose(block);
+          for (int64_t c = 0; c < count; ++c) {
+            T* q = p + (c0 + c) * l.class_stride + r0;
+            if (lanes == W)
+              store(q, block[c]);
+            else
+              store_n(q, block[c], lanes);
+          }
+        }
+      }
+      return;
+    }
+  }
+  for (int64_t c = 0; c < classes; ++c)
+    for (int64_t r = 0; r < rows; ++r) store_one(p + c * l.class_stride + r * l.inner_stride, from[r * classes + c]);
+}
+
+// Rows of the tile that starts at `row`: never across a step of the outer dimension.
+inline int64_t tile_rows(const RowLayout& l, int64_t row, int64_t end) {
+  return std::min(std::min<int64_t>(tuning::kTileRows, l.inner - row % l.inner), end - row);
+}

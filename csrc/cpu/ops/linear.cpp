@@ -1,0 +1,90 @@
+// linear on the CPU: tensors to plain structs and allocation; products are regfast's or ATen's.
+#include "cpu/drivers/drivers.h"
+#include "cpu/ops/activation_gradient.h"
+#include "cpu/ops/outputs.h"
+#include "cpu/ops/traced.h"
+#include "shared/layouts.h"
+#include "shared/op_checks.h"
+
+namespace rf {
+namespace {
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
+                                          string_view activation, bool save_preactivation) {
+  check_linear_forward(x, w, bias);
+  auto sizes = x.sizes().vec();
+  sizes.back() = w.size(0);
+  const DType dtype = dtype_of(x.scalar_type());
+  const Activation act = parse_activation(activation);
+  if (product_by_aten(x.scalar_type(), rows_of(x), w.size(0), w.size(1))) {
+    Tensor z = at::linear(x, w, bias);
+    if (act == Activation::none) return {z, at::empty({0}, x.options())};
+    Tensor y = save_preactivation ? advised(at::empty(sizes, x.options())) : z;
+    activation_forward(dtype, z.const_data_ptr(), y.mutable_data_ptr(), z.numel(), act);
+    return {y, save_preactivation ? z : at::empty({0}, x.options())};
+  }
+  Tensor y = advised(at::empty(sizes, x.options()));
+  Tensor z = save_preactivation ? advised(at::empty(sizes, x.options())) : at::empty({0}, x.options());
+  if (y.numel() == 0) return {y, z};
+  const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+  const Operand a = operand(x), weight = operand(w);
+  gemm(dtype, {rows_of(x),
+               w.size(0),
+               w.size(1),
+               a.view,
+               false,
+               weight.view,
+               true,
+               {y.mutable_data_ptr(), w.size(0), nullptr, 0, b.defined() ? b.const_data_ptr() : nullptr, act,
+                save_preactivation ? z.mutable_data_ptr() : nullptr}});
+  return {y, z};
+}
+
+// input is needed for the weight's gradient, weight for the input's.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input,
+                                                   const OptionalTensor& weight, const OptionalTensor& saved,
+                                                   string_view activation_name, std::array<bool, 3> mask) {
+  check_linear_backward(grad, input, weight, saved, activation_name, mask);
+  const Activation activation = parse_activation(activation_name);
+  const DType dtype = dtype_of(grad.scalar_type());
+  const int64_t m = rows_of(grad), n = grad.size(-1);
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+
+  const ActivationGradient of = activation_gradient(grad, saved, activation, mask[2]);
+  const Tensor &dz = of.dz, &db = of.column_sums;
+  const auto product = [&](int64_t rows, int64_t columns, int64_t inner, bool dz_transposed, const Tensor& other,
+                           at::IntArrayRef sizes) {
+    if (product_by_aten(grad.scalar_type(), rows, columns, inner)) {
+      const Tensor left = dz.reshape({m, n}), right = other.reshape({inner, columns});
+      return at::mm(dz_transposed ? left.t() : left, right).view(sizes);
+    }
+    Tensor c = advised(at::empty(sizes, grad.options()));
+    const Operand left = operand(dz), right = operand(other);
+    gemm(dtype, {rows,
+                 columns,
+                 inner,
+                 left.view,
+                 dz_transposed,
+                 right.view,
+                 false,
+                 {c.mutable_data_ptr(), columns, nullptr, 0, nullptr, Activation::none, nullptr}});
+    return c;
+  };
+  Tensor dx = none(), dw = none();
+  if (mask[0]) {
+    auto sizes = grad.sizes().vec();
+    sizes.back() = weight->size(1);
+    dx = product(m, weight->size(1), n, false, *weight, sizes);
+  }
+  if (mask[1]) dw = product(n, input->size(-1), m, true, *input, {n, input->size(-1)});
+  return {dx, dw, db};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(regfast, CPU, m) {
+  register_kernels<linear_forward>(m, "linear_forward", isa_in_use);
+  register_kernels<linear_backward>(m, "linear_backward", isa_in_use);
+}
+
+}  // namespace rf
