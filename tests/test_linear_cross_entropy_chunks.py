@@ -25,7 +25,7 @@ from linear_cross_entropy_cases import (
 )
 from torch import nn
 from torch.testing import assert_close
-from util import HALF, INF, NAN, class_targets, evaluate, fresh_process, probability_targets
+from util import HALF, INF, NAN, class_targets, evaluate, fresh_process, measures_memory, probability_targets
 
 import regfast
 
@@ -330,7 +330,7 @@ PEAK = """
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
+@measures_memory
 @pytest.mark.no_kernels("another process")
 def test_peak_memory_is_what_the_plan_says():
     try:

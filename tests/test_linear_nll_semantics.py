@@ -13,7 +13,7 @@ from linear_nll_cases import REDUCTIONS, each_family, each_reduction, operands, 
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from util import HALF, class_targets, evaluate, fresh_process, probability_targets, spiky
+from util import HALF, class_targets, evaluate, fresh_process, measures_memory, probability_targets, spiky
 
 import regfast
 
@@ -272,7 +272,7 @@ PEAK = """
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
+@measures_memory
 @pytest.mark.no_kernels("another process")
 def test_peak_memory_has_no_room_for_all_predictions():
     # 117 MiB of them. A chunk's take what linear_cross_entropy's take; a few outputs' none at all.

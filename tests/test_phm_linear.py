@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_linear import ACTIVATIONS
 from torch.testing import assert_close
-from util import INF, LAYOUTS, NAN, check, evaluate, fresh_process, lay_out, spiky, with_all_kernels
+from util import INF, LAYOUTS, NAN, check, evaluate, fresh_process, lay_out, measures_memory, spiky, with_all_kernels
 
 import regfast
 from regfast import reference
@@ -310,7 +310,7 @@ PEAK = """
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads memory from Linux's /proc")
+@measures_memory
 @pytest.mark.no_kernels("another process")
 def test_the_weight_is_never_stored():
     try:

@@ -11,7 +11,7 @@ from torch.autograd.graph import allow_mutation_on_saved_tensors, save_on_cpu, s
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
-from util import class_targets, probability_targets, spiky
+from util import class_targets, measures_memory, probability_targets, spiky
 
 import regfast
 
@@ -250,7 +250,7 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads memory from Linux's /proc")
+@measures_memory
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_a_thousand_graphs_without_growth(backward):
     # A cycle of a graph and what it keeps would free nothing of it.

@@ -22,6 +22,13 @@ INF, NAN = float("inf"), float("nan")
 with_all_kernels = pytest.mark.usefixtures("kernels")
 
 
+# Under make asan, whose library answers for the allocator and for faults.
+SANITIZED = "libasan" in os.environ.get("LD_PRELOAD", "")
+measures_memory = pytest.mark.skipif(
+    SANITIZED or not Path("/proc/self/clear_refs").exists(), reason="reads the allocator's memory from Linux's /proc"
+)
+
+
 # Inputs
 
 
