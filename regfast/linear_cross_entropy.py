@@ -128,7 +128,7 @@ def linear_cross_entropy(
             chunk, input.shape[-1], linear_weight.shape[:-1].numel(), _name(input.dtype), input.is_cuda
         )
     bits, result, places = select_outputs("linear_cross_entropy", outputs)
-    input, target, batch = as_batch(input, target)
+    input, target, batch = as_batch(input, linear_weight.shape[0] if linear_weight.dim() else 0, target)
     tensors = _linear_cross_entropy(
         input,
         linear_weight,
@@ -218,7 +218,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     def forward(self, input: Tensor, target: Tensor):
         shape = (self.num_classes, *self.out_features)
         if not is_product(self.linear):
-            rows, classes, batch = as_batch(input, target)
+            rows, classes, batch = as_batch(input, self.num_classes, target)
             result = self._of_logits(self.linear(rows).unflatten(-1, shape), classes)
             if batch is None:
                 return result

@@ -287,10 +287,10 @@ def cross_entropy_outputs(
     return [result if name == "argmax" else result.to(loss_dtype or dtypes[name]) for name, result in results.items()]
 
 
-def as_batch(input: Tensor, target: Tensor) -> tuple[Tensor, Tensor, torch.Size | None]:
+def as_batch(input: Tensor, classes: int, target: Tensor) -> tuple[Tensor, Tensor, torch.Size | None]:
     """A batch of more than one dimension as one of rows, and its shape; None where there is nothing to do. torch takes
-    a class in one dimension for a single row."""
-    if input.dim() == 1 and target.shape == (1,) and not target.is_floating_point():
+    a class in one dimension for a single row, unless with one class that is the shape of probabilities."""
+    if input.dim() == 1 and target.shape == (1,) and classes != 1 and not target.is_floating_point():
         return input, target.squeeze(0), None
     if input.dim() <= 2:
         return input, target, None
@@ -334,7 +334,7 @@ def linear_cross_entropy(
     known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
     _require(known, ValueError, "linear_cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
     _require_class_weight_type("linear_cross_entropy", input, weight, target.is_floating_point())
-    input, target, batch = as_batch(input, target)
+    input, target, batch = as_batch(input, linear_weight.shape[0], target)
     results = linear_cross_entropy_outputs(
         input,
         linear_weight,

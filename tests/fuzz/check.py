@@ -71,7 +71,7 @@ def has_mistake(case: Case) -> bool:
     options = case["options"]
     return (
         not 0 <= options.get("label_smoothing", 0) <= 1
-        or options.get("reduction") not in (None, "none", "mean", "sum")
+        or options.get("reduction", "mean") not in ("none", "mean", "sum")
         or any("out_of_range" in spec or spec.get("dtype") == "int32" for spec in case["tensors"].values())
         or case["tensors"].get("weight", {}).get("grad", False)
     )

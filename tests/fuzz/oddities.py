@@ -44,11 +44,11 @@ def _int_targets(case: Case, problem: str) -> bool:
     return "cross_entropy" in case["op"] and target.get("dtype") == "int32" and refused
 
 
-def _bias_of_another_type(case: Case, problem: str) -> bool:
+def _bias_after_the_product(case: Case, problem: str) -> bool:
     """Where input has more than two dimensions, and its strides do not let them be one."""
     return (
         case["op"] == "linear"
-        and case.get("mismatch") == ["bias", "dtype"]
+        and case.get("mismatch") in (["bias", "dtype"], ["weight", "flatter"])
         and problem.startswith("only regfast raised")
         and len(case["sizes"]["n"]) > 1
     )
@@ -92,8 +92,9 @@ def _infinite_terms_of_two_outputs(case: Case, problem: str) -> bool:
     return several and problem.startswith("gradient of target") and "PyTorch nan" in problem and _unbounded(case)
 
 
-def _weights_of_more_dimensions(case: Case, problem: str) -> bool:
-    return case.get("mismatch") == ["weight", "deeper"] and "cross_entropy: weight: expected one number" in problem
+def _weights_of_other_dimensions(case: Case, problem: str) -> bool:
+    other = case.get("mismatch") in (["weight", "deeper"], ["weight", "flatter"])
+    return other and "cross_entropy: weight: expected one number" in problem
 
 
 def _equal_terms(case: Case, problem: str) -> bool:
@@ -116,7 +117,8 @@ def _scale_beyond_the_range(case: Case, problem: str) -> bool:
 
 
 def _negative_smoothing(case: Case, problem: str) -> bool:
-    return case["options"].get("label_smoothing", 0) < 0 and problem.startswith("only regfast raised")
+    refused = problem.startswith("only regfast raised") or "label_smoothing: expected" in problem
+    return case["options"].get("label_smoothing", 0) < 0 and refused
 
 
 def _all_of_logsumexp(case: Case, problem: str) -> bool:
@@ -205,8 +207,8 @@ def _product_of_torch(case: Case, problem: str) -> bool:
 ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "torch takes uint8 classes for rows of logits, and refuses them beside further dimensions": _byte_targets,
     "int32 classes are taken, which torch refuses": _int_targets,
-    "torch adds a bias of another type where it does so after the product, and refuses it elsewhere": (
-        _bias_of_another_type
+    "where torch adds the bias after the product, it may have another type, and weight one dimension": (
+        _bias_after_the_product
     ),
     "a class in one dimension for a single row: torch takes it in forward, and fails in backward": (
         _one_class_for_one_row
@@ -218,7 +220,9 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "factors of loss and logprob meet before an infinite log-probability, in torch after it": (
         _infinite_terms_of_two_outputs
     ),
-    "torch takes class weights of more dimensions where there are positions": _weights_of_more_dimensions,
+    "torch takes class weights of more dimensions where there are positions, and of none in places": (
+        _weights_of_other_dimensions
+    ),
     "sums of equal terms round in one direction, for as long as a chain of additions is": _equal_terms,
     "torch ignores a negative label_smoothing, which is refused": _negative_smoothing,
     "torch's logsumexp over no dimension means all, but fails beside keepdim=False": _all_of_logsumexp,
