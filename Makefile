@@ -82,10 +82,10 @@ bench: $(VENV)/built
 	pytest bench --benchmark-only --benchmark-json=build/bench.json
 	python bench/report.py build/bench.json
 
-# SECONDS=, SEED=, OPS= and CASE= as for fuzz, THREADS= all by default, JSON= a file for all results.
+# SECONDS=, SEED=, CASES=, CASE= and OPS= as for fuzz, THREADS= all by default, JSON= a file for all results.
 sweep: $(VENV)/built
-	python bench/sweep.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASE),--case $(CASE)) \
-		$(if $(OPS),--ops $(OPS)) $(if $(THREADS),--threads $(THREADS)) $(if $(JSON),--json $(JSON))
+	python bench/sweep.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES)) \
+		$(if $(CASE),--case $(CASE)) $(if $(OPS),--ops $(OPS)) $(if $(THREADS),--threads $(THREADS)) $(if $(JSON),--json $(JSON))
 
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
