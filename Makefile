@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels cuda_on_host asan tsan fuzz bench lint format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels cuda_on_host asan tsan fuzz bench sweep lint format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 help:
@@ -26,6 +26,7 @@ help:
 	@echo "make tsan          kernel tests, whose threads are their own, under the thread sanitizer"
 	@echo "make fuzz          random calls of every op against PyTorch and float64"
 	@echo "make bench         benchmarks against PyTorch"
+	@echo "make sweep         random calls of every op timed beside PyTorch's, the slowest first"
 	@echo "make lint, format  the linters; the formatters"
 	@echo "make sdist, wheel  the source distribution and the wheel, in dist/"
 	@echo "make cuda          a wheel with the CUDA kernels, on any machine with nvcc, tested without a GPU"
@@ -80,6 +81,11 @@ bench: $(VENV)/built
 	mkdir -p build
 	pytest bench --benchmark-only --benchmark-json=build/bench.json
 	python bench/report.py build/bench.json
+
+# SECONDS=, SEED=, CASES=, CASE= and OPS= as for fuzz, THREADS= all by default, JSON= a file for all results.
+sweep: $(VENV)/built
+	python bench/sweep.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES)) \
+		$(if $(CASE),--case $(CASE)) $(if $(OPS),--ops $(OPS)) $(if $(THREADS),--threads $(THREADS)) $(if $(JSON),--json $(JSON))
 
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

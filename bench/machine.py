@@ -169,14 +169,10 @@ def fma_peak(threads: int, seconds: float = 0.3) -> dict[str, float]:
     return {"core": one, "all": every}
 
 
-@functools.cache
-def measure() -> dict:
-    """Everything about this machine that a result needs in order to be read. Takes about five seconds, once."""
+def describe(threads: int) -> dict:
+    """What can be told without measuring."""
     import regfast
 
-    threads = num_threads()
-    with OthersCpus() as others:
-        rates, peak = bandwidth(threads), fma_peak(threads)
     return {
         "cpu": cpu_name(),
         "slug": slug(cpu_name(), threads, regfast.isa()),
@@ -192,6 +188,17 @@ def measure() -> dict:
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "huge_pages": huge_pages(),
+    }
+
+
+@functools.cache
+def measure() -> dict:
+    """Everything about this machine that a result needs in order to be read. Takes about five seconds, once."""
+    threads = num_threads()
+    with OthersCpus() as others:
+        rates, peak = bandwidth(threads), fma_peak(threads)
+    return {
+        **describe(threads),
         "bandwidth_gb_s": rates,
         "fma_gflop_s": peak,
         "others_cpus": others.cpus,
