@@ -99,6 +99,7 @@ void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const
   } else {
     RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), op, "target",
              c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
+    if (x.dim() == 1) check_class_type(op, t);
     RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, op, "target", "one class for one row of logits",
              t.sym_sizes());
     bool fits = t.dim() == x.dim() - 1;
@@ -162,6 +163,7 @@ void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w
   }
   RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), op, "target",
            c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
+  if (x.dim() == 1) check_class_type(op, t);
   RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, op, "target", "one class for one row", t.sym_sizes());
   RF_CHECK(TORCH_CHECK, is(t, losses), op, "target",
            c10::str("shape ", c10::SymIntArrayRef(losses), ", or probabilities of shape ", c10::SymIntArrayRef(logits)),

@@ -20,7 +20,7 @@ from .tensors import classes, lay_out, memory_of, put, values
 from .terms import Terms
 
 THREADS = (1, 2, 3, 7)
-OTHER_BITS, OF_ATEN = "other bits", " of a product that ATen has multiplied"
+OTHER_BITS, OF_ATEN = "other bits", " of what ATen has computed"
 # Weights that make most of the calls fall where most of the kernels are.
 WEIGHTS = {
     "linear": 14,
@@ -192,7 +192,7 @@ def check_case(case: Case) -> Report:
         if any(problem.endswith(OTHER_BITS) for problem in problems):
             with recorded(_C) as calls:
                 run(op.ours, op, tensors, case, upstream)
-            if any(call.path == "aten" for call in calls):
+            if any(call.path != "kernels" for call in calls):
                 problems = [p + OF_ATEN if p.endswith(OTHER_BITS) else p for p in problems]
     for name, t in tensors.items():
         if not torch.equal(memory_of(t), before[name]):
@@ -252,15 +252,15 @@ def against(op: Op, case: Case, tensors: Tensors, ours: Run, theirs: Run, upstre
         return None if between[0].error is not None else pick(between[0])
 
     problems = []
-    acc = accumulator(dtype_of(case["dtype"]))
-    if case["options"].get("dtype") == "float32":
-        acc = torch.float32  # which softmax and log_softmax convert their input to
+    # softmax and log_softmax convert their input to the dtype that is asked for.
+    through = dtype_of(case["options"].get("dtype"))
+    acc = accumulator(through or dtype_of(case["dtype"]))
 
     def look(name, a, b, c, size, pick):
         size = None if size is None or not fits(size, c) else size
-        problem = compare(a, b, c, size, sizes.rounds, acc, None, floor, longest)
+        problem = compare(a, b, c, size, sizes.rounds, acc, None, floor, longest, through)
         if problem and case["dtype"] in ("bfloat16", "float16"):
-            problem = compare(a, b, c, size, sizes.rounds, acc, half(pick), floor, longest)
+            problem = compare(a, b, c, size, sizes.rounds, acc, half(pick), floor, longest, through)
         if problem:
             problems.append(f"{name}: {problem}")
 
@@ -296,7 +296,7 @@ def check_argmax(ours: Tensor, theirs: Tensor, exact: Tensor, scores: tuple[Tens
     wrong = (ours != theirs) & (ours != exact)
     if not wrong.any() or scores is None:
         return None if not wrong.any() else "other classes"
-    z, size = scores
+    z, size = scores[0], scores[1].abs()
     dim = 1 if z.dim() > 1 else 0
     # Where products leave the range, the order of their sums decides which class is infinite.
     wrong &= ~(~(size * 4 <= torch.finfo(torch.float32).max)).expand(z.shape).any(dim)

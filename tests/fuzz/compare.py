@@ -52,12 +52,13 @@ def compare(
     between: Tensor | None = None,
     floor: float = 1.0,
     terms: int = 0,
+    through: torch.dtype | None = None,
 ) -> str | None:
     """What is wrong with `ours`, or None.
 
     `exact` is in float64, `size` that of the terms that it sums up, `acc` the accumulators' dtype, `between` the
     composite in their range for half types, `floor` multiplies the smallest normal number, below which exponentials
-    may be flushed, `terms` is the length of the longest sums.
+    may be flushed, `terms` is the length of the longest sums, `through` a dtype that something was rounded to.
     """
     if ours.dtype != theirs.dtype:
         return f"dtype {ours.dtype}, PyTorch {theirs.dtype}"
@@ -69,7 +70,8 @@ def compare(
     if not ours.is_floating_point():
         return None if torch.equal(ours, theirs) else "integers differ"
     dtype = ours.dtype
-    info, acc_info = torch.finfo(dtype), torch.finfo(acc)
+    info = max((torch.finfo(t) for t in (dtype, through or dtype)), key=lambda found: found.eps)
+    acc_info = torch.finfo(acc)
     wide = ours.double()
     if size is None:
         size = exact.nan_to_num(0, 0, 0).abs().max()

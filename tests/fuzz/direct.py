@@ -248,7 +248,9 @@ def check(case: Case) -> tuple[int, list[str]]:
         )
     ):
         problems.append("another run: other bits")
-    problems += against_composite(op, found, results[0])
+    # What leaves the range depends on the order of operations.
+    if not any(spec["values"] == "huge" for spec in case["tensors"].values()):
+        problems += against_composite(op, found, results[0])
     return len(results), problems
 
 

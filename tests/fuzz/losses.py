@@ -153,7 +153,7 @@ class CrossEntropy(Op):
         found = Terms([sizes.get(n) for n in names], {"input": dz * scale})
         if case["probabilities"]:
             found.grads["target"] = dt
-        found.scores = (z.squeeze(0) if single else z, z.abs())
+        found.scores = (z.squeeze(0) if single else z,) * 2
         return found
 
 
@@ -292,7 +292,7 @@ class LinearCrossEntropy(Op):
             found.grads["input"] = found.grads["input"].squeeze(0)
             if "target" in found.grads:
                 found.grads["target"] = dt.squeeze(0)
-            found.scores = (z.squeeze(0), error)
+            found.scores = (z.squeeze(0), error.squeeze(0))
         return found
 
 

@@ -45,18 +45,19 @@ def _int_targets(case: Case, problem: str) -> bool:
 
 
 def _bias_after_the_product(case: Case, problem: str) -> bool:
-    """Where input has more than two dimensions, and its strides do not let them be one."""
+    """Where input has one dimension, or more than two, and its strides do not let them be one."""
     return (
         case["op"] == "linear"
         and case.get("mismatch") in (["bias", "dtype"], ["weight", "flatter"])
         and problem.startswith("only regfast raised")
-        and len(case["sizes"]["n"]) > 1
+        and len(case["sizes"]["n"]) != 1
     )
 
 
 def _one_class_for_one_row(case: Case, problem: str) -> bool:
     mismatched = case.get("mismatch") in (["target", "deeper"], ["input", "flatter"])
-    return "cross_entropy" in case["op"] and mismatched and "size mismatch" in problem and "PyTorch raised" in problem
+    shapes = "size mismatch" in problem or "output with shape [] doesn't match" in problem
+    return "cross_entropy" in case["op"] and mismatched and shapes and "PyTorch raised" in problem
 
 
 def _batches(case: Case, problem: str) -> bool:
@@ -185,23 +186,8 @@ def _scaled_in_backward(case: Case, problem: str) -> bool:
     )
 
 
-def takes_composite(case: Case) -> bool:
-    """Calls without kernels: a differentiated class weight, or what a likelihood has besides input, weight and bias;
-    squared errors that broadcast, promote or have weights."""
-    if case["op"] == "mse_loss":
-        other = case["sizes"]["other"] != case["sizes"]["shape"] or "weight" in case["tensors"] or "mismatch" in case
-        return other or "dtype" in case["tensors"]["target"]
-    names = ("target", "pos_weight", "sample_weight") if case["op"] == "linear_nll" else ("weight",)
-    loss = case["op"] == "linear_nll" or "cross_entropy" in case["op"]
-    return loss and any(case["tensors"].get(name, {}).get("grad") for name in names)
-
-
-def _products_of_torch(case: Case, problem: str) -> bool:
-    return takes_composite(case) and " threads: " in problem and problem.endswith("other bits")
-
-
-def _product_of_torch(case: Case, problem: str) -> bool:
-    return " threads: " in problem and problem.endswith("that ATen has multiplied")
+def _bits_of_torch(case: Case, problem: str) -> bool:
+    return " threads: " in problem and problem.endswith("of what ATen has computed")
 
 
 ODDITIES: dict[str, Callable[[Case, str], bool]] = {
@@ -210,7 +196,7 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "where torch adds the bias after the product, it may have another type, and weight one dimension": (
         _bias_after_the_product
     ),
-    "a class in one dimension for a single row: torch takes it in forward, and fails in backward": (
+    "a class in one dimension for a single row: torch takes it, and fails in backward or beside label smoothing": (
         _one_class_for_one_row
     ),
     "batches of more dimensions are taken, which torch refuses": _batches,
@@ -237,8 +223,9 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     ),
     "at an infinite prediction bernoulli's loss is infinite; torch subtracts infinities": _infinite_predictions,
     "gradients that forward computed are multiplied by an upstream NaN, those of ignored rows too": _scaled_in_backward,
-    "the library of ATen's products divides their sums among threads": _product_of_torch,
-    "composites consist of torch's operators, whose bits depend on the number of threads": _products_of_torch,
+    "bits of torch's operators, of which composites and ATen's products consist, depend on the number of threads": (
+        _bits_of_torch
+    ),
     "targets beyond the family's range, infinite ones, have no likelihood": _beyond_the_family,
 }
 

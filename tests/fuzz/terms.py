@@ -14,7 +14,7 @@ from torch import Tensor
 
 from regfast import reference
 
-from .compare import accumulator
+from .compare import EPSILONS, accumulator
 
 
 @dataclass
@@ -117,7 +117,7 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
     w = torch.ones(n_classes, dtype=z.dtype) if weight is None else clean(weight).abs()
     w = w.view(1, -1, *([1] * (z.dim() - 2)))
     probabilities = target.shape == z.shape
-    smoothing = options.get("label_smoothing", 0.0)
+    smoothing = max(0.0, options.get("label_smoothing", 0.0))
     if probabilities:
         t, valid = clean(target).abs(), torch.ones_like(rows.lse)
     else:
@@ -146,6 +146,8 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
     # In gradients, probabilities below a bound count as zero; see kLeastLogProbability in cross_entropy_backward.inl.h.
     least, eps = (1e-29, 1.2e-7) if acc == torch.float32 else (1e-298, 2.3e-16)
     share = rows.share + least * rows.log_p / eps
+    # Where logits may be off by a half, as products of numbers far above one are, so may any probability.
+    share = torch.where(EPSILONS * eps * rows.error > 0.5, 1 / eps, share)
     if "loss" in g:
         up = g["loss"].unsqueeze(1) if reduction == "none" else g["loss"] * part
         mass = (smooth * w).sum(1, keepdim=True)
