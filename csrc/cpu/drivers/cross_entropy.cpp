@@ -17,7 +17,7 @@ bool needs_tiles(const CrossEntropyArgs& a) {
 template <class F>
 void for_row_blocks(const CrossEntropyArgs& args, bool tiles, int64_t rows, F&& body) {
   const int64_t block = tuning::rows_per_sum(args.classes), blocks = ceil_div(rows, block);
-  const int64_t grain = tuning::kParallelElements / (block * (args.classes > 0 ? args.classes : 1)) + 1;
+  const int64_t grain = tuning::kParallelElements / (block * (args.classes + tuning::kRowElements)) + 1;
   parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
     CrossEntropyArgs mine = args;
     if (tiles) mine.scratch = scratch(Slot::tile, tuning::tile_scratch_bytes(args.classes));
@@ -40,13 +40,6 @@ CrossEntropyPartial sum_over_blocks(const CrossEntropyArgs& args, bool tiles, in
     if (bad_row < 0) bad_row = p.bad_row;
   }
   return {loss.value(), weight.value(), bad_row};
-}
-
-// Forward's kernels look for themselves.
-int64_t first_bad_row(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
-  for (int64_t r = begin; a.target && r < end; ++r)
-    if (a.target[r] != a.ignore_index && (a.target[r] < 0 || a.target[r] >= a.classes)) return r;
-  return -1;
 }
 
 // Whether rows go through tiles, and if so their layouts as those want them.
@@ -76,9 +69,7 @@ int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyG
   const bool tiles = prepare_tiles(args, grads, rows);
   return sum_over_blocks(args, tiles, rows,
                          [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
-                           const int64_t bad_row = first_bad_row(a, begin, end);
-                           if (bad_row < 0) kernel(a, grads, begin, end);
-                           return CrossEntropyPartial{0, 0, bad_row};
+                           return CrossEntropyPartial{0, 0, kernel(a, grads, begin, end)};
                          })
       .bad_row;
 }

@@ -17,7 +17,7 @@ void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows) {
   const bool tiles = args.in.class_stride != 1 || args.out.class_stride != 1 || args.grad_in.class_stride != 1;
   if (tiles)
     for (RowLayout* l : {&args.in, &args.grad_in, &args.out}) *l = as_inner_rows(*l, rows);
-  const int64_t grain = tuning::kParallelElements / (args.classes > 0 ? args.classes : 1) + 1;
+  const int64_t grain = tuning::kParallelElements / (args.classes + tuning::kRowElements) + 1;
   parallel_for(rows, tiles && grain < tuning::kTileRows ? tuning::kTileRows : grain, [&](int64_t begin, int64_t end) {
     SoftmaxArgs mine = args;
     if (tiles) mine.scratch = scratch(Slot::tile, tuning::tile_scratch_bytes(args.classes));

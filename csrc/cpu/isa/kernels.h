@@ -16,8 +16,9 @@ struct Kernels {
 
   CrossEntropyPartial (*cross_entropy_forward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyOutputs&,
                                                         int64_t row_begin, int64_t row_end);
-  void (*cross_entropy_backward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyGrads&, int64_t row_begin,
-                                          int64_t row_end);
+  // Returns a row whose class is out of range, or -1.
+  int64_t (*cross_entropy_backward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyGrads&, int64_t row_begin,
+                                             int64_t row_end);
 
   void (*activation_forward[kDTypes])(const void* z, void* y, int64_t n, Activation);
   void (*activation_backward[kDTypes])(const ActivationBackwardArgs&, int64_t row_begin, int64_t row_end);

@@ -110,6 +110,13 @@ inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
 inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) {
   return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
 }
+// a == b ? x : y, lane by lane; y where a or b is NaN.
+inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
+}
+inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) {
+  return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ))};
+}
 inline f32v round_even(f32v a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline f64v round_even(f64v a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x * 2^n for integral n, |n| <= 252: in two halves, so that 2^n itself may leave the range of the type.
@@ -125,6 +132,12 @@ inline f64v scale2(f64v x, f64v n) {
   __m256i a = _mm256_slli_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(half), bias), 52);
   __m256i b = _mm256_slli_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(_mm_sub_epi32(whole, half)), bias), 52);
   return {_mm256_mul_pd(_mm256_mul_pd(x.v, _mm256_castsi256_pd(a)), _mm256_castsi256_pd(b))};
+}
+
+// The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
+inline f32v exponent(f32v x) {
+  __m256i biased = _mm256_srli_epi32(_mm256_castps_si256(x.v), 23);
+  return {_mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)))};
 }
 
 inline float reduce_add(f32v a) {

@@ -92,11 +92,21 @@ inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
 inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) {
   return {_mm512_mask_mov_pd(y.v, _mm512_cmp_pd_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
+// a == b ? x : y, lane by lane; y where a or b is NaN.
+inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ), x.v)};
+}
+inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) {
+  return {_mm512_mask_mov_pd(y.v, _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ), x.v)};
+}
 inline f32v round_even(f32v a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline f64v round_even(f64v a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // x * 2^n for integral n, through subnormals to zero and beyond the largest number to infinity.
 inline f32v scale2(f32v x, f32v n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 inline f64v scale2(f64v x, f64v n) { return {_mm512_scalef_pd(x.v, n.v)}; }
+
+// The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
+inline f32v exponent(f32v x) { return {_mm512_getexp_ps(x.v)}; }
 
 inline float reduce_add(f32v a) { return _mm512_reduce_add_ps(a.v); }
 inline double reduce_add(f64v a) { return _mm512_reduce_add_pd(a.v); }

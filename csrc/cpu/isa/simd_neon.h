@@ -113,6 +113,9 @@ inline f32v copysign(f32v magnitude, f32v sign) { return {vbslq_f32(vdupq_n_u32(
 // a < b ? x : y, lane by lane; y where a or b is NaN.
 inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) { return {vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v)}; }
 inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) { return {vbslq_f64(vcltq_f64(a.v, b.v), x.v, y.v)}; }
+// a == b ? x : y, lane by lane; y where a or b is NaN.
+inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) { return {vbslq_f32(vceqq_f32(a.v, b.v), x.v, y.v)}; }
+inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) { return {vbslq_f64(vceqq_f64(a.v, b.v), x.v, y.v)}; }
 inline f32v round_even(f32v a) { return {vrndnq_f32(a.v)}; }
 inline f64v round_even(f64v a) { return {vrndnq_f64(a.v)}; }
 // x * 2^n for integral n, in two factors so that both are representable: through subnormals to zero and beyond the
@@ -128,6 +131,11 @@ inline f64v scale2(f64v x, f64v n) {
   float64x2_t a = vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(half, bias), 52));
   float64x2_t b = vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(vsubq_s64(whole, half), bias), 52));
   return {vmulq_f64(vmulq_f64(x.v, a), b)};
+}
+// The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
+inline f32v exponent(f32v x) {
+  int32x4_t biased = vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_f32(x.v), 23));
+  return {vcvtq_f32_s32(vsubq_s32(biased, vdupq_n_s32(127)))};
 }
 
 // Halves on halves, as in the other ISAs (vaddvq adds neighbours): sums of transposed vectors must have the same bits.

@@ -91,11 +91,17 @@ inline f32v copysign(f32v magnitude, f32v sign) { return {std::copysign(magnitud
 // a < b ? x : y; y where a or b is NaN.
 inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) { return a.v < b.v ? x : y; }
 inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) { return a.v < b.v ? x : y; }
+// a == b ? x : y; y where a or b is NaN.
+inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) { return a.v == b.v ? x : y; }
+inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) { return a.v == b.v ? x : y; }
 inline f32v round_even(f32v a) { return {std::nearbyintf(a.v)}; }
 inline f64v round_even(f64v a) { return {std::nearbyint(a.v)}; }
 // x * 2^n for integral n, through subnormals to zero and beyond the largest number to infinity; a NaN n gives NaN.
 inline f32v scale2(f32v x, f32v n) { return {n.v == n.v ? std::ldexp(x.v, (int)n.v) : n.v}; }
 inline f64v scale2(f64v x, f64v n) { return {n.v == n.v ? std::ldexp(x.v, (int)n.v) : n.v}; }
+
+// The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
+inline f32v exponent(f32v x) { return {(float)((int)(bits_of(x.v) >> 23) - 127)}; }
 
 inline float reduce_add(f32v a) { return a.v; }
 inline double reduce_add(f64v a) { return a.v; }

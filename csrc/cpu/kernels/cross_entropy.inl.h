@@ -3,20 +3,11 @@
 //   loss = sum_j q_j (L - (z_j - m)) + z_loss lse^2     entropy = L - sum_j p_j (z_j - m)     lse = m + L
 // so one pass over the row gives them all, and their gradient is  p_j (a + b log p_j) - q_j  with two numbers per row.
 #pragma once
+#include "cpu/kernels/cross_entropy_few_classes.inl.h"
+#include "cpu/kernels/cross_entropy_logits.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 #include "cpu/kernels/rows.inl.h"
-
-template <class A>
-struct LogitTransform {
-  A scale, cap;  // cap 0: none
-  bool identity() const { return scale == A(1) && cap == A(0); }
-  template <class V>
-  V operator()(V x) const {
-    x = x * set1(scale);
-    return cap == A(0) ? x : set1(cap) * tanh(x / set1(cap));
-  }
-};
 
 // z of n logits: the logits themselves where nothing needs doing, else computed into buf.
 template <class T, class A>
@@ -28,10 +19,6 @@ inline const A* staged_logits(const T* x, int64_t n, A* buf, const LogitTransfor
   if (j < n) store_n(buf + j, transform(load_n(x + j, n - j)), n - j);
   return buf;
 }
-
-// exp(x) x counts as 0 where exp(x) is 0: this bound keeps -inf out of the product. NaN passes.
-template <class A>
-constexpr A kLeastExponent = A(-1e4);
 
 // What exponents are counted from: the maximum; 0 where that is infinite, so that a row of -inf sums to 0, and one with
 // +inf to infinity, or to NaN if there is a NaN in it.
@@ -226,84 +213,18 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
   return denominator;
 }
 
-// Class indices without options, few classes: lanes are rows. Loss and statistics of `rows` <= size rows, of which
-// either the classes or the rows are adjacent in memory; their losses and denominators are added to the sums.
-template <class T>
-inline void cross_entropy_narrow_rows(const T* x, const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
-                                      int64_t row, int64_t rows, CompensatedSum* losses, CompensatedSum* weights) {
-  using V = f32v;
-  constexpr int64_t W = V::size;
-  V z[tuning::kNarrowClasses + W];
-  const int64_t step = a.layout.class_stride;
-  if (step != 1) {
-    for (int64_t c = 0; c < a.classes; ++c) z[c] = load_lanes(x + a.layout.offset(row) + c * step, rows);
-  } else {
-    for (int64_t c0 = 0; c0 < a.classes; c0 += W) {
-      const int64_t count = std::min<int64_t>(W, a.classes - c0);
-      V block[W];
-      for (int64_t r = 0; r < W; ++r) block[r] = load_lanes(x + a.layout.offset(row + (r < rows ? r : 0)) + c0, count);
-      transpose(block);
-      for (int64_t c = 0; c < W; ++c) z[c0 + c] = block[c];
-    }
-  }
-  V m = set1(minus_infinity<float>());
-  for (int64_t c = 0; c < a.classes; ++c) m = max(z[c], m);
-  const V most = set1(std::numeric_limits<float>::max());
-  const V origin = select_lt(most, abs(m), set1(0.0f), m);  // as origin_of
-  V sum = set1(0.0f);
-  for (int64_t c = 0; c < a.classes; ++c) sum = sum + exp(z[c] - origin);
-  float lane_max[W], lane_sum[W];
-  store(lane_max, m);
-  store(lane_sum, sum);
-  const float* weight = (const float*)a.class_weight;
-  double loss_sum = 0, weight_sum = 0;  // of few floats, which it holds exactly enough
-  for (int64_t r = 0; r < rows; ++r) {
-    const RowResult<float, float> result = row_result(lane_max[r], lane_sum[r]);
-    const float log_sum = result.log_sum, lse = result.lse;
-    const int64_t y = a.target[row + r];
-    const bool ignored = y == a.ignore_index;
-    const float w = ignored ? 0.0f : weight ? weight[y] : 1.0f;
-    const float logprob = ignored ? 0.0f : (load_one(x + a.layout.offset(row + r) + y * step) - lane_max[r]) - log_sum;
-    float loss = -w * logprob;
-    if (a.z_loss != 0 && !ignored) loss += (float)a.z_loss * lse * lse;
-    ((float*)a.row_max)[row + r] = result.max;
-    ((float*)a.row_log_sum)[row + r] = log_sum;
-    if (out.lse) ((float*)out.lse)[row + r] = lse;
-    if (out.logprob) ((float*)out.logprob)[row + r] = logprob;
-    if (out.loss) ((float*)out.loss)[row + r] = loss;
-    loss_sum += loss;
-    weight_sum += w;
-  }
-  losses->add(loss_sum);
-  weights->add(weight_sum);
-}
-
 // ---- ranges of rows ------------------------------------------------------------------------------------------------
-
-inline bool class_out_of_range(const CrossEntropyArgs& a, int64_t row) {
-  return a.target && a.target[row] != a.ignore_index && (a.target[row] < 0 || a.target[row] >= a.classes);
-}
 
 template <class T>
 inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
                                                  int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  for (int64_t r = begin; r < end; ++r)
-    if (class_out_of_range(a, r)) return {0, 0, r};
+  const int64_t bad_row = first_bad_row(a, begin, end);
+  if (bad_row >= 0) return {0, 0, bad_row};
+  if (are_few(a.classes)) return cross_entropy_few_classes<T>(a, out, begin, end);
   CompensatedSum losses, weights;
   const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
   const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1);
-  if constexpr (!std::is_same_v<T, double> && f32v::size > 1) {
-    const bool plain =
-        !t && !a.row_entropy && !out.argmax && a.label_smoothing == 0 && a.softcap == 0 && a.logit_scale == 1;
-    if (plain && (direct || a.layout.inner_stride == 1) && a.classes <= tuning::kNarrowClasses) {
-      for (int64_t r = begin, rows; r < end; r += rows) {
-        rows = std::min<int64_t>(f32v::size, direct ? end - r : tile_rows(a.layout, r, end));
-        cross_entropy_narrow_rows(x, a, out, r, rows, &losses, &weights);
-      }
-      return {losses.value(), weights.value(), -1};
-    }
-  }
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
   for (int64_t r = begin, rows; r < end; r += rows) {
     double loss;

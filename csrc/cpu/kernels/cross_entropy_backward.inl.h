@@ -1,14 +1,11 @@
 // Gradients of cross-entropy's row kernels: one read of the logits and of the row's statistics, one write.
 #pragma once
 #include "cpu/kernels/cross_entropy.inl.h"
+#include "cpu/kernels/cross_entropy_few_classes.inl.h"
+#include "cpu/kernels/cross_entropy_logits.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 #include "cpu/kernels/rows.inl.h"
-
-// Probabilities below exp of this count as 0 in gradients: times 1/N they would be subnormal, and every product that
-// the layers below form with a subnormal costs a microcode assist (a 10-class layer's backward took 5 times as long).
-template <class A>
-constexpr A kLeastLogProbability = A(sizeof(A) == 4 ? -69 : -690);
 
 // The gradient at a vector of logits: p (a + b log p) - w spread - q(t), through the soft cap.
 template <class T>
@@ -164,7 +161,14 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
 // ---- ranges of rows ------------------------------------------------------------------------------------------------
 
 template <class T>
-inline void cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntropyGrads& g, int64_t begin, int64_t end) {
+inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntropyGrads& g, int64_t begin,
+                                      int64_t end) {
+  const int64_t bad_row = first_bad_row(a, begin, end);
+  if (bad_row >= 0) return bad_row;
+  if (are_few(a.classes)) {
+    cross_entropy_backward_few_classes<T>(a, g, begin, end);
+    return -1;
+  }
   using A = acc_t<T>;
   const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
   T *dx = (T*)g.grad_logits, *dt = (T*)g.grad_probabilities;
@@ -194,4 +198,5 @@ inline void cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntropy
     if (dt) scatter_tile(dt_tile, dt, g.grad_probability_layout, r, rows, a.classes);
   }
   if (g.stream) stream_fence();
+  return -1;
 }

@@ -62,6 +62,38 @@ inline f64v exp(f64v x, double lowest = -708.396) {
   return select_lt(x, least, set1(0.0), scale2(e + e + set1(1.0), n));
 }
 
+// log of 0, of normal positive numbers, infinity and NaN, to 1 ulp (Cephes): of the mantissa from sqrt(1/2) to sqrt(2),
+// and the exponent times log 2, whose first summand has few enough bits for an exact product.
+inline f32v log(f32v x) {
+  const f32v one = set1(1.0f), inf = set1(std::numeric_limits<float>::infinity());
+  f32v n = exponent(x);
+  f32v m = scale2(x, set1(0.0f) - n);
+  const f32v above = select_lt(set1(1.41421356f), m, one, set1(0.0f));
+  n = n + above;
+  const f32v r = fma(above * set1(-0.5f), m, m) - one, rr = r * r;
+  f32v p = set1(7.0376836292e-2f);
+  p = fma(p, r, set1(-1.1514610310e-1f));
+  p = fma(p, r, set1(1.1676998740e-1f));
+  p = fma(p, r, set1(-1.2420140846e-1f));
+  p = fma(p, r, set1(1.4249322787e-1f));
+  p = fma(p, r, set1(-1.6668057665e-1f));
+  p = fma(p, r, set1(2.0000714765e-1f));
+  p = fma(p, r, set1(-2.4999993993e-1f));
+  p = fma(p, r, set1(3.3333331174e-1f));
+  p = fma(n, set1(-2.12194440e-4f), p * r * rr);
+  p = fma(rr, set1(-0.5f), p) + r;
+  p = fma(n, set1(0.693359375f), p);
+  p = select_eq(x, set1(0.0f), set1(0.0f) - inf, p);
+  return select_lt(x, inf, p, x);
+}
+
+inline f64v log(f64v x) {
+  double lane[f64v::size];
+  store(lane, x);
+  for (int i = 0; i < f64v::size; ++i) lane[i] = std::log(lane[i]);
+  return load(lane);
+}
+
 template <class V>
 inline V sigmoid(V x) {
   using A = typename V::scalar;

@@ -63,19 +63,6 @@ inline const A* staged(const T* p, int64_t n, A* buf) {
 
 // ---- several rows at a time ----------------------------------------------------------------------------------------
 
-// A lane to a row.
-template <class T>
-inline vec_t<T> load_lanes(const T* p, int64_t lanes) {
-  return lanes == vec_t<T>::size ? load(p) : load_n(p, lanes);
-}
-template <class T>
-inline void store_lanes(T* p, vec_t<T> x, int64_t lanes) {
-  if (lanes == vec_t<T>::size)
-    store(p, x);
-  else
-    store_n(p, x, lanes);
-}
-
 // Tile from memory: to[row][class], rows adjacent in memory along `inner` with inner_stride.
 template <class T>
 inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t rows, int64_t classes, acc_t<T>* to) {

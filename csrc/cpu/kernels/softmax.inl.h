@@ -5,6 +5,7 @@
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 #include "cpu/kernels/rows.inl.h"
+#include "cpu/kernels/softmax_lanes.inl.h"
 
 // Maximum of a row, and the logarithm of the sum of exp(z - maximum). They are kept apart because max + log loses the
 // digits of log when the maximum is large.
@@ -115,51 +116,6 @@ inline void logsumexp_backward_row(const T* x, T* dx, int64_t n, acc_t<T> g, acc
   if (j < n) store_n(dx + j, gv * exp(load_n(x + j, n - j) - lv), n - j);
 }
 
-// ---- classes far apart, rows adjacent: lanes are rows --------------------------------------------------------------
-
-// Softmax of `lanes` rows whose classes are x_step and y_step apart.
-template <class T>
-inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes, bool log) {
-  using A = acc_t<T>;
-  using V = vec_t<T>;
-  V m = set1(minus_infinity<A>()), sum = set1(A(0));
-  for (int64_t c = 0; c < n; ++c) m = max(load_lanes(x + c * x_step, lanes), m);
-  for (int64_t c = 0; c < n; c += tuning::kChain) {
-    V chain = set1(A(0));
-    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i)
-      chain = chain + exp(load_lanes(x + i * x_step, lanes) - m);
-    sum = sum + chain;
-  }
-  A lane[V::size];
-  store(lane, sum);
-  for (int i = 0; i < V::size; ++i) lane[i] = log ? std::log(lane[i]) : 1 / lane[i];
-  const V finish = load(lane);
-  for (int64_t c = 0; c < n; ++c) {
-    V t = load_lanes(x + c * x_step, lanes) - m;
-    store_lanes(y + c * y_step, log ? t - finish : exp(t) * finish, lanes);
-  }
-}
-
-template <class T>
-inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64_t y_step, T* dx, int64_t dx_step,
-                                   int64_t n, int64_t lanes, bool log) {
-  using A = acc_t<T>;
-  using V = vec_t<T>;
-  V sum = set1(A(0));
-  for (int64_t c = 0; c < n; c += tuning::kChain) {
-    V chain = set1(A(0));
-    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
-      V gv = load_lanes(g + i * g_step, lanes);
-      chain = log ? chain + gv : fma(gv, load_lanes(y + i * y_step, lanes), chain);
-    }
-    sum = sum + chain;
-  }
-  for (int64_t c = 0; c < n; ++c) {
-    V gv = load_lanes(g + c * g_step, lanes), yv = load_lanes(y + c * y_step, lanes);
-    store_lanes(dx + c * dx_step, log ? gv - exp(yv) * sum : yv * (gv - sum), lanes);
-  }
-}
-
 // ---- ranges of rows ------------------------------------------------------------------------------------------------
 
 template <class T>
@@ -167,11 +123,12 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   T* y = (T*)a.output;
-  if (a.in.class_stride == 1 && a.out.class_stride == 1) {
+  const bool few = are_few(a.classes);
+  if (!few && a.in.class_stride == 1 && a.out.class_stride == 1) {
     for (int64_t r = begin; r < end; ++r) softmax_row(x + a.in.offset(r), y + a.out.offset(r), a.classes, a.log);
     return;
   }
-  if (vec_t<T>::size > 1 && a.classes <= tuning::kLaneClasses && a.in.inner_stride == 1 && a.out.inner_stride == 1) {
+  if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
     for (int64_t r = begin, lanes; r < end; r += lanes) {
       lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
       softmax_lanes(x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes, lanes,
@@ -179,6 +136,7 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     }
     return;
   }
+  if (few) return softmax_few_classes<T>(a, begin, end);
   A* tile = (A*)a.scratch;
   for (int64_t r = begin, rows; r < end; r += rows) {
     rows = tile_rows(a.in, r, end);
@@ -193,13 +151,13 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T *y = (const T*)a.input, *g = (const T*)a.grad;
   T* dx = (T*)a.output;
-  if (a.in.class_stride == 1 && a.grad_in.class_stride == 1 && a.out.class_stride == 1) {
+  const bool few = are_few(a.classes);
+  if (!few && a.in.class_stride == 1 && a.grad_in.class_stride == 1 && a.out.class_stride == 1) {
     for (int64_t r = begin; r < end; ++r)
       softmax_backward_row(g + a.grad_in.offset(r), y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
     return;
   }
-  if (vec_t<T>::size > 1 && a.classes <= tuning::kLaneClasses && a.in.inner_stride == 1 &&
-      a.grad_in.inner_stride == 1 && a.out.inner_stride == 1) {
+  if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.grad_in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
     for (int64_t r = begin, lanes; r < end; r += lanes) {
       lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
       softmax_backward_lanes(g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r), a.in.class_stride,
@@ -207,6 +165,7 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     }
     return;
   }
+  if (few) return softmax_backward_few_classes<T>(a, begin, end);
   A *y_tile = (A*)a.scratch, *g_tile = y_tile + tuning::kTileRows * a.classes;
   for (int64_t r = begin, rows; r < end; r += rows) {
     rows = tile_rows(a.in, r, end);
@@ -233,6 +192,7 @@ inline acc_t<T> row_logsumexp(const T* x, int64_t n) {
 
 template <class T>
 inline void logsumexp_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  if (are_few(a.classes)) return logsumexp_few_classes<T>(a, begin, end);
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   A *result = (A*)a.row_result, *tile = (A*)a.scratch;
@@ -249,6 +209,7 @@ inline void logsumexp_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) 
 
 template <class T>
 inline void logsumexp_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  if (are_few(a.classes)) return logsumexp_backward_few_classes<T>(a, begin, end);
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   T* dx = (T*)a.output;

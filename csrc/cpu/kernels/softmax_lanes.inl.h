@@ -1,0 +1,140 @@
+// Softmax, log-softmax and log-sum-exp with a lane to a row, forward and backward: where rows are adjacent in memory,
+// and for few classes, whose tiles make them so. The formulas are those of softmax.inl.h.
+#pragma once
+#include "cpu/kernels/class_tile.inl.h"
+#include "cpu/kernels/math.inl.h"
+#include "cpu/kernels/prelude.h"
+#include "cpu/kernels/rows.inl.h"
+
+// Softmax of `lanes` rows whose classes are x_step and y_step apart.
+template <class T>
+inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes, bool log_of_it) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  // Exponentials are kept where y holds them exactly.
+  constexpr bool keep = std::is_same_v<T, A>;
+  V m = set1(minus_infinity<A>()), sum = set1(A(0));
+  for (int64_t c = 0; c < n; ++c) m = max(load_up_to(x + c * x_step, lanes), m);
+  for (int64_t c = 0; c < n; c += tuning::kChain) {
+    V chain = set1(A(0));
+    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
+      const V t = load_up_to(x + i * x_step, lanes) - m, e = exp(t);
+      if constexpr (keep) store_up_to(y + i * y_step, log_of_it ? t : e, lanes);
+      chain = chain + e;
+    }
+    sum = sum + chain;
+  }
+  const V finish = log_of_it ? log(sum) : set1(A(1)) / sum;
+  for (int64_t c = 0; c < n; ++c) {
+    V t;
+    if constexpr (keep) {
+      t = load_up_to(y + c * y_step, lanes);
+    } else {
+      t = load_up_to(x + c * x_step, lanes) - m;
+      if (!log_of_it) t = exp(t);
+    }
+    store_up_to(y + c * y_step, log_of_it ? t - finish : t * finish, lanes);
+  }
+}
+
+template <class T>
+inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64_t y_step, T* dx, int64_t dx_step,
+                                   int64_t n, int64_t lanes, bool log_of_it) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  V sum = set1(A(0));
+  for (int64_t c = 0; c < n; c += tuning::kChain) {
+    V chain = set1(A(0));
+    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
+      const V gc = load_up_to(g + i * g_step, lanes);
+      chain = log_of_it ? chain + gc : fma(gc, load_up_to(y + i * y_step, lanes), chain);
+    }
+    sum = sum + chain;
+  }
+  for (int64_t c = 0; c < n; ++c) {
+    const V gc = load_up_to(g + c * g_step, lanes), yc = load_up_to(y + c * y_step, lanes);
+    store_up_to(dx + c * dx_step, log_of_it ? gc - exp(yc) * sum : yc * (gc - sum), lanes);
+  }
+}
+
+// Whether lanes are taken from memory where they lie, several times each: rows are adjacent, and the classes of a
+// vector of them do not share one set of the cache.
+template <class T>
+inline bool lie_in_lanes(const RowLayout& l, int64_t classes) {
+  return vec_t<T>::size > 1 && l.inner_stride == 1 && l.inner >= vec_t<T>::size && classes <= tuning::kLaneClasses &&
+         (classes <= tuning::kCacheWays || l.class_stride * (int64_t)sizeof(T) % tuning::kPageBytes != 0);
+}
+
+// +inf dominates any finite value, as the limit does; a NaN dominates both.
+template <class A>
+inline vec_t<A> logsumexp_few_lanes(const A* z, int64_t classes) {
+  using V = vec_t<A>;
+  constexpr int64_t R = tuning::kLaneRows;
+  const V inf = set1(-minus_infinity<A>());
+  V m = set1(minus_infinity<A>()), sum = set1(A(0));
+  for (int64_t c = 0; c < classes; ++c) m = max(load(z + c * R), m);
+  const V origin = select_lt(abs(m), inf, m, sum);
+  for (int64_t c = 0; c < classes; ++c) sum = sum + exp(load(z + c * R) - origin);
+  return select_eq(m, inf, sum, m + log(sum));
+}
+
+// ---- ranges of rows ------------------------------------------------------------------------------------------------
+
+template <class T>
+inline void softmax_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
+  ClassTile<A> z;
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    load_tile((const T*)a.input, a.in, row, rows, a.classes, z);
+    for (int64_t i = 0; i < rows; i += W) softmax_lanes(z.at + i, R, z.at + i, R, a.classes, W, a.log);
+    store_tile(z, (T*)a.output, a.out, row, rows, a.classes);
+  }
+}
+
+template <class T>
+inline void softmax_backward_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
+  ClassTile<A> y, g;
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    load_tile((const T*)a.input, a.in, row, rows, a.classes, y);
+    load_tile((const T*)a.grad, a.grad_in, row, rows, a.classes, g);
+    for (int64_t i = 0; i < rows; i += W)
+      softmax_backward_lanes(g.at + i, R, y.at + i, R, g.at + i, R, a.classes, W, a.log);
+    store_tile(g, (T*)a.output, a.out, row, rows, a.classes);
+  }
+}
+
+template <class T>
+inline void logsumexp_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
+  ClassTile<A> z;
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    load_tile((const T*)a.input, a.in, row, rows, a.classes, z);
+    for (int64_t i = 0; i < rows; i += W)
+      store_up_to((A*)a.row_result + row + i, logsumexp_few_lanes(z.at + i, a.classes), std::min(W, rows - i));
+  }
+}
+
+template <class T>
+inline void logsumexp_backward_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  constexpr int64_t R = tuning::kLaneRows, W = V::size;
+  ClassTile<A> z;
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    load_tile((const T*)a.input, a.in, row, rows, a.classes, z);
+    for (int64_t i = 0; i < rows; i += W) {
+      const int64_t n = std::min(W, rows - i);
+      const V g = load_up_to((const A*)a.row_grad + row + i, n), lse = load_up_to((const A*)a.row_result + row + i, n);
+      for (int64_t c = 0; c < a.classes; ++c) store(z.at + c * R + i, g * exp(load(z.at + c * R + i) - lse));
+    }
+    store_tile(z, (T*)a.output, a.out, row, rows, a.classes);
+  }
+}

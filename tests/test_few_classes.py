@@ -1,0 +1,111 @@
+"""Few classes, whose kernels have a lane to a row: options x dtypes x layouts x numbers of rows beside a tile's."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from util import INF, NAN, Pool, check, class_targets, lay_out, probability_targets, spiky
+
+import regfast
+from regfast import reference
+
+pytestmark = pytest.mark.kernels("cross_entropy", "softmax", "logsumexp")
+
+# One class; transposed number by number and by squares; beside a vector's lanes and the last of the few.
+CLASSES = (1, 2, 4, 5, 7, 16, 17, 31, 32, 33)
+# Batch and further dimensions: rows of one tile of 64 and beside it, planes smaller than a vector, of no whole number
+# of tiles, and of whole pages.
+SHAPES = ((1,), (63,), (64,), (131,), (5, 3), (2, 7, 11), (2, 64, 16))
+HOW = ("contiguous", "strided", "transposed", "channels last")
+OPTIONS = (
+    {},
+    {"reduction": "none", "weight": True, "label_smoothing": 0.2},
+    {"reduction": "sum", "z_loss": 0.01, "softcap": 9.0, "logit_scale": 0.5, "outputs": reference.OUTPUTS},
+    {"weight": True, "outputs": ("logprob", "argmax")},
+    {"outputs": ("lse", "entropy")},
+)
+
+
+@pytest.fixture
+def pool(dtype):
+    collected = Pool(dtype)
+    yield collected
+    collected.check()
+
+
+def arrange(x, how):
+    if how == "channels last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return lay_out(x, how)
+
+
+def logits(shape, classes, how, dtype):
+    x = spiky(shape[0], classes, *shape[1:], dtype=dtype)
+    return arrange(x, how).requires_grad_()
+
+
+@pytest.mark.parametrize("probabilities", (False, True), ids=("classes", "probabilities"))
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("how", HOW)
+def test_cross_entropy(how, options, probabilities, dtype, pool):
+    options = dict(options)
+    weighted = options.pop("weight", False)
+    for classes in CLASSES:
+        for shape in SHAPES:
+            x = logits(shape, classes, how, dtype)
+            if probabilities:
+                target = arrange(probability_targets(*x.shape, dtype=dtype), how).requires_grad_()
+            else:
+                target = class_targets(shape, classes, 0.2)
+            check(
+                lambda x, t, w: regfast.cross_entropy(x, t, w, **options),
+                lambda x, t, w: reference.cross_entropy(x, t, w, **options),
+                x,
+                target,
+                torch.rand(classes).to(dtype) + 0.1 if weighted else None,
+                what=f"{classes} {shape}",
+                terms=2,
+                pool=pool,
+            )
+
+
+@pytest.mark.parametrize("op", ("softmax", "log_softmax", "logsumexp"))
+@pytest.mark.parametrize("how", HOW)
+def test_softmax(op, how, dtype, pool):
+    ours, theirs = getattr(regfast, op), getattr(torch, op)
+    for classes in CLASSES:
+        for shape in SHAPES:
+            x = logits(shape, classes, how, dtype)
+            check(lambda x: ours(x, 1), lambda x: theirs(x, 1), x, what=f"{classes} {shape}", terms=1, pool=pool)
+
+
+@pytest.mark.parametrize("classes", (1, 3, 8, 21))
+def test_rows_with_infinities_and_nan(classes, dtype):
+    x = spiky(131, classes, dtype=dtype)
+    for row, value in enumerate((INF, -INF, NAN, INF, -INF)):
+        x[7 * row + 3, row % classes] = value
+    x[70] = -INF
+    x[90] = INF
+    target = class_targets((131,), classes, 0.2)
+    names = ("loss", "lse", "entropy", "logprob", "argmax")
+
+    def outputs(of, x):
+        return of.cross_entropy(x, target, reduction="none", outputs=names)
+
+    for ours, true in zip(outputs(regfast, x), outputs(reference, x), strict=True):
+        assert_close(ours, true, equal_nan=True)
+    grads = []
+    for of in (regfast, reference):
+        leaf = x.clone().requires_grad_()
+        grads.append(torch.autograd.grad(of.cross_entropy(leaf, target, reduction="sum"), leaf)[0])
+    counted = target != -100
+    assert_close(*(g[counted] for g in grads), equal_nan=True)
+    assert not grads[0][~counted].any()
+
+
+def test_a_log_probability_beside_a_mean_of_nothing():
+    """Its gradient does not know of the loss, whose denominator is zero."""
+    x = spiky(70, 3).requires_grad_()
+    target, none = class_targets((70,), 3), torch.zeros(3)
+    (grad,) = torch.autograd.grad(regfast.cross_entropy(x, target, none, outputs=("logprob",)).sum(), x)
+    assert_close(grad, F.one_hot(target, 3) - x.detach().softmax(1))
