@@ -44,7 +44,7 @@ def test_every_op_and_every_tuning_constant_is_drawn():
     from tests.fuzz import direct
     assert names == set(ops.OPS) | {f"torch.ops.regfast.{n}" for n in direct.names()}
     constants = tuning_constants()
-    for name in ("kBlockK", "kBlockKInPlace", "kGemmChain", "kFewClasses", "kTileAvx2.rows"):
+    for name in ("kBlockK", "kBlockKInPlace", "kGemmChain", "kFewColumns", "kTileAvx2.rows"):
         assert constants[name] > 1 and {constants[name] - 1, constants[name] + 1} <= set(sizes_of_interest(5000)), name
     """
     )

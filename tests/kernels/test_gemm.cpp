@@ -16,7 +16,7 @@ struct Call {
   Activation activation;
 };
 
-int64_t runs_of_path[4] = {};
+int64_t runs_of_path[6] = {};
 
 template <class T>
 void product(const Call& c, Random& random, std::vector<T>* keep = nullptr) {

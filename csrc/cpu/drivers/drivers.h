@@ -68,7 +68,7 @@ struct Gemm {
   bool wide_c = false;      // C, bias and pre-activation have it
   bool accumulate = false;  // the product is added to C, which has the accumulator's type
 };
-enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct };
+enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct, lanes, lane_sums };
 GemmPath gemm_path(DType dtype, const Gemm& g);
 void gemm(DType dtype, Gemm g);
 // Why a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements, or null

@@ -20,6 +20,22 @@ int64_t k_parts(const Gemm& g) {
   return std::max<int64_t>(1, std::min(tuning::kMostSplits, g.k / tuning::kSplitK));
 }
 
+// C from its sums (acc, m x n): a block without products adds them to nothing and finishes C.
+void finish(DType dtype, const Gemm& g, void* sums) {
+  GemmBlockArgs block = {};
+  block.a = block.b = sums;
+  block.chain = 1;
+  block.last = true;
+  block.epilogue = g.epilogue;
+  block.epilogue.partial = sums;
+  block.epilogue.partial_stride = g.n;
+  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  block.a_count = g.m;
+  block.b_count = g.n;
+  block.tiles = scratch(Slot::tiles, round_up(g.m, mr) * round_up(g.n, nr) * acc_size(dtype));
+  kernels().gemm_block[(int)c_type(dtype, g)](block);
+}
+
 // Parts of K, one to a task, and their sums added in order.
 void split_k(DType dtype, const Gemm& g, int64_t parts) {
   const int64_t acc = acc_size(dtype), size = g.m * g.n;
@@ -45,24 +61,12 @@ void split_k(DType dtype, const Gemm& g, int64_t parts) {
       for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
   };
   dtype == DType::f64 ? add((double*)sums) : add((float*)sums);
-  // A block without products adds them to nothing and finishes C.
-  GemmBlockArgs block = {};
-  block.a = block.b = sums;
-  block.chain = 1;
-  block.last = true;
-  block.epilogue = g.epilogue;
-  block.epilogue.partial = sums;
-  block.epilogue.partial_stride = g.n;
-  const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  block.a_count = g.m;
-  block.b_count = g.n;
-  block.tiles = scratch(Slot::tiles, round_up(g.m, mr) * round_up(g.n, nr) * acc);
-  kernels().gemm_block[(int)c_type(dtype, g)](block);
+  finish(dtype, g, sums);
 }
 
 void dot(DType dtype, const Gemm& g, bool few_rows) {
   const int64_t many = few_rows ? g.n : g.m, few = few_rows ? g.m : g.n;
-  const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, few * g.k / 8) + 1;
+  const int64_t grain = tuning::kParallelElements / (few * g.k / 8 + tuning::kRowElements) + 1;
   const bool far = short_and_far(g.k * size_of(dtype), many);
   parallel_for(many, grain, [&](int64_t begin, int64_t end) {
     kernels().gemm_dot[(int)dtype](
@@ -108,6 +112,48 @@ void direct(DType dtype, const Gemm& g) {
   });
 }
 
+// A matrix's rows as tiles of lanes have them; `across`: its columns instead.
+RowLayout lanes_of(const MatrixView& m, bool across) {
+  if (across) return {1, m.col_stride, 0, m.outer_stride};
+  return {m.inner, m.outer_stride, m.row_stride, m.col_stride};
+}
+
+void lanes(DType dtype, const Gemm& g) {
+  LanesArgs args = {};
+  args.a = g.a.data;
+  args.a_layout = lanes_of(g.a, g.a_transposed);
+  args.b = g.b.data;
+  args.b_layout = lanes_of(g.b, !g.b_transposed);
+  args.n = g.n;
+  args.k = g.k;
+  args.epilogue = g.epilogue;
+  const int64_t grain = tuning::kParallelElements / (g.n * g.k / 8 + g.n + g.k) + 1;
+  parallel_for(g.m, grain, [&](int64_t begin, int64_t end) { kernels().gemm_lanes[(int)dtype](args, begin, end); });
+}
+
+// Sums over blocks of rows, added in order. They are A's rows and B's, along which K runs.
+void lane_sums(DType dtype, const Gemm& g) {
+  LanesArgs args = {};
+  args.a = g.a.data;
+  args.a_layout = lanes_of(g.a, false);
+  args.b = g.b.data;
+  args.b_layout = lanes_of(g.b, false);
+  args.n = g.n;
+  args.k = g.m;
+  const int64_t block = tuning::kLaneSumRows, blocks = ceil_div(g.k, block), size = g.m * g.n, acc = acc_size(dtype);
+  char* parts = (char*)scratch(Slot::splits, (blocks + 1) * size * acc);
+  const int64_t grain = tuning::kParallelElements / (block * (size / 8 + g.m + g.n)) + 1;
+  parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b)
+      kernels().gemm_lane_sums[(int)dtype](args, b * block, std::min(g.k, (b + 1) * block), parts + b * size * acc);
+  });
+  char* sums = parts + blocks * size * acc;
+  add_parts(acc_dtype(dtype), parts, blocks, size, size, sums);
+  finish(dtype, g, sums);
+}
+
+bool both_few(int64_t a, int64_t b) { return std::max(a, b) <= tuning::kFewColumns; }
+
 }  // namespace
 
 bool short_and_far(int64_t row_bytes, int64_t rows) {
@@ -115,7 +161,13 @@ bool short_and_far(int64_t row_bytes, int64_t rows) {
 }
 
 GemmPath gemm_path(DType dtype, const Gemm& g) {
+  const bool a_walks = !g.a_transposed || g.a.inner == 1, b_is_plain = g.b.inner == 1;
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
+  const bool long_rows = along_k && g.k >= g.n * tuning::kDotInner;
+  if (both_few(g.n, g.k) && !long_rows && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks && b_is_plain &&
+      g.epilogue.bias_rows == 1)
+    return GemmPath::lanes;
+  if (both_few(g.m, g.n) && g.k >= tuning::kLeastLanes && g.a_transposed && !g.b_transposed) return GemmPath::lane_sums;
   if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
   if (along_k && g.m <= tuning::kFewRows) return GemmPath::dot_few_rows;
   const bool half = size_of(dtype) != acc_size(dtype);
@@ -143,8 +195,14 @@ void gemm(DType dtype, Gemm g) {
   if (g.m == 0 || g.n == 0) return;
   const bool mixed = (g.wide_a || g.wide_c) && acc_dtype(dtype) != dtype;
   if (mixed || g.accumulate) return gemm_packed(dtype, g, thread_count());
-  if (const int64_t parts = k_parts(g); parts > 1) return split_k(dtype, g, parts);
-  switch (gemm_path(dtype, g)) {
+  const GemmPath path = gemm_path(dtype, g);
+  const int64_t parts = path == GemmPath::lane_sums ? 1 : k_parts(g);
+  if (parts > 1) return split_k(dtype, g, parts);
+  switch (path) {
+    case GemmPath::lanes:
+      return lanes(dtype, g);
+    case GemmPath::lane_sums:
+      return lane_sums(dtype, g);
     case GemmPath::dot_few_columns:
       return dot(dtype, g, false);
     case GemmPath::dot_few_rows:

@@ -1,12 +1,13 @@
 // Every algorithm, for every ISA: included inside its namespace and target region, after its SIMD vocabulary.
 #pragma once
 #include "cpu/kernels/activation.inl.h"
-#include "cpu/kernels/class_tile.inl.h"
+#include "cpu/kernels/column_tile.inl.h"
 #include "cpu/kernels/cross_entropy.inl.h"
 #include "cpu/kernels/cross_entropy_backward.inl.h"
 #include "cpu/kernels/cross_entropy_few_classes.inl.h"
 #include "cpu/kernels/cross_entropy_logits.inl.h"
 #include "cpu/kernels/gemm.inl.h"
+#include "cpu/kernels/gemm_lanes.inl.h"
 #include "cpu/kernels/gemm_pack.inl.h"
 #include "cpu/kernels/gemm_small.inl.h"
 #include "cpu/kernels/linear_nll.inl.h"

@@ -37,6 +37,8 @@ struct Kernels {
   void (*gemm_block[kDTypes])(const GemmBlockArgs&);
   void (*gemm_dot[kDTypes])(const DotArgs&);
   void (*gemm_direct[kDTypes])(const DirectArgs&);
+  void (*gemm_lanes[kDTypes])(const LanesArgs&, int64_t row_begin, int64_t row_end);
+  void (*gemm_lane_sums[kDTypes])(const LanesArgs&, int64_t row_begin, int64_t row_end, void* sums);  // acc, k x n
 
   // Entries of a row (acc) whose magnitude exceeds the bound: how many, and which.
   int64_t (*count_entries[kDTypes])(const void* row, int64_t n, double bound);

@@ -159,6 +159,28 @@ inline double reduce_max(f64v a) {
   return _mm_cvtsd_f64(_mm_max_sd(s, _mm_unpackhi_pd(s, s)));
 }
 
+// Every other element of a and b one behind the other, beginning with the first or the second; and the way back.
+inline void unzip(f32v a, f32v b, f32v* even, f32v* odd) {
+  const __m256d e = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+  const __m256d o = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0xdd));
+  *even = {_mm256_castpd_ps(_mm256_permute4x64_pd(e, 0xd8))};
+  *odd = {_mm256_castpd_ps(_mm256_permute4x64_pd(o, 0xd8))};
+}
+inline void unzip(f64v a, f64v b, f64v* even, f64v* odd) {
+  *even = {_mm256_permute4x64_pd(_mm256_unpacklo_pd(a.v, b.v), 0xd8)};
+  *odd = {_mm256_permute4x64_pd(_mm256_unpackhi_pd(a.v, b.v), 0xd8)};
+}
+inline void zip(f32v even, f32v odd, f32v* a, f32v* b) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+  *a = {_mm256_permute2f128_ps(low, high, 0x20)};
+  *b = {_mm256_permute2f128_ps(low, high, 0x31)};
+}
+inline void zip(f64v even, f64v odd, f64v* a, f64v* b) {
+  const __m256d low = _mm256_unpacklo_pd(even.v, odd.v), high = _mm256_unpackhi_pd(even.v, odd.v);
+  *a = {_mm256_permute2f128_pd(low, high, 0x20)};
+  *b = {_mm256_permute2f128_pd(low, high, 0x31)};
+}
+
 // Lane i of the result is the sum of v[i]'s lanes: pairs of vectors are folded into one, halves onto halves as in
 // reduce_add, since a row's sum must not depend on whether it came in a group.
 [[gnu::always_inline]] inline f32v reduce_each(const f32v (&v)[8]) {

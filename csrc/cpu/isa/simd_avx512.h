@@ -113,6 +113,28 @@ inline double reduce_add(f64v a) { return _mm512_reduce_add_pd(a.v); }
 inline float reduce_max(f32v a) { return _mm512_reduce_max_ps(a.v); }
 inline double reduce_max(f64v a) { return _mm512_reduce_max_pd(a.v); }
 
+// Every other element of a and b one behind the other, beginning with the first or the second; and the way back.
+inline void unzip(f32v a, f32v b, f32v* even, f32v* odd) {
+  const __m512i e = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  *even = {_mm512_permutex2var_ps(a.v, e, b.v)};
+  *odd = {_mm512_permutex2var_ps(a.v, _mm512_add_epi32(e, _mm512_set1_epi32(1)), b.v)};
+}
+inline void unzip(f64v a, f64v b, f64v* even, f64v* odd) {
+  const __m512i e = _mm512_set_epi64(14, 12, 10, 8, 6, 4, 2, 0);
+  *even = {_mm512_permutex2var_pd(a.v, e, b.v)};
+  *odd = {_mm512_permutex2var_pd(a.v, _mm512_add_epi64(e, _mm512_set1_epi64(1)), b.v)};
+}
+inline void zip(f32v even, f32v odd, f32v* a, f32v* b) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  *a = {_mm512_permutex2var_ps(even.v, low, odd.v)};
+  *b = {_mm512_permutex2var_ps(even.v, _mm512_add_epi32(low, _mm512_set1_epi32(8)), odd.v)};
+}
+inline void zip(f64v even, f64v odd, f64v* a, f64v* b) {
+  const __m512i low = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0);
+  *a = {_mm512_permutex2var_pd(even.v, low, odd.v)};
+  *b = {_mm512_permutex2var_pd(even.v, _mm512_add_epi64(low, _mm512_set1_epi64(4)), odd.v)};
+}
+
 // Lane i of the result is the sum of v[i]'s lanes: pairs of vectors are folded into one, halves onto halves as in
 // reduce_add, since a row's sum must not depend on whether it came in a group.
 [[gnu::always_inline]] inline f32v reduce_each(const f32v (&v)[16]) {

@@ -138,6 +138,24 @@ inline f32v exponent(f32v x) {
   return {vcvtq_f32_s32(vsubq_s32(biased, vdupq_n_s32(127)))};
 }
 
+// Every other element of a and b one behind the other, beginning with the first or the second; and the way back.
+inline void unzip(f32v a, f32v b, f32v* even, f32v* odd) {
+  *even = {vuzp1q_f32(a.v, b.v)};
+  *odd = {vuzp2q_f32(a.v, b.v)};
+}
+inline void unzip(f64v a, f64v b, f64v* even, f64v* odd) {
+  *even = {vuzp1q_f64(a.v, b.v)};
+  *odd = {vuzp2q_f64(a.v, b.v)};
+}
+inline void zip(f32v even, f32v odd, f32v* a, f32v* b) {
+  *a = {vzip1q_f32(even.v, odd.v)};
+  *b = {vzip2q_f32(even.v, odd.v)};
+}
+inline void zip(f64v even, f64v odd, f64v* a, f64v* b) {
+  *a = {vzip1q_f64(even.v, odd.v)};
+  *b = {vzip2q_f64(even.v, odd.v)};
+}
+
 // Halves on halves, as in the other ISAs (vaddvq adds neighbours): sums of transposed vectors must have the same bits.
 inline float reduce_add(f32v a) { return vaddv_f32(vadd_f32(vget_low_f32(a.v), vget_high_f32(a.v))); }
 inline double reduce_add(f64v a) { return vaddvq_f64(a.v); }

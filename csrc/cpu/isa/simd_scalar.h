@@ -107,5 +107,16 @@ inline float reduce_add(f32v a) { return a.v; }
 inline double reduce_add(f64v a) { return a.v; }
 inline float reduce_max(f32v a) { return a.v; }
 inline double reduce_max(f64v a) { return a.v; }
+// With one lane, two vectors are the even element and the odd one.
+template <class V>
+inline void unzip(V a, V b, V* even, V* odd) {
+  *even = a;
+  *odd = b;
+}
+template <class V>
+inline void zip(V even, V odd, V* a, V* b) {
+  *a = even;
+  *b = odd;
+}
 inline f32v reduce_each(const f32v (&v)[1]) { return v[0]; }
 inline void transpose(f32v (&)[1]) {}

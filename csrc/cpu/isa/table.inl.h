@@ -26,6 +26,8 @@ constexpr Kernels make_table(const char* isa) {
       RF_EACH_DTYPE(gemm_block),
       RF_EACH_DTYPE(gemm_dot),
       RF_EACH_DTYPE(gemm_direct),
+      RF_EACH_DTYPE(gemm_lanes),
+      RF_EACH_DTYPE(gemm_lane_sums),
       RF_EACH_DTYPE(count_entries),
       RF_EACH_DTYPE(list_entries),
       RF_EACH_DTYPE(sparse_row_product),

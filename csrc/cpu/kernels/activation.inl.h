@@ -1,6 +1,7 @@
 // Activations, which the GEMM's epilogue applies or which run on their own, and their derivatives with the bias
 // gradient's column sums.
 #pragma once
+#include "cpu/kernels/column_tile.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 
@@ -108,12 +109,45 @@ inline void activation_backward_rows(const ActivationBackwardArgs& a, int64_t be
   }
 }
 
+// Few columns: a lane to a row.
+template <class T, Activation act>
+inline void activation_backward_lanes(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  constexpr int64_t R = tuning::kLaneRows, W = V::size;
+  const RowLayout rows_of_it = {1, a.columns, 0, 1};  // of what is contiguous
+  V sums[tuning::kFewColumns];
+  for (int64_t j = 0; j < a.columns; ++j) sums[j] = set1(A(0));
+  ColumnTile<A> g, s;
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    load_tile((const T*)a.grad, a.grad_layout, row, rows, a.columns, g);
+    if (act != Activation::none) load_tile((const T*)a.saved, rows_of_it, row, rows, a.columns, s);
+    for (int64_t j = 0; j < a.columns; ++j) {
+      V part[2] = {set1(A(0)), set1(A(0))};  // with one lane, 32 additions each
+      for (int64_t r = 0; r < rows; r += W) {
+        V d = load(g.at + j * R + r);
+        if constexpr (act != Activation::none) {
+          d = through_activation<act>(d, load(s.at + j * R + r));
+          store(g.at + j * R + r, d);
+        }
+        // Of lanes beyond the rows, which may hold a gradient at zero.
+        part[r / W % 2] = part[r / W % 2] + (rows - r < W ? first_n(d, rows - r, set1(A(0))) : d);
+      }
+      sums[j] = sums[j] + (part[0] + part[1]);
+    }
+    if (a.output) store_tile(g, (T*)a.output, rows_of_it, row, rows, a.columns);
+  }
+  for (int64_t j = 0; a.column_sums && j < a.columns; ++j) ((A*)a.column_sums)[j] = reduce_add(sums[j]);
+}
+
 template <class T>
 inline void activation_backward(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
   switch (a.activation) {
-#define RF_CASE(act)    \
-  case Activation::act: \
-    return activation_backward_rows<T, Activation::act>(a, begin, end);
+#define RF_CASE(act)                                                                         \
+  case Activation::act:                                                                      \
+    return are_few(a.columns) ? activation_backward_lanes<T, Activation::act>(a, begin, end) \
+                              : activation_backward_rows<T, Activation::act>(a, begin, end);
     RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
   }

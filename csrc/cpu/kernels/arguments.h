@@ -182,6 +182,18 @@ struct DirectArgs {
   Epilogue epilogue;
 };
 
+// Products of many rows with two sides of at most kFewColumns. gemm_lanes: rows of A
+// (class_stride along K) and of C; B's element (k, j) at j * outer_stride + k * class_stride. gemm_lane_sums: rows of A
+// (k of them across) and of B (n across), summed over; no epilogue.
+struct LanesArgs {
+  const void* a;
+  RowLayout a_layout;
+  const void* b;
+  RowLayout b_layout;
+  int64_t n, k;
+  Epilogue epilogue;
+};
+
 // ---- sparse gradients ----------------------------------------------------------------------------------------------
 
 // One row of C = A B, A's row given by its entries: c[j] = sum over them of value * b[row * b_row + j].

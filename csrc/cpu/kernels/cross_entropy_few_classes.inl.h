@@ -1,8 +1,8 @@
 // Cross-entropy of few classes, forward and backward: the formulas of cross_entropy.inl.h and
 // cross_entropy_backward.inl.h with a lane to a row, so that nothing is left to scalar code, and all options are loops
-// over a tile's classes. Sums have at most kFewClasses terms, and need no wider type.
+// over a tile's classes. Sums have at most kFewColumns terms, and need no wider type.
 #pragma once
-#include "cpu/kernels/class_tile.inl.h"
+#include "cpu/kernels/column_tile.inl.h"
 #include "cpu/kernels/cross_entropy_logits.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
@@ -10,8 +10,8 @@
 
 template <class A>
 struct CrossEntropyTile {
-  ClassTile<A> logits, target, target_grad;  // logits: scaled and capped; in backward their gradient takes their place
-  A y[tuning::kLaneRows];                    // class, or -1 of rows that are ignored or have probabilities
+  ColumnTile<A> logits, target, target_grad;  // logits: scaled and capped; in backward their gradient takes their place
+  A y[tuning::kLaneRows];                     // class, or -1 of rows that are ignored or have probabilities
 };
 
 // A row's numbers, or `otherwise` where there are none.

@@ -1,16 +1,17 @@
 // Products that packing does not pay for, on operands where they lie.
 #pragma once
 #include "cpu/kernels/gemm.inl.h"
+#include "cpu/kernels/gemm_lanes.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 
 // ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
 
 // out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q
-// times.
+// times. `readable`: many's rows may be read beyond k to a whole vector.
 template <class T, int R, int Q>
-[[gnu::noinline]] void dot_tile(const T* const* many, const T* const* few, int64_t k, acc_t<T>* out, int64_t out_many,
-                                int64_t out_few) {
+[[gnu::noinline]] void dot_tile(const T* const* many, const T* const* few, int64_t k, bool readable, acc_t<T>* out,
+                                int64_t out_many, int64_t out_few) {
   using V = vec_t<T>;
   for (int64_t begin = 0; begin == 0 || begin < k; begin += tuning::kChain * V::size) {
     const int64_t end = std::min<int64_t>(k, begin + tuning::kChain * V::size);
@@ -32,11 +33,15 @@ template <class T, int R, int Q>
       }
     }
     if (j < end) {
+      V x[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        x[r] = readable ? first_n(load(many[r] + j), end - j, set1(acc_t<T>(0))) : load_n(many[r] + j, end - j);
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
         V w = load_n(few[q] + j, end - j);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][q] = fma(load_n(many[r] + j, end - j), w, acc[r][q]);
+        for (int r = 0; r < R; ++r) acc[r][q] = fma(x[r], w, acc[r][q]);
       }
     }
     acc_t<T> sums[R * Q];
@@ -61,17 +66,17 @@ template <class T, int R, int Q>
 }
 
 template <class T, int R>
-inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows, int64_t k, acc_t<T>* out,
-                     int64_t out_many, int64_t out_few) {
+inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows, int64_t k, bool readable,
+                     acc_t<T>* out, int64_t out_many, int64_t out_few) {
   int64_t q = 0;
-  for (; q + 4 <= few_rows; q += 4) dot_tile<T, R, 4>(many, few + q, k, out + q * out_few, out_many, out_few);
+  for (; q + 4 <= few_rows; q += 4) dot_tile<T, R, 4>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
   switch (few_rows - q) {
     case 3:
-      return dot_tile<T, R, 3>(many, few + q, k, out + q * out_few, out_many, out_few);
+      return dot_tile<T, R, 3>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
     case 2:
-      return dot_tile<T, R, 2>(many, few + q, k, out + q * out_few, out_many, out_few);
+      return dot_tile<T, R, 2>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
     case 1:
-      return dot_tile<T, R, 1>(many, few + q, k, out + q * out_few, out_many, out_few);
+      return dot_tile<T, R, 1>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
   }
 }
 
@@ -86,15 +91,29 @@ inline void read_in_order(const T* const* x, int64_t rows, int64_t features) {
   }
 }
 
+template <class A>
+inline void add_to_column(A* column, int64_t rows, A x) {
+  using V = vec_t<A>;
+  for (int64_t r = 0; r < rows; r += V::size) store(column + r, load(column + r) + set1(x));
+}
+
 template <class T, int R>
 inline void dot_strips(const DotArgs& d) {
   using A = acc_t<T>;
-  constexpr int64_t kStrip = 32;
+  constexpr int64_t kStrip = tuning::kLaneRows;
+  static_assert(tuning::kSkinny <= tuning::kFewColumns, "a strip is a tile of lanes");
   const T* few[tuning::kSkinny];
   for (int64_t q = 0; q < d.few_rows; ++q) few[q] = (const T*)d.few.data + d.few.row_offset(q);
   // A strip of results: rows of C when `many` are its rows, else a piece of each of its few rows.
-  alignas(64) A strip[kStrip * tuning::kSkinny];
-  const int64_t along_many = d.many_are_columns ? 1 : d.few_rows, along_few = d.many_are_columns ? kStrip : 1;
+  alignas(64) ColumnTile<A> tile;
+  A* const strip = tile.at;
+  // Rows of a few columns are finished with a lane to a row.
+  const bool lanes = !d.many_are_columns && d.few_rows <= tuning::kLaneOutputs && d.epilogue.bias_rows == 1;
+  const bool by_column = d.many_are_columns || lanes;
+  // Only rows of one distance tell what lies behind them.
+  const int64_t whole =
+      d.many.inner == 1 ? readable_rows(d.end, d.many.outer_stride, d.k, round_up(d.k, vec_t<T>::size)) : 0;
+  const int64_t along_many = by_column ? 1 : d.few_rows, along_few = by_column ? kStrip : 1;
   for (int64_t s = d.begin; s < d.end; s += kStrip) {
     const int64_t count = std::min<int64_t>(kStrip, d.end - s);
     for (int64_t i = 0; i < count; i += R) {
@@ -104,12 +123,17 @@ inline void dot_strips(const DotArgs& d) {
       A* out = strip + i * along_many;
       if (d.many_are_far) read_in_order(many, rows, d.k);
       if (rows == R)
-        dot_rows<T, R>(many, few, d.few_rows, d.k, out, along_many, along_few);
+        dot_rows<T, R>(many, few, d.few_rows, d.k, s + i + R <= whole, out, along_many, along_few);
       else
         for (int64_t r = 0; r < rows; ++r)
-          dot_rows<T, 1>(many + r, few, d.few_rows, d.k, out + r * along_many, along_many, along_few);
+          dot_rows<T, 1>(many + r, few, d.few_rows, d.k, false, out + r * along_many, along_many, along_few);
     }
-    if (d.many_are_columns)
+    if (lanes) {
+      if (d.epilogue.bias)
+        for (int64_t q = 0; q < d.few_rows; ++q)
+          add_to_column(strip + q * kStrip, count, load_one((const T*)d.epilogue.bias + q));
+      finish_lanes<T>(tile, s, count, d.few_rows, d.epilogue);
+    } else if (d.many_are_columns)
       epilogue<T>(strip, kStrip, d.few_rows, count, 0, s, true, true, d.epilogue);
     else
       epilogue<T>(strip, d.few_rows, count, d.few_rows, s, 0, true, true, d.epilogue);

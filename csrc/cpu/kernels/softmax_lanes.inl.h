@@ -1,7 +1,7 @@
 // Softmax, log-softmax and log-sum-exp with a lane to a row, forward and backward: where rows are adjacent in memory,
 // and for few classes, whose tiles make them so. The formulas are those of softmax.inl.h.
 #pragma once
-#include "cpu/kernels/class_tile.inl.h"
+#include "cpu/kernels/column_tile.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 #include "cpu/kernels/rows.inl.h"
@@ -84,7 +84,7 @@ template <class T>
 inline void softmax_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
-  ClassTile<A> z;
+  ColumnTile<A> z;
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, z);
@@ -97,7 +97,7 @@ template <class T>
 inline void softmax_backward_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
-  ClassTile<A> y, g;
+  ColumnTile<A> y, g;
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, y);
@@ -112,7 +112,7 @@ template <class T>
 inline void logsumexp_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
-  ClassTile<A> z;
+  ColumnTile<A> z;
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, z);
@@ -126,7 +126,7 @@ inline void logsumexp_backward_few_classes(const SoftmaxArgs& a, int64_t begin, 
   using A = acc_t<T>;
   using V = vec_t<A>;
   constexpr int64_t R = tuning::kLaneRows, W = V::size;
-  ClassTile<A> z;
+  ColumnTile<A> z;
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, z);

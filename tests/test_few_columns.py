@@ -1,15 +1,17 @@
-"""Few classes, whose kernels have a lane to a row: options x dtypes x layouts x numbers of rows beside a tile's."""
+"""Few classes, features and outputs, for which kernels have a lane to a row: options x dtypes x layouts x numbers of
+rows beside a tile's and a block's."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_linear import check_linear
 from torch.testing import assert_close
 from util import INF, NAN, Pool, check, class_targets, lay_out, probability_targets, spiky
 
 import regfast
 from regfast import reference
 
-pytestmark = pytest.mark.kernels("cross_entropy", "softmax", "logsumexp")
+pytestmark = pytest.mark.kernels("cross_entropy", "softmax", "logsumexp", "linear")
 
 # One class; transposed number by number and by squares; beside a vector's lanes and the last of the few.
 CLASSES = (1, 2, 4, 5, 7, 16, 17, 31, 32, 33)
@@ -109,3 +111,40 @@ def test_a_log_probability_beside_a_mean_of_nothing():
     target, none = class_targets((70,), 3), torch.zeros(3)
     (grad,) = torch.autograd.grad(regfast.cross_entropy(x, target, none, outputs=("logprob",)).sum(), x)
     assert_close(grad, F.one_hot(target, 3) - x.detach().softmax(1))
+
+
+# Features and outputs: in pairs, in squares, in dot products of long rows, summed over rows where they lie.
+LAYERS = (
+    (1, 1),
+    (2, 1),
+    (3, 2),
+    (4, 5),
+    (8, 1),
+    (8, 8),
+    (13, 4),
+    (16, 1),
+    (17, 16),
+    (20, 1),
+    (31, 7),
+    (32, 32),
+    (33, 3),
+)
+ROWS = (1, 15, 16, 65, 130, 2049)
+
+
+@pytest.mark.parametrize("activation", ("none", "relu", "gelu"))
+@pytest.mark.parametrize("how", ("contiguous", "strided", "transposed", "padded", "expanded"))
+def test_linear(how, activation, dtype, pool):
+    for features, outputs in LAYERS:
+        for rows in ROWS:
+            x = lay_out(spiky(rows, features, dtype=dtype), how).requires_grad_()
+            w = lay_out(spiky(outputs, features, dtype=dtype), how).requires_grad_()
+            b = spiky(outputs, dtype=dtype).requires_grad_()
+            check_linear(x, w, b, activation, what=f"{rows} {features} {outputs}", pool=pool)
+
+
+def test_linear_of_further_dimensions(dtype, pool):
+    for shape in ((3, 33, 2), (2, 5, 7, 3), (4, 20, 9)):
+        for x in (spiky(*shape, dtype=dtype), spiky(*shape[::-1], dtype=dtype).permute(*range(len(shape) - 1, -1, -1))):
+            w, b = spiky(2, shape[-1], dtype=dtype).requires_grad_(), spiky(2, dtype=dtype).requires_grad_()
+            check_linear(x.requires_grad_(), w, b, "none", what=str(shape), pool=pool)
