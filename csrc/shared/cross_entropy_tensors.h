@@ -15,13 +15,12 @@ inline double mean_of(double sum, double weights) {
 }
 
 template <class Args>
-void set_options(Args& a, int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap,
-                 std::optional<double> logit_scale) {
-  a.ignore_index = ignore_index;
-  a.label_smoothing = label_smoothing;
-  a.z_loss = z_loss;
-  a.softcap = softcap.value_or(0.0);
-  a.logit_scale = logit_scale.value_or(1.0);
+void set_options(Args& a, const CrossEntropyOptions& o) {
+  a.ignore_index = o.ignore_index;
+  a.label_smoothing = o.label_smoothing;
+  a.z_loss = o.z_loss;
+  a.softcap = o.softcap.value_or(0.0);
+  a.logit_scale = o.logit_scale.value_or(1.0);
 }
 
 // The tensors that `args` points into.
@@ -34,10 +33,9 @@ struct CrossEntropyTensors {
 };
 
 template <class Args>
-CrossEntropyTensors<Args> cross_entropy_tensors(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                                int64_t ignore_index, double label_smoothing, double z_loss,
-                                                std::optional<double> softcap, std::optional<double> logit_scale) {
+CrossEntropyTensors<Args> cross_entropy_tensors(const CrossEntropyOperands& given, const CrossEntropyOptions& o) {
   CrossEntropyTensors<Args> t;
+  const Tensor &input = given.input, &target = given.target;
   const int64_t dim = class_dim(input);
   t.x = walkable(input, dim);
   t.rows = rows_without(input, dim);
@@ -46,8 +44,8 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const Tensor& input, const Tenso
   a.logits = t.x.const_data_ptr();
   a.layout = *row_layout(t.x, dim);
   a.classes = input.size(dim);
-  if (weight.has_value()) {
-    t.weight = weight->to(acc_type(input.scalar_type())).contiguous();
+  if (given.weight.has_value()) {
+    t.weight = given.weight->to(acc_type(input.scalar_type())).contiguous();
     a.class_weight = t.weight.const_data_ptr();
   }
   if (is_probability_target(input, target)) {
@@ -58,7 +56,7 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const Tensor& input, const Tenso
     t.target = target.to(at::kLong).contiguous();
     a.target = t.target.template const_data_ptr<int64_t>();
   }
-  set_options(a, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  set_options(a, o);
   return t;
 }
 
@@ -75,12 +73,7 @@ void point_to_stats(Args& a, const Tensor& stats) {
   a.row_target_mass = row(kTargetMass);
 }
 
-// Gradients of the differentiable outputs; absent where an output was not asked for or not used.
-struct CrossEntropyOutputGrads {
-  OptionalTensor loss, lse, entropy, logprob;
-};
-
-// The same as arguments have them, one number for each row in order, in memory that lives as long as this.
+// Upstream gradients as arguments have them, one number for each row in order, in memory that lives as long as this.
 struct CrossEntropyRowGrads {
   Tensor loss, lse, entropy, logprob;
 

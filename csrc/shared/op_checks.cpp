@@ -71,7 +71,7 @@ void check_outputs(const char* op, int64_t outputs) {
   RF_CHECK(TORCH_CHECK_VALUE, 0 < outputs && outputs < 2 * kOutputArgmax, op, "outputs", "bits from 1 to 31", outputs);
 }
 
-void check_loss_dtype(const char* op, std::optional<at::ScalarType> type) {
+void check_loss_dtype(const char* op, OptionalType type) {
   RF_CHECK(TORCH_CHECK, !type || has_kernel(*type), op, "loss_dtype", "float32, float64, bfloat16, float16 or none",
            *type);
 }
@@ -223,47 +223,50 @@ int64_t check_logsumexp_backward(const Tensor& grad, const Tensor& x, const Tens
 
 namespace {
 
-void check_cross_entropy_inputs(const char* op, const Tensor& x, const Tensor& target, const OptionalTensor& weight,
-                                int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                std::optional<double> softcap) {
-  check_first(op, "input", x);
-  check_readable(op, "target", target, x);
-  check_optional(op, "weight", weight, x);
-  check_reduction(op, reduction);
-  check_softcap(op, softcap);
-  check_cross_entropy(op, x, target, value_or_undefined(weight), ignore_index, label_smoothing);
-  check_classes(op, "input", x, class_dim(x));
+void check_cross_entropy_inputs(const char* op, const CrossEntropyOperands& t, const CrossEntropyOptions& o) {
+  check_first(op, "input", t.input);
+  check_readable(op, "target", t.target, t.input);
+  check_optional(op, "weight", t.weight, t.input);
+  check_reduction(op, o.reduction);
+  check_softcap(op, o.softcap);
+  check_cross_entropy(op, t, o);
+  check_classes(op, "input", t.input, class_dim(t.input));
 }
 
 }  // namespace
 
-void check_cross_entropy_forward(const Tensor& x, const Tensor& target, const OptionalTensor& weight,
-                                 int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                 std::optional<double> softcap, int64_t outputs,
-                                 std::optional<at::ScalarType> loss_dtype) {
-  check_cross_entropy_inputs("cross_entropy", x, target, weight, ignore_index, reduction, label_smoothing, softcap);
+void check_cross_entropy_forward(const CrossEntropyOperands& t, const CrossEntropyOptions& o, int64_t outputs,
+                                 OptionalType loss_dtype) {
+  check_cross_entropy_inputs("cross_entropy", t, o);
   check_outputs("cross_entropy", outputs);
   check_loss_dtype("cross_entropy", loss_dtype);
 }
 
-constexpr const char* kUpstreamNames[] = {"grad_loss", "grad_lse", "grad_entropy", "grad_logprob"};
+namespace {
 
-void check_cross_entropy_backward(const char* op, const UpstreamOfOutputs& upstream, const Tensor& x,
-                                  const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
-                                  const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
-                                  double label_smoothing, std::optional<double> softcap, bool grad_target,
-                                  const Tensor* grad) {
-  check_cross_entropy_inputs(op, x, target, weight, ignore_index, reduction, label_smoothing, softcap);
+// Checks each upstream gradient that is there: what it is called, and whether it is one number for all losses.
+template <class Check>
+void for_upstream(const CrossEntropyOutputGrads& upstream, const CrossEntropyOptions& o, Check&& check) {
+  if (upstream.loss.has_value()) check("grad_loss", *upstream.loss, o.reduction != at::Reduction::None);
+  if (upstream.lse.has_value()) check("grad_lse", *upstream.lse, false);
+  if (upstream.entropy.has_value()) check("grad_entropy", *upstream.entropy, false);
+  if (upstream.logprob.has_value()) check("grad_logprob", *upstream.logprob, false);
+}
+
+}  // namespace
+
+void check_cross_entropy_backward(const char* op, const CrossEntropyOutputGrads& upstream,
+                                  const CrossEntropyOperands& t, const Tensor& stats, const Tensor& weight_sum,
+                                  const CrossEntropyOptions& o, bool grad_target, const Tensor* grad) {
+  check_cross_entropy_inputs(op, t, o);
+  const Tensor& x = t.input;
   const int64_t dim = class_dim(x);
-  for (int i = 0; i < 4; ++i) {
-    if (!upstream[i]->has_value()) continue;
-    const Tensor& t = **upstream[i];
-    const bool one = i == 0 && reduction != at::Reduction::None;
-    check_upstream(op, kUpstreamNames[i], t, x, one, t.defined() ? t.sym_sizes() : c10::SymIntArrayRef());
-    RF_CHECK(TORCH_CHECK, one || has_rows_of(t, x, dim), op, kUpstreamNames[i],
-             c10::str("input's shape ", x.sym_sizes(), " without its classes"), t.sym_sizes());
-  }
-  const bool probabilities = is_probability_target(x, target), entropy = upstream[2]->has_value();
+  for_upstream(upstream, o, [&](const char* name, const Tensor& grad, bool one) {
+    check_upstream(op, name, grad, x, one, grad.defined() ? grad.sym_sizes() : c10::SymIntArrayRef());
+    RF_CHECK(TORCH_CHECK, one || has_rows_of(grad, x, dim), op, name,
+             c10::str("input's shape ", x.sym_sizes(), " without its classes"), grad.sym_sizes());
+  });
+  const bool probabilities = is_probability_target(x, t.target), entropy = upstream.entropy.has_value();
   RF_CHECK(TORCH_CHECK, !grad_target || probabilities, op, "output_mask", "no gradient of class indices", "one");
 
   c10::SymInt rows = 1;
@@ -289,33 +292,28 @@ void check_cross_entropy_backward(const char* op, const UpstreamOfOutputs& upstr
            "elements that have memory of their own", "overlapping ones (expanded?)");
 }
 
-void check_cross_entropy_unless_one(const Tensor& grad_loss, const Tensor& x, const Tensor& target,
-                                    const OptionalTensor& weight, const Tensor& stats, const Tensor& weight_sum,
-                                    int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                    std::optional<double> softcap, const Tensor& grad) {
+void check_cross_entropy_unless_one(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                    const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad) {
   constexpr auto op = "cross_entropy_backward_unless_one_";
-  const OptionalTensor upstream = grad_loss, none;
-  check_cross_entropy_backward(op, {&upstream, &none, &none, &none}, x, target, weight, stats, weight_sum, ignore_index,
-                               reduction, label_smoothing, softcap, false, &grad);
-  check_reduced(op, reduction);
+  check_cross_entropy_backward(op, {grad_loss, {}, {}, {}}, t, stats, weight_sum, o, false, &grad);
+  check_reduced(op, o.reduction);
 }
 
 // ---- linear_cross_entropy ------------------------------------------------------------------------------------------
 
 namespace {
 
-void check_linear_cross_entropy_inputs(const char* op, const Tensor& x, const Tensor& w, const Tensor& target,
-                                       const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
-                                       int64_t reduction, double label_smoothing, std::optional<double> softcap,
-                                       std::optional<int64_t> memory_budget, double filter_eps) {
+void check_linear_cross_entropy_inputs(const char* op, const LinearCrossEntropyOperands& t,
+                                       const CrossEntropyOptions& o, std::optional<int64_t> memory_budget,
+                                       double filter_eps) {
+  const Tensor &x = t.input, &w = t.linear_weight, &target = t.target;
   check_first(op, "input", x);
   check_readable(op, "linear_weight", w, x);
   check_readable(op, "target", target, x);
-  check_optional(op, "linear_bias", bias, x);
-  check_optional(op, "weight", weight, x);
-  check_reduction(op, reduction);
-  check_linear_cross_entropy(op, x, w, target, value_or_undefined(bias), value_or_undefined(weight), ignore_index,
-                             label_smoothing, softcap, memory_budget, filter_eps);
+  check_optional(op, "linear_bias", t.linear_bias, x);
+  check_optional(op, "weight", t.weight, x);
+  check_reduction(op, o.reduction);
+  check_linear_cross_entropy(op, t, o, memory_budget, filter_eps);
   const auto type = target.scalar_type();
   RF_CHECK(TORCH_CHECK, !at::isFloatingType(type) || type == x.scalar_type() || type == acc_type(x.scalar_type()), op,
            "target", c10::str(x.scalar_type(), " or ", acc_type(x.scalar_type()), " probabilities"), type);
@@ -327,31 +325,25 @@ void check_linear_cross_entropy_inputs(const char* op, const Tensor& x, const Te
 
 }  // namespace
 
-void check_linear_cross_entropy_forward(const Tensor& x, const Tensor& w, const Tensor& target,
-                                        const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
-                                        int64_t reduction, double label_smoothing, std::optional<double> softcap,
-                                        int64_t outputs, std::optional<int64_t> memory_budget,
-                                        std::optional<at::ScalarType> loss_dtype, double filter_eps) {
+void check_linear_cross_entropy_forward(const LinearCrossEntropyOperands& t, const CrossEntropyOptions& o,
+                                        int64_t outputs, std::optional<int64_t> memory_budget, OptionalType loss_dtype,
+                                        double filter_eps) {
   constexpr auto op = "linear_cross_entropy";
-  check_linear_cross_entropy_inputs(op, x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                    memory_budget, filter_eps);
+  check_linear_cross_entropy_inputs(op, t, o, memory_budget, filter_eps);
   check_outputs(op, outputs);
   check_loss_dtype(op, loss_dtype);
 }
 
-void check_linear_cross_entropy_backward(const UpstreamOfOutputs& upstream, const Tensor& x, const Tensor& w,
-                                         const Tensor& target, const OptionalTensor& bias, const OptionalTensor& weight,
-                                         int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                         std::optional<double> softcap, std::optional<int64_t> memory_budget,
+void check_linear_cross_entropy_backward(const CrossEntropyOutputGrads& upstream, const LinearCrossEntropyOperands& t,
+                                         const CrossEntropyOptions& o, std::optional<int64_t> memory_budget,
                                          double filter_eps, bool grad_target) {
   constexpr auto op = "linear_cross_entropy_backward";
-  check_linear_cross_entropy_inputs(op, x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                    memory_budget, filter_eps);
-  const auto shape = symbolic_loss_shape(x, w);
-  for (int i = 0; i < 4; ++i)
-    if (upstream[i]->has_value())
-      check_upstream(op, kUpstreamNames[i], **upstream[i], x, i == 0 && reduction != at::Reduction::None, shape);
-  RF_CHECK(TORCH_CHECK, !grad_target || at::isFloatingType(target.scalar_type()), op, "output_mask",
+  check_linear_cross_entropy_inputs(op, t, o, memory_budget, filter_eps);
+  const auto shape = symbolic_loss_shape(t.input, t.linear_weight);
+  for_upstream(upstream, o, [&](const char* name, const Tensor& grad, bool one) {
+    check_upstream(op, name, grad, t.input, one, shape);
+  });
+  RF_CHECK(TORCH_CHECK, !grad_target || at::isFloatingType(t.target.scalar_type()), op, "output_mask",
            "no gradient of class indices", "one");
 }
 
@@ -359,44 +351,39 @@ void check_linear_cross_entropy_backward(const UpstreamOfOutputs& upstream, cons
 
 namespace {
 
-void check_linear_nll_inputs(const char* op, const Tensor& x, const Tensor& w, const Tensor& target,
-                             const OptionalTensor& bias, const OptionalTensor& scale,
-                             const OptionalTensor& sample_weight, int64_t family, int64_t reduction, bool grad_scale) {
+void check_linear_nll_inputs(const char* op, const LinearNllOperands& t, const LinearNllOptions& o, bool grad_scale) {
+  const Tensor& x = t.input;
   check_first(op, "input", x);
-  check_readable(op, "weight", w, x);
-  check_readable(op, "target", target, x);
-  check_optional(op, "bias", bias, x);
-  check_optional(op, "scale", scale, x);
-  check_optional(op, "sample_weight", sample_weight, x);
-  check_reduction(op, reduction);
-  RF_CHECK(TORCH_CHECK_VALUE, 0 <= family && family <= (int64_t)Family::poisson, op, "family",
-           "0 (squared), 1 (gaussian), 2 (bernoulli) or 3 (poisson)", family);
-  const bool gaussian = (Family)family == Family::gaussian;
-  check_linear_nll(op, x, w, target, value_or_undefined(bias), value_or_undefined(scale),
-                   value_or_undefined(sample_weight), gaussian);
-  const auto type = target.scalar_type(), acc = acc_type(x.scalar_type());
+  check_readable(op, "weight", t.weight, x);
+  check_readable(op, "target", t.target, x);
+  check_optional(op, "bias", t.bias, x);
+  check_optional(op, "scale", t.scale, x);
+  check_optional(op, "sample_weight", t.sample_weight, x);
+  check_reduction(op, o.reduction);
+  RF_CHECK(TORCH_CHECK_VALUE, 0 <= o.family && o.family <= (int64_t)Family::poisson, op, "family",
+           "0 (squared), 1 (gaussian), 2 (bernoulli) or 3 (poisson)", o.family);
+  const bool gaussian = (Family)o.family == Family::gaussian;
+  check_linear_nll(op, t, gaussian);
+  const auto type = t.target.scalar_type(), acc = acc_type(x.scalar_type());
   RF_CHECK(TORCH_CHECK, !at::isFloatingType(type) || c10::promoteTypes(type, acc) == acc, op, "target",
            c10::str("a type that fits ", acc), type);
-  RF_CHECK(TORCH_CHECK, !grad_scale || (gaussian && scale.has_value()), op, "output_mask",
+  RF_CHECK(TORCH_CHECK, !grad_scale || (gaussian && t.scale.has_value()), op, "output_mask",
            "no gradient of a scale but a gaussian's variance", "one");
 }
 
 }  // namespace
 
-void check_linear_nll_forward(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
-                              const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family,
-                              int64_t reduction, std::optional<at::ScalarType> loss_dtype, bool grad_scale) {
-  check_linear_nll_inputs("linear_nll", x, w, target, bias, scale, sample_weight, family, reduction, grad_scale);
+void check_linear_nll_forward(const LinearNllOperands& t, const LinearNllOptions& o, OptionalType loss_dtype,
+                              bool grad_scale) {
+  check_linear_nll_inputs("linear_nll", t, o, grad_scale);
   check_loss_dtype("linear_nll", loss_dtype);
 }
 
-void check_linear_nll_backward(const Tensor& grad, const Tensor& x, const Tensor& w, const Tensor& target,
-                               const OptionalTensor& bias, const OptionalTensor& scale,
-                               const OptionalTensor& sample_weight, int64_t family, int64_t reduction,
+void check_linear_nll_backward(const Tensor& grad, const LinearNllOperands& t, const LinearNllOptions& o,
                                bool grad_scale) {
   constexpr auto op = "linear_nll_backward";
-  check_linear_nll_inputs(op, x, w, target, bias, scale, sample_weight, family, reduction, grad_scale);
-  check_upstream(op, "grad", grad, x, reduction != at::Reduction::None, target.sym_sizes());
+  check_linear_nll_inputs(op, t, o, grad_scale);
+  check_upstream(op, "grad", grad, t.input, o.reduction != at::Reduction::None, t.target.sym_sizes());
 }
 
 // ---- mse_loss ------------------------------------------------------------------------------------------------------

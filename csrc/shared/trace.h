@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "shared/flat.h"
+
 namespace rf {
 
 struct CallRecord {
@@ -86,7 +88,7 @@ struct Traced<fn, Result (*)(Arguments...)> {
 // Registers what runs our kernels for an op; `by` names them.
 template <auto fn>
 void register_kernels(torch::Library& m, const char* op, std::string (*by)(const at::Tensor&)) {
-  using Traced = trace::Traced<fn>;
+  using Traced = trace::Traced<flat<fn>()>;
   Traced::op = op;
   Traced::by = by;
   m.impl(op, &Traced::call);
