@@ -1,6 +1,7 @@
 // regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or,
 // on devices that compute it in the pass that gives the loss, the gradient itself.
 #include "autograd/cross_entropy_options.h"
+#include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "autograd/saved_options.h"
 #include "shared/op_checks.h"
@@ -201,8 +202,7 @@ std::vector<Tensor> cross_entropy_autocast(const Operands& t, const CrossEntropy
   const Options o = {options, outputs, loss_dtype};
   const Tensor& weight = value_or_undefined(t.weight);
   if (any_unusual("cross_entropy", {&t.input, &t.target, &weight})) return composite(t, o);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(t.input.device().type()));
+  const Autocast off(t.input, at::kFloat);
   const auto logits = autocast_loss_type(t.input.scalar_type());
   if (weight.defined() && logits != autocast_loss_type(weight.scalar_type()))
     check_class_weight_type("cross_entropy", logits, t.weight, holds_probabilities(t));
@@ -277,24 +277,20 @@ void resolved(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::ji
 template <c10::DispatchKey key>
 void register_resolved(torch::Library& m) {
   for (const char* name : {"cross_entropy_backward_", "cross_entropy_backward_unless_one_"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&resolved<key>>());
+    m.impl(name, torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&resolved<key>>()));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("cross_entropy", flat<cross_entropy>()); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("cross_entropy", flat<cross_entropy>()); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<cross_entropy_batched>(m, "cross_entropy"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("cross_entropy", flat<cross_entropy_autocast>()); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("cross_entropy", flat<cross_entropy_autocast>()); }
-TORCH_LIBRARY_IMPL(regfast, Negative, m) { register_resolved<c10::DispatchKey::Negative>(m); }
-TORCH_LIBRARY_IMPL(regfast, Conjugate, m) { register_resolved<c10::DispatchKey::Conjugate>(m); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("cross_entropy_forward", flat<cross_entropy_forward_meta>());
-  m.impl("cross_entropy_forward_backward", flat<cross_entropy_forward_backward_meta>());
-  m.impl("cross_entropy_backward_unless_one_", flat<check_cross_entropy_unless_one>());
-  m.impl("cross_entropy_backward", flat<cross_entropy_backward_meta>());
-  m.impl("cross_entropy_backward_", flat<cross_entropy_backward_inplace_meta>());
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<cross_entropy, cross_entropy_batched, cross_entropy_autocast>(m, "cross_entropy");
+  register_meta<cross_entropy_forward_meta>(m, "cross_entropy_forward");
+  register_meta<cross_entropy_forward_backward_meta>(m, "cross_entropy_forward_backward");
+  register_meta<check_cross_entropy_unless_one>(m, "cross_entropy_backward_unless_one_");
+  register_meta<cross_entropy_backward_meta>(m, "cross_entropy_backward");
+  register_meta<cross_entropy_backward_inplace_meta>(m, "cross_entropy_backward_");
+  register_resolved<c10::DispatchKey::Negative>(m);
+  register_resolved<c10::DispatchKey::Conjugate>(m);
 }
 
 }  // namespace rf

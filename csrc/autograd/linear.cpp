@@ -1,5 +1,6 @@
 // regfast::linear: saves the operands that a derivative needs and what the activation's derivative is computed from
 // (nothing, the output or the pre-activation); computes only the gradients that are asked for.
+#include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
@@ -94,11 +95,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, stri
 
 // As F.linear: autocast's lower precision for single precision and half types, float64 as it is.
 Tensor linear_autocast(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
-  const auto device = x.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto to = at::autocast::get_autocast_dtype(device);
-  return linear(at::autocast::cached_cast(to, x, device), at::autocast::cached_cast(to, w, device),
-                at::autocast::cached_cast(to, b, device), activation);
+  const Autocast cast(x);
+  return linear(cast(x), cast(w), cast(b), activation);
 }
 
 std::tuple<Tensor, Tensor> linear_forward_meta(const Tensor& x, const Tensor& w, const OptionalTensor& b,
@@ -126,14 +124,10 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& grad, cons
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear", linear); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear", linear); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "linear"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear", linear_autocast); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear", linear_autocast); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("linear_forward", linear_forward_meta);
-  m.impl("linear_backward", linear_backward_meta);
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<linear, composite, linear_autocast>(m, "linear");
+  register_meta<linear_forward_meta>(m, "linear_forward");
+  register_meta<linear_backward_meta>(m, "linear_backward");
 }
 
 }  // namespace rf

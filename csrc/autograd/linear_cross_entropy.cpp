@@ -2,6 +2,7 @@
 // are there, and saves them; anything else saves its inputs alone and computes the logits again in backward, and so
 // does a reduced loss whose saved tensors are packed away.
 #include "autograd/cross_entropy_options.h"
+#include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "autograd/saved_options.h"
 #include "shared/op_checks.h"
@@ -166,10 +167,7 @@ std::vector<Tensor> autocast(const Operands& given, const CrossEntropyOptions& o
                              Budget memory_budget, double filter_eps, OptionalType loss_dtype) {
   const Options o = {{options, outputs, loss_dtype}, memory_budget, filter_eps};
   if (any_unusual(given)) return composite(given, o);
-  const auto device = given.input.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto to = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(to, t, device); };
+  const Autocast cast(given.input);
   const Tensor x = cast(given.input), w = cast(given.linear_weight), &c = value_or_undefined(given.weight);
   const OptionalTensor bias = cast(given.linear_bias);
   const Operands t = {x, w, given.target, bias, given.weight};
@@ -234,17 +232,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const CrossEntropyOutpu
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_cross_entropy", flat<linear_cross_entropy>()); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) {
-  m.impl("linear_cross_entropy", flat<linear_cross_entropy>());
-}
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<batched>(m, "linear_cross_entropy"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_cross_entropy", flat<autocast>()); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_cross_entropy", flat<autocast>()); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("linear_cross_entropy_forward", flat<forward_meta>());
-  m.impl("linear_cross_entropy_forward_backward", flat<forward_backward_meta>());
-  m.impl("linear_cross_entropy_backward", flat<backward_meta>());
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<linear_cross_entropy, batched, autocast>(m, "linear_cross_entropy");
+  register_meta<forward_meta>(m, "linear_cross_entropy_forward");
+  register_meta<forward_backward_meta>(m, "linear_cross_entropy_forward_backward");
+  register_meta<backward_meta>(m, "linear_cross_entropy_backward");
 }
 
 }  // namespace rf

@@ -1,6 +1,7 @@
 // regfast::linear_nll: a reduced loss has its gradients computed in forward, while the residuals are there, and saves
 // them; a loss per element, or one whose saved tensors are packed away, saves its inputs alone and computes the
 // predictions again in backward.
+#include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "autograd/saved_options.h"
 #include "shared/op_checks.h"
@@ -129,13 +130,10 @@ Tensor linear_nll(const Operands& t, const Options& given) {
 // As F.linear followed by a loss: products of autocast's type, a float32 loss.
 Tensor autocast(const Operands& t, const Options& given) {
   if (any_unusual(t)) return composite(t, given);
-  const auto device = t.input.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto to = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const auto& of) { return at::autocast::cached_cast(to, of, device); };
+  const Autocast cast(t.input);
   const Tensor x = cast(t.input);
   Options o = given;
-  if (x.scalar_type() == to && !o.loss_dtype)
+  if (x.scalar_type() == cast.type && !o.loss_dtype)
     o.loss_dtype = c10::promoteTypes(at::kFloat, loss_type(x, t.target, std::nullopt));
   return linear_nll({x, cast(t.weight), t.target, cast(t.bias), t.scale, t.sample_weight}, o);
 }
@@ -174,15 +172,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const Tensor& grad, con
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_nll", flat<linear_nll>()); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear_nll", flat<linear_nll>()); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "linear_nll"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_nll", flat<autocast>()); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_nll", flat<autocast>()); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("linear_nll_forward", flat<forward_meta>());
-  m.impl("linear_nll_forward_backward", flat<forward_backward_meta>());
-  m.impl("linear_nll_backward", flat<backward_meta>());
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<linear_nll, composite, autocast>(m, "linear_nll");
+  register_meta<forward_meta>(m, "linear_nll_forward");
+  register_meta<forward_backward_meta>(m, "linear_nll_forward_backward");
+  register_meta<backward_meta>(m, "linear_nll_backward");
 }
 
 }  // namespace rf

@@ -1,5 +1,6 @@
 // regfast::phm_linear: saves its operands and what the activation's derivative is computed from, never the weight that
 // they stand for; computes only the gradients that are asked for.
+#include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
@@ -97,11 +98,8 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
 // As linear.
 Tensor phm_linear_autocast(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b,
                            string_view activation) {
-  const auto device = x.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto to = at::autocast::get_autocast_dtype(device);
-  return phm_linear(at::autocast::cached_cast(to, x, device), at::autocast::cached_cast(to, a, device),
-                    at::autocast::cached_cast(to, s, device), at::autocast::cached_cast(to, b, device), activation);
+  const Autocast cast(x);
+  return phm_linear(cast(x), cast(a), cast(s), cast(b), activation);
 }
 
 std::tuple<Tensor, Tensor> phm_linear_forward_meta(const Tensor& x, const Tensor& a, const Tensor& s,
@@ -133,14 +131,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward_meta(const Tensor
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("phm_linear", phm_linear); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("phm_linear", phm_linear); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "phm_linear"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("phm_linear", phm_linear_autocast); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("phm_linear", phm_linear_autocast); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("phm_linear_forward", phm_linear_forward_meta);
-  m.impl("phm_linear_backward", phm_linear_backward_meta);
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<phm_linear, composite, phm_linear_autocast>(m, "phm_linear");
+  register_meta<phm_linear_forward_meta>(m, "phm_linear_forward");
+  register_meta<phm_linear_backward_meta>(m, "phm_linear_backward");
 }
 
 }  // namespace rf
