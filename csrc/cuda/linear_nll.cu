@@ -129,14 +129,11 @@ struct FamilyIs {
 template <class F>
 void with_family(Family family, F&& f) {
   switch (family) {
-    case Family::squared:
-      return f(FamilyIs<Family::squared>());
-    case Family::gaussian:
-      return f(FamilyIs<Family::gaussian>());
-    case Family::bernoulli:
-      return f(FamilyIs<Family::bernoulli>());
-    case Family::poisson:
-      return f(FamilyIs<Family::poisson>());
+#define RF_CASE(name) \
+  case Family::name:  \
+    return f(FamilyIs<Family::name>());
+    RF_EACH_FAMILY(RF_CASE)
+#undef RF_CASE
   }
 }
 

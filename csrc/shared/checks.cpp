@@ -3,16 +3,19 @@
 
 namespace rf {
 
+std::string listed(at::ArrayRef<const char*> names, const char* last, bool numbered) {
+  std::string all;
+  for (size_t i = 0; i < names.size(); ++i) {
+    all += i == 0 ? "" : i + 1 < names.size() ? ", " : last;
+    all += numbered ? c10::str(i, " (", names[i], ")") : names[i];
+  }
+  return all;
+}
+
 Activation parse_activation(string_view name, const char* op) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  if (name == "sigmoid") return Activation::sigmoid;
-  if (name == "tanh") return Activation::tanh;
-  RF_CHECK(TORCH_CHECK_VALUE, false, op, "activation", "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh",
-           std::string(name));
+  for (size_t i = 0; i < std::size(kActivationNames); ++i)
+    if (name == kActivationNames[i]) return (Activation)i;
+  RF_CHECK(TORCH_CHECK_VALUE, false, op, "activation", "one of " + listed(kActivationNames, ", "), std::string(name));
 }
 
 int64_t checked_dim(const char* op, const Tensor& x, int64_t dim) {

@@ -10,7 +10,10 @@
 
 namespace rf {
 
-Activation parse_activation(string_view name, const char* op = "linear");
+// Names as a sentence has them: "a, b, c or d"; or "0 (a), 1 (b), 2 (c) or 3 (d)".
+std::string listed(at::ArrayRef<const char*> names, const char* last = " or ", bool numbered = false);
+
+Activation parse_activation(string_view name, const char* op);
 
 // As torch: IndexError for a dimension that is not there; a scalar has one.
 int64_t checked_dim(const char* op, const Tensor& x, int64_t dim);

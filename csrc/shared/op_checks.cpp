@@ -34,8 +34,7 @@ bool check_optional(const char* op, const char* name, const OptionalTensor& t, c
 void check_first(const char* op, const char* name, const Tensor& t) {
   RF_CHECK(TORCH_CHECK_TYPE, t.defined(), op, name, "a tensor", "none");
   check_readable(op, name, t, t);
-  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, has_kernel(t.scalar_type()), op, name, "float32, float64, bfloat16 or float16",
-           t.scalar_type());
+  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, has_kernel(t.scalar_type()), op, name, listed(kDTypeNames), t.scalar_type());
 }
 
 void check_type(const char* op, const char* name, const Tensor& t, at::ScalarType type) {
@@ -72,8 +71,7 @@ void check_outputs(const char* op, int64_t outputs) {
 }
 
 void check_loss_dtype(const char* op, OptionalType type) {
-  RF_CHECK(TORCH_CHECK, !type || has_kernel(*type), op, "loss_dtype", "float32, float64, bfloat16, float16 or none",
-           *type);
+  RF_CHECK(TORCH_CHECK, !type || has_kernel(*type), op, "loss_dtype", listed(kDTypeNames, ", ") + " or none", *type);
 }
 
 // Pointers to classes, or to probabilities of them, are null where there are none.
@@ -98,25 +96,28 @@ void check_reduced(const char* op, int64_t reduction) {
 
 // ---- linear --------------------------------------------------------------------------------------------------------
 
-void check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+Activation check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation) {
   check_first("linear", "input", x);
   check_readable("linear", "weight", w, x);
   check_optional("linear", "bias", bias, x);
   check_linear(x, w, value_or_undefined(bias));
+  return parse_activation(activation, "linear");
 }
 
 namespace {
 
 // The upstream gradient of an activation's results, and what its derivative is computed from.
-void check_activation_gradient(const char* op, const Tensor& grad, const OptionalTensor& saved,
-                               string_view activation) {
+Activation check_activation_gradient(const char* op, const Tensor& grad, const OptionalTensor& saved,
+                                     string_view name) {
   check_first(op, "grad", grad);
   RF_CHECK(TORCH_CHECK, grad.dim() >= 1, op, "grad", "1 or more dimensions", grad.dim());
-  if (saved_for(parse_activation(activation, op)) == Saved::nothing) return;
-  RF_CHECK(TORCH_CHECK, saved.has_value(), op, "saved", c10::str("what ", activation, " saves"), "none");
+  const Activation activation = parse_activation(name, op);
+  if (saved_for(activation) == Saved::nothing) return activation;
+  RF_CHECK(TORCH_CHECK, saved.has_value(), op, "saved", c10::str("what ", name, " saves"), "none");
   check_readable(op, "saved", *saved, grad);
   check_type(op, "saved", *saved, grad.scalar_type());
   check_sizes(op, "saved", *saved, grad.sym_sizes());
+  return activation;
 }
 
 // The input of a layer whose results have the gradient `grad`.
@@ -129,10 +130,10 @@ void check_layer_input(const char* op, const Tensor& x, const Tensor& grad) {
 
 }  // namespace
 
-void check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
-                           const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask) {
+Activation check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
+                                 const OptionalTensor& saved, string_view name, std::array<bool, 3> mask) {
   constexpr auto op = "linear_backward";
-  check_activation_gradient(op, grad, saved, activation);
+  const Activation activation = check_activation_gradient(op, grad, saved, name);
   if (mask[0]) {
     const Tensor& w = needed(op, "weight", weight, grad);
     check_type(op, "weight", w, grad.scalar_type());
@@ -140,22 +141,25 @@ void check_linear_backward(const Tensor& grad, const OptionalTensor& input, cons
              c10::str("shape (", grad.sym_size(-1), ", in_features)"), w.sym_sizes());
   }
   if (mask[1]) check_layer_input(op, needed(op, "input", input, grad), grad);
+  return activation;
 }
 
 // ---- phm_linear ----------------------------------------------------------------------------------------------------
 
-void check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias) {
+Activation check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias,
+                                    string_view activation) {
   check_first("phm_linear", "input", x);
   check_readable("phm_linear", "a", a, x);
   check_readable("phm_linear", "s", s, x);
   check_optional("phm_linear", "bias", bias, x);
   check_phm_linear(x, a, s, value_or_undefined(bias));
+  return parse_activation(activation, "phm_linear");
 }
 
-void check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
-                               const OptionalTensor& saved, string_view activation, std::array<bool, 4> mask) {
+Activation check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
+                                     const OptionalTensor& saved, string_view name, std::array<bool, 4> mask) {
   constexpr auto op = "phm_linear_backward";
-  check_activation_gradient(op, grad, saved, activation);
+  const Activation activation = check_activation_gradient(op, grad, saved, name);
   check_readable(op, "a", a, grad);
   check_readable(op, "s", s, grad);
   check_phm_operands(op, a, s);
@@ -165,11 +169,12 @@ void check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, 
   RF_CHECK(TORCH_CHECK, grad.sym_size(-1) == n * s.sym_size(1), op, "grad",
            c10::str("last dimension ", n * s.sym_size(1), " as s of shape ", s.sym_sizes(), " has it"),
            grad.sym_sizes());
-  if (!mask[1] && !mask[2]) return;
+  if (!mask[1] && !mask[2]) return activation;
   const Tensor& x = needed(op, "input", input, grad);
   check_layer_input(op, x, grad);
   RF_CHECK(TORCH_CHECK, x.sym_size(-1) == n * s.sym_size(2), op, "input",
            c10::str("last dimension ", n * s.sym_size(2), " as s of shape ", s.sym_sizes(), " has it"), x.sym_sizes());
+  return activation;
 }
 
 // ---- softmax family: the dimension, counted from 0 -----------------------------------------------------------------
@@ -360,8 +365,8 @@ void check_linear_nll_inputs(const char* op, const LinearNllOperands& t, const L
   check_optional(op, "scale", t.scale, x);
   check_optional(op, "sample_weight", t.sample_weight, x);
   check_reduction(op, o.reduction);
-  RF_CHECK(TORCH_CHECK_VALUE, 0 <= o.family && o.family <= (int64_t)Family::poisson, op, "family",
-           "0 (squared), 1 (gaussian), 2 (bernoulli) or 3 (poisson)", o.family);
+  RF_CHECK(TORCH_CHECK_VALUE, 0 <= o.family && o.family < (int64_t)std::size(kFamilyNames), op, "family",
+           listed(kFamilyNames, " or ", /*numbered=*/true), o.family);
   const bool gaussian = (Family)o.family == Family::gaussian;
   check_linear_nll(op, t, gaussian);
   const auto type = t.target.scalar_type(), acc = acc_type(x.scalar_type());

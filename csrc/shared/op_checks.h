@@ -8,13 +8,15 @@ namespace rf {
 
 void check_reduced(const char* op, int64_t reduction);
 
-void check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias);
-void check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
-                           const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask);
+// Of a layer, its activation by its name.
+Activation check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation);
+Activation check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
+                                 const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask);
 
-void check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias);
-void check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
-                               const OptionalTensor& saved, string_view activation, std::array<bool, 4> mask);
+Activation check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias,
+                                    string_view activation);
+Activation check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
+                                     const OptionalTensor& saved, string_view activation, std::array<bool, 4> mask);
 
 // Of the softmax family, the dimension counted from 0.
 constexpr const char* softmax_name(bool log) { return log ? "log_softmax" : "softmax"; }

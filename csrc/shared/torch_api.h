@@ -19,10 +19,14 @@ using OptionalType = std::optional<at::ScalarType>;
 using std::string_view;
 
 inline bool has_kernel(at::ScalarType t) {
-  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+#define RF_IS(name, type, python, torch, with) t == at::ScalarType::torch ||
+  return RF_EACH_DTYPE(RF_IS, ) false;
+#undef RF_IS
 }
 inline DType dtype_of(at::ScalarType t) {
-  return t == at::kDouble ? DType::f64 : t == at::kBFloat16 ? DType::bf16 : t == at::kHalf ? DType::f16 : DType::f32;
+#define RF_IF(name, type, python, torch, with) t == at::ScalarType::torch ? DType::name:
+  return RF_EACH_DTYPE(RF_IF, ) DType::f32;
+#undef RF_IF
 }
 inline at::ScalarType acc_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 

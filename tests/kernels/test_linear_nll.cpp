@@ -9,8 +9,9 @@ namespace test {
 namespace {
 
 using rf::Family;
-constexpr Family kFamilies[] = {Family::squared, Family::gaussian, Family::bernoulli, Family::poisson};
-constexpr const char* kNames[] = {"squared", "gaussian", "bernoulli", "poisson"};
+#define RF_VALUE(name) Family::name,
+constexpr Family kFamilies[] = {RF_EACH_FAMILY(RF_VALUE)};
+#undef RF_VALUE
 
 // A loss and its derivatives; `error` bounds those of loss and slope in units, for a prediction that is off by
 // `eta_error` units.
@@ -106,7 +107,8 @@ template <class T>
 void rows_of_predictions(Family family, int64_t rows, int64_t outputs, Random& random) {
   using A = rf::acc_t<T>;
   const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
-  describe("likelihood %s %s %lld x %lld", kNames[(int)family], Format<T>::name, (long long)rows, (long long)outputs);
+  describe("likelihood %s %s %lld x %lld", rf::kFamilyNames[(int)family], Format<T>::name, (long long)rows,
+           (long long)outputs);
   const Observations<T> seen(family, rows, outputs, random, guard);
   const Buffer<A> eta = input<A>(rows * outputs, [&] { return random.spiky(); }, guard);
   for (const bool value : {true, false})
@@ -151,7 +153,7 @@ void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Ra
   const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
   const int64_t stride = features + (random.chance(0.3) ? random.integer(1, 9) : 0);
   const bool has_bias = random.chance(0.7), wide = random.chance(0.5);
-  describe("few_outputs %s %s %lld x %lld -> %lld, rows %lld apart", kNames[(int)family], Format<T>::name,
+  describe("few_outputs %s %s %lld x %lld -> %lld, rows %lld apart", rf::kFamilyNames[(int)family], Format<T>::name,
            (long long)rows, (long long)features, (long long)outputs, (long long)stride);
   const Observations<T> seen(family, rows, outputs, random, guard);
   int64_t at = 0;
