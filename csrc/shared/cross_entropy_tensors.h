@@ -1,10 +1,11 @@
-// Cross-entropy's tensors as plain structs, for every device: Args is its arguments' struct, whose fields of these
-// names mean the same. What a device wants besides (the sum of the class weights) it adds.
+// Cross-entropy's tensors as plain structs, for every device: Args is its arguments' struct, a CrossEntropyProblem with
+// what the device wants besides (the sum of the class weights), which it adds.
 #pragma once
 #include <limits>
 
 #include "shared/checks.h"
 #include "shared/layouts.h"
+#include "shared/problems.h"
 
 namespace rf {
 
@@ -14,8 +15,7 @@ inline double mean_of(double sum, double weights) {
   return weights == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / weights;
 }
 
-template <class Args>
-void set_options(Args& a, const CrossEntropyOptions& o) {
+inline void set_options(CrossEntropyProblem& a, const CrossEntropyOptions& o) {
   a.ignore_index = o.ignore_index;
   a.label_smoothing = o.label_smoothing;
   a.z_loss = o.z_loss;
@@ -61,8 +61,7 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const CrossEntropyOperands& give
 }
 
 // Where each row's statistics lie in the tensor that is saved for backward.
-template <class Args>
-void point_to_stats(Args& a, const Tensor& stats) {
+inline void point_to_stats(CrossEntropyProblem& a, const Tensor& stats) {
   const auto row = [&](CrossEntropyStat s) -> void* {
     return s < stats.size(0) ? (char*)stats.data_ptr() + s * stats.size(1) * (int64_t)stats.element_size() : nullptr;
   };
@@ -84,8 +83,7 @@ struct CrossEntropyRowGrads {
     entropy = rows(grads.entropy);
     logprob = rows(grads.logprob);
   }
-  template <class Args>
-  void point_to(Args& a) const {
+  void point_to(CrossEntropyBackward& a) const {
     const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
     a.loss = data(loss);
     a.lse = data(lse);

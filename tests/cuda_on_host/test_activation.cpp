@@ -64,11 +64,13 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
   Buffer<char> workspace(workspace_bytes);
   {
     const Lent lg(grad), ls(saved), ld(dz), lu(sums), lw(workspace);
-    rf::cuda::launch_activation_backward(
-        Format<T>::dtype,
-        {grad.data(), activation == Activation::none ? nullptr : saved.data(), layout, write ? dz.data() : nullptr,
-         rows, columns, activation, sum ? sums.data() : nullptr, workspace_bytes ? workspace.data() : nullptr},
-        nullptr);
+    rf::cuda::launch_activation_backward(Format<T>::dtype,
+                                         {{grad.data(), activation == Activation::none ? nullptr : saved.data(), layout,
+                                           write ? dz.data() : nullptr, columns, activation},
+                                          rows,
+                                          sum ? sums.data() : nullptr,
+                                          workspace_bytes ? workspace.data() : nullptr},
+                                         nullptr);
   }
   std::vector<double> total(columns), size(columns);
   {
@@ -99,7 +101,7 @@ void nothing() {
   {
     const Lent ls(sums);
     rf::cuda::launch_activation_backward(
-        Format<T>::dtype, {nullptr, nullptr, {1, 5, 0, 1}, nullptr, 0, 5, Activation::none, sums.data(), nullptr},
+        Format<T>::dtype, {{nullptr, nullptr, {1, 5, 0, 1}, nullptr, 5, Activation::none}, 0, sums.data(), nullptr},
         nullptr);
     rf::cuda::launch_activation_forward(Format<T>::dtype, nullptr, nullptr, 0, Activation::relu, nullptr);
   }

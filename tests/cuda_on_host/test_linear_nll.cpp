@@ -116,8 +116,8 @@ void likelihood(Family family, int64_t rows, int64_t outputs, Choice c, bool far
     args.variance = variance;
     args.full = c.full;
     args.factor = factor;
-    args.row_factor = c.row_factor ? row_factor.data() : nullptr;
-    args.upstream = c.upstream ? upstream.data() : nullptr;
+    args.row_weight = c.row_factor ? row_factor.data() : nullptr;
+    args.grad = c.upstream ? upstream.data() : nullptr;
     args.loss = c.loss ? loss.data() : nullptr;
     args.loss_sums = c.loss_sums ? loss_sums.data() : nullptr;
     args.gradient = c.in_place ? (void*)product.data() : c.gradient ? gradient.data() : nullptr;

@@ -76,12 +76,8 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
       guard, 1);
   Buffer<T> dz(rows * columns, guard, random.integer(0, 3));
   Buffer<A> sums(columns, guard);
-  const rf::ActivationBackwardArgs a = {grad.data(),
-                                        activation == Activation::none ? nullptr : saved.data(),
-                                        layout,
-                                        write ? dz.data() : nullptr,
-                                        columns,
-                                        activation,
+  const rf::ActivationBackwardArgs a = {{grad.data(), activation == Activation::none ? nullptr : saved.data(), layout,
+                                         write ? dz.data() : nullptr, columns, activation},
                                         sum ? sums.data() : nullptr};
   rf::activation_backward(Format<T>::dtype, a, rows);
   std::vector<double> total(columns), size(columns);
@@ -145,7 +141,7 @@ void many_rows(int64_t rows) {
   const Buffer<T> g = input<T>(1, [] { return 0.1; });
   Buffer<A> sums(1);
   rf::activation_backward(Format<T>::dtype,
-                          {g.data(), nullptr, {1, 0, 0, 1}, nullptr, 1, Activation::none, sums.data()}, rows);
+                          {{g.data(), nullptr, {1, 0, 0, 1}, nullptr, 1, Activation::none}, sums.data()}, rows);
   const double exact = g.value(0) * (double)rows, unit = std::is_same_v<T, double> ? 1.1e-16 : 6e-8;
   CHECK(std::fabs(sums.value(0) - exact) <= 8 * unit * exact);
 }
@@ -162,7 +158,7 @@ void any_number_of_threads() {
     threads = n;
     Buffer<A> sums(columns);
     rf::activation_backward(Format<T>::dtype,
-                            {g.data(), nullptr, {1, columns, 0, 1}, nullptr, columns, Activation::none, sums.data()},
+                            {{g.data(), nullptr, {1, columns, 0, 1}, nullptr, columns, Activation::none}, sums.data()},
                             rows);
     if (first.empty()) first = sums.copy();
     CHECK(first == sums.copy());

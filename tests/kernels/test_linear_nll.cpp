@@ -72,15 +72,11 @@ struct Observations {  // what a likelihood is given besides predictions
         grads(random.chance(0.5)) {}
 
   rf::LikelihoodArgs args(void* loss) const {
-    return {family,
-            outputs,
-            target.data(),
-            scale.data(),
-            constants ? constant.data() : nullptr,
-            weights ? row_weight.data() : nullptr,
-            grads ? grad.data() : nullptr,
-            grad_scale,
-            loss};
+    return {
+        {family, outputs, target.data(), weights ? row_weight.data() : nullptr, grads ? grad.data() : nullptr, loss},
+        scale.data(),
+        constants ? constant.data() : nullptr,
+        grad_scale};
   }
   double weight(int64_t r) const { return weights ? row_weight.value(r) : 1; }
   double upstream(int64_t r, int64_t j) const {
@@ -237,8 +233,8 @@ void far_predictions() {
   for (const double eta : {0.0, 1e-30, 5.0, 50.0, 80.0, 1e4, most})
     for (const double sign : {1.0, -1.0})
       for (const double y : {0.0, 1.0}) {
-        A panel = (A)(sign * eta), target = (A)y, scale = 1, each = 0;
-        const rf::LikelihoodArgs args = {Family::bernoulli, 1, &target, &scale, nullptr, nullptr, nullptr, 1, &each};
+        A panel = (A)(sign * eta), target = (A)y, factor = 1, each = 0;
+        const rf::LikelihoodArgs args = {{Family::bernoulli, 1, &target, nullptr, nullptr, &each}, &factor, nullptr, 1};
         rf::likelihood(Format<A>::dtype, args, &panel, 1, {true, true, nullptr, nullptr, 0});
         const Expected e = expect(Family::bernoulli, (A)(sign * eta), y, 1, 0, 0);
         // exp gives 0 instead of subnormal numbers.

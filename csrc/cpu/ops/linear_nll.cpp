@@ -24,7 +24,7 @@ using Options = LinearNllOptions;
 // A call's tensors as the kernels want them; all but x, w and target are of the accumulator's type.
 struct Problem {
   Tensor x, w, target;  // rows x features, outputs x features, rows x outputs
-  Tensor bias, scale, constant, row_weight;
+  Tensor bias, output_factor, constant, row_weight;
   int64_t rows, features, outputs;
   DType dtype;
   at::ScalarType acc;
@@ -72,16 +72,16 @@ Problem problem_of(const Operands& t, const Options& o) {
       // Not by ATen's loops, which compute a logarithm at the end of a thread's part in another way than inside.
       const Tensor variances = t.scale->to(p.acc).expand({p.outputs}).to(at::kDouble).contiguous();
       const double* v = variances.const_data_ptr<double>();
-      p.scale = by_output(p, [&](int64_t j) { return 1 / v[j]; });
+      p.output_factor = by_output(p, [&](int64_t j) { return 1 / v[j]; });
       p.constant = by_output(p, [&](int64_t j) { return 0.5 * std::log(v[j]) + constant; });
     } else {
-      p.scale = for_outputs(p, 1 / o.variance);
+      p.output_factor = for_outputs(p, 1 / o.variance);
       p.constant = for_outputs(p, 0.5 * std::log(o.variance) + constant);
     }
   } else if (p.family == Family::squared) {
-    p.scale = for_outputs(p, 2);
+    p.output_factor = for_outputs(p, 2);
   } else if (p.family == Family::bernoulli) {
-    p.scale = t.scale.has_value() ? t.scale->to(p.acc).expand({p.outputs}).contiguous() : for_outputs(p, 1);
+    p.output_factor = t.scale.has_value() ? t.scale->to(p.acc).expand({p.outputs}).contiguous() : for_outputs(p, 1);
   }
   p.denominator = (double)p.rows * (double)p.outputs;
   if (t.sample_weight.has_value()) {
@@ -113,15 +113,11 @@ LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin
   if (target->scalar_type() != p.acc || !target->is_contiguous()) *target = target->to(p.acc).contiguous();
   const int64_t at = begin * p.outputs * acc_size(p.dtype);
   const auto from = [](const Tensor& t, int64_t bytes) { return t.defined() ? (char*)t.data_ptr() + bytes : nullptr; };
-  return {p.family,
-          p.outputs,
-          target->const_data_ptr(),
-          data_or_null(p.scale),
+  return {{p.family, p.outputs, target->const_data_ptr(), from(p.row_weight, begin * acc_size(p.dtype)),
+           from(to.grad, at), from(to.each, at)},
+          data_or_null(p.output_factor),
           data_or_null(p.constant),
-          from(p.row_weight, begin * acc_size(p.dtype)),
-          from(to.grad, at),
-          to.grad_scale,
-          from(to.each, at)};
+          to.grad_scale};
 }
 
 // Adds Stirling's term to the losses from row `begin` on, and returns its sum.

@@ -53,9 +53,11 @@ ActivationGradient activation_gradient(const OnDevice& device, const Tensor& gra
   Workspace workspace(column_sums ? activation_backward_workspace(dtype, m, n) : 0, grad);
   launch_activation_backward(
       dtype,
-      {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
-       activation != Activation::none ? result.dz.mutable_data_ptr() : nullptr, m, n, activation,
-       column_sums ? result.column_sums.mutable_data_ptr() : nullptr, workspace.data()},
+      {{g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
+        activation != Activation::none ? result.dz.mutable_data_ptr() : nullptr, n, activation},
+       m,
+       column_sums ? result.column_sums.mutable_data_ptr() : nullptr,
+       workspace.data()},
       device.stream);
   return result;
 }

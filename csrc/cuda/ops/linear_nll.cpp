@@ -137,8 +137,8 @@ Parts over_chunks(const OnDevice& device, const Problem& p, const Wanted& to) {
     a.product = predictions.const_data_ptr();
     a.target = target.const_data_ptr();
     a.target_is_acc = target_type == p.acc;
-    a.row_factor = p.row_factor.defined() ? p.row_factor.narrow(0, begin, rows).const_data_ptr() : nullptr;
-    a.upstream = data_or_null(upstream);
+    a.row_weight = p.row_factor.defined() ? p.row_factor.narrow(0, begin, rows).const_data_ptr() : nullptr;
+    a.grad = data_or_null(upstream);
     a.loss = data_or_null(spare_loss ? spare : each);
     a.loss_sums = to.total ? parts.total.mutable_data_ptr<double>() + block : nullptr;
     a.gradient = to.slopes() ? slopes.data_ptr() : nullptr;
