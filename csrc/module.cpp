@@ -19,25 +19,19 @@ std::vector<std::string> isas() {
   return names;
 }
 
-constexpr struct {
-  const char* name;
-  rf::DType dtype;
-} kTypes[] = {{"float32", rf::DType::f32},
-              {"float64", rf::DType::f64},
-              {"bfloat16", rf::DType::bf16},
-              {"float16", rf::DType::f16}};
 rf::DType dtype_named(const std::string& name) {
-  for (const auto& t : kTypes)
-    if (name == t.name) return t.dtype;
+  for (int i = 0; i < rf::kDTypes; ++i)
+    if (name == rf::kDTypeNames[i]) return (rf::DType)i;
   throw std::invalid_argument("a dtype with kernels: " + name);
 }
 
 // Who multiplies in linear, by dtype; gemm_by_aten has the rule.
 pybind11::dict linear_products() {
   pybind11::dict who;
-  for (const auto& t : kTypes) {
-    const bool large = rf::gemm_by_aten(t.dtype, 4096, 4096, 4096), skinny = rf::gemm_by_aten(t.dtype, 4096, 8, 4096);
-    who[t.name] = skinny ? "aten" : large ? "aten for large products, regfast for the others" : "regfast";
+  for (int i = 0; i < rf::kDTypes; ++i) {
+    const auto t = (rf::DType)i;
+    const bool large = rf::gemm_by_aten(t, 4096, 4096, 4096), skinny = rf::gemm_by_aten(t, 4096, 8, 4096);
+    who[rf::kDTypeNames[i]] = skinny ? "aten" : large ? "aten for large products, regfast for the others" : "regfast";
   }
   return who;
 }
@@ -87,9 +81,18 @@ void ask_about_subclasses(pybind11::function answer) {
   };
 }
 
+// A list of types.h as a tuple.
+template <size_t n>
+pybind11::tuple names(const char* const (&list)[n]) {
+  return pybind11::tuple(pybind11::cast(std::vector<const char*>(list, list + n)));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("DTYPES") = names(rf::kDTypeNames);
+  m.attr("ACTIVATIONS") = names(rf::kActivationNames);
+  m.attr("FAMILIES") = names(rf::kFamilyNames);
   m.def("ask_about_subclasses", ask_about_subclasses);
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");

@@ -5,7 +5,7 @@ from util import class_targets, probability_targets
 
 import regfast
 
-ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
+ACTIVATIONS = regfast._C.ACTIVATIONS
 FLOATING = ("loss", "lse", "entropy", "logprob")
 
 

@@ -20,7 +20,7 @@ CALLS = 50  # of each op and dtype
 WIDTHS = [1, 2, 3, 5, 7, 8, 9, 13, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 127, 130, 255, 257, 300]
 LONG_ROWS = [511, 512, 513, 1025, 2047, 2050, 4097]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 14, 15, 16, 17, 27, 31, 33, 65, 95, 97, 130]
-ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
+ACTIVATIONS = regfast._C.ACTIVATIONS
 REDUCTIONS = ["none", "mean", "sum"]
 
 

@@ -7,11 +7,11 @@ import torch
 from torch.library import opcheck
 from util import class_targets, lay_out, probability_targets, spiky
 
-import regfast  # noqa: F401 - registers the ops
+import regfast
 
 ops = torch.ops.regfast
 LOSS, LSE, ENTROPY, LOGPROB, ARGMAX = (1 << bit for bit in range(5))
-ACTIVATIONS = ["none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"]
+ACTIVATIONS = regfast._C.ACTIVATIONS
 gradients = pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
 
 
@@ -194,3 +194,9 @@ def test_forward_and_backward_ops_of_linear_nll(options, dtype):
         opcheck(ops.linear_nll_backward.default, (seed, *arguments, mask), test_utils=tests)
         if options[-1] != 0:
             opcheck(ops.linear_nll_forward_backward.default, (*arguments, None, mask), test_utils=tests)
+
+
+@pytest.mark.no_kernels("names")
+def test_the_maths_of_every_name_is_there():
+    assert tuple(regfast.reference.ACTIVATIONS) == ACTIVATIONS
+    assert regfast.reference.FAMILIES == regfast._C.FAMILIES

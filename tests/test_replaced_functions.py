@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CASES, bound, scalar
+from cases import ACTIVATIONS, CASES, bound, scalar
 from torch.func import grad, jvp, vmap
 from util import HALF, class_targets, probability_targets, spiky
 
@@ -76,7 +76,7 @@ def calls_of_odd_types():
     yield lambda: regfast.mse_loss(x, x[:1].double(), weight=c)
     yield lambda: regfast.cross_entropy(x, t, label_smoothing=0.1, z_loss=0.1, softcap=5.0, outputs=OUTPUTS)
     for half in HALF:
-        for activation in ("none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"):
+        for activation in ACTIVATIONS:
             yield lambda h=half, a=activation: vmap(lambda x: regfast.linear(x, w.to(h), activation=a))(x.to(h))
         yield lambda h=half: vmap(lambda x, t: regfast.cross_entropy(x, t))(x.to(h), q)
         yield lambda h=half: vmap(lambda x: regfast.linear_cross_entropy(x, w.to(h), t[0] % 3))(x.to(h))

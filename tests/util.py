@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from regfast import _C
+
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = tuple(getattr(torch, name) for name in _C.DTYPES)
 HALF = (torch.bfloat16, torch.float16)
 LAYOUTS = ("contiguous", "transposed", "strided", "padded", "expanded", "misaligned")
 INF, NAN = float("inf"), float("nan")

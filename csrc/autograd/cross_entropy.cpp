@@ -1,7 +1,9 @@
 // regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or,
 // on devices that compute it in the pass that gives the loss, the gradient itself.
+#include "autograd/cross_entropy_options.h"
+#include "autograd/register.h"
 #include "autograd/saved_gradients.h"
-#include "shared/cross_entropy_options.h"
+#include "autograd/saved_options.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
@@ -11,42 +13,28 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-using Options = CrossEntropyOptions;
+using Operands = CrossEntropyOperands;
+using Options = CrossEntropyRequest;
 
-using ForwardSignature = std::vector<Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, int64_t, int64_t,
-                                             double, double, std::optional<double>, std::optional<double>, int64_t,
-                                             std::optional<at::ScalarType>);
+using ForwardSignature = std::vector<Tensor>(const Operands&, const Options&);
+template <class Result, class Mask>
+using BackwardSignature = Result(const CrossEntropyOutputGrads&, const Operands&, const Tensor&, const Tensor&,
+                                 const CrossEntropyOptions&, Mask);
+using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Operands&, const CrossEntropyOptions&,
+                                                                            OptionalType);
+using UnlessOneSignature = void(const Tensor&, const Operands&, const Tensor&, const Tensor&,
+                                const CrossEntropyOptions&, const Tensor&);
 
-std::vector<Tensor> call(const c10::TypedOperatorHandle<ForwardSignature>& op, const Tensor& x, const Tensor& t,
-                         const OptionalTensor& w, const Options& o) {
-  return op.call(x, t, w, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, o.outputs,
-                 o.loss_dtype);
-}
-std::vector<Tensor> composite(const Tensor& x, const Tensor& t, const OptionalTensor& w, const Options& o) {
+std::vector<Tensor> composite(const Operands& t, const Options& o) {
   static const auto op = find_op<ForwardSignature>("regfast::composite_cross_entropy");
-  return call(op, x, t, w, o);
+  return op.call(t, o);
 }
 // The outputs asked for, then the rows' statistics and the mean's denominator.
-std::vector<Tensor> forward(const Tensor& x, const Tensor& t, const OptionalTensor& w, const Options& o) {
+std::vector<Tensor> forward(const Operands& t, const Options& o) {
   static const auto op = find_op<ForwardSignature>("regfast::cross_entropy_forward");
   at::AutoDispatchBelowADInplaceOrView below;
-  return call(op, x, t, w, o);
+  return op.call(t, o);
 }
-
-template <class Result, class Mask>
-using BackwardSignature = Result(const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                                 const OptionalTensor&, const Tensor&, const Tensor&, const OptionalTensor&,
-                                 const Tensor&, const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
-                                 std::optional<double>, Mask);
-
-using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Tensor&,
-                                                                            const OptionalTensor&, int64_t, int64_t,
-                                                                            double, double, std::optional<double>,
-                                                                            std::optional<double>,
-                                                                            std::optional<at::ScalarType>);
-using UnlessOneSignature = void(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                const Tensor&, int64_t, int64_t, double, double, std::optional<double>,
-                                std::optional<double>, const Tensor&);
 
 const auto& forward_backward_op() {
   static const auto op = find_op<ForwardBackwardSignature>("regfast::cross_entropy_forward_backward");
@@ -59,10 +47,11 @@ enum class Way : int64_t { backward, in_place, forward };
 
 // Whether forward may write the gradient: a number as its only output, whose upstream gradient is one number, and a
 // device that can. A compiler that traces decides by itself what to compute when, and so does who packs what is saved.
-bool may_write_in_forward(const Tensor& x, const Tensor& t, const Options& o) {
-  return o.outputs == kOutputLoss && o.reduction != at::Reduction::None && !any_requires_grad({&t}) &&
-         !values_are_hidden(x) && !saved_tensors_are_packed() &&
-         forward_backward_op().hasKernelForDispatchKey(x.is_cuda() ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU);
+bool may_write_in_forward(const Operands& t, const Options& o) {
+  return o.outputs == kOutputLoss && o.reduction != at::Reduction::None && !any_requires_grad({&t.target}) &&
+         !values_are_hidden(t.input) && !saved_tensors_are_packed() &&
+         forward_backward_op().hasKernelForDispatchKey(t.input.is_cuda() ? c10::DispatchKey::CUDA
+                                                                         : c10::DispatchKey::CPU);
 }
 
 struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
@@ -74,21 +63,20 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
     Tensor stats, weight_sum, written;
     if (way == Way::forward) {
       at::AutoDispatchBelowADInplaceOrView below;
-      auto [loss, s, sum, grad] = forward_backward_op().call(x, t, w, o.ignore_index, o.reduction, o.label_smoothing,
-                                                             o.z_loss, o.softcap, o.logit_scale, o.loss_dtype);
+      auto [loss, s, sum, grad] = forward_backward_op().call({x, t, w}, o, o.loss_dtype);
       results = {loss};
       stats = s;
       weight_sum = sum;
       written = grad;
     } else {
-      results = rf::forward(x, t, w, o);
+      results = rf::forward({x, t, w}, o);
       weight_sum = results.back();
       results.pop_back();
       stats = results.back();
       results.pop_back();
     }
     ctx->save_for_backward({x, t, value_or_undefined(w), stats, weight_sum, written});
-    o.save(ctx);
+    save_options(ctx, o);
     ctx->saved_data["inplace"] = way == Way::in_place;
     ctx->set_materialize_grads(false);
     return results;
@@ -97,39 +85,38 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list result(5);
     if (!any_defined(grads)) return result;
-    const Options o = Options::saved(ctx);
+    const auto o = saved_options<Options>(ctx);
     const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &t = saved[1], &w = saved[2];
+    const Tensor &x = saved[0], &t = saved[1], &w = saved[2], &stats = saved[3], &weight_sum = saved[4];
     if (backward_takes_composite("cross_entropy_backward", {&x, &t, &w})) {
       auto g = composite_gradients(
-          {x, t}, grads, [&](const std::vector<Tensor>& in) { return composite(in[0], in[1], optional(w), o); });
+          {x, t}, grads, [&](const std::vector<Tensor>& in) { return composite({in[0], in[1], optional(w)}, o); });
       result[0] = g[0];
       result[1] = g[1];
       return result;
     }
-    const auto up = o.by_output(grads);
+    const auto by_output = o.by_output(grads);
+    const CrossEntropyOutputGrads up = {by_output[0], by_output[1], by_output[2], by_output[3]};
+    const OptionalTensor weight = optional(w);
+    const Operands operands = {x, t, weight};
     const bool need_x = ctx->needs_input_grad(0), need_t = ctx->needs_input_grad(1);
     const bool hidden = std::any_of(grads.begin(), grads.end(), values_are_hidden);
     if (const Tensor& dx = saved[5]; dx.defined() && !hidden && may_give_away(dx)) {
       static const auto op = find_op<UnlessOneSignature>("regfast::cross_entropy_backward_unless_one_");
-      op.call(*up[0], x, t, optional(w), saved[3], saved[4], o.ignore_index, o.reduction, o.label_smoothing, o.z_loss,
-              o.softcap, o.logit_scale, dx);
+      op.call(*up.loss, operands, stats, weight_sum, o, dx);
       result[0] = dx;
       return result;
     }
     if (ctx->saved_data["inplace"].toBool() && need_x && !hidden) {
       static const auto op = find_op<BackwardSignature<Tensor, bool>>("regfast::cross_entropy_backward_");
-      Tensor dt = op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index,
-                          o.reduction, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, need_t);
+      Tensor dt = op.call(up, operands, stats, weight_sum, o, need_t);
       result[0] = x.detach();
       if (need_t) result[1] = dt;
       return result;
     }
     static const auto op =
         find_op<BackwardSignature<std::tuple<Tensor, Tensor>, std::array<bool, 2>>>("regfast::cross_entropy_backward");
-    auto [dx, dt] =
-        op.call(up[0], up[1], up[2], up[3], x, t, optional(w), saved[3], saved[4], o.ignore_index, o.reduction,
-                o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, std::array<bool, 2>{need_x, need_t});
+    auto [dx, dt] = op.call(up, operands, stats, weight_sum, o, {need_x, need_t});
     if (need_x) result[0] = dx;
     if (need_t) result[1] = dt;
     return result;
@@ -137,10 +124,10 @@ struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
 };
 
 // By the kernels, for logits and probabilities of one type and class weights of any.
-std::vector<Tensor> by_kernels(const Tensor& x, const Tensor& t, const OptionalTensor& weight, const Options& o,
-                               bool inplace_backward) {
-  if (any_requires_grad({&x, &t})) {
-    Way way = may_write_in_forward(x, t, o) ? Way::forward : Way::backward;
+std::vector<Tensor> by_kernels(const Operands& t, const Options& o, bool inplace_backward) {
+  const Tensor& x = t.input;
+  if (any_requires_grad({&x, &t.target})) {
+    Way way = may_write_in_forward(t, o) ? Way::forward : Way::backward;
     if (inplace_backward && x.requires_grad()) {
       TORCH_CHECK(!x.is_leaf(),
                   "regfast.cross_entropy: inplace_backward: expected an input that is not a leaf, got a leaf "
@@ -151,27 +138,28 @@ std::vector<Tensor> by_kernels(const Tensor& x, const Tensor& t, const OptionalT
       // While tracing, buffers are the compiler's to reuse.
       way = x.unsafeGetTensorImpl()->is_python_dispatch() || x.is_neg() ? Way::backward : Way::in_place;
     }
-    return CrossEntropyFunction::apply(x, t, weight, o, way);
+    return CrossEntropyFunction::apply(x, t.target, t.weight, o, way);
   }
-  auto results = forward(x, t, weight, o);
+  auto results = forward(t, o);
   results.resize(results.size() - 2);
   return results;
 }
 
-bool holds_probabilities(const Tensor& x, const Tensor& t) {
-  return x.dim() >= 1 && is_probability_target(x, t) && at::isFloatingType(t.scalar_type());
+bool holds_probabilities(const Operands& t) {
+  return t.input.dim() >= 1 && is_probability_target(t.input, t.target) && at::isFloatingType(t.target.scalar_type());
 }
 
 // With results as if the logits were of type `counts_as`.
-std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Tensor& x, const Tensor& target,
-                                     const OptionalTensor& weight, Options o, bool inplace_backward) {
-  const Tensor& w = value_or_undefined(weight);
+std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Operands& given, Options o,
+                                     bool inplace_backward) {
+  const Tensor &x = given.input, &w = value_or_undefined(given.weight);
   // torch takes a target of one element for a single row of logits.
-  const bool single = x.dim() == 1 && target.dim() == 1 && target.sym_size(0) == 1 && x.sym_size(0) != 1;
-  const Tensor t = single ? target.squeeze(0) : target;
+  const bool single = x.dim() == 1 && given.target.dim() == 1 && given.target.sym_size(0) == 1 && x.sym_size(0) != 1;
+  const Tensor target = single ? given.target.squeeze(0) : given.target;
+  const Operands t = {x, target, given.weight};
   check_softcap("cross_entropy", o.softcap);
-  const bool probabilities = holds_probabilities(x, t);
-  const CrossEntropyTypes types(counts_as, t, w, probabilities);
+  const bool probabilities = holds_probabilities(t);
+  const CrossEntropyTypes types(counts_as, target, w, probabilities);
   const bool typed = !o.loss_dtype && types.loss != x.scalar_type();
   if (typed) o.loss_dtype = types.loss;
   const auto finish = [&](std::vector<Tensor> results) {
@@ -184,60 +172,47 @@ std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Tensor& x, 
                               : w.defined() && w.requires_grad()             ? "a weight that requires grad"
                               : w.defined() && probabilities && w.dim() != 1 ? "a weight that broadcasts"
                                                                              : nullptr;
-  if (takes_composite("cross_entropy", {&x, &t, &w}, special)) return finish(composite(x, t, weight, o));
-  if (!probabilities) return finish(by_kernels(x, t, weight, o, inplace_backward));
+  if (takes_composite("cross_entropy", {&x, &target, &w}, special)) return finish(composite(t, o));
+  if (!probabilities) return finish(by_kernels(t, o, inplace_backward));
   // Both in the wider type, and in float64 if the weights are; autograd rounds their gradients.
-  auto computed = c10::promoteTypes(x.scalar_type(), t.scalar_type());
+  auto computed = c10::promoteTypes(x.scalar_type(), target.scalar_type());
   if (w.defined() && w.scalar_type() == at::kDouble) computed = at::kDouble;
-  return finish(by_kernels(x.to(computed), t.to(computed), weight, o, inplace_backward));
+  return finish(by_kernels({x.to(computed), target.to(computed), t.weight}, o, inplace_backward));
 }
 
-std::vector<Tensor> cross_entropy(const Tensor& x, const Tensor& t, const OptionalTensor& weight, int64_t ignore_index,
-                                  int64_t reduction, double label_smoothing, double z_loss,
-                                  std::optional<double> softcap, std::optional<double> logit_scale, int64_t outputs,
-                                  bool inplace_backward, std::optional<at::ScalarType> loss_dtype) {
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
-  const Tensor& w = value_or_undefined(weight);
-  if (any_unusual("cross_entropy", {&x, &t, &w})) return composite(x, t, weight, o);
-  check_class_weight_type("cross_entropy", x.scalar_type(), w, holds_probabilities(x, t));
-  return cross_entropy_as(x.scalar_type(), x, t, weight, o, inplace_backward);
+std::vector<Tensor> cross_entropy(const Operands& t, const CrossEntropyOptions& options, int64_t outputs,
+                                  bool inplace_backward, OptionalType loss_dtype) {
+  const Options o = {options, outputs, loss_dtype};
+  if (any_unusual("cross_entropy", {&t.input, &t.target, &value_or_undefined(t.weight)})) return composite(t, o);
+  check_class_weight_type("cross_entropy", t.input.scalar_type(), t.weight, holds_probabilities(t));
+  return cross_entropy_as(t.input.scalar_type(), t, o, inplace_backward);
 }
 
-std::vector<Tensor> cross_entropy_batched(const Tensor& x, const Tensor& t, const OptionalTensor& w,
-                                          int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                          double z_loss, std::optional<double> softcap,
-                                          std::optional<double> logit_scale, int64_t outputs, bool,
-                                          std::optional<at::ScalarType> loss_dtype) {
-  const bool autocast = at::autocast::is_autocast_enabled(x.device().type());
-  if (!autocast)
-    check_class_weight_type("cross_entropy", x.scalar_type(), value_or_undefined(w), holds_probabilities(x, t));
-  return composite(x, t, w,
-                   {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype});
+std::vector<Tensor> cross_entropy_batched(const Operands& t, const CrossEntropyOptions& options, int64_t outputs, bool,
+                                          OptionalType loss_dtype) {
+  if (!at::autocast::is_autocast_enabled(t.input.device().type()))
+    check_class_weight_type("cross_entropy", t.input.scalar_type(), t.weight, holds_probabilities(t));
+  return composite(t, {options, outputs, loss_dtype});
 }
 
 // Under autocast F.cross_entropy takes half types for float32 and returns it. The logits stay as they are, all
 // arithmetic being in float32 anyway, and nothing else is rounded.
-std::vector<Tensor> cross_entropy_autocast(const Tensor& x, const Tensor& t, const OptionalTensor& w,
-                                           int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                           double z_loss, std::optional<double> softcap,
-                                           std::optional<double> logit_scale, int64_t outputs, bool inplace_backward,
-                                           std::optional<at::ScalarType> loss_dtype) {
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype};
-  const Tensor& weight = value_or_undefined(w);
-  if (any_unusual("cross_entropy", {&x, &t, &weight})) return composite(x, t, w, o);
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(
-      at::autocast::get_autocast_dispatch_key_from_device_type(x.device().type()));
-  const auto logits = autocast_loss_type(x.scalar_type());
+std::vector<Tensor> cross_entropy_autocast(const Operands& t, const CrossEntropyOptions& options, int64_t outputs,
+                                           bool inplace_backward, OptionalType loss_dtype) {
+  const Options o = {options, outputs, loss_dtype};
+  const Tensor& weight = value_or_undefined(t.weight);
+  if (any_unusual("cross_entropy", {&t.input, &t.target, &weight})) return composite(t, o);
+  const Autocast off(t.input, at::kFloat);
+  const auto logits = autocast_loss_type(t.input.scalar_type());
   if (weight.defined() && logits != autocast_loss_type(weight.scalar_type()))
-    check_class_weight_type("cross_entropy", logits, weight, holds_probabilities(x, t));
-  return cross_entropy_as(logits, x, t, w, o, inplace_backward);
+    check_class_weight_type("cross_entropy", logits, t.weight, holds_probabilities(t));
+  return cross_entropy_as(logits, t, o, inplace_backward);
 }
 
-std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t, const OptionalTensor& w,
-                                               int64_t ignore_index, int64_t reduction, double label_smoothing, double,
-                                               std::optional<double> softcap, std::optional<double>, int64_t outputs,
-                                               std::optional<at::ScalarType> loss_dtype) {
-  check_cross_entropy_forward(x, t, w, ignore_index, reduction, label_smoothing, softcap, outputs, loss_dtype);
+std::vector<Tensor> cross_entropy_forward_meta(const Operands& t, const CrossEntropyOptions& o, int64_t outputs,
+                                               OptionalType loss_dtype) {
+  check_cross_entropy_forward(t, o, outputs, loss_dtype);
+  const Tensor& x = t.input;
   auto row_shape = x.sym_sizes().vec();
   row_shape.erase(row_shape.begin() + class_dim(x));
   c10::SymInt rows = 1;
@@ -245,47 +220,40 @@ std::vector<Tensor> cross_entropy_forward_meta(const Tensor& x, const Tensor& t,
   const auto options = x.options().dtype(loss_dtype.value_or(x.scalar_type()));
   std::vector<Tensor> results;
   if (outputs & kOutputLoss)
-    results.push_back(reduction == at::Reduction::None ? at::empty_symint(row_shape, options) : at::empty({}, options));
+    results.push_back(o.reduction == at::Reduction::None ? at::empty_symint(row_shape, options)
+                                                         : at::empty({}, options));
   for (const int64_t bit : {kOutputLse, kOutputEntropy, kOutputLogprob})
     if (outputs & bit) results.push_back(at::empty_symint(row_shape, options));
   if (outputs & kOutputArgmax) results.push_back(at::empty_symint(row_shape, x.options().dtype(at::kLong)));
-  const int64_t stats = cross_entropy_stat_rows(is_probability_target(x, t), outputs & kOutputEntropy);
+  const int64_t stats = cross_entropy_stat_rows(is_probability_target(x, t.target), outputs & kOutputEntropy);
   results.push_back(at::empty_symint({stats, rows}, x.options().dtype(acc_type(x.scalar_type()))));
   results.push_back(at::empty({}, x.options().dtype(at::kDouble)));
   return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward_meta(
-    const Tensor& x, const Tensor& t, const OptionalTensor& w, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
-    std::optional<at::ScalarType> loss_dtype) {
-  check_reduced("cross_entropy_forward_backward", reduction);
-  const auto r = cross_entropy_forward_meta(x, t, w, ignore_index, reduction, label_smoothing, z_loss, softcap,
-                                            logit_scale, kOutputLoss, loss_dtype);
-  return {r[0], r[1], r[2], at::empty_like(x)};
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward_meta(const Operands& t,
+                                                                               const CrossEntropyOptions& o,
+                                                                               OptionalType loss_dtype) {
+  check_reduced("cross_entropy_forward_backward", o.reduction);
+  const auto r = cross_entropy_forward_meta(t, o, kOutputLoss, loss_dtype);
+  return {r[0], r[1], r[2], at::empty_like(t.input)};
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_backward_meta(
-    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_logprob, const Tensor& x, const Tensor& t, const OptionalTensor& w, const Tensor& stats,
-    const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing, double,
-    std::optional<double> softcap, std::optional<double>, std::array<bool, 2> mask) {
-  check_cross_entropy_backward("cross_entropy_backward", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, x, t, w,
-                               stats, weight_sum, ignore_index, reduction, label_smoothing, softcap, mask[1]);
-  return {mask[0] ? at::empty_like(x) : at::empty({0}, x.options()),
-          mask[1] ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, x.options())};
+Tensor target_gradient_meta(const Operands& t, bool wanted) {
+  return wanted ? at::empty_symint(t.target.sym_sizes(), t.target.options()) : at::empty({0}, t.input.options());
 }
 
-Tensor cross_entropy_backward_inplace_meta(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                                           const OptionalTensor& grad_entropy, const OptionalTensor& grad_logprob,
-                                           const Tensor& x, const Tensor& t, const OptionalTensor& w,
-                                           const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index,
-                                           int64_t reduction, double label_smoothing, double,
-                                           std::optional<double> softcap, std::optional<double>, bool grad_target) {
-  check_cross_entropy_backward("cross_entropy_backward_", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, x, t,
-                               w, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap, grad_target,
-                               &x);
-  return grad_target ? at::empty_symint(t.sym_sizes(), t.options()) : at::empty({0}, x.options());
+std::tuple<Tensor, Tensor> cross_entropy_backward_meta(const CrossEntropyOutputGrads& grads, const Operands& t,
+                                                       const Tensor& stats, const Tensor& weight_sum,
+                                                       const CrossEntropyOptions& o, std::array<bool, 2> mask) {
+  check_cross_entropy_backward("cross_entropy_backward", grads, t, stats, weight_sum, o, mask[1]);
+  return {mask[0] ? at::empty_like(t.input) : at::empty({0}, t.input.options()), target_gradient_meta(t, mask[1])};
+}
+
+Tensor cross_entropy_backward_inplace_meta(const CrossEntropyOutputGrads& grads, const Operands& t, const Tensor& stats,
+                                           const Tensor& weight_sum, const CrossEntropyOptions& o, bool grad_target) {
+  check_cross_entropy_backward("cross_entropy_backward_", grads, t, stats, weight_sum, o, grad_target, &t.input);
+  return target_gradient_meta(t, grad_target);
 }
 
 // Views whose sign is pending are made into tensors, but for what is written over. torch's own fallback takes it that
@@ -309,30 +277,20 @@ void resolved(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::ji
 template <c10::DispatchKey key>
 void register_resolved(torch::Library& m) {
   for (const char* name : {"cross_entropy_backward_", "cross_entropy_backward_unless_one_"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&resolved<key>>());
+    m.impl(name, torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&resolved<key>>()));
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("cross_entropy", cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("cross_entropy", cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<cross_entropy_batched>(m, "cross_entropy"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("cross_entropy", cross_entropy_autocast); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("cross_entropy", cross_entropy_autocast); }
-TORCH_LIBRARY_IMPL(regfast, Negative, m) { register_resolved<c10::DispatchKey::Negative>(m); }
-TORCH_LIBRARY_IMPL(regfast, Conjugate, m) { register_resolved<c10::DispatchKey::Conjugate>(m); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("cross_entropy_forward", cross_entropy_forward_meta);
-  m.impl("cross_entropy_forward_backward", cross_entropy_forward_backward_meta);
-  m.impl("cross_entropy_backward_unless_one_",
-         [](const Tensor& grad_loss, const Tensor& x, const Tensor& t, const OptionalTensor& w, const Tensor& stats,
-            const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing, double,
-            std::optional<double> softcap, std::optional<double>, const Tensor& grad) {
-           check_cross_entropy_unless_one(grad_loss, x, t, w, stats, weight_sum, ignore_index, reduction,
-                                          label_smoothing, softcap, grad);
-         });
-  m.impl("cross_entropy_backward", cross_entropy_backward_meta);
-  m.impl("cross_entropy_backward_", cross_entropy_backward_inplace_meta);
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<cross_entropy, cross_entropy_batched, cross_entropy_autocast>(m, "cross_entropy");
+  register_meta<cross_entropy_forward_meta>(m, "cross_entropy_forward");
+  register_meta<cross_entropy_forward_backward_meta>(m, "cross_entropy_forward_backward");
+  register_meta<check_cross_entropy_unless_one>(m, "cross_entropy_backward_unless_one_");
+  register_meta<cross_entropy_backward_meta>(m, "cross_entropy_backward");
+  register_meta<cross_entropy_backward_inplace_meta>(m, "cross_entropy_backward_");
+  register_resolved<c10::DispatchKey::Negative>(m);
+  register_resolved<c10::DispatchKey::Conjugate>(m);
 }
 
 }  // namespace rf

@@ -1,8 +1,10 @@
 // regfast::linear_cross_entropy: a reduced loss has its gradients computed in forward, chunk by chunk while the logits
 // are there, and saves them; anything else saves its inputs alone and computes the logits again in backward, and so
 // does a reduced loss whose saved tensors are packed away.
+#include "autograd/cross_entropy_options.h"
+#include "autograd/register.h"
 #include "autograd/saved_gradients.h"
-#include "shared/cross_entropy_options.h"
+#include "autograd/saved_options.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
@@ -12,54 +14,37 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct Options : CrossEntropyOptions {
-  std::optional<int64_t> memory_budget;
+using Operands = LinearCrossEntropyOperands;
+using Budget = std::optional<int64_t>;
+
+struct Options : CrossEntropyRequest {
+  Budget memory_budget;
   double filter_eps;
 
-  void save(AutogradContext* ctx) const {
-    CrossEntropyOptions::save(ctx);
-    ctx->saved_data["memory_budget"] = memory_budget;
-    ctx->saved_data["filter_eps"] = filter_eps;
-  }
-  static Options saved(AutogradContext* ctx) {
-    auto& d = ctx->saved_data;
-    return {CrossEntropyOptions::saved(ctx), d["memory_budget"].toOptional<int64_t>(), d["filter_eps"].toDouble()};
-  }
+  auto members() const { return std::tuple_cat(CrossEntropyRequest::members(), std::tie(memory_budget, filter_eps)); }
 };
 
-struct Operands {
-  Tensor x, w, target;
-  OptionalTensor bias, weight;
-};
-
-#define RF_OPERANDS const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&
-#define RF_LOSS_OPTIONS int64_t, int64_t, double, double, std::optional<double>, std::optional<double>
-using ScalarTypes = std::optional<at::ScalarType>;
-using Budget = std::optional<int64_t>;
-using CompositeSignature = std::vector<Tensor>(RF_OPERANDS, RF_LOSS_OPTIONS, int64_t, ScalarTypes);
-using ForwardSignature = std::vector<Tensor>(RF_OPERANDS, RF_LOSS_OPTIONS, int64_t, Budget, ScalarTypes);
-using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(RF_OPERANDS, RF_LOSS_OPTIONS, bool,
-                                                                                    Budget, double, ScalarTypes,
-                                                                                    std::array<bool, 3>);
-using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const OptionalTensor&, const OptionalTensor&,
-                                                                     const OptionalTensor&, const OptionalTensor&,
-                                                                     RF_OPERANDS, RF_LOSS_OPTIONS, Budget, double,
-                                                                     std::array<bool, 4>);
-#undef RF_OPERANDS
-#undef RF_LOSS_OPTIONS
-
-std::vector<Tensor> composite(const Operands& t, const Options& o) {
-  static const auto op = find_op<CompositeSignature>("regfast::composite_linear_cross_entropy");
-  return op.call(t.x, t.w, t.target, t.bias, t.weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss,
-                 o.softcap, o.logit_scale, o.outputs, o.loss_dtype);
+std::vector<Tensor> composite(const Operands& t, const CrossEntropyRequest& o) {
+  static const auto op = find_op<std::vector<Tensor>(const Operands&, const CrossEntropyRequest&)>(
+      "regfast::composite_linear_cross_entropy");
+  return op.call(t, o);
 }
 
 std::vector<Tensor> forward(const Operands& t, const Options& o) {
-  static const auto op = find_op<ForwardSignature>("regfast::linear_cross_entropy_forward");
+  static const auto op =
+      find_op<std::vector<Tensor>(const Operands&, const CrossEntropyOptions&, int64_t, Budget, OptionalType)>(
+          "regfast::linear_cross_entropy_forward");
   at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(t.x, t.w, t.target, t.bias, t.weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss,
-                 o.softcap, o.logit_scale, o.outputs, o.memory_budget, o.loss_dtype);
+  return op.call(t, o, o.outputs, o.memory_budget, o.loss_dtype);
 }
+
+using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Operands&,
+                                                                                    const CrossEntropyOptions&, bool,
+                                                                                    Budget, double, OptionalType,
+                                                                                    std::array<bool, 3>);
+using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const CrossEntropyOutputGrads&, const Operands&,
+                                                                     const CrossEntropyOptions&, Budget, double,
+                                                                     std::array<bool, 4>);
 
 // Whether forward computes the gradients: of a number alone, and none of the size of the logits, which a target's is.
 bool grads_in_forward(const Tensor& target, const Options& o) {
@@ -78,9 +63,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       at::AutoDispatchBelowADInplaceOrView below;
       static const auto op = find_op<ForwardBackwardSignature>("regfast::linear_cross_entropy_forward_backward");
       const std::array<bool, 3> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad()};
-      auto [loss, argmax, dx, dw, db] =
-          op.call(x, w, target, bias, weight, o.ignore_index, o.reduction, o.label_smoothing, o.z_loss, o.softcap,
-                  o.logit_scale, o.outputs & kOutputArgmax, o.memory_budget, o.filter_eps, o.loss_dtype, mask);
+      auto [loss, argmax, dx, dw, db] = op.call({x, w, target, bias, weight}, o, o.outputs & kOutputArgmax,
+                                                o.memory_budget, o.filter_eps, o.loss_dtype, mask);
       results.push_back(loss);
       if (o.outputs & kOutputArgmax) results.push_back(argmax);
       for (const auto& [g, wanted] : {std::pair{dx, mask[0]}, {dw, mask[1]}, {db, mask[2]}})
@@ -89,7 +73,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
       results = rf::forward({x, w, target, bias, weight}, o);
     }
     ctx->save_for_backward(std::move(saved));
-    o.save(ctx);
+    save_options(ctx, o);
     ctx->set_materialize_grads(false);
     return results;
   }
@@ -97,7 +81,7 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
   static variable_list backward(AutogradContext* ctx, variable_list upstream) {
     variable_list result(6);
     if (!any_defined(upstream)) return result;
-    const Options o = Options::saved(ctx);
+    const auto o = saved_options<Options>(ctx);
     const auto saved = ctx->get_saved_variables();
     const Tensor &x = saved[0], &w = saved[1], &target = saved[2], &b = saved[3], &weight = saved[4];
     if (backward_takes_composite("linear_cross_entropy_backward", {&x, &w, &target, &b, &weight})) {
@@ -115,9 +99,8 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     if (take_saved_gradients(upstream[0], saved_gradients, inputs, mask, places, result)) return result;
     const auto up = o.by_output(upstream);
     static const auto op = find_op<BackwardSignature>("regfast::linear_cross_entropy_backward");
-    auto [dx, dw, db, dt] =
-        op.call(up[0], up[1], up[2], up[3], x, w, target, optional(b), optional(weight), o.ignore_index, o.reduction,
-                o.label_smoothing, o.z_loss, o.softcap, o.logit_scale, o.memory_budget, o.filter_eps, mask);
+    auto [dx, dw, db, dt] = op.call({up[0], up[1], up[2], up[3]}, {x, w, target, optional(b), optional(weight)}, o,
+                                    o.memory_budget, o.filter_eps, mask);
     const Tensor* grads[] = {&dx, &dw, &db, &dt};
     for (int i = 0; i < 4; ++i)
       if (mask[i]) result[places[i]] = *grads[i];
@@ -126,105 +109,85 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
 };
 
 // Probabilities where floating, as they have to be then where the target's shape is that of the logits.
-bool holds_probabilities(const Tensor& target) { return at::isFloatingType(target.scalar_type()); }
+bool holds_probabilities(const Operands& t) { return at::isFloatingType(t.target.scalar_type()); }
 
 // With results as if the logits were of type `count_as`. Arguments have been checked.
-std::vector<Tensor> linear_cross_entropy_as(at::ScalarType count_as, Operands t, Options o) {
-  const Tensor &b = value_or_undefined(t.bias), &c = value_or_undefined(t.weight);
-  const bool probabilities = holds_probabilities(t.target);
+std::vector<Tensor> linear_cross_entropy_as(at::ScalarType count_as, const Operands& t, Options o) {
+  const Tensor &b = value_or_undefined(t.linear_bias), &c = value_or_undefined(t.weight);
+  const bool probabilities = holds_probabilities(t);
   const CrossEntropyTypes types(count_as, t.target, c, probabilities);
-  const bool typed = !o.loss_dtype && types.loss != t.x.scalar_type();
+  const bool typed = !o.loss_dtype && types.loss != t.input.scalar_type();
   if (typed) o.loss_dtype = types.loss;
   const auto finish = [&](std::vector<Tensor> results) {
     return typed ? types.give(std::move(results), o.outputs) : results;
   };
   // Without classes (of sizes that only a run will tell there are some), and with a differentiated class weight, it is
   // torch's, or its refusal.
-  const char* const special = t.w.sym_size(0).maybe_as_int() == 0 ? "no classes"
-                              : c.defined() && c.requires_grad()  ? "a weight that requires grad"
-                                                                  : nullptr;
-  if (takes_composite("linear_cross_entropy", {&t.x, &t.w, &t.target, &b, &c}, special)) return finish(composite(t, o));
+  const char* const special = t.linear_weight.sym_size(0).maybe_as_int() == 0 ? "no classes"
+                              : c.defined() && c.requires_grad()              ? "a weight that requires grad"
+                                                                              : nullptr;
+  if (takes_composite("linear_cross_entropy", {&t.input, &t.linear_weight, &t.target, &b, &c}, special))
+    return finish(composite(t, o));
   // One float64 number makes all of them float64; otherwise probabilities may have the type that logits have here.
   const bool wide =
       probabilities && (t.target.scalar_type() == at::kDouble || (c.defined() && c.scalar_type() == at::kDouble));
-  const auto type = wide ? at::kDouble : t.x.scalar_type();
-  t.x = t.x.to(type);
-  t.w = t.w.to(type);
-  if (b.defined()) t.bias = b.to(type);
-  if (probabilities && t.target.scalar_type() != type) t.target = t.target.to(acc_type(type));
-  return finish(any_requires_grad({&t.x, &t.w, &t.target, &value_or_undefined(t.bias)})
-                    ? LinearCrossEntropyFunction::apply(t.x, t.w, t.target, t.bias, t.weight, o)
-                    : forward(t, o));
+  const auto type = wide ? at::kDouble : t.input.scalar_type();
+  const bool widens = probabilities && t.target.scalar_type() != type;
+  const Tensor x = t.input.to(type), w = t.linear_weight.to(type),
+               target = widens ? t.target.to(acc_type(type)) : t.target;
+  const OptionalTensor bias = b.defined() ? OptionalTensor(b.to(type)) : t.linear_bias;
+  return finish(any_requires_grad({&x, &w, &target, &value_or_undefined(bias)})
+                    ? LinearCrossEntropyFunction::apply(x, w, target, bias, t.weight, o)
+                    : forward({x, w, target, bias, t.weight}, o));
 }
 
-std::vector<Tensor> linear_cross_entropy(const Tensor& x, const Tensor& w, const Tensor& target,
-                                         const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
-                                         int64_t reduction, double label_smoothing, double z_loss,
-                                         std::optional<double> softcap, std::optional<double> logit_scale,
-                                         int64_t outputs, std::optional<int64_t> memory_budget, double filter_eps,
-                                         std::optional<at::ScalarType> loss_dtype) {
-  const Options o = {{ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype},
-                     memory_budget,
-                     filter_eps};
-  const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
-  if (any_unusual("linear_cross_entropy", {&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
-  check_linear_cross_entropy("linear_cross_entropy", x, w, target, b, c, ignore_index, label_smoothing, softcap,
-                             memory_budget, filter_eps);
-  check_class_weight_type("linear_cross_entropy", x.scalar_type(), c, holds_probabilities(target));
-  return linear_cross_entropy_as(x.scalar_type(), {x, w, target, bias, weight}, o);
+bool any_unusual(const Operands& t) {
+  return rf::any_unusual("linear_cross_entropy", {&t.input, &t.linear_weight, &t.target,
+                                                  &value_or_undefined(t.linear_bias), &value_or_undefined(t.weight)});
 }
 
-std::vector<Tensor> batched(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
-                            const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
-                            double label_smoothing, double z_loss, std::optional<double> softcap,
-                            std::optional<double> logit_scale, int64_t outputs, std::optional<int64_t> memory_budget,
-                            double filter_eps, std::optional<at::ScalarType> loss_dtype) {
-  if (!at::autocast::is_autocast_enabled(x.device().type()))
-    check_class_weight_type("linear_cross_entropy", x.scalar_type(), value_or_undefined(weight),
-                            holds_probabilities(target));
-  return composite({x, w, target, bias, weight},
-                   {{ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype},
-                    memory_budget,
-                    filter_eps});
+std::vector<Tensor> linear_cross_entropy(const Operands& t, const CrossEntropyOptions& options, int64_t outputs,
+                                         Budget memory_budget, double filter_eps, OptionalType loss_dtype) {
+  const Options o = {{options, outputs, loss_dtype}, memory_budget, filter_eps};
+  if (any_unusual(t)) return composite(t, o);
+  check_linear_cross_entropy("linear_cross_entropy", t, o, memory_budget, filter_eps);
+  check_class_weight_type("linear_cross_entropy", t.input.scalar_type(), t.weight, holds_probabilities(t));
+  return linear_cross_entropy_as(t.input.scalar_type(), t, o);
+}
+
+std::vector<Tensor> batched(const Operands& t, const CrossEntropyOptions& options, int64_t outputs, Budget, double,
+                            OptionalType loss_dtype) {
+  if (!at::autocast::is_autocast_enabled(t.input.device().type()))
+    check_class_weight_type("linear_cross_entropy", t.input.scalar_type(), t.weight, holds_probabilities(t));
+  return composite(t, {options, outputs, loss_dtype});
 }
 
 // As F.linear followed by F.cross_entropy: products of autocast's type, a float32 loss, and nothing else rounded.
-std::vector<Tensor> autocast(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
-                             const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
-                             double label_smoothing, double z_loss, std::optional<double> softcap,
-                             std::optional<double> logit_scale, int64_t outputs, std::optional<int64_t> memory_budget,
-                             double filter_eps, std::optional<at::ScalarType> loss_dtype) {
-  const Options o = {{ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, loss_dtype},
-                     memory_budget,
-                     filter_eps};
-  const Tensor &b = value_or_undefined(bias), &c = value_or_undefined(weight);
-  if (any_unusual("linear_cross_entropy", {&x, &w, &target, &b, &c})) return composite({x, w, target, bias, weight}, o);
-  const auto device = x.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto to = at::autocast::get_autocast_dtype(device);
-  const auto cast = [&](const auto& t) { return at::autocast::cached_cast(to, t, device); };
-  const Operands t = {cast(x), cast(w), target, cast(bias), weight};
-  check_linear_cross_entropy("linear_cross_entropy", t.x, t.w, target, value_or_undefined(t.bias), c, ignore_index,
-                             label_smoothing, softcap, memory_budget, filter_eps);
-  const auto logits = autocast_loss_type(t.x.scalar_type());
+std::vector<Tensor> autocast(const Operands& given, const CrossEntropyOptions& options, int64_t outputs,
+                             Budget memory_budget, double filter_eps, OptionalType loss_dtype) {
+  const Options o = {{options, outputs, loss_dtype}, memory_budget, filter_eps};
+  if (any_unusual(given)) return composite(given, o);
+  const Autocast cast(given.input);
+  const Tensor x = cast(given.input), w = cast(given.linear_weight), &c = value_or_undefined(given.weight);
+  const OptionalTensor bias = cast(given.linear_bias);
+  const Operands t = {x, w, given.target, bias, given.weight};
+  check_linear_cross_entropy("linear_cross_entropy", t, o, memory_budget, filter_eps);
+  const auto logits = autocast_loss_type(x.scalar_type());
   if (c.defined() && logits != autocast_loss_type(c.scalar_type()))
-    check_class_weight_type("linear_cross_entropy", logits, c, holds_probabilities(target));
+    check_class_weight_type("linear_cross_entropy", logits, t.weight, holds_probabilities(t));
   return linear_cross_entropy_as(logits, t, o);
 }
 
-std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
-                                 const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
-                                 double label_smoothing, double, std::optional<double> softcap, std::optional<double>,
-                                 int64_t outputs, std::optional<int64_t> memory_budget,
-                                 std::optional<at::ScalarType> loss_dtype) {
-  check_linear_cross_entropy_forward(x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                     outputs, memory_budget, loss_dtype);
-  const auto shape = symbolic_loss_shape(x, w);
-  const auto type = loss_type(x, target, loss_dtype), other = loss_dtype.value_or(x.scalar_type());
+std::vector<Tensor> forward_meta(const Operands& t, const CrossEntropyOptions& o, int64_t outputs, Budget memory_budget,
+                                 OptionalType loss_dtype) {
+  check_linear_cross_entropy_forward(t, o, outputs, memory_budget, loss_dtype);
+  const Tensor& x = t.input;
+  const auto shape = symbolic_loss_shape(x, t.linear_weight);
+  const auto type = loss_type(x, t.target, loss_dtype), other = loss_dtype.value_or(x.scalar_type());
   std::vector<Tensor> results;
   if (outputs & kOutputLoss)
-    results.push_back(reduction == at::Reduction::None ? at::empty_symint(shape, x.options().dtype(type))
-                                                       : at::empty({}, x.options().dtype(type)));
+    results.push_back(o.reduction == at::Reduction::None ? at::empty_symint(shape, x.options().dtype(type))
+                                                         : at::empty({}, x.options().dtype(type)));
   for (const int64_t bit : {kOutputLse, kOutputEntropy})
     if (outputs & bit) results.push_back(at::empty_symint(shape, x.options().dtype(other)));
   if (outputs & kOutputLogprob) results.push_back(at::empty_symint(shape, x.options().dtype(type)));
@@ -233,55 +196,47 @@ std::vector<Tensor> forward_meta(const Tensor& x, const Tensor& w, const Tensor&
 }
 
 // Gradients in a type of their own (but target's), or in that of what they belong to.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_meta(const Tensor& x, const Tensor& w, const Tensor& target,
-                                                          std::array<bool, 4> mask,
-                                                          std::optional<at::ScalarType> type) {
-  const auto like = [&](bool wanted, c10::SymIntArrayRef sizes, const Tensor& t, bool own) {
-    const auto options = wanted && own && type ? t.options().dtype(*type) : t.options();
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_meta(const Operands& t, std::array<bool, 4> mask,
+                                                          OptionalType type) {
+  const auto like = [&](bool wanted, c10::SymIntArrayRef sizes, const Tensor& of, bool own) {
+    const auto options = wanted && own && type ? of.options().dtype(*type) : of.options();
     return wanted ? at::empty_symint(sizes, options) : at::empty({0}, options);
   };
-  return {like(mask[0], x.sym_sizes(), x, true), like(mask[1], w.sym_sizes(), w, true),
+  const Tensor& w = t.linear_weight;
+  return {like(mask[0], t.input.sym_sizes(), t.input, true), like(mask[1], w.sym_sizes(), w, true),
           like(mask[2], w.sym_sizes().slice(0, w.dim() - 1), w, true),
-          like(mask[3], target.sym_sizes(), target, false)};
+          like(mask[3], t.target.sym_sizes(), t.target, false)};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(
-    const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias, const OptionalTensor& weight,
-    int64_t ignore_index, int64_t reduction, double label_smoothing, double, std::optional<double> softcap,
-    std::optional<double>, bool argmax, std::optional<int64_t> memory_budget, double filter_eps,
-    std::optional<at::ScalarType> loss_dtype, std::array<bool, 3> mask) {
-  check_linear_cross_entropy_forward(x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                     kOutputLoss, memory_budget, loss_dtype, filter_eps);
-  check_reduced("linear_cross_entropy_forward_backward", reduction);
-  auto [dx, dw, db, none] = gradients_meta(x, w, target, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_meta(const Operands& t,
+                                                                         const CrossEntropyOptions& o, bool argmax,
+                                                                         Budget memory_budget, double filter_eps,
+                                                                         OptionalType loss_dtype,
+                                                                         std::array<bool, 3> mask) {
+  check_linear_cross_entropy_forward(t, o, kOutputLoss, memory_budget, loss_dtype, filter_eps);
+  check_reduced("linear_cross_entropy_forward_backward", o.reduction);
+  const Tensor& x = t.input;
+  auto [dx, dw, db, none] = gradients_meta(t, {mask[0], mask[1], mask[2], false}, acc_type(x.scalar_type()));
   const auto classes = x.options().dtype(at::kLong);
-  return {at::empty({}, x.options().dtype(loss_type(x, target, loss_dtype))),
-          argmax ? at::empty_symint(symbolic_loss_shape(x, w), classes) : at::empty({0}, classes), dx, dw, db};
+  return {at::empty({}, x.options().dtype(loss_type(x, t.target, loss_dtype))),
+          argmax ? at::empty_symint(symbolic_loss_shape(x, t.linear_weight), classes) : at::empty({0}, classes), dx, dw,
+          db};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(
-    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_logprob, const Tensor& x, const Tensor& w, const Tensor& target,
-    const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double, std::optional<double> softcap, std::optional<double>,
-    std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
-  check_linear_cross_entropy_backward({&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, x, w, target, bias, weight,
-                                      ignore_index, reduction, label_smoothing, softcap, memory_budget, filter_eps,
-                                      mask[3]);
-  return gradients_meta(x, w, target, mask, std::nullopt);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_meta(const CrossEntropyOutputGrads& grads, const Operands& t,
+                                                         const CrossEntropyOptions& o, Budget memory_budget,
+                                                         double filter_eps, std::array<bool, 4> mask) {
+  check_linear_cross_entropy_backward(grads, t, o, memory_budget, filter_eps, mask[3]);
+  return gradients_meta(t, mask, std::nullopt);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("linear_cross_entropy", linear_cross_entropy); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<batched>(m, "linear_cross_entropy"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("linear_cross_entropy", autocast); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("linear_cross_entropy", autocast); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("linear_cross_entropy_forward", forward_meta);
-  m.impl("linear_cross_entropy_forward_backward", forward_backward_meta);
-  m.impl("linear_cross_entropy_backward", backward_meta);
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<linear_cross_entropy, batched, autocast>(m, "linear_cross_entropy");
+  register_meta<forward_meta>(m, "linear_cross_entropy_forward");
+  register_meta<forward_backward_meta>(m, "linear_cross_entropy_forward_backward");
+  register_meta<backward_meta>(m, "linear_cross_entropy_backward");
 }
 
 }  // namespace rf

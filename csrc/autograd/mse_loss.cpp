@@ -1,4 +1,5 @@
 // regfast::mse_loss saves input and target; the residual is recomputed in backward.
+#include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
@@ -62,10 +63,8 @@ Tensor mse_loss(const Tensor& x, const Tensor& y, int64_t reduction) {
 
 // As F.mse_loss: in float32 under autocast.
 Tensor mse_loss_autocast(const Tensor& x, const Tensor& y, int64_t reduction) {
-  const auto device = x.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  return rf::mse_loss(at::autocast::cached_cast(at::kFloat, x, device),
-                      at::autocast::cached_cast(at::kFloat, y, device), reduction);
+  const Autocast cast(x, at::kFloat);
+  return rf::mse_loss(cast(x), cast(y), reduction);
 }
 
 Tensor mse_loss_forward_meta(const Tensor& x, const Tensor& y, int64_t reduction) {
@@ -84,14 +83,10 @@ std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor& grad, const Tens
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("mse_loss", mse_loss); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("mse_loss", mse_loss); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "mse_loss"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("mse_loss", mse_loss_autocast); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("mse_loss", mse_loss_autocast); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("mse_loss_forward", mse_loss_forward_meta);
-  m.impl("mse_loss_backward", mse_loss_backward_meta);
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<mse_loss, composite, mse_loss_autocast>(m, "mse_loss");
+  register_meta<mse_loss_forward_meta>(m, "mse_loss_forward");
+  register_meta<mse_loss_backward_meta>(m, "mse_loss_backward");
 }
 
 }  // namespace rf

@@ -1,5 +1,6 @@
 // regfast::phm_linear: saves its operands and what the activation's derivative is computed from, never the weight that
 // they stand for; computes only the gradients that are asked for.
+#include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
@@ -23,20 +24,19 @@ Tensor composite(const Tensor& x, const Tensor& a, const Tensor& s, const Option
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b,
-                                   string_view activation, bool save_preactivation) {
+                                   Activation activation, bool save_preactivation) {
   static const auto op = find_op<ForwardSignature>("regfast::phm_linear_forward");
   at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, a, s, b, activation, save_preactivation);
+  return op.call(x, a, s, b, name_of(activation), save_preactivation);
 }
 
 struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
   static constexpr bool is_traceable = true;
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& s,
-                        const OptionalTensor& b, string_view activation) {
-    const Activation act = parse_activation(activation, "phm_linear");
+                        const OptionalTensor& b, Activation act) {
     const Saved kind = saved_for(act);
-    auto [y, z] = rf::forward(x, a, s, b, activation, kind == Saved::preactivation);
+    auto [y, z] = rf::forward(x, a, s, b, act, kind == Saved::preactivation);
     // A derivative of an activation's derivative starts again from all operands.
     const bool all = act != Activation::none;
     ctx->save_for_backward({all || a.requires_grad() || s.requires_grad() ? x : Tensor(), a, s,
@@ -45,7 +45,7 @@ struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
                             : kind == Saved::preactivation ? z
                                                            : Tensor()});
     ctx->saved_data["has_bias"] = b.has_value() && b->defined();
-    ctx->saved_data["activation"] = std::string(activation);
+    ctx->saved_data["activation"] = (int64_t)act;
     ctx->set_materialize_grads(false);
     return y;
   }
@@ -55,7 +55,7 @@ struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
     if (!grads[0].defined()) return result;
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = grads[0], &x = saved[0], &a = saved[1], &s = saved[2], &b = saved[3];
-    const std::string activation = ctx->saved_data["activation"].toStringRef();
+    const auto activation = (Activation)ctx->saved_data["activation"].toInt();
     const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
                                       ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)};
     if (backward_takes_composite("phm_linear_backward", {&g, &x, &a, &s})) {
@@ -68,13 +68,13 @@ struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
       }
       if (!b.defined() && mask[3]) bias = at::zeros_symint({g.sym_size(-1)}, g.options()).requires_grad_();
       auto computed = composite_gradients({input, a, s, bias}, {g}, [&](const std::vector<Tensor>& in) {
-        return std::vector<Tensor>{composite(in[0], in[1], in[2], optional(in[3]), activation)};
+        return std::vector<Tensor>{composite(in[0], in[1], in[2], optional(in[3]), name_of(activation))};
       });
       std::copy(computed.begin(), computed.end(), result.begin());
       return result;
     }
     static const auto op = find_op<BackwardSignature>("regfast::phm_linear_backward");
-    auto [dx, da, ds, db] = op.call(g, optional(x), a, s, optional(saved[4]), activation, mask);
+    auto [dx, da, ds, db] = op.call(g, optional(x), a, s, optional(saved[4]), name_of(activation), mask);
     if (mask[0]) result[0] = dx;
     if (mask[1]) result[1] = da;
     if (mask[2]) result[2] = ds;
@@ -86,29 +86,25 @@ struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
 Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias,
                   string_view activation) {
   const Tensor& b = value_or_undefined(bias);
-  parse_activation(activation, "phm_linear");
+  const Activation act = parse_activation(activation, "phm_linear");
   if (any_unusual("phm_linear", {&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   check_phm_linear(x, a, s, b);
   if (takes_composite("phm_linear", {&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
-  if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, activation);
-  return std::get<0>(forward(x, a, s, bias, activation, false));
+  if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, act);
+  return std::get<0>(forward(x, a, s, bias, act, false));
 }
 
 // As linear.
 Tensor phm_linear_autocast(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b,
                            string_view activation) {
-  const auto device = x.device().type();
-  c10::impl::ExcludeDispatchKeyGuard no_autocast(at::autocast::get_autocast_dispatch_key_from_device_type(device));
-  const auto to = at::autocast::get_autocast_dtype(device);
-  return phm_linear(at::autocast::cached_cast(to, x, device), at::autocast::cached_cast(to, a, device),
-                    at::autocast::cached_cast(to, s, device), at::autocast::cached_cast(to, b, device), activation);
+  const Autocast cast(x);
+  return phm_linear(cast(x), cast(a), cast(s), cast(b), activation);
 }
 
 std::tuple<Tensor, Tensor> phm_linear_forward_meta(const Tensor& x, const Tensor& a, const Tensor& s,
                                                    const OptionalTensor& b, string_view activation,
                                                    bool save_preactivation) {
-  check_phm_linear_forward(x, a, s, b);
-  parse_activation(activation, "phm_linear");
+  check_phm_linear_forward(x, a, s, b, activation);
   auto sizes = x.sym_sizes().vec();
   sizes.back() = a.sym_size(0) * s.sym_size(1);
   return {at::empty_symint(sizes, x.options()),
@@ -133,14 +129,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward_meta(const Tensor
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) { m.impl("phm_linear", phm_linear); }
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) { m.impl("phm_linear", phm_linear); }
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) { register_batched<composite>(m, "phm_linear"); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCPU, m) { m.impl("phm_linear", phm_linear_autocast); }
-TORCH_LIBRARY_IMPL(regfast, AutocastCUDA, m) { m.impl("phm_linear", phm_linear_autocast); }
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("phm_linear_forward", phm_linear_forward_meta);
-  m.impl("phm_linear_backward", phm_linear_backward_meta);
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<phm_linear, composite, phm_linear_autocast>(m, "phm_linear");
+  register_meta<phm_linear_forward_meta>(m, "phm_linear_forward");
+  register_meta<phm_linear_backward_meta>(m, "phm_linear_backward");
 }
 
 }  // namespace rf

@@ -1,4 +1,5 @@
 // regfast::softmax saves its output alone; regfast::logsumexp saves input and result.
+#include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
@@ -95,7 +96,17 @@ Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
   return logsumexp_forward(x, dim, keepdim).to(x.scalar_type());
 }
 
-Tensor like_meta(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
+Tensor like(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
+
+Tensor softmax_forward_meta(const Tensor& x, int64_t dim, bool log) {
+  check_softmax_forward(softmax_name(log), x, dim);
+  return like(x);
+}
+
+Tensor softmax_backward_meta(const Tensor& grad, const Tensor& y, int64_t dim, bool) {
+  check_softmax_backward(grad, y, dim);
+  return like(y);
+}
 
 Tensor logsumexp_forward_meta(const Tensor& x, int64_t dim, bool keepdim) {
   dim = check_softmax_forward("logsumexp", x, dim);
@@ -109,34 +120,20 @@ Tensor logsumexp_forward_meta(const Tensor& x, int64_t dim, bool keepdim) {
   return at::empty_symint(sizes, x.options().dtype(acc_type(x.scalar_type())));
 }
 
+Tensor logsumexp_backward_meta(const Tensor& grad, const Tensor& x, const Tensor& lse, int64_t dim) {
+  check_logsumexp_backward(grad, x, lse, dim);
+  return like(x);
+}
+
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, Autograd, m) {
-  m.impl("softmax", softmax);
-  m.impl("logsumexp", logsumexp);
-}
-TORCH_LIBRARY_IMPL(regfast, CompositeExplicitAutograd, m) {
-  m.impl("softmax", softmax);
-  m.impl("logsumexp", logsumexp);
-}
-TORCH_LIBRARY_IMPL(regfast, FuncTorchBatched, m) {
-  register_batched<composite_softmax>(m, "softmax");
-  register_batched<composite_logsumexp>(m, "logsumexp");
-}
-TORCH_LIBRARY_IMPL(regfast, Meta, m) {
-  m.impl("softmax_forward", [](const Tensor& x, int64_t dim, bool log) {
-    check_softmax_forward(softmax_name(log), x, dim);
-    return like_meta(x);
-  });
-  m.impl("softmax_backward", [](const Tensor& grad, const Tensor& y, int64_t dim, bool) {
-    check_softmax_backward(grad, y, dim);
-    return like_meta(y);
-  });
-  m.impl("logsumexp_forward", logsumexp_forward_meta);
-  m.impl("logsumexp_backward", [](const Tensor& grad, const Tensor& x, const Tensor& lse, int64_t dim) {
-    check_logsumexp_backward(grad, x, lse, dim);
-    return like_meta(x);
-  });
+TORCH_LIBRARY_FRAGMENT(regfast, m) {
+  register_op<softmax, composite_softmax>(m, "softmax");
+  register_op<logsumexp, composite_logsumexp>(m, "logsumexp");
+  register_meta<softmax_forward_meta>(m, "softmax_forward");
+  register_meta<softmax_backward_meta>(m, "softmax_backward");
+  register_meta<logsumexp_forward_meta>(m, "logsumexp_forward");
+  register_meta<logsumexp_backward_meta>(m, "logsumexp_backward");
 }
 
 }  // namespace rf

@@ -48,7 +48,7 @@ __device__ __forceinline__ void merge(ColumnSums<T>& into, const ColumnSums<T>& 
 template <class T>
 __global__ void __launch_bounds__(tuning::kElementwiseThreads,
                                   1)  // without the 1 it gets 64 registers, too few for float64
-    activation_backward_kernel(ActivationBackward p, int64_t part_rows, acc_t<T>* parts) {
+    activation_backward_kernel(ActivationRows p, int64_t part_rows, acc_t<T>* parts) {
   const int64_t column = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * kWidth<T>;
   const int64_t begin = (int64_t)blockIdx.y * part_rows, end = min(p.rows, begin + part_rows);
   ColumnSums<T> sums;
@@ -107,7 +107,7 @@ int64_t activation_backward_workspace(DType dtype, int64_t rows, int64_t columns
   return parts == 1 ? 0 : parts * columns * acc_size(dtype);
 }
 
-void launch_activation_backward(DType dtype, const ActivationBackward& args, cudaStream_t stream) {
+void launch_activation_backward(DType dtype, const ActivationRows& args, cudaStream_t stream) {
   if (args.columns == 0) return;
   const Division d = divide(size_of(dtype), args.rows, args.columns);
   with_type(dtype, [&](auto t) {

@@ -80,7 +80,8 @@ def build(toolkit: Toolkit, folder: str, jobs: int) -> list[str]:
     into.mkdir(parents=True, exist_ok=True)
     flags = [*FLAGS, f"-I{HERE.parent}", *toolkit.code_flags()]
     sources = sorted(HERE.glob("*.cu"))
-    headers = [*HERE.glob("*.h"), *HERE.glob("device/*"), HERE.parent / "shared" / "types.h"]
+    shared = [HERE.parent / "shared" / name for name in ("types.h", "problems.h")]
+    headers = [*HERE.glob("*.h"), *HERE.glob("device/*"), *shared]
     newest_header = max(path.stat().st_mtime for path in headers)
 
     def compile_one(source: Path) -> Path:

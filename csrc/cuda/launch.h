@@ -13,7 +13,7 @@ namespace rf::cuda {
 void launch_activation_forward(DType dtype, const void* z, void* y, int64_t n, Activation activation,
                                cudaStream_t stream);
 int64_t activation_backward_workspace(DType dtype, int64_t rows, int64_t columns);
-void launch_activation_backward(DType dtype, const ActivationBackward& args, cudaStream_t stream);
+void launch_activation_backward(DType dtype, const ActivationRows& args, cudaStream_t stream);
 
 // ---- mse_loss ------------------------------------------------------------------------------------------------------
 

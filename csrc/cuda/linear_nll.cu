@@ -91,14 +91,14 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1) likelihood_ker
       load_vecs((const A*)p.target + start, column, p.outputs, y);
     else
       widen(load_vec((const T*)p.target + start, 1, column, p.outputs, T()), y);
-    if (p.upstream) load_vecs((const A*)p.upstream + start, column, p.outputs, up);
-    const A of_row = p.row_factor ? factor * ((const A*)p.row_factor)[r] : factor;
+    if (p.grad) load_vecs((const A*)p.grad + start, column, p.outputs, up);
+    const A of_row = p.row_weight ? factor * ((const A*)p.row_weight)[r] : factor;
     A loss = A(0);
 #pragma unroll
     for (int i = 0; i < kW; ++i) {
       if (i >= columns) continue;
       const auto at = output[i].at(x[i] + bias[i], y[i], p.full);
-      const A of_gradient = p.upstream ? of_row * up[i] : of_row;
+      const A of_gradient = p.grad ? of_row * up[i] : of_row;
       y[i] = of_row * at.value;
       x[i] = of_gradient * at.slope;
       loss += y[i];
@@ -129,14 +129,11 @@ struct FamilyIs {
 template <class F>
 void with_family(Family family, F&& f) {
   switch (family) {
-    case Family::squared:
-      return f(FamilyIs<Family::squared>());
-    case Family::gaussian:
-      return f(FamilyIs<Family::gaussian>());
-    case Family::bernoulli:
-      return f(FamilyIs<Family::bernoulli>());
-    case Family::poisson:
-      return f(FamilyIs<Family::poisson>());
+#define RF_CASE(name) \
+  case Family::name:  \
+    return f(FamilyIs<Family::name>());
+    RF_EACH_FAMILY(RF_CASE)
+#undef RF_CASE
   }
 }
 

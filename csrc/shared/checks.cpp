@@ -3,16 +3,19 @@
 
 namespace rf {
 
+std::string listed(at::ArrayRef<const char*> names, const char* last, bool numbered) {
+  std::string all;
+  for (size_t i = 0; i < names.size(); ++i) {
+    all += i == 0 ? "" : i + 1 < names.size() ? ", " : last;
+    all += numbered ? c10::str(i, " (", names[i], ")") : names[i];
+  }
+  return all;
+}
+
 Activation parse_activation(string_view name, const char* op) {
-  if (name == "none") return Activation::none;
-  if (name == "relu") return Activation::relu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "silu") return Activation::silu;
-  if (name == "sigmoid") return Activation::sigmoid;
-  if (name == "tanh") return Activation::tanh;
-  RF_CHECK(TORCH_CHECK_VALUE, false, op, "activation", "one of none, relu, gelu, gelu_tanh, silu, sigmoid, tanh",
-           std::string(name));
+  for (size_t i = 0; i < std::size(kActivationNames); ++i)
+    if (name == kActivationNames[i]) return (Activation)i;
+  RF_CHECK(TORCH_CHECK_VALUE, false, op, "activation", "one of " + listed(kActivationNames, ", "), std::string(name));
 }
 
 int64_t checked_dim(const char* op, const Tensor& x, int64_t dim) {
@@ -80,33 +83,34 @@ void check_softcap(const char* op, std::optional<double> softcap) {
   RF_CHECK(TORCH_CHECK_VALUE, !softcap || *softcap > 0, op, "softcap", "a positive number or None", *softcap);
 }
 
-void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
-                         double label_smoothing) {
+void check_cross_entropy(const char* op, const CrossEntropyOperands& t, const CrossEntropyOptions& o) {
+  const Tensor &x = t.input, &target = t.target, &w = value_or_undefined(t.weight);
   // torch looks for the classes' dimension, or, where target has input's shape, at its type first.
-  const bool by_type = t.dim() == 0 && !at::isFloatingType(t.scalar_type());
+  const bool by_type = target.dim() == 0 && !at::isFloatingType(target.scalar_type());
   RF_CHECK(TORCH_CHECK_INDEX, x.dim() >= 1 || by_type, op, "input", "1 or more dimensions", x.dim());
   RF_CHECK(TORCH_CHECK, x.dim() >= 1, op, "input", "1 or more dimensions", x.dim());
-  RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing", "a number from 0 to 1",
-           label_smoothing);
-  RF_CHECK(TORCH_CHECK, x.device() == t.device(), op, "target", c10::str(x.device(), " as input is on"), t.device());
+  RF_CHECK(TORCH_CHECK, o.label_smoothing >= 0 && o.label_smoothing <= 1, op, "label_smoothing", "a number from 0 to 1",
+           o.label_smoothing);
+  RF_CHECK(TORCH_CHECK, x.device() == target.device(), op, "target", c10::str(x.device(), " as input is on"),
+           target.device());
   const auto classes = x.sym_size(class_dim(x));
-  if (is_probability_target(x, t)) {
-    RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), op, "target",
-             "floating point probabilities, its shape being input's", t.scalar_type());
-    RF_CHECK(TORCH_CHECK, t.scalar_type() == x.scalar_type(), op, "target", c10::str(x.scalar_type(), " as input has"),
-             t.scalar_type());
-    RF_CHECK(TORCH_CHECK, ignore_index < 0, op, "ignore_index", "none with probability targets", ignore_index);
+  if (is_probability_target(x, target)) {
+    RF_CHECK(TORCH_CHECK, at::isFloatingType(target.scalar_type()), op, "target",
+             "floating point probabilities, its shape being input's", target.scalar_type());
+    RF_CHECK(TORCH_CHECK, target.scalar_type() == x.scalar_type(), op, "target",
+             c10::str(x.scalar_type(), " as input has"), target.scalar_type());
+    RF_CHECK(TORCH_CHECK, o.ignore_index < 0, op, "ignore_index", "none with probability targets", o.ignore_index);
   } else {
-    RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), op, "target",
-             c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
-    if (x.dim() == 1) check_class_type(op, t);
-    RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, op, "target", "one class for one row of logits",
-             t.sym_sizes());
-    bool fits = t.dim() == x.dim() - 1;
-    for (int64_t d = 1; fits && d < t.dim(); ++d) fits = t.sym_size(d) == x.sym_size(d + 1);
+    RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (target.dim() >= 1 && x.sym_size(0) == target.sym_size(0)), op,
+             "target", c10::str("batch size ", x.sym_size(0), " as input has"), target.sym_sizes());
+    if (x.dim() == 1) check_class_type(op, target);
+    RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || target.dim() != 1, op, "target", "one class for one row of logits",
+             target.sym_sizes());
+    bool fits = target.dim() == x.dim() - 1;
+    for (int64_t d = 1; fits && d < target.dim(); ++d) fits = target.sym_size(d) == x.sym_size(d + 1);
     RF_CHECK(TORCH_CHECK, fits, op, "target", c10::str("input's shape ", x.sym_sizes(), " without its classes"),
-             t.sym_sizes());
-    check_class_type(op, t);
+             target.sym_sizes());
+    check_class_type(op, target);
   }
   if (!w.defined()) return;
   RF_CHECK(TORCH_CHECK, w.dim() == 1 && w.sym_size(0) == classes, op, "weight",
@@ -115,10 +119,10 @@ void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const
   RF_CHECK(TORCH_CHECK, at::isFloatingType(w.scalar_type()), op, "weight", "a floating point type", w.scalar_type());
 }
 
-void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
-                                const Tensor& c, int64_t ignore_index, double label_smoothing,
-                                std::optional<double> softcap, std::optional<int64_t> memory_budget,
-                                double filter_eps) {
+void check_linear_cross_entropy(const char* op, const LinearCrossEntropyOperands& t, const CrossEntropyOptions& o,
+                                std::optional<int64_t> memory_budget, double filter_eps) {
+  const Tensor &x = t.input, &w = t.linear_weight, &target = t.target, &b = value_or_undefined(t.linear_bias),
+               &c = value_or_undefined(t.weight);
   RF_CHECK(TORCH_CHECK, x.dim() == 1 || x.dim() == 2, op, "input", "1 or 2 dimensions", x.dim());
   check_floating(op, x);
   RF_CHECK(TORCH_CHECK, w.dim() >= 2, op, "linear_weight", "2 or more dimensions (classes, ..., in_features)", w.dim());
@@ -126,9 +130,9 @@ void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w
            c10::str("last dimension ", x.sym_size(-1), " as input has it"), w.sym_sizes());
   RF_CHECK(TORCH_CHECK, x.dim() == 2 || w.dim() == 2, op, "input", "2 dimensions for a K-dimensional loss",
            x.sym_sizes());
-  RF_CHECK(TORCH_CHECK, label_smoothing >= 0 && label_smoothing <= 1, op, "label_smoothing", "a number from 0 to 1",
-           label_smoothing);
-  check_softcap(op, softcap);
+  RF_CHECK(TORCH_CHECK, o.label_smoothing >= 0 && o.label_smoothing <= 1, op, "label_smoothing", "a number from 0 to 1",
+           o.label_smoothing);
+  check_softcap(op, o.softcap);
   RF_CHECK(TORCH_CHECK_VALUE, !memory_budget || *memory_budget > 0, op, "memory_budget",
            "a positive number of bytes or None", *memory_budget);
   RF_CHECK(TORCH_CHECK_VALUE, filter_eps >= 0, op, "filter_eps", "a number of at least 0", filter_eps);
@@ -146,7 +150,7 @@ void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w
   same("linear_weight", w, true);
   same("linear_bias", b, true);
   same("weight", c, false);
-  same("target", t, false);
+  same("target", target, false);
   if (b.defined())
     RF_CHECK(TORCH_CHECK, is(b, w.sym_sizes().slice(0, w.dim() - 1)), op, "linear_bias",
              c10::str("shape ", w.sym_sizes().slice(0, w.dim() - 1)), b.sym_sizes());
@@ -155,24 +159,26 @@ void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w
              c10::str("one number for each of the ", w.sym_size(0), " classes"), c.sym_sizes());
   RF_CHECK(TORCH_CHECK, !c.defined() || at::isFloatingType(c.scalar_type()), op, "weight", "a floating point type",
            c.scalar_type());
-  if (is(t, logits)) {
-    RF_CHECK(TORCH_CHECK, at::isFloatingType(t.scalar_type()), op, "target",
-             "floating point probabilities, its shape being that of the logits", t.scalar_type());
-    RF_CHECK(TORCH_CHECK, ignore_index < 0, op, "ignore_index", "none with probability targets", ignore_index);
+  if (is(target, logits)) {
+    RF_CHECK(TORCH_CHECK, at::isFloatingType(target.scalar_type()), op, "target",
+             "floating point probabilities, its shape being that of the logits", target.scalar_type());
+    RF_CHECK(TORCH_CHECK, o.ignore_index < 0, op, "ignore_index", "none with probability targets", o.ignore_index);
     return;
   }
-  RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (t.dim() >= 1 && x.sym_size(0) == t.sym_size(0)), op, "target",
-           c10::str("batch size ", x.sym_size(0), " as input has"), t.sym_sizes());
-  if (x.dim() == 1) check_class_type(op, t);
-  RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || t.dim() != 1, op, "target", "one class for one row", t.sym_sizes());
-  RF_CHECK(TORCH_CHECK, is(t, losses), op, "target",
+  RF_CHECK(TORCH_CHECK_VALUE, x.dim() == 1 || (target.dim() >= 1 && x.sym_size(0) == target.sym_size(0)), op, "target",
+           c10::str("batch size ", x.sym_size(0), " as input has"), target.sym_sizes());
+  if (x.dim() == 1) check_class_type(op, target);
+  RF_CHECK(TORCH_CHECK_VALUE, x.dim() != 1 || target.dim() != 1, op, "target", "one class for one row",
+           target.sym_sizes());
+  RF_CHECK(TORCH_CHECK, is(target, losses), op, "target",
            c10::str("shape ", c10::SymIntArrayRef(losses), ", or probabilities of shape ", c10::SymIntArrayRef(logits)),
-           t.sym_sizes());
-  check_class_type(op, t);
+           target.sym_sizes());
+  check_class_type(op, target);
 }
 
-void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
-                      const Tensor& scale, const Tensor& sample_weight, bool scale_is_variance) {
+void check_linear_nll(const char* op, const LinearNllOperands& t, bool scale_is_variance) {
+  const Tensor &x = t.input, &w = t.weight, &target = t.target, &b = value_or_undefined(t.bias),
+               &scale = value_or_undefined(t.scale), &sample_weight = value_or_undefined(t.sample_weight);
   check_floating(op, x);
   RF_CHECK(TORCH_CHECK, w.dim() == 2, op, "weight", "2 dimensions (out_features, in_features)", w.sym_sizes());
   RF_CHECK(TORCH_CHECK, x.dim() >= 1 && x.sym_size(-1) == w.sym_size(1), op, "input",
@@ -195,11 +201,12 @@ void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Te
   const char* scale_name = scale_is_variance ? "sigma" : "pos_weight";
   same(scale_name, scale, true);
   same("sample_weight", sample_weight, true);
-  RF_CHECK(TORCH_CHECK, x.device() == t.device(), op, "target", c10::str(x.device(), " as input is on"), t.device());
-  RF_CHECK(TORCH_CHECK, !at::isComplexType(t.scalar_type()), op, "target", "real numbers", t.scalar_type());
+  RF_CHECK(TORCH_CHECK, x.device() == target.device(), op, "target", c10::str(x.device(), " as input is on"),
+           target.device());
+  RF_CHECK(TORCH_CHECK, !at::isComplexType(target.scalar_type()), op, "target", "real numbers", target.scalar_type());
   // Not what broadcasts: (N) beside (N, 1) would be N^2 residuals, which nobody means.
-  RF_CHECK(TORCH_CHECK, t.sym_sizes() == c10::SymIntArrayRef(predictions), op, "target",
-           c10::str("the predictions' shape ", c10::SymIntArrayRef(predictions)), t.sym_sizes());
+  RF_CHECK(TORCH_CHECK, target.sym_sizes() == c10::SymIntArrayRef(predictions), op, "target",
+           c10::str("the predictions' shape ", c10::SymIntArrayRef(predictions)), target.sym_sizes());
   if (b.defined())
     RF_CHECK(TORCH_CHECK, b.dim() == 1 && b.sym_size(0) == w.sym_size(0), op, "bias",
              c10::str("shape [", w.sym_size(0), "]"), b.sym_sizes());

@@ -2,7 +2,7 @@
 // where users' calls arrive, in autograd/, and by op_checks.h, for who calls an op as it stands. Sizes are symbolic, so
 // that the checks hold while tracing.
 #pragma once
-#include "shared/torch_api.h"
+#include "shared/op_arguments.h"
 
 // A macro: the words are put together only if they are needed.
 #define RF_CHECK(kind, condition, op, argument, expected, ...) \
@@ -10,7 +10,10 @@
 
 namespace rf {
 
-Activation parse_activation(string_view name, const char* op = "linear");
+// Names as a sentence has them: "a, b, c or d"; or "0 (a), 1 (b), 2 (c) or 3 (d)".
+std::string listed(at::ArrayRef<const char*> names, const char* last = " or ", bool numbered = false);
+
+Activation parse_activation(string_view name, const char* op);
 
 // As torch: IndexError for a dimension that is not there; a scalar has one.
 int64_t checked_dim(const char* op, const Tensor& x, int64_t dim);
@@ -35,11 +38,12 @@ void check_class_type(const char* op, const Tensor& t);
 void check_softcap(const char* op, std::optional<double> softcap);
 
 // Types of exception as torch.nn.functional.cross_entropy raises them.
-void check_cross_entropy(const char* op, const Tensor& x, const Tensor& t, const Tensor& w, int64_t ignore_index,
-                         double label_smoothing);
+void check_cross_entropy(const char* op, const CrossEntropyOperands& t, const CrossEntropyOptions& o);
 
 // torch multiplies losses of classes by weights of the logits' type alone, losses of probabilities by any.
-inline void check_class_weight_type(const char* op, at::ScalarType logits, const Tensor& w, bool probabilities) {
+inline void check_class_weight_type(const char* op, at::ScalarType logits, const OptionalTensor& weight,
+                                    bool probabilities) {
+  const Tensor& w = value_or_undefined(weight);
   RF_CHECK(TORCH_CHECK, !w.defined() || probabilities || w.scalar_type() == logits, op, "weight",
            c10::str(logits, " as input has"), w.scalar_type());
 }
@@ -54,13 +58,11 @@ inline std::vector<c10::SymInt> symbolic_loss_shape(const Tensor& input, const T
 
 // Types of exception as torch.nn.functional.linear_cross_entropy raises them. `target` holds probabilities where it is
 // floating, as it has to be then where its shape is that of the logits.
-void check_linear_cross_entropy(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
-                                const Tensor& c, int64_t ignore_index, double label_smoothing,
-                                std::optional<double> softcap, std::optional<int64_t> memory_budget, double filter_eps);
+void check_linear_cross_entropy(const char* op, const LinearCrossEntropyOperands& t, const CrossEntropyOptions& o,
+                                std::optional<int64_t> memory_budget, double filter_eps);
 
 // `op` is the function that the user called. Values of scale and sample_weight are not looked at: a device would have
 // to be waited for.
-void check_linear_nll(const char* op, const Tensor& x, const Tensor& w, const Tensor& t, const Tensor& b,
-                      const Tensor& scale, const Tensor& sample_weight, bool scale_is_variance);
+void check_linear_nll(const char* op, const LinearNllOperands& t, bool scale_is_variance);
 
 }  // namespace rf

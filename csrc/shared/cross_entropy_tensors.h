@@ -1,10 +1,11 @@
-// Cross-entropy's tensors as plain structs, for every device: Args is its arguments' struct, whose fields of these
-// names mean the same. What a device wants besides (the sum of the class weights) it adds.
+// Cross-entropy's tensors as plain structs, for every device: Args is its arguments' struct, a CrossEntropyProblem with
+// what the device wants besides (the sum of the class weights), which it adds.
 #pragma once
 #include <limits>
 
 #include "shared/checks.h"
 #include "shared/layouts.h"
+#include "shared/problems.h"
 
 namespace rf {
 
@@ -14,14 +15,12 @@ inline double mean_of(double sum, double weights) {
   return weights == 0 ? std::numeric_limits<double>::quiet_NaN() : sum / weights;
 }
 
-template <class Args>
-void set_options(Args& a, int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap,
-                 std::optional<double> logit_scale) {
-  a.ignore_index = ignore_index;
-  a.label_smoothing = label_smoothing;
-  a.z_loss = z_loss;
-  a.softcap = softcap.value_or(0.0);
-  a.logit_scale = logit_scale.value_or(1.0);
+inline void set_options(CrossEntropyProblem& a, const CrossEntropyOptions& o) {
+  a.ignore_index = o.ignore_index;
+  a.label_smoothing = o.label_smoothing;
+  a.z_loss = o.z_loss;
+  a.softcap = o.softcap.value_or(0.0);
+  a.logit_scale = o.logit_scale.value_or(1.0);
 }
 
 // The tensors that `args` points into.
@@ -34,10 +33,9 @@ struct CrossEntropyTensors {
 };
 
 template <class Args>
-CrossEntropyTensors<Args> cross_entropy_tensors(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                                int64_t ignore_index, double label_smoothing, double z_loss,
-                                                std::optional<double> softcap, std::optional<double> logit_scale) {
+CrossEntropyTensors<Args> cross_entropy_tensors(const CrossEntropyOperands& given, const CrossEntropyOptions& o) {
   CrossEntropyTensors<Args> t;
+  const Tensor &input = given.input, &target = given.target;
   const int64_t dim = class_dim(input);
   t.x = walkable(input, dim);
   t.rows = rows_without(input, dim);
@@ -46,8 +44,8 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const Tensor& input, const Tenso
   a.logits = t.x.const_data_ptr();
   a.layout = *row_layout(t.x, dim);
   a.classes = input.size(dim);
-  if (weight.has_value()) {
-    t.weight = weight->to(acc_type(input.scalar_type())).contiguous();
+  if (given.weight.has_value()) {
+    t.weight = given.weight->to(acc_type(input.scalar_type())).contiguous();
     a.class_weight = t.weight.const_data_ptr();
   }
   if (is_probability_target(input, target)) {
@@ -58,13 +56,12 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const Tensor& input, const Tenso
     t.target = target.to(at::kLong).contiguous();
     a.target = t.target.template const_data_ptr<int64_t>();
   }
-  set_options(a, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  set_options(a, o);
   return t;
 }
 
 // Where each row's statistics lie in the tensor that is saved for backward.
-template <class Args>
-void point_to_stats(Args& a, const Tensor& stats) {
+inline void point_to_stats(CrossEntropyProblem& a, const Tensor& stats) {
   const auto row = [&](CrossEntropyStat s) -> void* {
     return s < stats.size(0) ? (char*)stats.data_ptr() + s * stats.size(1) * (int64_t)stats.element_size() : nullptr;
   };
@@ -75,12 +72,7 @@ void point_to_stats(Args& a, const Tensor& stats) {
   a.row_target_mass = row(kTargetMass);
 }
 
-// Gradients of the differentiable outputs; absent where an output was not asked for or not used.
-struct CrossEntropyOutputGrads {
-  OptionalTensor loss, lse, entropy, logprob;
-};
-
-// The same as arguments have them, one number for each row in order, in memory that lives as long as this.
+// Upstream gradients as arguments have them, one number for each row in order, in memory that lives as long as this.
 struct CrossEntropyRowGrads {
   Tensor loss, lse, entropy, logprob;
 
@@ -91,8 +83,7 @@ struct CrossEntropyRowGrads {
     entropy = rows(grads.entropy);
     logprob = rows(grads.logprob);
   }
-  template <class Args>
-  void point_to(Args& a) const {
+  void point_to(CrossEntropyBackward& a) const {
     const auto data = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
     a.loss = data(loss);
     a.lse = data(lse);

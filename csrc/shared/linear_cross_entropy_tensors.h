@@ -22,15 +22,15 @@ struct LinearCrossEntropyGradients {
   Tensor x, w, bias, target;
 
   // As the ops return them: in the shapes of what they belong to, and, rounded, in its types.
-  std::tuple<Tensor, Tensor, Tensor, Tensor> shaped(const Tensor& input, const Tensor& linear_weight,
-                                                    const Tensor& its_target, bool rounded) const {
+  std::tuple<Tensor, Tensor, Tensor, Tensor> shaped(const LinearCrossEntropyOperands& of, bool rounded) const {
     const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
       if (!t.defined()) return at::empty({0}, like.options());
       return (rounded ? t.to(like.scalar_type()) : t).view(sizes);
     };
-    return {finished(x, input, input.sizes()), finished(w, linear_weight, linear_weight.sizes()),
-            finished(bias, linear_weight, linear_weight.sizes().slice(0, linear_weight.dim() - 1)),
-            finished(target, its_target, its_target.sizes())};
+    const Tensor& weight = of.linear_weight;
+    return {finished(x, of.input, of.input.sizes()), finished(w, weight, weight.sizes()),
+            finished(bias, weight, weight.sizes().slice(0, weight.dim() - 1)),
+            finished(target, of.target, of.target.sizes())};
   }
 };
 

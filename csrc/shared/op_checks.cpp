@@ -34,8 +34,7 @@ bool check_optional(const char* op, const char* name, const OptionalTensor& t, c
 void check_first(const char* op, const char* name, const Tensor& t) {
   RF_CHECK(TORCH_CHECK_TYPE, t.defined(), op, name, "a tensor", "none");
   check_readable(op, name, t, t);
-  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, has_kernel(t.scalar_type()), op, name, "float32, float64, bfloat16 or float16",
-           t.scalar_type());
+  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, has_kernel(t.scalar_type()), op, name, listed(kDTypeNames), t.scalar_type());
 }
 
 void check_type(const char* op, const char* name, const Tensor& t, at::ScalarType type) {
@@ -71,9 +70,8 @@ void check_outputs(const char* op, int64_t outputs) {
   RF_CHECK(TORCH_CHECK_VALUE, 0 < outputs && outputs < 2 * kOutputArgmax, op, "outputs", "bits from 1 to 31", outputs);
 }
 
-void check_loss_dtype(const char* op, std::optional<at::ScalarType> type) {
-  RF_CHECK(TORCH_CHECK, !type || has_kernel(*type), op, "loss_dtype", "float32, float64, bfloat16, float16 or none",
-           *type);
+void check_loss_dtype(const char* op, OptionalType type) {
+  RF_CHECK(TORCH_CHECK, !type || has_kernel(*type), op, "loss_dtype", listed(kDTypeNames, ", ") + " or none", *type);
 }
 
 // Pointers to classes, or to probabilities of them, are null where there are none.
@@ -98,25 +96,28 @@ void check_reduced(const char* op, int64_t reduction) {
 
 // ---- linear --------------------------------------------------------------------------------------------------------
 
-void check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+Activation check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation) {
   check_first("linear", "input", x);
   check_readable("linear", "weight", w, x);
   check_optional("linear", "bias", bias, x);
   check_linear(x, w, value_or_undefined(bias));
+  return parse_activation(activation, "linear");
 }
 
 namespace {
 
 // The upstream gradient of an activation's results, and what its derivative is computed from.
-void check_activation_gradient(const char* op, const Tensor& grad, const OptionalTensor& saved,
-                               string_view activation) {
+Activation check_activation_gradient(const char* op, const Tensor& grad, const OptionalTensor& saved,
+                                     string_view name) {
   check_first(op, "grad", grad);
   RF_CHECK(TORCH_CHECK, grad.dim() >= 1, op, "grad", "1 or more dimensions", grad.dim());
-  if (saved_for(parse_activation(activation, op)) == Saved::nothing) return;
-  RF_CHECK(TORCH_CHECK, saved.has_value(), op, "saved", c10::str("what ", activation, " saves"), "none");
+  const Activation activation = parse_activation(name, op);
+  if (saved_for(activation) == Saved::nothing) return activation;
+  RF_CHECK(TORCH_CHECK, saved.has_value(), op, "saved", c10::str("what ", name, " saves"), "none");
   check_readable(op, "saved", *saved, grad);
   check_type(op, "saved", *saved, grad.scalar_type());
   check_sizes(op, "saved", *saved, grad.sym_sizes());
+  return activation;
 }
 
 // The input of a layer whose results have the gradient `grad`.
@@ -129,10 +130,10 @@ void check_layer_input(const char* op, const Tensor& x, const Tensor& grad) {
 
 }  // namespace
 
-void check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
-                           const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask) {
+Activation check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
+                                 const OptionalTensor& saved, string_view name, std::array<bool, 3> mask) {
   constexpr auto op = "linear_backward";
-  check_activation_gradient(op, grad, saved, activation);
+  const Activation activation = check_activation_gradient(op, grad, saved, name);
   if (mask[0]) {
     const Tensor& w = needed(op, "weight", weight, grad);
     check_type(op, "weight", w, grad.scalar_type());
@@ -140,22 +141,25 @@ void check_linear_backward(const Tensor& grad, const OptionalTensor& input, cons
              c10::str("shape (", grad.sym_size(-1), ", in_features)"), w.sym_sizes());
   }
   if (mask[1]) check_layer_input(op, needed(op, "input", input, grad), grad);
+  return activation;
 }
 
 // ---- phm_linear ----------------------------------------------------------------------------------------------------
 
-void check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias) {
+Activation check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias,
+                                    string_view activation) {
   check_first("phm_linear", "input", x);
   check_readable("phm_linear", "a", a, x);
   check_readable("phm_linear", "s", s, x);
   check_optional("phm_linear", "bias", bias, x);
   check_phm_linear(x, a, s, value_or_undefined(bias));
+  return parse_activation(activation, "phm_linear");
 }
 
-void check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
-                               const OptionalTensor& saved, string_view activation, std::array<bool, 4> mask) {
+Activation check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
+                                     const OptionalTensor& saved, string_view name, std::array<bool, 4> mask) {
   constexpr auto op = "phm_linear_backward";
-  check_activation_gradient(op, grad, saved, activation);
+  const Activation activation = check_activation_gradient(op, grad, saved, name);
   check_readable(op, "a", a, grad);
   check_readable(op, "s", s, grad);
   check_phm_operands(op, a, s);
@@ -165,11 +169,12 @@ void check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, 
   RF_CHECK(TORCH_CHECK, grad.sym_size(-1) == n * s.sym_size(1), op, "grad",
            c10::str("last dimension ", n * s.sym_size(1), " as s of shape ", s.sym_sizes(), " has it"),
            grad.sym_sizes());
-  if (!mask[1] && !mask[2]) return;
+  if (!mask[1] && !mask[2]) return activation;
   const Tensor& x = needed(op, "input", input, grad);
   check_layer_input(op, x, grad);
   RF_CHECK(TORCH_CHECK, x.sym_size(-1) == n * s.sym_size(2), op, "input",
            c10::str("last dimension ", n * s.sym_size(2), " as s of shape ", s.sym_sizes(), " has it"), x.sym_sizes());
+  return activation;
 }
 
 // ---- softmax family: the dimension, counted from 0 -----------------------------------------------------------------
@@ -223,47 +228,50 @@ int64_t check_logsumexp_backward(const Tensor& grad, const Tensor& x, const Tens
 
 namespace {
 
-void check_cross_entropy_inputs(const char* op, const Tensor& x, const Tensor& target, const OptionalTensor& weight,
-                                int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                std::optional<double> softcap) {
-  check_first(op, "input", x);
-  check_readable(op, "target", target, x);
-  check_optional(op, "weight", weight, x);
-  check_reduction(op, reduction);
-  check_softcap(op, softcap);
-  check_cross_entropy(op, x, target, value_or_undefined(weight), ignore_index, label_smoothing);
-  check_classes(op, "input", x, class_dim(x));
+void check_cross_entropy_inputs(const char* op, const CrossEntropyOperands& t, const CrossEntropyOptions& o) {
+  check_first(op, "input", t.input);
+  check_readable(op, "target", t.target, t.input);
+  check_optional(op, "weight", t.weight, t.input);
+  check_reduction(op, o.reduction);
+  check_softcap(op, o.softcap);
+  check_cross_entropy(op, t, o);
+  check_classes(op, "input", t.input, class_dim(t.input));
 }
 
 }  // namespace
 
-void check_cross_entropy_forward(const Tensor& x, const Tensor& target, const OptionalTensor& weight,
-                                 int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                 std::optional<double> softcap, int64_t outputs,
-                                 std::optional<at::ScalarType> loss_dtype) {
-  check_cross_entropy_inputs("cross_entropy", x, target, weight, ignore_index, reduction, label_smoothing, softcap);
+void check_cross_entropy_forward(const CrossEntropyOperands& t, const CrossEntropyOptions& o, int64_t outputs,
+                                 OptionalType loss_dtype) {
+  check_cross_entropy_inputs("cross_entropy", t, o);
   check_outputs("cross_entropy", outputs);
   check_loss_dtype("cross_entropy", loss_dtype);
 }
 
-constexpr const char* kUpstreamNames[] = {"grad_loss", "grad_lse", "grad_entropy", "grad_logprob"};
+namespace {
 
-void check_cross_entropy_backward(const char* op, const UpstreamOfOutputs& upstream, const Tensor& x,
-                                  const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
-                                  const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
-                                  double label_smoothing, std::optional<double> softcap, bool grad_target,
-                                  const Tensor* grad) {
-  check_cross_entropy_inputs(op, x, target, weight, ignore_index, reduction, label_smoothing, softcap);
+// Checks each upstream gradient that is there: what it is called, and whether it is one number for all losses.
+template <class Check>
+void for_upstream(const CrossEntropyOutputGrads& upstream, const CrossEntropyOptions& o, Check&& check) {
+  if (upstream.loss.has_value()) check("grad_loss", *upstream.loss, o.reduction != at::Reduction::None);
+  if (upstream.lse.has_value()) check("grad_lse", *upstream.lse, false);
+  if (upstream.entropy.has_value()) check("grad_entropy", *upstream.entropy, false);
+  if (upstream.logprob.has_value()) check("grad_logprob", *upstream.logprob, false);
+}
+
+}  // namespace
+
+void check_cross_entropy_backward(const char* op, const CrossEntropyOutputGrads& upstream,
+                                  const CrossEntropyOperands& t, const Tensor& stats, const Tensor& weight_sum,
+                                  const CrossEntropyOptions& o, bool grad_target, const Tensor* grad) {
+  check_cross_entropy_inputs(op, t, o);
+  const Tensor& x = t.input;
   const int64_t dim = class_dim(x);
-  for (int i = 0; i < 4; ++i) {
-    if (!upstream[i]->has_value()) continue;
-    const Tensor& t = **upstream[i];
-    const bool one = i == 0 && reduction != at::Reduction::None;
-    check_upstream(op, kUpstreamNames[i], t, x, one, t.defined() ? t.sym_sizes() : c10::SymIntArrayRef());
-    RF_CHECK(TORCH_CHECK, one || has_rows_of(t, x, dim), op, kUpstreamNames[i],
-             c10::str("input's shape ", x.sym_sizes(), " without its classes"), t.sym_sizes());
-  }
-  const bool probabilities = is_probability_target(x, target), entropy = upstream[2]->has_value();
+  for_upstream(upstream, o, [&](const char* name, const Tensor& grad, bool one) {
+    check_upstream(op, name, grad, x, one, grad.defined() ? grad.sym_sizes() : c10::SymIntArrayRef());
+    RF_CHECK(TORCH_CHECK, one || has_rows_of(grad, x, dim), op, name,
+             c10::str("input's shape ", x.sym_sizes(), " without its classes"), grad.sym_sizes());
+  });
+  const bool probabilities = is_probability_target(x, t.target), entropy = upstream.entropy.has_value();
   RF_CHECK(TORCH_CHECK, !grad_target || probabilities, op, "output_mask", "no gradient of class indices", "one");
 
   c10::SymInt rows = 1;
@@ -289,33 +297,28 @@ void check_cross_entropy_backward(const char* op, const UpstreamOfOutputs& upstr
            "elements that have memory of their own", "overlapping ones (expanded?)");
 }
 
-void check_cross_entropy_unless_one(const Tensor& grad_loss, const Tensor& x, const Tensor& target,
-                                    const OptionalTensor& weight, const Tensor& stats, const Tensor& weight_sum,
-                                    int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                    std::optional<double> softcap, const Tensor& grad) {
+void check_cross_entropy_unless_one(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                    const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad) {
   constexpr auto op = "cross_entropy_backward_unless_one_";
-  const OptionalTensor upstream = grad_loss, none;
-  check_cross_entropy_backward(op, {&upstream, &none, &none, &none}, x, target, weight, stats, weight_sum, ignore_index,
-                               reduction, label_smoothing, softcap, false, &grad);
-  check_reduced(op, reduction);
+  check_cross_entropy_backward(op, {grad_loss, {}, {}, {}}, t, stats, weight_sum, o, false, &grad);
+  check_reduced(op, o.reduction);
 }
 
 // ---- linear_cross_entropy ------------------------------------------------------------------------------------------
 
 namespace {
 
-void check_linear_cross_entropy_inputs(const char* op, const Tensor& x, const Tensor& w, const Tensor& target,
-                                       const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
-                                       int64_t reduction, double label_smoothing, std::optional<double> softcap,
-                                       std::optional<int64_t> memory_budget, double filter_eps) {
+void check_linear_cross_entropy_inputs(const char* op, const LinearCrossEntropyOperands& t,
+                                       const CrossEntropyOptions& o, std::optional<int64_t> memory_budget,
+                                       double filter_eps) {
+  const Tensor &x = t.input, &w = t.linear_weight, &target = t.target;
   check_first(op, "input", x);
   check_readable(op, "linear_weight", w, x);
   check_readable(op, "target", target, x);
-  check_optional(op, "linear_bias", bias, x);
-  check_optional(op, "weight", weight, x);
-  check_reduction(op, reduction);
-  check_linear_cross_entropy(op, x, w, target, value_or_undefined(bias), value_or_undefined(weight), ignore_index,
-                             label_smoothing, softcap, memory_budget, filter_eps);
+  check_optional(op, "linear_bias", t.linear_bias, x);
+  check_optional(op, "weight", t.weight, x);
+  check_reduction(op, o.reduction);
+  check_linear_cross_entropy(op, t, o, memory_budget, filter_eps);
   const auto type = target.scalar_type();
   RF_CHECK(TORCH_CHECK, !at::isFloatingType(type) || type == x.scalar_type() || type == acc_type(x.scalar_type()), op,
            "target", c10::str(x.scalar_type(), " or ", acc_type(x.scalar_type()), " probabilities"), type);
@@ -327,31 +330,25 @@ void check_linear_cross_entropy_inputs(const char* op, const Tensor& x, const Te
 
 }  // namespace
 
-void check_linear_cross_entropy_forward(const Tensor& x, const Tensor& w, const Tensor& target,
-                                        const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
-                                        int64_t reduction, double label_smoothing, std::optional<double> softcap,
-                                        int64_t outputs, std::optional<int64_t> memory_budget,
-                                        std::optional<at::ScalarType> loss_dtype, double filter_eps) {
+void check_linear_cross_entropy_forward(const LinearCrossEntropyOperands& t, const CrossEntropyOptions& o,
+                                        int64_t outputs, std::optional<int64_t> memory_budget, OptionalType loss_dtype,
+                                        double filter_eps) {
   constexpr auto op = "linear_cross_entropy";
-  check_linear_cross_entropy_inputs(op, x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                    memory_budget, filter_eps);
+  check_linear_cross_entropy_inputs(op, t, o, memory_budget, filter_eps);
   check_outputs(op, outputs);
   check_loss_dtype(op, loss_dtype);
 }
 
-void check_linear_cross_entropy_backward(const UpstreamOfOutputs& upstream, const Tensor& x, const Tensor& w,
-                                         const Tensor& target, const OptionalTensor& bias, const OptionalTensor& weight,
-                                         int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                         std::optional<double> softcap, std::optional<int64_t> memory_budget,
+void check_linear_cross_entropy_backward(const CrossEntropyOutputGrads& upstream, const LinearCrossEntropyOperands& t,
+                                         const CrossEntropyOptions& o, std::optional<int64_t> memory_budget,
                                          double filter_eps, bool grad_target) {
   constexpr auto op = "linear_cross_entropy_backward";
-  check_linear_cross_entropy_inputs(op, x, w, target, bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                    memory_budget, filter_eps);
-  const auto shape = symbolic_loss_shape(x, w);
-  for (int i = 0; i < 4; ++i)
-    if (upstream[i]->has_value())
-      check_upstream(op, kUpstreamNames[i], **upstream[i], x, i == 0 && reduction != at::Reduction::None, shape);
-  RF_CHECK(TORCH_CHECK, !grad_target || at::isFloatingType(target.scalar_type()), op, "output_mask",
+  check_linear_cross_entropy_inputs(op, t, o, memory_budget, filter_eps);
+  const auto shape = symbolic_loss_shape(t.input, t.linear_weight);
+  for_upstream(upstream, o, [&](const char* name, const Tensor& grad, bool one) {
+    check_upstream(op, name, grad, t.input, one, shape);
+  });
+  RF_CHECK(TORCH_CHECK, !grad_target || at::isFloatingType(t.target.scalar_type()), op, "output_mask",
            "no gradient of class indices", "one");
 }
 
@@ -359,44 +356,39 @@ void check_linear_cross_entropy_backward(const UpstreamOfOutputs& upstream, cons
 
 namespace {
 
-void check_linear_nll_inputs(const char* op, const Tensor& x, const Tensor& w, const Tensor& target,
-                             const OptionalTensor& bias, const OptionalTensor& scale,
-                             const OptionalTensor& sample_weight, int64_t family, int64_t reduction, bool grad_scale) {
+void check_linear_nll_inputs(const char* op, const LinearNllOperands& t, const LinearNllOptions& o, bool grad_scale) {
+  const Tensor& x = t.input;
   check_first(op, "input", x);
-  check_readable(op, "weight", w, x);
-  check_readable(op, "target", target, x);
-  check_optional(op, "bias", bias, x);
-  check_optional(op, "scale", scale, x);
-  check_optional(op, "sample_weight", sample_weight, x);
-  check_reduction(op, reduction);
-  RF_CHECK(TORCH_CHECK_VALUE, 0 <= family && family <= (int64_t)Family::poisson, op, "family",
-           "0 (squared), 1 (gaussian), 2 (bernoulli) or 3 (poisson)", family);
-  const bool gaussian = (Family)family == Family::gaussian;
-  check_linear_nll(op, x, w, target, value_or_undefined(bias), value_or_undefined(scale),
-                   value_or_undefined(sample_weight), gaussian);
-  const auto type = target.scalar_type(), acc = acc_type(x.scalar_type());
+  check_readable(op, "weight", t.weight, x);
+  check_readable(op, "target", t.target, x);
+  check_optional(op, "bias", t.bias, x);
+  check_optional(op, "scale", t.scale, x);
+  check_optional(op, "sample_weight", t.sample_weight, x);
+  check_reduction(op, o.reduction);
+  RF_CHECK(TORCH_CHECK_VALUE, 0 <= o.family && o.family < (int64_t)std::size(kFamilyNames), op, "family",
+           listed(kFamilyNames, " or ", /*numbered=*/true), o.family);
+  const bool gaussian = (Family)o.family == Family::gaussian;
+  check_linear_nll(op, t, gaussian);
+  const auto type = t.target.scalar_type(), acc = acc_type(x.scalar_type());
   RF_CHECK(TORCH_CHECK, !at::isFloatingType(type) || c10::promoteTypes(type, acc) == acc, op, "target",
            c10::str("a type that fits ", acc), type);
-  RF_CHECK(TORCH_CHECK, !grad_scale || (gaussian && scale.has_value()), op, "output_mask",
+  RF_CHECK(TORCH_CHECK, !grad_scale || (gaussian && t.scale.has_value()), op, "output_mask",
            "no gradient of a scale but a gaussian's variance", "one");
 }
 
 }  // namespace
 
-void check_linear_nll_forward(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
-                              const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family,
-                              int64_t reduction, std::optional<at::ScalarType> loss_dtype, bool grad_scale) {
-  check_linear_nll_inputs("linear_nll", x, w, target, bias, scale, sample_weight, family, reduction, grad_scale);
+void check_linear_nll_forward(const LinearNllOperands& t, const LinearNllOptions& o, OptionalType loss_dtype,
+                              bool grad_scale) {
+  check_linear_nll_inputs("linear_nll", t, o, grad_scale);
   check_loss_dtype("linear_nll", loss_dtype);
 }
 
-void check_linear_nll_backward(const Tensor& grad, const Tensor& x, const Tensor& w, const Tensor& target,
-                               const OptionalTensor& bias, const OptionalTensor& scale,
-                               const OptionalTensor& sample_weight, int64_t family, int64_t reduction,
+void check_linear_nll_backward(const Tensor& grad, const LinearNllOperands& t, const LinearNllOptions& o,
                                bool grad_scale) {
   constexpr auto op = "linear_nll_backward";
-  check_linear_nll_inputs(op, x, w, target, bias, scale, sample_weight, family, reduction, grad_scale);
-  check_upstream(op, "grad", grad, x, reduction != at::Reduction::None, target.sym_sizes());
+  check_linear_nll_inputs(op, t, o, grad_scale);
+  check_upstream(op, "grad", grad, t.input, o.reduction != at::Reduction::None, t.target.sym_sizes());
 }
 
 // ---- mse_loss ------------------------------------------------------------------------------------------------------

@@ -8,13 +8,15 @@ namespace rf {
 
 void check_reduced(const char* op, int64_t reduction);
 
-void check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias);
-void check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
-                           const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask);
+// Of a layer, its activation by its name.
+Activation check_linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation);
+Activation check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
+                                 const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask);
 
-void check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias);
-void check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
-                               const OptionalTensor& saved, string_view activation, std::array<bool, 4> mask);
+Activation check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias,
+                                    string_view activation);
+Activation check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,
+                                     const OptionalTensor& saved, string_view activation, std::array<bool, 4> mask);
 
 // Of the softmax family, the dimension counted from 0.
 constexpr const char* softmax_name(bool log) { return log ? "log_softmax" : "softmax"; }
@@ -22,41 +24,26 @@ int64_t check_softmax_forward(const char* op, const Tensor& x, int64_t dim);
 int64_t check_softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim);
 int64_t check_logsumexp_backward(const Tensor& grad, const Tensor& x, const Tensor& lse, int64_t dim);
 
-void check_cross_entropy_forward(const Tensor& x, const Tensor& target, const OptionalTensor& weight,
-                                 int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                 std::optional<double> softcap, int64_t outputs,
-                                 std::optional<at::ScalarType> loss_dtype);
-
-// The upstream gradients of loss, lse, entropy and logprob, each of which may be absent.
-using UpstreamOfOutputs = std::array<const OptionalTensor*, 4>;
+void check_cross_entropy_forward(const CrossEntropyOperands& t, const CrossEntropyOptions& o, int64_t outputs,
+                                 OptionalType loss_dtype);
 // `grad` is what the gradient of input is written over, or absent.
-void check_cross_entropy_backward(const char* op, const UpstreamOfOutputs& upstream, const Tensor& x,
-                                  const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
-                                  const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
-                                  double label_smoothing, std::optional<double> softcap, bool grad_target,
-                                  const Tensor* grad = nullptr);
-void check_cross_entropy_unless_one(const Tensor& grad_loss, const Tensor& x, const Tensor& target,
-                                    const OptionalTensor& weight, const Tensor& stats, const Tensor& weight_sum,
-                                    int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                    std::optional<double> softcap, const Tensor& grad);
+void check_cross_entropy_backward(const char* op, const CrossEntropyOutputGrads& upstream,
+                                  const CrossEntropyOperands& t, const Tensor& stats, const Tensor& weight_sum,
+                                  const CrossEntropyOptions& o, bool grad_target, const Tensor* grad = nullptr);
+void check_cross_entropy_unless_one(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                    const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad);
 
-void check_linear_cross_entropy_forward(const Tensor& x, const Tensor& w, const Tensor& target,
-                                        const OptionalTensor& bias, const OptionalTensor& weight, int64_t ignore_index,
-                                        int64_t reduction, double label_smoothing, std::optional<double> softcap,
-                                        int64_t outputs, std::optional<int64_t> memory_budget,
-                                        std::optional<at::ScalarType> loss_dtype, double filter_eps = 0);
-void check_linear_cross_entropy_backward(const UpstreamOfOutputs& upstream, const Tensor& x, const Tensor& w,
-                                         const Tensor& target, const OptionalTensor& bias, const OptionalTensor& weight,
-                                         int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                         std::optional<double> softcap, std::optional<int64_t> memory_budget,
+void check_linear_cross_entropy_forward(const LinearCrossEntropyOperands& t, const CrossEntropyOptions& o,
+                                        int64_t outputs, std::optional<int64_t> memory_budget, OptionalType loss_dtype,
+                                        double filter_eps = 0);
+void check_linear_cross_entropy_backward(const CrossEntropyOutputGrads& upstream, const LinearCrossEntropyOperands& t,
+                                         const CrossEntropyOptions& o, std::optional<int64_t> memory_budget,
                                          double filter_eps, bool grad_target);
 
-void check_linear_nll_forward(const Tensor& x, const Tensor& w, const Tensor& target, const OptionalTensor& bias,
-                              const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family,
-                              int64_t reduction, std::optional<at::ScalarType> loss_dtype, bool grad_scale = false);
-void check_linear_nll_backward(const Tensor& grad, const Tensor& x, const Tensor& w, const Tensor& target,
-                               const OptionalTensor& bias, const OptionalTensor& scale,
-                               const OptionalTensor& sample_weight, int64_t family, int64_t reduction, bool grad_scale);
+void check_linear_nll_forward(const LinearNllOperands& t, const LinearNllOptions& o, OptionalType loss_dtype,
+                              bool grad_scale = false);
+void check_linear_nll_backward(const Tensor& grad, const LinearNllOperands& t, const LinearNllOptions& o,
+                               bool grad_scale);
 
 void check_mse_loss(const char* op, const Tensor& x, const Tensor& target, int64_t reduction);
 void check_mse_loss_backward(const Tensor& grad, const Tensor& x, const Tensor& target, int64_t reduction);

@@ -1,13 +1,13 @@
 // torch, as the ops of each device and the autograd files see it. trace.h, which it brings along, has the rest.
 #pragma once
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/autocast_mode.h>
 #include <torch/autograd.h>
 #include <torch/library.h>
 
 #include <string_view>
 
+#include "shared/flat.h"
 #include "shared/trace.h"
 #include "shared/types.h"
 
@@ -15,18 +15,23 @@ namespace rf {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using OptionalType = std::optional<at::ScalarType>;
 using std::string_view;
 
 inline bool has_kernel(at::ScalarType t) {
-  return t == at::kFloat || t == at::kDouble || t == at::kBFloat16 || t == at::kHalf;
+#define RF_IS(name, type, python, torch, with) t == at::ScalarType::torch ||
+  return RF_EACH_DTYPE(RF_IS, ) false;
+#undef RF_IS
 }
 inline DType dtype_of(at::ScalarType t) {
-  return t == at::kDouble ? DType::f64 : t == at::kBFloat16 ? DType::bf16 : t == at::kHalf ? DType::f16 : DType::f32;
+#define RF_IF(name, type, python, torch, with) t == at::ScalarType::torch ? DType::name:
+  return RF_EACH_DTYPE(RF_IF, ) DType::f32;
+#undef RF_IF
 }
 inline at::ScalarType acc_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 
 // Of a linear model's loss: what is asked for, or what input promotes to with a floating target.
-inline at::ScalarType loss_type(const Tensor& input, const Tensor& target, std::optional<at::ScalarType> asked) {
+inline at::ScalarType loss_type(const Tensor& input, const Tensor& target, OptionalType asked) {
   if (asked) return *asked;
   const bool floating = at::isFloatingType(target.scalar_type());
   return floating ? c10::promoteTypes(input.scalar_type(), target.scalar_type()) : input.scalar_type();
@@ -97,12 +102,6 @@ inline const Tensor& value_or_undefined(const OptionalTensor& t) {
   return t.has_value() ? *t : undefined;
 }
 inline OptionalTensor optional(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
-
-// A schema of ours as a typed handle, looked up once per call site.
-template <class Signature>
-c10::TypedOperatorHandle<Signature> find_op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
 
 // A backward that others differentiate (create_graph = true) or map over (torch.func, is_grads_batched) goes through
 // the composite, whose own derivatives and batching rules are torch's.

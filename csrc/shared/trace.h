@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "shared/flat.h"
+
 namespace rf {
 
 struct CallRecord {
@@ -83,18 +85,18 @@ struct Traced<fn, Result (*)(Arguments...)> {
 
 }  // namespace trace
 
-// Registers what runs our kernels for an op; `by` names them.
+// An op's function as it is registered, with a record of each call; `by` names what runs, and is null where the
+// composite does.
 template <auto fn>
-void register_kernels(torch::Library& m, const char* op, std::string (*by)(const at::Tensor&)) {
-  using Traced = trace::Traced<fn>;
+auto traced(const char* op, std::string (*by)(const at::Tensor&)) {
+  using Traced = trace::Traced<flat<fn>()>;
   Traced::op = op;
   Traced::by = by;
-  m.impl(op, &Traced::call);
+  return &Traced::call;
 }
-// Registers an op's composite for torch.func.vmap.
 template <auto fn>
-void register_batched(torch::Library& m, const char* op) {
-  register_kernels<fn>(m, op, nullptr);
+void register_kernels(torch::Library& m, const char* op, std::string (*by)(const at::Tensor&)) {
+  m.impl(op, traced<fn>(op, by));
 }
 
 }  // namespace rf

@@ -11,8 +11,17 @@ struct f16 {
   uint16_t bits;
 };
 
-enum class DType { f32, f64, bf16, f16 };
-constexpr int kDTypes = 4;
+// The dtypes that have kernels: our name, an element's type, Python's name and torch's. This list and those below are
+// the only ones: whatever there is for each, Python's regfast._C.DTYPES among it, is made from them.
+#define RF_EACH_DTYPE(what, with)                                                 \
+  what(f32, float, float32, Float, with) what(f64, double, float64, Double, with) \
+      what(bf16, bf16, bfloat16, BFloat16, with) what(f16, f16, float16, Half, with)
+#define RF_NAME(name, ...) name,
+enum class DType { RF_EACH_DTYPE(RF_NAME, ) };
+#define RF_PYTHON_NAME(name, type, python, ...) #python,
+constexpr const char* kDTypeNames[] = {RF_EACH_DTYPE(RF_PYTHON_NAME, )};
+#undef RF_PYTHON_NAME
+constexpr int kDTypes = sizeof(kDTypeNames) / sizeof(*kDTypeNames);
 constexpr int64_t size_of(DType t) { return t == DType::f64 ? 8 : t == DType::f32 ? 4 : 2; }
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -32,27 +41,28 @@ using acc_t = typename accumulator<T>::type;
 constexpr DType acc_dtype(DType t) { return t == DType::f64 ? t : DType::f32; }
 constexpr int64_t acc_size(DType t) { return size_of(acc_dtype(t)); }
 
-enum class Activation { none, relu, gelu, gelu_tanh, silu, sigmoid, tanh };
-#define RF_EACH_ACTIVATION(what) what(none) what(relu) what(gelu) what(gelu_tanh) what(silu) what(sigmoid) what(tanh)
-
 // What the derivative of an activation is computed from.
 enum class Saved { nothing, output, preactivation };
-constexpr Saved saved_for(Activation a) {
-  switch (a) {
-    case Activation::none:
-      return Saved::nothing;
-    case Activation::relu:
-    case Activation::sigmoid:
-    case Activation::tanh:
-      return Saved::output;
-    default:
-      return Saved::preactivation;
-  }
-}
+
+#define RF_EACH_ACTIVATION(what)                                                                  \
+  what(none, nothing) what(relu, output) what(gelu, preactivation) what(gelu_tanh, preactivation) \
+      what(silu, preactivation) what(sigmoid, output) what(tanh, output)
+#define RF_TEXT(name, ...) #name,
+#define RF_SAVED(name, saved) Saved::saved,
+enum class Activation { RF_EACH_ACTIVATION(RF_NAME) };
+constexpr const char* kActivationNames[] = {RF_EACH_ACTIVATION(RF_TEXT)};
+constexpr Saved kSaved[] = {RF_EACH_ACTIVATION(RF_SAVED)};
+#undef RF_SAVED
+constexpr const char* name_of(Activation a) { return kActivationNames[(int)a]; }
+constexpr Saved saved_for(Activation a) { return kSaved[(int)a]; }
 
 // Likelihoods of the exponential family with a linear model's prediction as their parameter. squared is a gaussian
 // without its constants: (prediction - target)^2.
-enum class Family { squared, gaussian, bernoulli, poisson };
+#define RF_EACH_FAMILY(what) what(squared) what(gaussian) what(bernoulli) what(poisson)
+enum class Family { RF_EACH_FAMILY(RF_NAME) };
+constexpr const char* kFamilyNames[] = {RF_EACH_FAMILY(RF_TEXT)};
+#undef RF_TEXT
+#undef RF_NAME
 
 // The outputs of cross_entropy as bits, in the order in which ops return them.
 enum CrossEntropyOutput : int64_t {

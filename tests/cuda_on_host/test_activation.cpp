@@ -19,8 +19,8 @@ void forward(Activation activation, Random& random) {
   for (int i = 0; i < 200; ++i) points.push_back((random.chance(0.5) ? 1 : -1) * std::exp(random.between(-12, 6.5)));
   for (const bool in_place : {false, true})
     for (const int64_t shift : {0, 1, 5}) {
-      describe("activation %s %s forward, shift %lld%s", kActivationNames[(int)activation], Format<T>::name,
-               (long long)shift, in_place ? ", in place" : "");
+      describe("activation %s %s forward, shift %lld%s", name_of(activation), Format<T>::name, (long long)shift,
+               in_place ? ", in place" : "");
       size_t i = 0;
       const Buffer<T> x = input<T>((int64_t)points.size(), [&] { return points[i++]; }, Guard::behind, shift);
       Buffer<T> y(x.count(), Guard::behind, random.integer(0, 1) * shift);
@@ -43,8 +43,8 @@ constexpr GradRows kGradRows[] = {GradRows::adjacent, GradRows::padded, GradRows
 template <class T>
 void backward(Activation activation, int64_t rows, int64_t columns, GradRows kind, bool write, bool sum,
               Random& random) {
-  describe("activation %s %s backward %lld x %lld gradient %d output=%d sums=%d", kActivationNames[(int)activation],
-           Format<T>::name, (long long)rows, (long long)columns, (int)kind, write, sum);
+  describe("activation %s %s backward %lld x %lld gradient %d output=%d sums=%d", name_of(activation), Format<T>::name,
+           (long long)rows, (long long)columns, (int)kind, write, sum);
   rf::RowLayout layout = {1, columns, 0, 1};
   if (kind == GradRows::padded) layout.outer_stride = columns + 3;
   if (kind == GradRows::expanded) layout.outer_stride = layout.class_stride = 0;
@@ -64,11 +64,13 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
   Buffer<char> workspace(workspace_bytes);
   {
     const Lent lg(grad), ls(saved), ld(dz), lu(sums), lw(workspace);
-    rf::cuda::launch_activation_backward(
-        Format<T>::dtype,
-        {grad.data(), activation == Activation::none ? nullptr : saved.data(), layout, write ? dz.data() : nullptr,
-         rows, columns, activation, sum ? sums.data() : nullptr, workspace_bytes ? workspace.data() : nullptr},
-        nullptr);
+    rf::cuda::launch_activation_backward(Format<T>::dtype,
+                                         {{grad.data(), activation == Activation::none ? nullptr : saved.data(), layout,
+                                           write ? dz.data() : nullptr, columns, activation},
+                                          rows,
+                                          sum ? sums.data() : nullptr,
+                                          workspace_bytes ? workspace.data() : nullptr},
+                                         nullptr);
   }
   std::vector<double> total(columns), size(columns);
   {
@@ -99,7 +101,7 @@ void nothing() {
   {
     const Lent ls(sums);
     rf::cuda::launch_activation_backward(
-        Format<T>::dtype, {nullptr, nullptr, {1, 5, 0, 1}, nullptr, 0, 5, Activation::none, sums.data(), nullptr},
+        Format<T>::dtype, {{nullptr, nullptr, {1, 5, 0, 1}, nullptr, 5, Activation::none}, 0, sums.data(), nullptr},
         nullptr);
     rf::cuda::launch_activation_forward(Format<T>::dtype, nullptr, nullptr, 0, Activation::relu, nullptr);
   }

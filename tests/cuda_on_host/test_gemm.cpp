@@ -123,7 +123,7 @@ void product(const Call& c, Random& random) {
   kernels_run.insert(name);
   describe("gemm %s m=%lld n=%lld k=%lld a=%s%s b=%s%s bias=%d pre=%d %s: %s", Format<T>::name, (long long)c.m,
            (long long)c.n, (long long)c.k, kLayoutNames[(int)c.a], c.a_transposed ? "^T" : "", kLayoutNames[(int)c.b],
-           c.b_transposed ? "^T" : "", c.bias, c.preactivation, kActivationNames[(int)c.activation], name);
+           c.b_transposed ? "^T" : "", c.bias, c.preactivation, name_of(c.activation), name);
   {
     Lent lent_bias(bias), lent_workspace(workspace), lent_y(y), lent_z(z);
     rf::cuda::launch_gemm(dtype, c.tf32, g, nullptr);

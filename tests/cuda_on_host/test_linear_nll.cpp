@@ -10,8 +10,9 @@ namespace test {
 namespace {
 
 using rf::Family;
-constexpr Family kFamilies[] = {Family::squared, Family::gaussian, Family::bernoulli, Family::poisson};
-constexpr const char* kFamilyNames[] = {"squared", "gaussian", "bernoulli", "poisson"};
+#define RF_VALUE(name) Family::name,
+constexpr Family kFamilies[] = {RF_EACH_FAMILY(RF_VALUE)};
+#undef RF_VALUE
 constexpr double kLogTwoPi = 1.8378770664093454836;
 
 // A loss and its derivatives by prediction and variance, each with the size of its rounding errors in units.
@@ -74,8 +75,9 @@ void likelihood(Family family, int64_t rows, int64_t outputs, Choice c, bool far
   describe(
       "%s %s %lld x %lld bias=%d acc_target=%d scale=%d row_factor=%d upstream=%d full=%d loss=%d%d gradient=%d%d%d "
       "in_place=%d far=%d",
-      kFamilyNames[(int)family], Format<T>::name, (long long)rows, (long long)outputs, c.bias, c.acc_target, c.scale,
-      c.row_factor, c.upstream, c.full, c.loss, c.loss_sums, c.gradient, c.bias_sums, c.scale_sums, c.in_place, far);
+      rf::kFamilyNames[(int)family], Format<T>::name, (long long)rows, (long long)outputs, c.bias, c.acc_target,
+      c.scale, c.row_factor, c.upstream, c.full, c.loss, c.loss_sums, c.gradient, c.bias_sums, c.scale_sums, c.in_place,
+      far);
   const int64_t n = rows * outputs;
   const auto spiky = [&] { return random.spiky(); };
   const auto positive = [&] { return 0.1 + 3 * random.uniform(); };
@@ -114,8 +116,8 @@ void likelihood(Family family, int64_t rows, int64_t outputs, Choice c, bool far
     args.variance = variance;
     args.full = c.full;
     args.factor = factor;
-    args.row_factor = c.row_factor ? row_factor.data() : nullptr;
-    args.upstream = c.upstream ? upstream.data() : nullptr;
+    args.row_weight = c.row_factor ? row_factor.data() : nullptr;
+    args.grad = c.upstream ? upstream.data() : nullptr;
     args.loss = c.loss ? loss.data() : nullptr;
     args.loss_sums = c.loss_sums ? loss_sums.data() : nullptr;
     args.gradient = c.in_place ? (void*)product.data() : c.gradient ? gradient.data() : nullptr;

@@ -7,10 +7,12 @@ import re
 from functools import cache
 from pathlib import Path
 
+from regfast import _C
+
 from .tensors import INF, LAYOUTS, NAN, VALUES
 
 TUNING = Path(__file__).resolve().parents[2] / "csrc" / "cpu" / "tuning.h"
-DTYPES = ("float32", "float64", "bfloat16", "float16")
+DTYPES = _C.DTYPES
 
 
 @cache

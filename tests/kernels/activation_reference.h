@@ -8,9 +8,9 @@
 namespace test {
 
 using rf::Activation;
-constexpr Activation kActivations[] = {Activation::none, Activation::relu,    Activation::gelu, Activation::gelu_tanh,
-                                       Activation::silu, Activation::sigmoid, Activation::tanh};
-constexpr const char* kActivationNames[] = {"none", "relu", "gelu", "gelu_tanh", "silu", "sigmoid", "tanh"};
+#define RF_VALUE(name, saved) Activation::name,
+constexpr Activation kActivations[] = {RF_EACH_ACTIVATION(RF_VALUE)};
+#undef RF_VALUE
 
 constexpr double kPi = 3.14159265358979323846;
 inline double gelu_tanh_argument(double x) { return std::sqrt(2 / kPi) * (x + 0.044715 * x * x * x); }

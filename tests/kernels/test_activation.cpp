@@ -28,7 +28,7 @@ void apply(Activation activation, const Buffer<T>& x, Buffer<T>& y, Buffer<T>* z
 
 template <class T>
 void forward(Activation activation, Random& random) {
-  const char* name = kActivationNames[(int)activation];
+  const char* name = name_of(activation);
   describe("activation %s %s forward", name, Format<T>::name);
   // Every magnitude that matters, both signs, and the ends.
   std::vector<double> points = {0, kInfinity, -kInfinity, kNaN};
@@ -56,8 +56,8 @@ template <class T>
 void backward(Activation activation, int64_t rows, int64_t columns, GradRows kind, bool write, bool sum,
               Random& random) {
   using A = rf::acc_t<T>;
-  describe("activation %s %s backward %lld x %lld gradient %d output=%d sums=%d", kActivationNames[(int)activation],
-           Format<T>::name, (long long)rows, (long long)columns, (int)kind, write, sum);
+  describe("activation %s %s backward %lld x %lld gradient %d output=%d sums=%d", name_of(activation), Format<T>::name,
+           (long long)rows, (long long)columns, (int)kind, write, sum);
   const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
   rf::RowLayout layout = {1, columns, 0, 1};
   if (kind == GradRows::padded) layout.outer_stride = columns + 3;
@@ -76,12 +76,8 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
       guard, 1);
   Buffer<T> dz(rows * columns, guard, random.integer(0, 3));
   Buffer<A> sums(columns, guard);
-  const rf::ActivationBackwardArgs a = {grad.data(),
-                                        activation == Activation::none ? nullptr : saved.data(),
-                                        layout,
-                                        write ? dz.data() : nullptr,
-                                        columns,
-                                        activation,
+  const rf::ActivationBackwardArgs a = {{grad.data(), activation == Activation::none ? nullptr : saved.data(), layout,
+                                         write ? dz.data() : nullptr, columns, activation},
                                         sum ? sums.data() : nullptr};
   rf::activation_backward(Format<T>::dtype, a, rows);
   std::vector<double> total(columns), size(columns);
@@ -108,7 +104,7 @@ void backward(Activation activation, int64_t rows, int64_t columns, GradRows kin
 // The derivative's ends, and NaN and infinity through both of its arguments.
 template <class T>
 void special_values(Activation activation) {
-  describe("activation %s %s backward: special values", kActivationNames[(int)activation], Format<T>::name);
+  describe("activation %s %s backward: special values", name_of(activation), Format<T>::name);
   const bool from_output = rf::saved_for(activation) == rf::Saved::output;
   constexpr int64_t n = 21;
   for (int64_t at : {0, 10, 20}) {
@@ -145,7 +141,7 @@ void many_rows(int64_t rows) {
   const Buffer<T> g = input<T>(1, [] { return 0.1; });
   Buffer<A> sums(1);
   rf::activation_backward(Format<T>::dtype,
-                          {g.data(), nullptr, {1, 0, 0, 1}, nullptr, 1, Activation::none, sums.data()}, rows);
+                          {{g.data(), nullptr, {1, 0, 0, 1}, nullptr, 1, Activation::none}, sums.data()}, rows);
   const double exact = g.value(0) * (double)rows, unit = std::is_same_v<T, double> ? 1.1e-16 : 6e-8;
   CHECK(std::fabs(sums.value(0) - exact) <= 8 * unit * exact);
 }
@@ -162,7 +158,7 @@ void any_number_of_threads() {
     threads = n;
     Buffer<A> sums(columns);
     rf::activation_backward(Format<T>::dtype,
-                            {g.data(), nullptr, {1, columns, 0, 1}, nullptr, columns, Activation::none, sums.data()},
+                            {{g.data(), nullptr, {1, columns, 0, 1}, nullptr, columns, Activation::none}, sums.data()},
                             rows);
     if (first.empty()) first = sums.copy();
     CHECK(first == sums.copy());

@@ -38,7 +38,7 @@ void product(const Call& c, Random& random, std::vector<T>* keep = nullptr) {
   ++runs_of_path[(int)path];
   describe("gemm %s m=%lld n=%lld k=%lld a=%s%s b=%s%s bias=%d pre=%d %s path=%d", Format<T>::name, (long long)c.m,
            (long long)c.n, (long long)c.k, kOperandNames[(int)c.a], c.a_transposed ? "^T" : "", kOperandNames[(int)c.b],
-           c.b_transposed ? "^T" : "", c.bias, c.preactivation, kActivationNames[(int)c.activation], (int)path);
+           c.b_transposed ? "^T" : "", c.bias, c.preactivation, name_of(c.activation), (int)path);
   rf::gemm(Format<T>::dtype, g);
 
   // Both operands with K adjacent, for the reference's inner loop.
@@ -92,7 +92,7 @@ void random_products(int count, Random& random) {
     c.b_transposed = random.chance(0.6);
     c.bias = random.chance(0.5);
     c.preactivation = random.chance(0.3);
-    c.activation = random.chance(0.5) ? Activation::none : kActivations[random.integer(0, 6)];
+    c.activation = random.chance(0.5) ? Activation::none : random.pick(kActivations);
     product<T>(c, random);
   }
 }

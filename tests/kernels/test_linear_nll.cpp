@@ -9,8 +9,9 @@ namespace test {
 namespace {
 
 using rf::Family;
-constexpr Family kFamilies[] = {Family::squared, Family::gaussian, Family::bernoulli, Family::poisson};
-constexpr const char* kNames[] = {"squared", "gaussian", "bernoulli", "poisson"};
+#define RF_VALUE(name) Family::name,
+constexpr Family kFamilies[] = {RF_EACH_FAMILY(RF_VALUE)};
+#undef RF_VALUE
 
 // A loss and its derivatives; `error` bounds those of loss and slope in units, for a prediction that is off by
 // `eta_error` units.
@@ -71,15 +72,11 @@ struct Observations {  // what a likelihood is given besides predictions
         grads(random.chance(0.5)) {}
 
   rf::LikelihoodArgs args(void* loss) const {
-    return {family,
-            outputs,
-            target.data(),
-            scale.data(),
-            constants ? constant.data() : nullptr,
-            weights ? row_weight.data() : nullptr,
-            grads ? grad.data() : nullptr,
-            grad_scale,
-            loss};
+    return {
+        {family, outputs, target.data(), weights ? row_weight.data() : nullptr, grads ? grad.data() : nullptr, loss},
+        scale.data(),
+        constants ? constant.data() : nullptr,
+        grad_scale};
   }
   double weight(int64_t r) const { return weights ? row_weight.value(r) : 1; }
   double upstream(int64_t r, int64_t j) const {
@@ -106,7 +103,8 @@ template <class T>
 void rows_of_predictions(Family family, int64_t rows, int64_t outputs, Random& random) {
   using A = rf::acc_t<T>;
   const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
-  describe("likelihood %s %s %lld x %lld", kNames[(int)family], Format<T>::name, (long long)rows, (long long)outputs);
+  describe("likelihood %s %s %lld x %lld", rf::kFamilyNames[(int)family], Format<T>::name, (long long)rows,
+           (long long)outputs);
   const Observations<T> seen(family, rows, outputs, random, guard);
   const Buffer<A> eta = input<A>(rows * outputs, [&] { return random.spiky(); }, guard);
   for (const bool value : {true, false})
@@ -151,7 +149,7 @@ void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Ra
   const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
   const int64_t stride = features + (random.chance(0.3) ? random.integer(1, 9) : 0);
   const bool has_bias = random.chance(0.7), wide = random.chance(0.5);
-  describe("few_outputs %s %s %lld x %lld -> %lld, rows %lld apart", kNames[(int)family], Format<T>::name,
+  describe("few_outputs %s %s %lld x %lld -> %lld, rows %lld apart", rf::kFamilyNames[(int)family], Format<T>::name,
            (long long)rows, (long long)features, (long long)outputs, (long long)stride);
   const Observations<T> seen(family, rows, outputs, random, guard);
   int64_t at = 0;
@@ -235,8 +233,8 @@ void far_predictions() {
   for (const double eta : {0.0, 1e-30, 5.0, 50.0, 80.0, 1e4, most})
     for (const double sign : {1.0, -1.0})
       for (const double y : {0.0, 1.0}) {
-        A panel = (A)(sign * eta), target = (A)y, scale = 1, each = 0;
-        const rf::LikelihoodArgs args = {Family::bernoulli, 1, &target, &scale, nullptr, nullptr, nullptr, 1, &each};
+        A panel = (A)(sign * eta), target = (A)y, factor = 1, each = 0;
+        const rf::LikelihoodArgs args = {{Family::bernoulli, 1, &target, nullptr, nullptr, &each}, &factor, nullptr, 1};
         rf::likelihood(Format<A>::dtype, args, &panel, 1, {true, true, nullptr, nullptr, 0});
         const Expected e = expect(Family::bernoulli, (A)(sign * eta), y, 1, 0, 0);
         // exp gives 0 instead of subnormal numbers.

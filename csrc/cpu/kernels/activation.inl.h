@@ -43,8 +43,8 @@ inline void activate_all(const T* z, T* y, int64_t n) {
 template <class T>
 inline void activation_forward(const void* z, void* y, int64_t n, Activation activation) {
   switch (activation) {
-#define RF_CASE(act)    \
-  case Activation::act: \
+#define RF_CASE(act, saved) \
+  case Activation::act:     \
     return activate_all<T, Activation::act>((const T*)z, (T*)y, n);
     RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE
@@ -144,7 +144,7 @@ inline void activation_backward_lanes(const ActivationBackwardArgs& a, int64_t b
 template <class T>
 inline void activation_backward(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
   switch (a.activation) {
-#define RF_CASE(act)                                                                         \
+#define RF_CASE(act, saved)                                                                  \
   case Activation::act:                                                                      \
     return are_few(a.columns) ? activation_backward_lanes<T, Activation::act>(a, begin, end) \
                               : activation_backward_rows<T, Activation::act>(a, begin, end);

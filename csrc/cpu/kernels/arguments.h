@@ -1,49 +1,18 @@
-// The arguments of the kernels. Pointers to void point to elements of the dtype that a kernel is for; "acc" means acc_t
-// of it (float, or double for double). No alignment beyond the element's is assumed.
+// The arguments of the kernels, beside those that shared/problems.h has for both devices and by its conventions.
 #pragma once
-#include "shared/types.h"
+#include "shared/problems.h"
 
 namespace rf {
 
-// ---- softmax family ------------------------------------------------------------------------------------------------
+// ---- softmax family, cross-entropy ---------------------------------------------------------------------------------
 
-struct SoftmaxArgs {
-  const void* input;  // x, or in the backward kernels: the forward's output (softmax) or input (logsumexp)
-  const void* grad;   // upstream gradient, laid out as input (softmax); null forward
-  void* output;       // y or dx
-  RowLayout in, grad_in, out;
-  int64_t classes;
-  bool log;
-  void* row_result;      // logsumexp, acc, one per row: written forward, read backward
-  const void* row_grad;  // logsumexp backward, acc, one per row
-  void* scratch;         // acc, 3 * kTileRows * classes of them; unused when every class_stride is 1
+struct SoftmaxArgs : SoftmaxProblem {
+  void* scratch;  // acc, 3 * kTileRows * classes of them; unused when every class_stride is 1
 };
 
-// ---- cross-entropy -------------------------------------------------------------------------------------------------
-
-struct CrossEntropyArgs {
-  const void* logits;
-  RowLayout layout;
-  int64_t classes;
-  const int64_t* target;  // class of each row in row order; null when there are probabilities
-  const void* probabilities;
-  RowLayout probability_layout;
-  const void* class_weight;  // acc, one per class, or null
-  double class_weight_sum;   // their sum; classes without weights
-  int64_t ignore_index;
-  double label_smoothing, z_loss, logit_scale;
-  double softcap;  // 0: none
-  // acc, one per row. Always kept for backward: maximum and log of the sum of exp(z - maximum).
-  void *row_max, *row_log_sum;
-  // acc, one per row, null where not asked for. row_mass (sum of the effective target weights) and row_target_mass (sum
-  // of the probabilities) exist for probability targets only, row_entropy where the entropy is an output.
-  void *row_entropy, *row_mass, *row_target_mass;
-  void* scratch;  // acc, 3 * kTileRows * classes; unused when class strides are 1
-};
-
-struct CrossEntropyOutputs {  // acc, one per row, null where not asked for
-  void *loss, *lse, *logprob;
-  int64_t* argmax;
+struct CrossEntropyArgs : CrossEntropyProblem {
+  double class_weight_sum;  // of the class weights; classes without them
+  void* scratch;            // as SoftmaxArgs'
 };
 
 struct CrossEntropyPartial {
@@ -51,49 +20,31 @@ struct CrossEntropyPartial {
   int64_t bad_row;      // a row whose class is out of range, or -1
 };
 
-struct CrossEntropyGrads {  // upstream, acc; loss_scale multiplies grad_loss[row * loss_stride]
-  const void* loss;
-  int64_t loss_stride;
-  double loss_scale;
-  const void *lse, *entropy, *logprob;  // one per row, or null
-  void* grad_logits;                    // laid out by grad_layout, or null
-  RowLayout grad_layout;
-  void* grad_probabilities;  // or null
-  RowLayout grad_probability_layout;
-  bool stream;  // write grad_logits past the caches
+struct CrossEntropyGrads : CrossEntropyBackward {
+  double loss_scale;  // multiplies `loss`, which may be null
+  bool stream;        // write grad_logits past the caches
 };
 
 // ---- activation ----------------------------------------------------------------------------------------------------
 
-struct ActivationBackwardArgs {  // dz = dy * act'(saved), rows x columns
-  const void *grad, *saved;
-  RowLayout grad_layout;  // class_stride: between columns
-  void* output;           // dz, contiguous, or null: only the column sums are wanted
-  int64_t columns;
-  Activation activation;
+struct ActivationBackwardArgs : ActivationBackward {
   void* column_sums;  // acc, columns of them, overwritten; or null
 };
 
 // ---- likelihoods ---------------------------------------------------------------------------------------------------
 
-// Losses of predictions and their derivatives: with w = row_weight, g = grad * grad_scale,
-//   gaussian   w (scale (eta - y)^2 / 2 + constant)   its slope w g scale (eta - y); scale is 1 / variance
-//   bernoulli  w ((1 - y) log(1 + exp(eta)) + scale y log(1 + exp(-eta)))
+// Losses of predictions and their derivatives: with w = row_weight, f = output_factor, g = grad * grad_scale,
+//   gaussian   w (f (eta - y)^2 / 2 + constant)   its slope w g f (eta - y); f is 1 / variance
+//   bernoulli  w ((1 - y) log(1 + exp(eta)) + f y log(1 + exp(-eta)))
 //   poisson    w (exp(eta) - y eta)
-// squared is gaussian with scale 2 and constant 0. Pointers to void are acc.
-struct LikelihoodArgs {
-  Family family;
-  int64_t outputs;         // of a row
-  const void* target;      // rows x outputs
-  const void* scale;       // one per output; not read for poisson
-  const void* constant;    // one per output, gaussian's; or null
-  const void* row_weight;  // or null
-  const void* grad;        // rows x outputs, or null: 1
+// squared is gaussian with f = 2 and constant 0. Pointers to void are acc.
+struct LikelihoodArgs : LikelihoodProblem {
+  const void* output_factor;  // one per output; not read for poisson
+  const void* constant;       // one per output, gaussian's; or null
   double grad_scale;
-  void* loss;  // rows x outputs, or null
 };
 // Sums of a range of rows. Of columns: acc, overwritten, or null where not asked for; a variance's derivative is
-// w g scale (1 - scale (eta - y)^2) / 2.
+// w g f (1 - f (eta - y)^2) / 2.
 struct LikelihoodSums {
   bool value, slope;  // what is asked for: losses, gradients
   void *bias, *variance;

@@ -66,8 +66,8 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
                      bool first, bool last, const Epilogue& e) {
   if (!last) return keep_tile(tile, tile_stride, rows, cols, row, col, first, e);
   switch (e.activation) {
-#define RF_CASE(act)    \
-  case Activation::act: \
+#define RF_CASE(act, saved) \
+  case Activation::act:     \
     return finish_tile<T, Activation::act>(tile, tile_stride, rows, cols, row, col, first, e);
     RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE

@@ -28,14 +28,14 @@ struct Judged {
 };
 // squared is computed as gaussian. What is not used is not computed: this is inlined.
 template <Family family, class V>
-inline Judged<V> judge(V eta, V y, V scale, V constant) {
+inline Judged<V> judge(V eta, V y, V factor, V constant) {
   using A = typename V::scalar;
   if constexpr (family == Family::gaussian) {
-    V residual = eta - y, slope = scale * residual;
+    V residual = eta - y, slope = factor * residual;
     return {fma(slope * set1(A(0.5)), residual, constant), slope};
   } else if constexpr (family == Family::bernoulli) {
     // Both tails from e = exp(-|eta|) <= 1: no overflow, and no difference of numbers that are nearly 1.
-    const V zero = set1(A(0)), one = set1(A(1)), e = exp(zero - abs(eta)), positive = scale * y, negative = one - y;
+    const V zero = set1(A(0)), one = set1(A(1)), e = exp(zero - abs(eta)), positive = factor * y, negative = one - y;
     V larger = one / (one + e), smaller = e * larger;
     V up = select_lt(eta, zero, smaller, larger), down = select_lt(eta, zero, larger, smaller);
     V far = negative * max(zero, eta) + positive * max(zero, zero - eta);
@@ -50,7 +50,7 @@ template <class A, Family family, bool value, bool slope>
 inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end,
                             LikelihoodSums* sums) {
   using V = vec_t<A>;
-  const A *scale = (const A*)a.scale, *constant = (const A*)a.constant, *row_weight = (const A*)a.row_weight;
+  const A *factor = (const A*)a.output_factor, *constant = (const A*)a.constant, *row_weight = (const A*)a.row_weight;
   A *bias = (A*)sums->bias, *variance = (A*)sums->variance;
   for (int64_t j = 0; j < a.outputs; ++j) {
     if (bias) bias[j] = 0;
@@ -69,7 +69,7 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
     for (int64_t j = 0; j < a.outputs; j += V::size) {
       const int64_t n = std::min<int64_t>(V::size, a.outputs - j);
       V x = load_up_to(eta + j, n), y = load_up_to(target + j, n), s = zero, c = zero;
-      if constexpr (family != Family::poisson) s = load_up_to(scale + j, n);
+      if constexpr (family != Family::poisson) s = load_up_to(factor + j, n);
       if constexpr (family == Family::gaussian)
         if (constant) c = load_up_to(constant + j, n);
       const Judged<V> judged = judge<family>(x, y, s, c);

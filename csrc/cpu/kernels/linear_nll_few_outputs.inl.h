@@ -87,7 +87,7 @@ template <class A, Family family, bool value, bool slope>
   const bool full = n == V::size;
   V s = zero, c = zero;
   V w = a.row_weight ? load_up_to((const A*)a.row_weight + row, n) : set1(A(1));
-  if constexpr (family != Family::poisson) s = set1(((const A*)a.scale)[j]);
+  if constexpr (family != Family::poisson) s = set1(((const A*)a.output_factor)[j]);
   if constexpr (family == Family::gaussian)
     if (a.constant) c = set1(((const A*)a.constant)[j]);
   const Judged<V> judged = judge<family>(eta, y, s, c);

@@ -19,8 +19,8 @@ inline ActivationGradient activation_gradient(const Tensor& grad, const Optional
   const Tensor sums = at::empty({column_sums ? n : 0}, grad.options().dtype(acc_type(grad.scalar_type())));
   const Tensor dz = activation != Activation::none ? advised(at::empty(grad.sizes(), grad.options())) : g;
   activation_backward(dtype_of(grad.scalar_type()),
-                      {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
-                       activation != Activation::none ? dz.mutable_data_ptr() : nullptr, n, activation,
+                      {{g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
+                        activation != Activation::none ? dz.mutable_data_ptr() : nullptr, n, activation},
                        column_sums ? sums.mutable_data_ptr() : nullptr},
                       rows_of(grad));
   return {dz, sums.to(grad.scalar_type())};

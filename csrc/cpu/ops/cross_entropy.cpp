@@ -11,17 +11,13 @@
 namespace rf {
 namespace {
 
-CrossEntropyTensors<CrossEntropyArgs> tensors_of(const Tensor& input, const Tensor& target,
-                                                 const OptionalTensor& weight, int64_t ignore_index,
-                                                 double label_smoothing, double z_loss, std::optional<double> softcap,
-                                                 std::optional<double> logit_scale) {
-  auto t = cross_entropy_tensors<CrossEntropyArgs>(input, target, weight, ignore_index, label_smoothing, z_loss,
-                                                   softcap, logit_scale);
+CrossEntropyTensors<CrossEntropyArgs> tensors_of(const CrossEntropyOperands& given, const CrossEntropyOptions& o) {
+  auto t = cross_entropy_tensors<CrossEntropyArgs>(given, o);
   CrossEntropyArgs& a = t.args;
   CompensatedSum sum;
-  for (int64_t c = 0; weight.has_value() && c < a.classes; ++c)
+  for (int64_t c = 0; given.weight.has_value() && c < a.classes; ++c)
     sum.add(t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c]);
-  a.class_weight_sum = weight.has_value() ? sum.value() : (double)a.classes;
+  a.class_weight_sum = given.weight.has_value() ? sum.value() : (double)a.classes;
   return t;
 }
 
@@ -30,14 +26,11 @@ void check_row(const CrossEntropyArgs& a, int64_t bad) {
            c10::str("Target ", a.target[bad], " is out of bounds."));
 }
 
-std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                              int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                              double z_loss, std::optional<double> softcap,
-                                              std::optional<double> logit_scale, int64_t outputs,
-                                              std::optional<at::ScalarType> loss_dtype) {
-  check_cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing, softcap, outputs,
-                              loss_dtype);
-  auto t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+std::vector<Tensor> cross_entropy_forward_cpu(const CrossEntropyOperands& given, const CrossEntropyOptions& o,
+                                              int64_t outputs, OptionalType loss_dtype) {
+  check_cross_entropy_forward(given, o, outputs, loss_dtype);
+  auto t = tensors_of(given, o);
+  const Tensor& input = given.input;
   const auto row_shape = reduced_sizes(input, class_dim(input), false);
   const auto acc = acc_type(input.scalar_type()), result_type = loss_dtype.value_or(input.scalar_type());
   const auto acc_options = input.options().dtype(acc);
@@ -47,7 +40,7 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
 
   CrossEntropyOutputs out = {};
   Tensor loss, lse, logprob, argmax;
-  const bool rowwise = reduction == at::Reduction::None && (outputs & kOutputLoss);
+  const bool rowwise = o.reduction == at::Reduction::None && (outputs & kOutputLoss);
   if (rowwise) out.loss = (loss = at::empty(row_shape, acc_options)).mutable_data_ptr();
   if (outputs & kOutputLse) out.lse = (lse = at::empty(row_shape, acc_options)).mutable_data_ptr();
   if (outputs & kOutputLogprob) out.logprob = (logprob = at::empty(row_shape, acc_options)).mutable_data_ptr();
@@ -63,7 +56,7 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
       results.push_back(loss.to(result_type));
     else
       results.push_back(
-          number(reduction == at::Reduction::Mean ? mean_of(sums.loss, sums.weight) : sums.loss, result_type));
+          number(o.reduction == at::Reduction::Mean ? mean_of(sums.loss, sums.weight) : sums.loss, result_type));
   }
   if (outputs & kOutputLse) results.push_back(lse.to(result_type));
   if (outputs & kOutputEntropy) results.push_back(stats[kEntropy].reshape(row_shape).to(result_type, false, true));
@@ -75,18 +68,17 @@ std::vector<Tensor> cross_entropy_forward_cpu(const Tensor& input, const Tensor&
 }
 
 // Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
-Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& grads, const Tensor& input,
-                                   const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
-                                   const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
-                                   double label_smoothing, double z_loss, std::optional<double> softcap,
-                                   std::optional<double> logit_scale, bool grad_target) {
-  auto t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& grads,
+                                   const CrossEntropyOperands& given, const Tensor& stats, const Tensor& weight_sum,
+                                   const CrossEntropyOptions& o, bool grad_target) {
+  const Tensor &input = given.input, &target = given.target;
+  auto t = tensors_of(given, o);
   point_to_stats(t.args, stats);
   const CrossEntropyRowGrads rows(grads, acc_type(input.scalar_type()));
   CrossEntropyGrads g = {};
   rows.point_to(g);
-  g.loss_stride = reduction == at::Reduction::None ? 1 : 0;
-  g.loss_scale = reduction == at::Reduction::Mean ? 1.0 / *weight_sum.const_data_ptr<double>() : 1.0;
+  g.loss_stride = o.reduction == at::Reduction::None ? 1 : 0;
+  g.loss_scale = o.reduction == at::Reduction::Mean ? 1.0 / *weight_sum.const_data_ptr<double>() : 1.0;
 
   const int64_t dim = class_dim(input);
   Tensor dx, dt = at::empty({0}, input.options());
@@ -106,35 +98,22 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
   return dt;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(
-    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-    const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing,
-    double z_loss, std::optional<double> softcap, std::optional<double> logit_scale, std::array<bool, 2> mask) {
-  check_cross_entropy_backward("cross_entropy_backward", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
-                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
-                               mask[1]);
-  Tensor dx = mask[0] ? advised(at::empty_like(input)) : at::empty({0}, input.options());
-  Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, {grad_loss, grad_lse, grad_entropy, grad_logprob},
-                                          input, target, weight, stats, weight_sum, ignore_index, reduction,
-                                          label_smoothing, z_loss, softcap, logit_scale, mask[1]);
+std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(const CrossEntropyOutputGrads& grads,
+                                                      const CrossEntropyOperands& t, const Tensor& stats,
+                                                      const Tensor& weight_sum, const CrossEntropyOptions& o,
+                                                      std::array<bool, 2> mask) {
+  check_cross_entropy_backward("cross_entropy_backward", grads, t, stats, weight_sum, o, mask[1]);
+  Tensor dx = mask[0] ? advised(at::empty_like(t.input)) : at::empty({0}, t.input.options());
+  Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, grads, t, stats, weight_sum, o, mask[1]);
   return {dx, dt};
 }
 
-Tensor cross_entropy_backward_inplace_cpu(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                                          const OptionalTensor& grad_entropy, const OptionalTensor& grad_logprob,
-                                          const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                          const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index,
-                                          int64_t reduction, double label_smoothing, double z_loss,
-                                          std::optional<double> softcap, std::optional<double> logit_scale,
+Tensor cross_entropy_backward_inplace_cpu(const CrossEntropyOutputGrads& grads, const CrossEntropyOperands& t,
+                                          const Tensor& stats, const Tensor& weight_sum, const CrossEntropyOptions& o,
                                           bool grad_target) {
-  check_cross_entropy_backward("cross_entropy_backward_", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
-                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
-                               grad_target, &input);
-  input.unsafeGetTensorImpl()->bump_version();
-  return cross_entropy_backward_into(&input, {grad_loss, grad_lse, grad_entropy, grad_logprob}, input, target, weight,
-                                     stats, weight_sum, ignore_index, reduction, label_smoothing, z_loss, softcap,
-                                     logit_scale, grad_target);
+  check_cross_entropy_backward("cross_entropy_backward_", grads, t, stats, weight_sum, o, grad_target, &t.input);
+  t.input.unsafeGetTensorImpl()->bump_version();
+  return cross_entropy_backward_into(&t.input, grads, t, stats, weight_sum, o, grad_target);
 }
 
 }  // namespace

@@ -11,11 +11,10 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                                           string_view activation, bool save_preactivation) {
-  check_linear_forward(x, w, bias);
+  const Activation act = check_linear_forward(x, w, bias, activation);
   auto sizes = x.sizes().vec();
   sizes.back() = w.size(0);
   const DType dtype = dtype_of(x.scalar_type());
-  const Activation act = parse_activation(activation);
   if (product_by_aten(x.scalar_type(), rows_of(x), w.size(0), w.size(1))) {
     Tensor z = at::linear(x, w, bias);
     if (act == Activation::none) return {z, at::empty({0}, x.options())};
@@ -44,8 +43,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input,
                                                    const OptionalTensor& weight, const OptionalTensor& saved,
                                                    string_view activation_name, std::array<bool, 3> mask) {
-  check_linear_backward(grad, input, weight, saved, activation_name, mask);
-  const Activation activation = parse_activation(activation_name);
+  const Activation activation = check_linear_backward(grad, input, weight, saved, activation_name, mask);
   const DType dtype = dtype_of(grad.scalar_type());
   const int64_t m = rows_of(grad), n = grad.size(-1);
   const auto none = [&] { return at::empty({0}, grad.options()); };

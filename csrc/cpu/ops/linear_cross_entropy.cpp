@@ -16,7 +16,9 @@
 namespace rf {
 namespace {
 
-using Options = LinearCrossEntropyOptions;
+using Operands = LinearCrossEntropyOperands;
+using Options = CrossEntropyOptions;
+using Budget = std::optional<int64_t>;
 using Problem = LinearCrossEntropyProblem;
 
 // The bounds under which filter_eps drops entries of a chunk's gradient: a row's upstream gradients, of its positions
@@ -58,11 +60,11 @@ struct Work {
   Tensor stats;        // of the losses
   Tensor x, dx, sums;  // listed rows, their gradient; column sums of a chunk
 
-  Work(const Problem& p, const Options& o, const Gradients& grads, bool entropy) {
+  Work(const Problem& p, Budget memory_budget, const Gradients& grads, bool entropy) {
     const bool widens = p.probabilities.defined() && p.probabilities.scalar_type() != p.acc;
     const bool narrows = widens && grads.target.defined();
     rows = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
-                       o.memory_budget.value_or(default_memory_budget())});
+                       memory_budget.value_or(default_memory_budget())});
     const auto options = p.x.options().dtype(p.acc);
     const auto panel_like = [&] { return advised(at::empty({rows, p.outputs}, options)); };
     panel = panel_like();
@@ -176,9 +178,9 @@ void multiply_gradient(const Problem& p, const Work& work, const Gradients& grad
 }
 
 // The sum of the losses; results and gradients go where `out`, `entropy` and `grads` say.
-double over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs& out, const Tensor& entropy,
-                   const Upstream* up, const Gradients& grads) {
-  const Work work(p, o, grads, up && up->entropy.defined());
+double over_chunks(const Problem& p, Budget memory_budget, double filter_eps, const CrossEntropyOutputs& out,
+                   const Tensor& entropy, const Upstream* up, const Gradients& grads) {
+  const Work work(p, memory_budget, grads, up && up->entropy.defined());
   CompensatedSum loss;
   std::vector<CompensatedSum> bias(grads.bias.defined() ? p.outputs : 0);
   for (int64_t begin = 0; begin < p.rows; begin += work.rows) {
@@ -191,37 +193,33 @@ double over_chunks(const Problem& p, const Options& o, const CrossEntropyOutputs
     multiply(c.x, p.w.t(), c.logits, p.bias, false);
     loss.add(turn_to_loss(p, work, out, entropy, up, grads, c).loss);
     if (grads.bias.defined()) add_bias_gradient(p, work, c, bias);
-    if (!multiply_large_entries(p, o.filter_eps, grads, c)) multiply_gradient(p, work, grads, c);
+    if (!multiply_large_entries(p, filter_eps, grads, c)) multiply_gradient(p, work, grads, c);
   }
   if (grads.bias.defined()) round_totals(acc_dtype(p.dtype), bias.data(), p.outputs, grads.bias.mutable_data_ptr());
   return loss.value();
 }
 
-std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                                const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index,
-                                int64_t reduction, double label_smoothing, double z_loss, std::optional<double> softcap,
-                                std::optional<double> logit_scale, int64_t outputs,
-                                std::optional<int64_t> memory_budget, std::optional<at::ScalarType> loss_dtype) {
-  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
-                                     label_smoothing, softcap, outputs, memory_budget, loss_dtype);
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
+std::vector<Tensor> forward_cpu(const Operands& t, const Options& o, int64_t outputs, Budget memory_budget,
+                                OptionalType loss_dtype) {
+  check_linear_cross_entropy_forward(t, o, outputs, memory_budget, loss_dtype);
   const bool every_row = outputs & ~(kOutputLoss | kOutputLogprob);
-  const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
-  const auto shape = loss_shape(input, linear_weight);
+  const Problem p = linear_cross_entropy_problem(t, o, every_row);
+  const Tensor& input = t.input;
+  const auto shape = loss_shape(input, t.linear_weight);
   const int64_t all_rows = as_matrix(input).size(0);
   const auto per_loss = [&](bool wanted) {
     return wanted ? at::empty({p.rows * p.positions}, input.options().dtype(p.acc)) : Tensor();
   };
-  const bool each = reduction == at::Reduction::None && (outputs & kOutputLoss);
+  const bool each = o.reduction == at::Reduction::None && (outputs & kOutputLoss);
   const Tensor loss = per_loss(each), lse = per_loss(outputs & kOutputLse),
                entropy = per_loss(outputs & kOutputEntropy), logprob = per_loss(outputs & kOutputLogprob);
   const Tensor argmax =
       outputs & kOutputArgmax ? at::empty({p.rows * p.positions}, input.options().dtype(at::kLong)) : Tensor();
   const CrossEntropyOutputs out = {at_loss(loss, 0), at_loss(lse, 0), at_loss(logprob, 0),
                                    (int64_t*)at_loss(argmax, 0)};
-  const double sum = over_chunks(p, o, out, entropy, nullptr, {});
+  const double sum = over_chunks(p, memory_budget, 0, out, entropy, nullptr, {});
 
-  const auto type = loss_type(input, target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
+  const auto type = loss_type(input, t.target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
   const auto finished = [&](const Tensor& t, at::ScalarType to) {
     return of_all(p, t, all_rows).reshape(shape).to(to);
   };
@@ -229,7 +227,7 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
   if (each)
     results.push_back(finished(loss, type));
   else if (outputs & kOutputLoss)
-    results.push_back(number(reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum, type));
+    results.push_back(number(o.reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum, type));
   if (outputs & kOutputLse) results.push_back(finished(lse, other));
   if (outputs & kOutputEntropy) results.push_back(finished(entropy, other));
   if (outputs & kOutputLogprob) results.push_back(finished(logprob, type));
@@ -237,8 +235,8 @@ std::vector<Tensor> forward_cpu(const Tensor& input, const Tensor& linear_weight
   return results;
 }
 
-Gradients new_gradients(const Problem& p, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                        at::ScalarType dx_type, std::array<bool, 4> mask) {
+Gradients new_gradients(const Problem& p, const Operands& t, at::ScalarType dx_type, std::array<bool, 4> mask) {
+  const Tensor& input = t.input;
   const auto options = input.options();
   Gradients g;
   if (mask[0])
@@ -249,58 +247,49 @@ Gradients new_gradients(const Problem& p, const Tensor& input, const Tensor& lin
     if (p.rows == 0) g.w.zero_();
   }
   if (mask[2]) g.bias = at::empty({p.outputs}, options.dtype(p.acc));
-  if (mask[3]) g.target = advised(at::empty(p.probabilities.sizes(), target.options()));
+  if (mask[3]) g.target = advised(at::empty(p.probabilities.sizes(), t.target.options()));
   return g;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
-    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
-    const OptionalTensor& weight, int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
-    std::optional<double> softcap, std::optional<double> logit_scale, bool argmax_too,
-    std::optional<int64_t> memory_budget, double filter_eps, std::optional<at::ScalarType> loss_dtype,
-    std::array<bool, 3> mask) {
-  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
-                                     label_smoothing, softcap, kOutputLoss, memory_budget, loss_dtype, filter_eps);
-  check_reduced("linear_cross_entropy_forward_backward", reduction);
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
-  const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, argmax_too);
-  const Gradients g = new_gradients(p, input, linear_weight, target, p.acc, {mask[0], mask[1], mask[2], false});
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(const Operands& t, const Options& o,
+                                                                        bool argmax_too, Budget memory_budget,
+                                                                        double filter_eps, OptionalType loss_dtype,
+                                                                        std::array<bool, 3> mask) {
+  check_linear_cross_entropy_forward(t, o, kOutputLoss, memory_budget, loss_dtype, filter_eps);
+  check_reduced("linear_cross_entropy_forward_backward", o.reduction);
+  const Problem p = linear_cross_entropy_problem(t, o, argmax_too);
+  const Gradients g = new_gradients(p, t, p.acc, {mask[0], mask[1], mask[2], false});
+  const auto options = t.input.options();
   Upstream up;
-  up.loss = at::ones({1}, input.options().dtype(p.acc));
-  up.scale = reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
-  const Tensor argmax = at::empty({argmax_too ? p.rows * p.positions : 0}, input.options().dtype(at::kLong));
+  up.loss = at::ones({1}, options.dtype(p.acc));
+  up.scale = o.reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
+  const Tensor argmax = at::empty({argmax_too ? p.rows * p.positions : 0}, options.dtype(at::kLong));
   CrossEntropyOutputs out = {};
   if (argmax_too) out.argmax = argmax.mutable_data_ptr<int64_t>();
-  const double sum = over_chunks(p, o, out, Tensor(), &up, g);
-  auto [dx, dw, db, none] = g.shaped(input, linear_weight, target, false);
-  return {number(reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum,
-                 loss_type(input, target, loss_dtype)),
-          argmax_too ? argmax.reshape(loss_shape(input, linear_weight)) : argmax, dx, dw, db};
+  const double sum = over_chunks(p, memory_budget, filter_eps, out, Tensor(), &up, g);
+  auto [dx, dw, db, none] = g.shaped(t, false);
+  return {number(o.reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum,
+                 loss_type(t.input, t.target, loss_dtype)),
+          argmax_too ? argmax.reshape(loss_shape(t.input, t.linear_weight)) : argmax, dx, dw, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-    const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
-    std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
-  check_linear_cross_entropy_backward({&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input, linear_weight,
-                                      target, linear_bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                      memory_budget, filter_eps, mask[3]);
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget, filter_eps};
-  const bool every_row = grad_lse.has_value() || grad_entropy.has_value();
-  const Problem p = linear_cross_entropy_problem(input, linear_weight, target, linear_bias, weight, o, every_row);
-  const Gradients g = new_gradients(p, input, linear_weight, target, input.scalar_type(), mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const CrossEntropyOutputGrads& grads, const Operands& t,
+                                                        const Options& o, Budget memory_budget, double filter_eps,
+                                                        std::array<bool, 4> mask) {
+  check_linear_cross_entropy_backward(grads, t, o, memory_budget, filter_eps, mask[3]);
+  const bool every_row = grads.lse.has_value() || grads.entropy.has_value();
+  const Problem p = linear_cross_entropy_problem(t, o, every_row);
+  const Gradients g = new_gradients(p, t, t.input.scalar_type(), mask);
   Upstream up;
   const auto rows = [&](const OptionalTensor& t) { return t.has_value() ? of_listed(p, *t) : Tensor(); };
-  if (grad_loss.has_value())
-    up.loss = reduction == at::Reduction::None ? rows(grad_loss) : grad_loss->to(p.acc).reshape({1});
-  up.scale = reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
-  up.lse = rows(grad_lse);
-  up.entropy = rows(grad_entropy);
-  up.logprob = rows(grad_logprob);
-  over_chunks(p, o, {}, Tensor(), &up, g);
-  return g.shaped(input, linear_weight, target, true);
+  if (grads.loss.has_value())
+    up.loss = o.reduction == at::Reduction::None ? rows(grads.loss) : grads.loss->to(p.acc).reshape({1});
+  up.scale = o.reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
+  up.lse = rows(grads.lse);
+  up.entropy = rows(grads.entropy);
+  up.logprob = rows(grads.logprob);
+  over_chunks(p, memory_budget, filter_eps, {}, Tensor(), &up, g);
+  return g.shaped(t, true);
 }
 
 }  // namespace

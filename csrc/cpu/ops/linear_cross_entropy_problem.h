@@ -15,14 +15,6 @@
 
 namespace rf {
 
-struct LinearCrossEntropyOptions {
-  int64_t ignore_index, reduction;
-  double label_smoothing, z_loss;
-  std::optional<double> softcap, logit_scale;
-  std::optional<int64_t> memory_budget;
-  double filter_eps = 0;
-};
-
 // A call's tensors as the loop over chunks wants them. A "row" is one of input's; it has `positions` losses, one after
 // another, each over `classes` logits that lie `positions` apart.
 struct LinearCrossEntropyProblem {
@@ -39,11 +31,10 @@ struct LinearCrossEntropyProblem {
   CrossEntropyArgs loss = {};
 };
 
-inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& input, const Tensor& linear_weight,
-                                                              const Tensor& target, const OptionalTensor& linear_bias,
-                                                              const OptionalTensor& weight,
-                                                              const LinearCrossEntropyOptions& o, bool every_row) {
+inline LinearCrossEntropyProblem linear_cross_entropy_problem(const LinearCrossEntropyOperands& t,
+                                                              const CrossEntropyOptions& o, bool every_row) {
   LinearCrossEntropyProblem p;
+  const Tensor &input = t.input, &linear_weight = t.linear_weight, &target = t.target;
   p.dtype = dtype_of(input.scalar_type());
   p.acc = acc_type(input.scalar_type());
   p.x = as_matrix(input);
@@ -53,17 +44,17 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& inpu
   p.classes = linear_weight.size(0);
   p.outputs = p.w.size(0);
   p.positions = positions_of(linear_weight);
-  if (linear_bias.has_value()) p.bias = linear_bias->to(p.acc).reshape({p.outputs}).contiguous();
+  if (t.linear_bias.has_value()) p.bias = t.linear_bias->to(p.acc).reshape({p.outputs}).contiguous();
   CrossEntropyArgs& a = p.loss;
   a.classes = p.classes;
   a.layout = {p.positions, p.outputs, p.positions == 1 ? 0 : 1, p.positions};
   a.class_weight_sum = (double)p.classes;
-  if (weight.has_value()) {
-    p.class_weight = weight->to(p.acc).contiguous();
+  if (t.weight.has_value()) {
+    p.class_weight = t.weight->to(p.acc).contiguous();
     a.class_weight = p.class_weight.const_data_ptr();
     a.class_weight_sum = ordered_sum(p.class_weight);
   }
-  set_options(a, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale);
+  set_options(a, o);
 
   if (at::isFloatingType(target.scalar_type())) {
     p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
@@ -72,8 +63,8 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const Tensor& inpu
   }
   p.classes_of_rows = target.to(at::kLong).contiguous();
   const int64_t* y = p.classes_of_rows.const_data_ptr<int64_t>();
-  const Tensor weights = weight.has_value() ? p.class_weight.to(at::kDouble) : Tensor();
-  const double* w = weight.has_value() ? weights.const_data_ptr<double>() : nullptr;
+  const Tensor weights = t.weight.has_value() ? p.class_weight.to(at::kDouble) : Tensor();
+  const double* w = t.weight.has_value() ? weights.const_data_ptr<double>() : nullptr;
   CompensatedSum denominator;
   for (int64_t r = 0; r < p.rows; ++r) {
     bool any = false;

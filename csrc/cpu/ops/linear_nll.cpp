@@ -18,10 +18,13 @@
 namespace rf {
 namespace {
 
+using Operands = LinearNllOperands;
+using Options = LinearNllOptions;
+
 // A call's tensors as the kernels want them; all but x, w and target are of the accumulator's type.
 struct Problem {
   Tensor x, w, target;  // rows x features, outputs x features, rows x outputs
-  Tensor bias, scale, constant, row_weight;
+  Tensor bias, output_factor, constant, row_weight;
   int64_t rows, features, outputs;
   DType dtype;
   at::ScalarType acc;
@@ -49,10 +52,9 @@ Tensor for_outputs(const Problem& p, double value) {
 // A tensor with leading dimensions as a matrix; a call of few rows is mostly dispatch, so none that changes nothing.
 Tensor as_rows(const Tensor& t, int64_t rows, int64_t columns) { return t.dim() == 2 ? t : t.reshape({rows, columns}); }
 
-Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-                   const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
-                   bool full) {
+Problem problem_of(const Operands& t, const Options& o) {
   Problem p;
+  const Tensor &input = t.input, &weight = t.weight;
   p.dtype = dtype_of(input.scalar_type());
   p.acc = acc_type(input.scalar_type());
   p.rows = rows_of(input);
@@ -60,30 +62,30 @@ Problem problem_of(const Tensor& input, const Tensor& weight, const Tensor& targ
   p.features = weight.size(1);
   p.x = as_rows(input, p.rows, p.features);
   p.w = weight;
-  p.target = as_rows(target, p.rows, p.outputs);
-  if (bias.has_value()) p.bias = bias->to(p.acc).contiguous();
-  p.family = (Family)family;
-  p.stirling = p.family == Family::poisson && full;
+  p.target = as_rows(t.target, p.rows, p.outputs);
+  if (t.bias.has_value()) p.bias = t.bias->to(p.acc).contiguous();
+  p.family = (Family)o.family;
+  p.stirling = p.family == Family::poisson && o.full;
   if (p.family == Family::gaussian) {
-    const double constant = full ? 0.5 * std::log(2 * M_PI) : 0;
-    if (scale.has_value()) {
+    const double constant = o.full ? 0.5 * std::log(2 * M_PI) : 0;
+    if (t.scale.has_value()) {
       // Not by ATen's loops, which compute a logarithm at the end of a thread's part in another way than inside.
-      const Tensor variances = scale->to(p.acc).expand({p.outputs}).to(at::kDouble).contiguous();
+      const Tensor variances = t.scale->to(p.acc).expand({p.outputs}).to(at::kDouble).contiguous();
       const double* v = variances.const_data_ptr<double>();
-      p.scale = by_output(p, [&](int64_t j) { return 1 / v[j]; });
+      p.output_factor = by_output(p, [&](int64_t j) { return 1 / v[j]; });
       p.constant = by_output(p, [&](int64_t j) { return 0.5 * std::log(v[j]) + constant; });
     } else {
-      p.scale = for_outputs(p, 1 / variance);
-      p.constant = for_outputs(p, 0.5 * std::log(variance) + constant);
+      p.output_factor = for_outputs(p, 1 / o.variance);
+      p.constant = for_outputs(p, 0.5 * std::log(o.variance) + constant);
     }
   } else if (p.family == Family::squared) {
-    p.scale = for_outputs(p, 2);
+    p.output_factor = for_outputs(p, 2);
   } else if (p.family == Family::bernoulli) {
-    p.scale = scale.has_value() ? scale->to(p.acc).expand({p.outputs}).contiguous() : for_outputs(p, 1);
+    p.output_factor = t.scale.has_value() ? t.scale->to(p.acc).expand({p.outputs}).contiguous() : for_outputs(p, 1);
   }
   p.denominator = (double)p.rows * (double)p.outputs;
-  if (sample_weight.has_value()) {
-    p.row_weight = sample_weight->to(p.acc).reshape({p.rows}).contiguous();
+  if (t.sample_weight.has_value()) {
+    p.row_weight = t.sample_weight->to(p.acc).reshape({p.rows}).contiguous();
     p.denominator = (double)p.outputs * ordered_sum(p.row_weight);
   }
   return p;
@@ -111,15 +113,11 @@ LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin
   if (target->scalar_type() != p.acc || !target->is_contiguous()) *target = target->to(p.acc).contiguous();
   const int64_t at = begin * p.outputs * acc_size(p.dtype);
   const auto from = [](const Tensor& t, int64_t bytes) { return t.defined() ? (char*)t.data_ptr() + bytes : nullptr; };
-  return {p.family,
-          p.outputs,
-          target->const_data_ptr(),
-          data_or_null(p.scale),
+  return {{p.family, p.outputs, target->const_data_ptr(), from(p.row_weight, begin * acc_size(p.dtype)),
+           from(to.grad, at), from(to.each, at)},
+          data_or_null(p.output_factor),
           data_or_null(p.constant),
-          from(p.row_weight, begin * acc_size(p.dtype)),
-          from(to.grad, at),
-          to.grad_scale,
-          from(to.each, at)};
+          to.grad_scale};
 }
 
 // Adds Stirling's term to the losses from row `begin` on, and returns its sum.
@@ -211,68 +209,61 @@ void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4
 }
 
 // As the ops return them: in the shapes of what they belong to, and, rounded, in its types.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const Tensor& input, const Tensor& weight,
-                                                        const OptionalTensor& scale, bool rounded) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const Operands& of, bool rounded) {
   const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
     if (!t.defined()) return at::empty({0}, like.options());
     const Tensor result = rounded ? t.to(like.scalar_type()) : t;
     return result.sizes() == sizes ? result : result.view(sizes);
   };
-  const Tensor& v = scale.has_value() ? *scale : weight;
+  const Tensor &weight = of.weight, &v = of.scale.has_value() ? *of.scale : weight;
   const bool one_variance = to.variance.defined() && v.dim() == 0;
   return {
-      finished(to.x, input, input.sizes()), finished(to.w, weight, weight.sizes()),
+      finished(to.x, of.input, of.input.sizes()), finished(to.w, weight, weight.sizes()),
       finished(to.bias, weight, weight.sizes().slice(0, 1)),
       finished(one_variance ? number(ordered_sum(to.variance), to.variance.scalar_type()) : to.variance, v, v.sizes())};
 }
 
-Tensor forward_cpu(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-                   const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
-                   bool full, int64_t reduction, std::optional<at::ScalarType> loss_dtype) {
-  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype);
-  const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
+Tensor forward_cpu(const Operands& t, const Options& o, OptionalType loss_dtype) {
+  check_linear_nll_forward(t, o, loss_dtype);
+  const Problem p = problem_of(t, o);
   Wanted to;
   to.value = true;
-  if (reduction == at::Reduction::None) to.each = advised(at::empty({p.rows, p.outputs}, p.options()));
+  if (o.reduction == at::Reduction::None) to.each = advised(at::empty({p.rows, p.outputs}, p.options()));
   const double sum = run(p, to);
-  const auto type = loss_type(input, target, loss_dtype);
-  if (reduction == at::Reduction::None) return to.each.to(type).view(target.sizes());
-  return number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, type);
+  const auto type = loss_type(t.input, t.target, loss_dtype);
+  if (o.reduction == at::Reduction::None) return to.each.to(type).view(t.target.sizes());
+  return number(o.reduction == at::Reduction::Mean ? sum / p.denominator : sum, type);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(
-    const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance, bool full,
-    int64_t reduction, std::optional<at::ScalarType> loss_dtype, std::array<bool, 4> mask) {
-  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype, mask[3]);
-  check_reduced("linear_nll_forward_backward", reduction);
-  const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(const Operands& t, const Options& o,
+                                                                        OptionalType loss_dtype,
+                                                                        std::array<bool, 4> mask) {
+  check_linear_nll_forward(t, o, loss_dtype, mask[3]);
+  check_reduced("linear_nll_forward_backward", o.reduction);
+  const Problem p = problem_of(t, o);
   Wanted to;
   to.value = true;
   want_gradients(p, p.acc, mask, &to);
-  if (reduction == at::Reduction::Mean) to.grad_scale = 1 / p.denominator;
+  if (o.reduction == at::Reduction::Mean) to.grad_scale = 1 / p.denominator;
   const double sum = run(p, to);
-  auto [dx, dw, db, dv] = gradients_of(to, input, weight, scale, false);
-  return {number(reduction == at::Reduction::Mean ? sum / p.denominator : sum, loss_type(input, target, loss_dtype)),
-          dx, dw, db, dv};
+  auto [dx, dw, db, dv] = gradients_of(to, t, false);
+  return {
+      number(o.reduction == at::Reduction::Mean ? sum / p.denominator : sum, loss_type(t.input, t.target, loss_dtype)),
+      dx, dw, db, dv};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                                        const Tensor& target, const OptionalTensor& bias,
-                                                        const OptionalTensor& scale,
-                                                        const OptionalTensor& sample_weight, int64_t family,
-                                                        double variance, bool full, int64_t reduction,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, const Operands& t, const Options& o,
                                                         std::array<bool, 4> mask) {
-  check_linear_nll_backward(grad, input, weight, target, bias, scale, sample_weight, family, reduction, mask[3]);
-  const Problem p = problem_of(input, weight, target, bias, scale, sample_weight, family, variance, full);
+  check_linear_nll_backward(grad, t, o, mask[3]);
+  const Problem p = problem_of(t, o);
   Wanted to;
-  want_gradients(p, input.scalar_type(), mask, &to);
-  if (reduction == at::Reduction::None)
+  want_gradients(p, t.input.scalar_type(), mask, &to);
+  if (o.reduction == at::Reduction::None)
     to.grad = grad.to(p.acc).reshape({p.rows, p.outputs}).contiguous();
   else
-    to.grad_scale = grad.item<double>() / (reduction == at::Reduction::Mean ? p.denominator : 1);
+    to.grad_scale = grad.item<double>() / (o.reduction == at::Reduction::Mean ? p.denominator : 1);
   run(p, to);
-  return gradients_of(to, input, weight, scale, true);
+  return gradients_of(to, t, true);
 }
 
 }  // namespace

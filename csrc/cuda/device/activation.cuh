@@ -90,8 +90,8 @@ struct Is {
 template <class F>
 __device__ __forceinline__ void with_activation(Activation act, F&& f) {
   switch (act) {
-#define RF_CASE(name)    \
-  case Activation::name: \
+#define RF_CASE(name, saved) \
+  case Activation::name:     \
     return f(Is<Activation::name>());
     RF_EACH_ACTIVATION(RF_CASE)
 #undef RF_CASE

@@ -1,41 +1,31 @@
-// The arguments of the kernels: raw pointers to device memory, sizes in int64_t. Pointers to void point to elements of
-// the launcher's `dtype`; "acc" means acc_t of it. No alignment beyond the element's is assumed.
+// The arguments of the kernels, beside those that shared/problems.h has for both devices and by its conventions: raw
+// pointers to device memory, sizes in int64_t.
 #pragma once
-#include "shared/types.h"
+#include "shared/problems.h"
 
 namespace rf::cuda {
 
 // ---- activation ----------------------------------------------------------------------------------------------------
 
-struct ActivationBackward {  // dz = dy * act'(saved), rows x columns
-  const void *grad, *saved;  // saved: the forward's output or pre-activation, contiguous; null for none
-  RowLayout grad_layout;     // class_stride: between columns
-  void* output;              // dz, contiguous, or null: only the column sums are wanted
-  int64_t rows, columns;
-  Activation activation;
+struct ActivationRows : ActivationBackward {
+  int64_t rows;
   void* column_sums;  // of dz before it is rounded, of `dtype`; or null
   void* workspace;    // activation_backward_workspace bytes, or null when there are no column sums
 };
 
 // ---- likelihoods ---------------------------------------------------------------------------------------------------
 
-// The loss of each output of a linear model, prediction = product + bias, and its gradient there. Matrices are
-// rows x outputs and contiguous.
-struct Likelihood {
-  Family family;
-  int64_t rows, outputs;
+// With prediction = product + bias.
+struct Likelihood : LikelihoodProblem {
+  int64_t rows;
   const void* product;  // acc
   const void* bias;     // one per output, or null
-  const void* target;   // acc where target_is_acc, else of `dtype`
-  bool target_is_acc;
-  const void* scale;  // acc, one per output: a gaussian's variance, bernoulli's weight of positives; or null:
-  double variance;    // a gaussian's then
-  bool full;          // with a gaussian's and poisson's constants
-  // Of losses and gradients; upstream, of the latter alone, acc, one per loss.
-  double factor;
-  const void *row_factor, *upstream;  // row_factor: acc, one per row; either may be null
-  // Null where not wanted. loss: acc; loss_sums: likelihood_blocks numbers, of which the sum is the loss's.
-  void* loss;
+  bool target_is_acc;   // target is acc, else of `dtype`
+  const void* scale;    // acc, one per output: a gaussian's variance, bernoulli's weight of positives; or null:
+  double variance;      // a gaussian's then
+  bool full;            // with a gaussian's and poisson's constants
+  double factor;        // of losses and gradients
+  // Null where not wanted; loss_sums: likelihood_blocks numbers, of which the sum is the loss's.
   double* loss_sums;
   void* gradient;                // of `dtype`; may be the product where that has the type
   void *bias_sums, *scale_sums;  // acc, likelihood_parts x outputs: add up to the gradients of bias and variance
@@ -43,39 +33,16 @@ struct Likelihood {
 
 // ---- softmax family, cross-entropy ---------------------------------------------------------------------------------
 
-// Rows are those of a tensor's reduced dimension, anywhere in it; see RowLayout.
-struct SoftmaxRows {
-  int64_t rows, classes;
-  const void* input;  // x; in the backward launchers the forward's output (softmax) or input (logsumexp)
-  const void* grad;   // upstream gradient of softmax; null forward
-  void* output;       // y or dx; null in logsumexp forward
-  RowLayout in, grad_in, out;
-  bool log;              // log-softmax
-  void* row_result;      // logsumexp, acc, one per row: written forward, read backward
-  const void* row_grad;  // logsumexp backward, acc, one per row
+struct SoftmaxRows : SoftmaxProblem {
+  int64_t rows;
 };
 
-struct CrossEntropyRows {
-  int64_t rows, classes;
-  const void* logits;
-  RowLayout layout;
-  const int64_t* target;  // class of each row in row order; null when there are probabilities
-  const void* probabilities;
-  RowLayout probability_layout;
-  const void* class_weight;      // acc, one per class, or null
-  const void* class_weight_sum;  // acc, their sum; needed with weights and label smoothing, else null
-  int64_t ignore_index;
-  double label_smoothing, z_loss, logit_scale;
-  double softcap;  // 0: none
-  // acc, one per row, written forward and read backward: maximum and log of the sum of exp(z - maximum), and null where
-  // not needed: the entropy (where it is an output), the sums of effective target weights and of probabilities (where
-  // there are probabilities). A row that is ignored may have 0 in all of them.
-  void *row_max, *row_log_sum, *row_entropy, *row_mass, *row_target_mass;
+struct CrossEntropyRows : CrossEntropyProblem {
+  int64_t rows;
+  const void* class_weight_sum;  // acc, of the class weights; needed with them and label smoothing, else null
 };
 
-struct CrossEntropyResults {
-  void *loss, *lse, *logprob;  // acc, one per row, null where not asked for
-  int64_t* argmax;             // or null
+struct CrossEntropyResults : CrossEntropyOutputs {
   // The sum of the losses, or with `mean` that over weight_sum, one element of total_dtype, or null (needs loss); and
   // the sum of the rows' terms of the mean's denominator, or null.
   void* total;
@@ -85,15 +52,8 @@ struct CrossEntropyResults {
   void* workspace;  // cross_entropy_workspace bytes; null without total and weight_sum
 };
 
-struct CrossEntropyUpstream {  // acc
-  const void* loss;            // of row r at r * loss_stride; null: 1, or in launch_cross_entropy_backward none
-  int64_t loss_stride;
-  const double* weight_sum;             // a mean's denominator, which divides loss; or null
-  const void *lse, *entropy, *logprob;  // one per row, or null
-  void* grad_logits;                    // laid out by grad_layout, may be the logits themselves; or null
-  RowLayout grad_layout;
-  void* grad_probabilities;  // or null
-  RowLayout grad_probability_layout;
+struct CrossEntropyUpstream : CrossEntropyBackward {  // loss null: 1, or in launch_cross_entropy_backward none
+  const double* weight_sum;                           // a mean's denominator, which divides loss; or null
   // With loss_stride 0: do nothing if *loss is 1, because launch_cross_entropy_forward_backward has written
   // grad_logits.
   bool unless_one;

@@ -11,14 +11,10 @@ struct Tensors : CrossEntropyTensors<CrossEntropyRows> {
   Tensor weight_sum;
 };
 
-Tensors tensors_of(const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index,
-                   double label_smoothing, double z_loss, std::optional<double> softcap,
-                   std::optional<double> logit_scale) {
-  Tensors t = {cross_entropy_tensors<CrossEntropyRows>(input, target, weight, ignore_index, label_smoothing, z_loss,
-                                                       softcap, logit_scale),
-               Tensor()};
+Tensors tensors_of(const CrossEntropyOperands& given, const CrossEntropyOptions& o) {
+  Tensors t = {cross_entropy_tensors<CrossEntropyRows>(given, o), Tensor()};
   t.args.rows = t.rows;
-  if (weight.has_value() && label_smoothing != 0) {
+  if (given.weight.has_value() && o.label_smoothing != 0) {
     t.weight_sum = t.weight.sum();
     t.args.class_weight_sum = t.weight_sum.const_data_ptr();
   }
@@ -27,13 +23,11 @@ Tensors tensors_of(const Tensor& input, const Tensor& target, const OptionalTens
 
 // The outputs asked for, then the rows' statistics and the mean's denominator; with `grad` also the gradient for an
 // upstream gradient of 1, from the same read of the logits.
-std::vector<Tensor> cross_entropy_results(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                          int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                          double z_loss, std::optional<double> softcap,
-                                          std::optional<double> logit_scale, int64_t outputs,
-                                          std::optional<at::ScalarType> loss_dtype, const Tensor* grad) {
+std::vector<Tensor> cross_entropy_results(const CrossEntropyOperands& given, const CrossEntropyOptions& o,
+                                          int64_t outputs, OptionalType loss_dtype, const Tensor* grad) {
+  const Tensor& input = given.input;
   const OnDevice device(input);
-  Tensors t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  Tensors t = tensors_of(given, o);
   const auto row_shape = reduced_sizes(input, class_dim(input), false);
   const auto result_type = loss_dtype.value_or(input.scalar_type());
   const auto acc_options = input.options().dtype(acc_type(input.scalar_type()));
@@ -45,7 +39,7 @@ std::vector<Tensor> cross_entropy_results(const Tensor& input, const Tensor& tar
   Tensor loss, total, lse, logprob, argmax;
   // The mean's denominator, which a sum has no use for but a saved tensor has to hold something.
   Tensor weight_sum = at::empty({}, input.options().dtype(at::kDouble));
-  const bool reduced = reduction != at::Reduction::None;
+  const bool reduced = o.reduction != at::Reduction::None;
   if (outputs & kOutputLoss) out.loss = (loss = at::empty(row_shape, acc_options)).mutable_data_ptr();
   if (outputs & kOutputLse) out.lse = (lse = at::empty(row_shape, acc_options)).mutable_data_ptr();
   if (outputs & kOutputLogprob) out.logprob = (logprob = at::empty(row_shape, acc_options)).mutable_data_ptr();
@@ -55,7 +49,7 @@ std::vector<Tensor> cross_entropy_results(const Tensor& input, const Tensor& tar
   if ((outputs & kOutputLoss) && reduced) {
     out.total = (total = at::empty({}, input.options().dtype(result_type))).mutable_data_ptr();
     out.total_dtype = dtype_of(result_type);
-    out.mean = reduction == at::Reduction::Mean;
+    out.mean = o.reduction == at::Reduction::Mean;
   }
   out.weight_sum = weight_sum.mutable_data_ptr<double>();
   out.workspace = workspace.data();
@@ -80,44 +74,35 @@ std::vector<Tensor> cross_entropy_results(const Tensor& input, const Tensor& tar
   return results;
 }
 
-std::vector<Tensor> cross_entropy_forward(const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                          int64_t ignore_index, int64_t reduction, double label_smoothing,
-                                          double z_loss, std::optional<double> softcap,
-                                          std::optional<double> logit_scale, int64_t outputs,
-                                          std::optional<at::ScalarType> loss_dtype) {
-  check_cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing, softcap, outputs,
-                              loss_dtype);
-  return cross_entropy_results(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
-                               logit_scale, outputs, loss_dtype, nullptr);
+std::vector<Tensor> cross_entropy_forward(const CrossEntropyOperands& t, const CrossEntropyOptions& o, int64_t outputs,
+                                          OptionalType loss_dtype) {
+  check_cross_entropy_forward(t, o, outputs, loss_dtype);
+  return cross_entropy_results(t, o, outputs, loss_dtype, nullptr);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(
-    const Tensor& input, const Tensor& target, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
-    std::optional<at::ScalarType> loss_dtype) {
-  check_reduced("cross_entropy_forward_backward", reduction);
-  check_cross_entropy_forward(input, target, weight, ignore_index, reduction, label_smoothing, softcap, kOutputLoss,
-                              loss_dtype);
-  Tensor grad = at::empty_like(input);
-  const auto r = cross_entropy_results(input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap,
-                                       logit_scale, kOutputLoss, loss_dtype, &grad);
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(const CrossEntropyOperands& t,
+                                                                          const CrossEntropyOptions& o,
+                                                                          OptionalType loss_dtype) {
+  check_reduced("cross_entropy_forward_backward", o.reduction);
+  check_cross_entropy_forward(t, o, kOutputLoss, loss_dtype);
+  Tensor grad = at::empty_like(t.input);
+  const auto r = cross_entropy_results(t, o, kOutputLoss, loss_dtype, &grad);
   return {r[0], r[1], r[2], grad};
 }
 
 // Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
-Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& grads, const Tensor& input,
-                                   const Tensor& target, const OptionalTensor& weight, const Tensor& stats,
-                                   const Tensor& weight_sum, int64_t ignore_index, int64_t reduction,
-                                   double label_smoothing, double z_loss, std::optional<double> softcap,
-                                   std::optional<double> logit_scale, bool grad_target, bool unless_one = false) {
+Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& grads,
+                                   const CrossEntropyOperands& given, const Tensor& stats, const Tensor& weight_sum,
+                                   const CrossEntropyOptions& o, bool grad_target, bool unless_one = false) {
+  const Tensor &input = given.input, &target = given.target;
   const OnDevice device(input);
-  Tensors t = tensors_of(input, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale);
+  auto t = tensors_of(given, o);
   point_to_stats(t.args, stats);
   const CrossEntropyRowGrads rows(grads, acc_type(input.scalar_type()));
   CrossEntropyUpstream up = {};
   rows.point_to(up);
-  up.loss_stride = reduction == at::Reduction::None ? 1 : 0;
-  up.weight_sum = reduction == at::Reduction::Mean ? weight_sum.const_data_ptr<double>() : nullptr;
+  up.loss_stride = o.reduction == at::Reduction::None ? 1 : 0;
+  up.weight_sum = o.reduction == at::Reduction::Mean ? weight_sum.const_data_ptr<double>() : nullptr;
   up.unless_one = unless_one;
 
   const int64_t dim = class_dim(input);
@@ -137,46 +122,27 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
   return dt;
 }
 
-std::tuple<Tensor, Tensor> cross_entropy_backward(
-    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-    const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index, int64_t reduction, double label_smoothing,
-    double z_loss, std::optional<double> softcap, std::optional<double> logit_scale, std::array<bool, 2> mask) {
-  check_cross_entropy_backward("cross_entropy_backward", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
-                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
-                               mask[1]);
-  Tensor dx = mask[0] ? at::empty_like(input) : at::empty({0}, input.options());
-  Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, {grad_loss, grad_lse, grad_entropy, grad_logprob},
-                                          input, target, weight, stats, weight_sum, ignore_index, reduction,
-                                          label_smoothing, z_loss, softcap, logit_scale, mask[1]);
+std::tuple<Tensor, Tensor> cross_entropy_backward(const CrossEntropyOutputGrads& grads, const CrossEntropyOperands& t,
+                                                  const Tensor& stats, const Tensor& weight_sum,
+                                                  const CrossEntropyOptions& o, std::array<bool, 2> mask) {
+  check_cross_entropy_backward("cross_entropy_backward", grads, t, stats, weight_sum, o, mask[1]);
+  Tensor dx = mask[0] ? at::empty_like(t.input) : at::empty({0}, t.input.options());
+  Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, grads, t, stats, weight_sum, o, mask[1]);
   return {dx, dt};
 }
 
-Tensor cross_entropy_backward_inplace(const OptionalTensor& grad_loss, const OptionalTensor& grad_lse,
-                                      const OptionalTensor& grad_entropy, const OptionalTensor& grad_logprob,
-                                      const Tensor& input, const Tensor& target, const OptionalTensor& weight,
-                                      const Tensor& stats, const Tensor& weight_sum, int64_t ignore_index,
-                                      int64_t reduction, double label_smoothing, double z_loss,
-                                      std::optional<double> softcap, std::optional<double> logit_scale,
+Tensor cross_entropy_backward_inplace(const CrossEntropyOutputGrads& grads, const CrossEntropyOperands& t,
+                                      const Tensor& stats, const Tensor& weight_sum, const CrossEntropyOptions& o,
                                       bool grad_target) {
-  check_cross_entropy_backward("cross_entropy_backward_", {&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input,
-                               target, weight, stats, weight_sum, ignore_index, reduction, label_smoothing, softcap,
-                               grad_target, &input);
-  input.unsafeGetTensorImpl()->bump_version();
-  return cross_entropy_backward_into(&input, {grad_loss, grad_lse, grad_entropy, grad_logprob}, input, target, weight,
-                                     stats, weight_sum, ignore_index, reduction, label_smoothing, z_loss, softcap,
-                                     logit_scale, grad_target);
+  check_cross_entropy_backward("cross_entropy_backward_", grads, t, stats, weight_sum, o, grad_target, &t.input);
+  t.input.unsafeGetTensorImpl()->bump_version();
+  return cross_entropy_backward_into(&t.input, grads, t, stats, weight_sum, o, grad_target);
 }
 
-void cross_entropy_backward_unless_one(const Tensor& grad_loss, const Tensor& input, const Tensor& target,
-                                       const OptionalTensor& weight, const Tensor& stats, const Tensor& weight_sum,
-                                       int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
-                                       std::optional<double> softcap, std::optional<double> logit_scale,
-                                       const Tensor& grad) {
-  check_cross_entropy_unless_one(grad_loss, input, target, weight, stats, weight_sum, ignore_index, reduction,
-                                 label_smoothing, softcap, grad);
-  cross_entropy_backward_into(&grad, {grad_loss, {}, {}, {}}, input, target, weight, stats, weight_sum, ignore_index,
-                              reduction, label_smoothing, z_loss, softcap, logit_scale, false, /*unless_one=*/true);
+void cross_entropy_backward_unless_one(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                       const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad) {
+  check_cross_entropy_unless_one(grad_loss, t, stats, weight_sum, o, grad);
+  cross_entropy_backward_into(&grad, {grad_loss, {}, {}, {}}, t, stats, weight_sum, o, false, /*unless_one=*/true);
 }
 
 }  // namespace

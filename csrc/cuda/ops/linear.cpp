@@ -53,9 +53,11 @@ ActivationGradient activation_gradient(const OnDevice& device, const Tensor& gra
   Workspace workspace(column_sums ? activation_backward_workspace(dtype, m, n) : 0, grad);
   launch_activation_backward(
       dtype,
-      {g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
-       activation != Activation::none ? result.dz.mutable_data_ptr() : nullptr, m, n, activation,
-       column_sums ? result.column_sums.mutable_data_ptr() : nullptr, workspace.data()},
+      {{g.const_data_ptr(), s.defined() ? s.const_data_ptr() : nullptr, *row_layout(g, g.dim() - 1),
+        activation != Activation::none ? result.dz.mutable_data_ptr() : nullptr, n, activation},
+       m,
+       column_sums ? result.column_sums.mutable_data_ptr() : nullptr,
+       workspace.data()},
       device.stream);
   return result;
 }
@@ -64,12 +66,11 @@ namespace {
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                                           string_view activation, bool save_preactivation) {
-  check_linear_forward(x, w, bias);
+  const Activation act = check_linear_forward(x, w, bias, activation);
   const OnDevice device(x);
   auto sizes = x.sizes().vec();
   sizes.back() = w.size(0);
   const DType dtype = dtype_of(x.scalar_type());
-  const Activation act = parse_activation(activation);
   const auto none = [&] { return at::empty({0}, x.options()); };
   if (product_by_aten(x, rows_of(x), w.size(0), w.size(1))) {
     Tensor z = at::linear(x, w, bias);
@@ -95,9 +96,8 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const OptionalTensor& input,
                                                    const OptionalTensor& weight, const OptionalTensor& saved,
                                                    string_view activation_name, std::array<bool, 3> mask) {
-  check_linear_backward(grad, input, weight, saved, activation_name, mask);
+  const Activation activation = check_linear_backward(grad, input, weight, saved, activation_name, mask);
   const OnDevice device(grad);
-  const Activation activation = parse_activation(activation_name);
   const int64_t m = rows_of(grad), n = grad.size(-1);
   const auto none = [&] { return at::empty({0}, grad.options()); };
 

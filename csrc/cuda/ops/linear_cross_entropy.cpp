@@ -11,12 +11,9 @@
 namespace rf::cuda {
 namespace {
 
-struct Options {
-  int64_t ignore_index, reduction;
-  double label_smoothing, z_loss;
-  std::optional<double> softcap, logit_scale;
-  std::optional<int64_t> memory_budget;
-};
+using Operands = LinearCrossEntropyOperands;
+using Options = CrossEntropyOptions;
+using Budget = std::optional<int64_t>;
 
 // A call's tensors as the loop over chunks wants them. A "row" is one of input's; it has `positions` losses, one after
 // another, each over as many logits as there are classes, which lie `positions` apart.
@@ -51,35 +48,35 @@ void set_denominator(Problem& p) {
   p.grads_denominator = p.denominator.masked_fill(counts.any().logical_not(), 1);
 }
 
-Problem make_problem(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                     const OptionalTensor& linear_bias, const OptionalTensor& weight, const Options& o) {
+Problem make_problem(const Operands& t, const Options& o, Budget memory_budget) {
   Problem p;
+  const Tensor &input = t.input, &linear_weight = t.linear_weight, &target = t.target;
   p.acc = acc_type(input.scalar_type());
   p.x = as_matrix(input);
   p.rows = p.x.size(0);
   p.positions = positions_of(linear_weight);
   p.outputs = linear_weight.size(0) * p.positions;
   p.w = linear_weight.reshape({p.outputs, linear_weight.size(-1)});
-  if (linear_bias.has_value()) p.bias = linear_bias->reshape({p.outputs});
+  if (t.linear_bias.has_value()) p.bias = t.linear_bias->reshape({p.outputs});
   CrossEntropyRows& a = p.loss;
   a.classes = linear_weight.size(0);
   a.layout = {p.positions, p.outputs, p.positions == 1 ? 0 : 1, p.positions};
-  if (weight.has_value()) {
-    p.class_weight = weight->to(p.acc).contiguous();
+  if (t.weight.has_value()) {
+    p.class_weight = t.weight->to(p.acc).contiguous();
     a.class_weight = p.class_weight.const_data_ptr();
     if (o.label_smoothing != 0) {
       p.class_weight_sum = p.class_weight.sum();
       a.class_weight_sum = p.class_weight_sum.const_data_ptr();
     }
   }
-  set_options(a, o.ignore_index, o.label_smoothing, o.z_loss, o.softcap, o.logit_scale);
+  set_options(a, o);
   if (at::isFloatingType(target.scalar_type()))
     p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
   else
     p.classes_of_rows = target.to(at::kLong).contiguous();
   p.widens = p.probabilities.defined() && p.probabilities.scalar_type() != input.scalar_type();
   p.chunk = cuda_chunk_rows({dtype_of(input.scalar_type()), p.rows, p.x.size(1), a.classes, p.positions, 1 + p.widens,
-                             o.memory_budget.value_or(cuda_default_memory_budget(memory_of_device(input)))});
+                             memory_budget.value_or(cuda_default_memory_budget(memory_of_device(input)))});
   p.chunks = p.positions ? ceil_div(p.rows, p.chunk) : 0;
   if (o.reduction == at::Reduction::Mean) set_denominator(p);
   return p;
@@ -200,21 +197,16 @@ Tensor reduced(const Problem& p, const Outputs& out) {
                                   : mean;
 }
 
-std::vector<Tensor> forward(const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-                            const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index,
-                            int64_t reduction, double label_smoothing, double z_loss, std::optional<double> softcap,
-                            std::optional<double> logit_scale, int64_t outputs, std::optional<int64_t> memory_budget,
-                            std::optional<at::ScalarType> loss_dtype) {
-  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
-                                     label_smoothing, softcap, outputs, memory_budget, loss_dtype);
-  const OnDevice device(input);
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
-  const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o);
-  const Outputs out = new_outputs(p, reduction, outputs);
+std::vector<Tensor> forward(const Operands& t, const Options& o, int64_t outputs, Budget memory_budget,
+                            OptionalType loss_dtype) {
+  check_linear_cross_entropy_forward(t, o, outputs, memory_budget, loss_dtype);
+  const OnDevice device(t.input);
+  const Problem p = make_problem(t, o, memory_budget);
+  const Outputs out = new_outputs(p, o.reduction, outputs);
   over_chunks(device, p, out, nullptr, nullptr);
 
-  const auto shape = loss_shape(input, linear_weight);
-  const auto type = loss_type(input, target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
+  const auto shape = loss_shape(t.input, t.linear_weight);
+  const auto type = loss_type(t.input, t.target, loss_dtype), other = loss_dtype.value_or(t.input.scalar_type());
   std::vector<Tensor> results;
   if (outputs & kOutputLoss)
     results.push_back((out.totals.defined() ? reduced(p, out) : out.loss.view(shape)).to(type));
@@ -239,48 +231,38 @@ Gradients new_gradients(const Problem& p, const Tensor& target, at::ScalarType d
 }
 
 // filter_eps has no effect: no entry is left out of the products, which are dense.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
-    const Tensor& input, const Tensor& linear_weight, const Tensor& target, const OptionalTensor& linear_bias,
-    const OptionalTensor& weight, int64_t ignore_index, int64_t reduction, double label_smoothing, double z_loss,
-    std::optional<double> softcap, std::optional<double> logit_scale, bool argmax_too,
-    std::optional<int64_t> memory_budget, double filter_eps, std::optional<at::ScalarType> loss_dtype,
-    std::array<bool, 3> mask) {
-  check_linear_cross_entropy_forward(input, linear_weight, target, linear_bias, weight, ignore_index, reduction,
-                                     label_smoothing, softcap, kOutputLoss, memory_budget, loss_dtype, filter_eps);
-  check_reduced("linear_cross_entropy_forward_backward", reduction);
-  const OnDevice device(input);
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
-  const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o);
-  Gradients g = new_gradients(p, target, p.acc, {mask[0], mask[1], mask[2], false});
-  const Outputs out = new_outputs(p, reduction, argmax_too ? kOutputLoss | kOutputArgmax : kOutputLoss);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(const Operands& t, const Options& o,
+                                                                    bool argmax_too, Budget memory_budget,
+                                                                    double filter_eps, OptionalType loss_dtype,
+                                                                    std::array<bool, 3> mask) {
+  check_linear_cross_entropy_forward(t, o, kOutputLoss, memory_budget, loss_dtype, filter_eps);
+  check_reduced("linear_cross_entropy_forward_backward", o.reduction);
+  const OnDevice device(t.input);
+  const Problem p = make_problem(t, o, memory_budget);
+  Gradients g = new_gradients(p, t.target, p.acc, {mask[0], mask[1], mask[2], false});
+  const Outputs out = new_outputs(p, o.reduction, argmax_too ? kOutputLoss | kOutputArgmax : kOutputLoss);
   over_chunks(device, p, out, &g, nullptr);
   // Those of a sum until here: of a mean over many rows, a half type would lose the small ones in the panel.
   if (p.denominator.defined() && p.chunks > 0)
-    for (Tensor* t : {&g.x, &g.w, &g.bias})
-      if (t->defined()) t->div_(p.grads_denominator);
-  auto [dx, dw, db, none] = g.shaped(input, linear_weight, target, false);
-  return {
-      reduced(p, out).to(loss_type(input, target, loss_dtype)),
-      argmax_too ? out.argmax.view(loss_shape(input, linear_weight)) : at::empty({0}, input.options().dtype(at::kLong)),
-      dx, dw, db};
+    for (Tensor* each : {&g.x, &g.w, &g.bias})
+      if (each->defined()) each->div_(p.grads_denominator);
+  auto [dx, dw, db, none] = g.shaped(t, false);
+  return {reduced(p, out).to(loss_type(t.input, t.target, loss_dtype)),
+          argmax_too ? out.argmax.view(loss_shape(t.input, t.linear_weight))
+                     : at::empty({0}, t.input.options().dtype(at::kLong)),
+          dx, dw, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const OptionalTensor& grad_loss, const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-    const OptionalTensor& grad_logprob, const Tensor& input, const Tensor& linear_weight, const Tensor& target,
-    const OptionalTensor& linear_bias, const OptionalTensor& weight, int64_t ignore_index, int64_t reduction,
-    double label_smoothing, double z_loss, std::optional<double> softcap, std::optional<double> logit_scale,
-    std::optional<int64_t> memory_budget, double filter_eps, std::array<bool, 4> mask) {
-  check_linear_cross_entropy_backward({&grad_loss, &grad_lse, &grad_entropy, &grad_logprob}, input, linear_weight,
-                                      target, linear_bias, weight, ignore_index, reduction, label_smoothing, softcap,
-                                      memory_budget, filter_eps, mask[3]);
-  const OnDevice device(input);
-  const Options o = {ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, memory_budget};
-  const Problem p = make_problem(input, linear_weight, target, linear_bias, weight, o);
-  Gradients g = new_gradients(p, target, input.scalar_type(), mask);
-  const CrossEntropyRowGrads up({grad_loss, grad_lse, grad_entropy, grad_logprob}, p.acc);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const CrossEntropyOutputGrads& grads, const Operands& t,
+                                                    const Options& o, Budget memory_budget, double filter_eps,
+                                                    std::array<bool, 4> mask) {
+  check_linear_cross_entropy_backward(grads, t, o, memory_budget, filter_eps, mask[3]);
+  const OnDevice device(t.input);
+  const Problem p = make_problem(t, o, memory_budget);
+  Gradients g = new_gradients(p, t.target, t.input.scalar_type(), mask);
+  const CrossEntropyRowGrads up(grads, p.acc);
   over_chunks(device, p, {}, &g, &up);
-  return g.shaped(input, linear_weight, target, true);
+  return g.shaped(t, true);
 }
 
 }  // namespace

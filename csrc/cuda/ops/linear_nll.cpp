@@ -12,6 +12,9 @@
 namespace rf::cuda {
 namespace {
 
+using Operands = LinearNllOperands;
+using Options = LinearNllOptions;
+
 // A call's tensors as the loop over chunks wants them.
 struct Problem {
   Tensor x, w, bias, target;  // N x D, outputs x D, outputs, N x outputs; target of any type
@@ -42,29 +45,28 @@ void set_mean(Problem& p) {
   }
 }
 
-Problem make_problem(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-                     const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
-                     bool full, int64_t reduction) {
+Problem make_problem(const Operands& t, const Options& o) {
   Problem p;
+  const Tensor &input = t.input, &weight = t.weight;
   p.dtype = dtype_of(input.scalar_type());
   p.acc = acc_type(input.scalar_type());
   p.rows = rows_of(input);
   p.outputs = weight.size(0);
   p.x = input.reshape({p.rows, weight.size(1)});
   p.w = weight;
-  p.target = target.reshape({p.rows, p.outputs});
-  if (bias.has_value()) p.bias = bias->contiguous();
-  if (scale.has_value()) p.scale = scale->to(p.acc).expand({p.outputs}).contiguous();
-  if (sample_weight.has_value()) p.row_factor = sample_weight->to(p.acc).reshape({p.rows}).contiguous();
+  p.target = t.target.reshape({p.rows, p.outputs});
+  if (t.bias.has_value()) p.bias = t.bias->contiguous();
+  if (t.scale.has_value()) p.scale = t.scale->to(p.acc).expand({p.outputs}).contiguous();
+  if (t.sample_weight.has_value()) p.row_factor = t.sample_weight->to(p.acc).reshape({p.rows}).contiguous();
   Likelihood& a = p.likelihood;
-  a.family = (Family)family;
+  a.family = (Family)o.family;
   a.outputs = p.outputs;
   a.bias = p.bias.defined() ? p.bias.const_data_ptr() : nullptr;
   a.scale = p.scale.defined() ? p.scale.const_data_ptr() : nullptr;
-  a.variance = variance;
-  a.full = full;
+  a.variance = o.variance;
+  a.full = o.full;
   a.factor = 1;
-  if (reduction == at::Reduction::Mean) set_mean(p);
+  if (o.reduction == at::Reduction::Mean) set_mean(p);
   return p;
 }
 
@@ -135,8 +137,8 @@ Parts over_chunks(const OnDevice& device, const Problem& p, const Wanted& to) {
     a.product = predictions.const_data_ptr();
     a.target = target.const_data_ptr();
     a.target_is_acc = target_type == p.acc;
-    a.row_factor = p.row_factor.defined() ? p.row_factor.narrow(0, begin, rows).const_data_ptr() : nullptr;
-    a.upstream = data_or_null(upstream);
+    a.row_weight = p.row_factor.defined() ? p.row_factor.narrow(0, begin, rows).const_data_ptr() : nullptr;
+    a.grad = data_or_null(upstream);
     a.loss = data_or_null(spare_loss ? spare : each);
     a.loss_sums = to.total ? parts.total.mutable_data_ptr<double>() + block : nullptr;
     a.gradient = to.slopes() ? slopes.data_ptr() : nullptr;
@@ -179,64 +181,55 @@ Tensor total_of(const Problem& p, const Parts& parts) {
 
 // In the shapes of what they belong to, and, rounded, in its types; those of a reduced loss for its upstream gradient.
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Problem& p, const Wanted& to, const Parts& parts,
-                                                        const Tensor& input, const Tensor& weight,
-                                                        const OptionalTensor& scale, const Tensor& upstream,
-                                                        bool rounded) {
+                                                        const Operands& of, const Tensor& upstream, bool rounded) {
   const auto finished = [&](Tensor t, const Tensor& like, at::IntArrayRef sizes) {
     if (!t.defined()) return at::empty({0}, like.options());
     if (p.divisor.defined() && p.rows * p.outputs > 0) t.div_(p.divisor);
     if (upstream.defined()) t.mul_(upstream);
     return (rounded ? t.to(like.scalar_type()) : t).view(sizes);
   };
-  const Tensor& v = scale.has_value() ? *scale : weight;
+  const Tensor &weight = of.weight, &v = of.scale.has_value() ? *of.scale : weight;
   const Tensor of_scale = !to.scale ? Tensor() : v.dim() == 0 ? parts.scale.sum() : parts.scale.sum(0);
-  return {finished(to.x, input, input.sizes()), finished(to.w, weight, weight.sizes()),
+  return {finished(to.x, of.input, of.input.sizes()), finished(to.w, weight, weight.sizes()),
           finished(to.bias ? parts.bias.sum(0) : Tensor(), weight, weight.sizes().slice(0, 1)),
           finished(of_scale, v, v.sizes())};
 }
 
-Tensor forward(const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-               const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance,
-               bool full, int64_t reduction, std::optional<at::ScalarType> loss_dtype) {
-  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype);
-  const OnDevice device(input);
-  const Problem p = make_problem(input, weight, target, bias, scale, sample_weight, family, variance, full, reduction);
-  const auto type = loss_type(input, target, loss_dtype);
+Tensor forward(const Operands& t, const Options& o, OptionalType loss_dtype) {
+  check_linear_nll_forward(t, o, loss_dtype);
+  const OnDevice device(t.input);
+  const Problem p = make_problem(t, o);
+  const auto type = loss_type(t.input, t.target, loss_dtype);
   Wanted to;
-  to.total = reduction != at::Reduction::None;
+  to.total = o.reduction != at::Reduction::None;
   if (!to.total) to.each = at::empty({p.rows, p.outputs}, p.x.options().dtype(type));
   const Parts parts = over_chunks(device, p, to);
-  return to.total ? total_of(p, parts).to(type) : to.each.view(target.sizes());
+  return to.total ? total_of(p, parts).to(type) : to.each.view(t.target.sizes());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(
-    const Tensor& input, const Tensor& weight, const Tensor& target, const OptionalTensor& bias,
-    const OptionalTensor& scale, const OptionalTensor& sample_weight, int64_t family, double variance, bool full,
-    int64_t reduction, std::optional<at::ScalarType> loss_dtype, std::array<bool, 4> mask) {
-  check_linear_nll_forward(input, weight, target, bias, scale, sample_weight, family, reduction, loss_dtype, mask[3]);
-  check_reduced("linear_nll_forward_backward", reduction);
-  const OnDevice device(input);
-  const Problem p = make_problem(input, weight, target, bias, scale, sample_weight, family, variance, full, reduction);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(const Operands& t, const Options& o,
+                                                                    OptionalType loss_dtype, std::array<bool, 4> mask) {
+  check_linear_nll_forward(t, o, loss_dtype, mask[3]);
+  check_reduced("linear_nll_forward_backward", o.reduction);
+  const OnDevice device(t.input);
+  const Problem p = make_problem(t, o);
   Wanted to = wanted_gradients(p, p.acc, mask);
   to.total = true;
   const Parts parts = over_chunks(device, p, to);
-  auto [dx, dw, db, dv] = gradients_of(p, to, parts, input, weight, scale, {}, false);
-  return {total_of(p, parts).to(loss_type(input, target, loss_dtype)), dx, dw, db, dv};
+  auto [dx, dw, db, dv] = gradients_of(p, to, parts, t, {}, false);
+  return {total_of(p, parts).to(loss_type(t.input, t.target, loss_dtype)), dx, dw, db, dv};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& input, const Tensor& weight,
-                                                    const Tensor& target, const OptionalTensor& bias,
-                                                    const OptionalTensor& scale, const OptionalTensor& sample_weight,
-                                                    int64_t family, double variance, bool full, int64_t reduction,
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Operands& t, const Options& o,
                                                     std::array<bool, 4> mask) {
-  check_linear_nll_backward(grad, input, weight, target, bias, scale, sample_weight, family, reduction, mask[3]);
-  const OnDevice device(input);
-  const Problem p = make_problem(input, weight, target, bias, scale, sample_weight, family, variance, full, reduction);
-  const bool each = reduction == at::Reduction::None;
-  Wanted to = wanted_gradients(p, each ? input.scalar_type() : p.acc, mask);
+  check_linear_nll_backward(grad, t, o, mask[3]);
+  const OnDevice device(t.input);
+  const Problem p = make_problem(t, o);
+  const bool each = o.reduction == at::Reduction::None;
+  Wanted to = wanted_gradients(p, each ? t.input.scalar_type() : p.acc, mask);
   if (each) to.upstream = grad.reshape({p.rows, p.outputs});
   const Parts parts = over_chunks(device, p, to);
-  return gradients_of(p, to, parts, input, weight, scale, each ? Tensor() : grad, true);
+  return gradients_of(p, to, parts, t, each ? Tensor() : grad, true);
 }
 
 }  // namespace

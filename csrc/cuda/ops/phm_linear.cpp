@@ -30,10 +30,9 @@ struct PhmProblem : PhmTensors {
 std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor& a, const Tensor& s,
                                               const OptionalTensor& bias, string_view activation,
                                               bool save_preactivation) {
-  check_phm_linear_forward(input, a, s, bias);
+  const Activation act = check_phm_linear_forward(input, a, s, bias, activation);
   const OnDevice device(input);
   PhmProblem p(input, a, s);
-  const Activation act = parse_activation(activation, "phm_linear");
   auto sizes = input.sizes().vec();
   sizes.back() = p.outputs;
   Tensor y = at::empty(sizes, input.options());
@@ -62,13 +61,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
                                                                const Tensor& a, const Tensor& s,
                                                                const OptionalTensor& saved, string_view activation_name,
                                                                std::array<bool, 4> mask) {
-  check_phm_linear_backward(grad, input, a, s, saved, activation_name, mask);
+  const Activation activation = check_phm_linear_backward(grad, input, a, s, saved, activation_name, mask);
   const OnDevice device(grad);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   PhmProblem p(grad, a, s);
   if (mask[1] || mask[2]) p.set_input(*input);
-  const ActivationGradient of =
-      activation_gradient(device, grad, saved, parse_activation(activation_name, "phm_linear"), mask[3]);
+  const ActivationGradient of = activation_gradient(device, grad, saved, activation, mask[3]);
   const Tensor dz = of.dz.contiguous().view({p.rows * p.n, p.to_part});
 
   const auto wide = grad.options().dtype(p.acc);

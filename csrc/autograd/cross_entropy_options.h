@@ -1,38 +1,14 @@
-// The options that both cross-entropies have, as a node of the graph keeps them, and what goes with their outputs.
+// The options that both cross-entropies have with what is asked of them, and what goes with their outputs.
 #pragma once
-#include "shared/torch_api.h"
+#include "shared/op_arguments.h"
 
 namespace rf {
 
-struct CrossEntropyOptions {
-  int64_t ignore_index, reduction;
-  double label_smoothing, z_loss;
-  std::optional<double> softcap, logit_scale;
+struct CrossEntropyRequest : CrossEntropyOptions {
   int64_t outputs;
-  std::optional<at::ScalarType> loss_dtype;
+  OptionalType loss_dtype;
 
-  void save(torch::autograd::AutogradContext* ctx) const {
-    auto& d = ctx->saved_data;
-    d["ignore_index"] = ignore_index;
-    d["reduction"] = reduction;
-    d["label_smoothing"] = label_smoothing;
-    d["z_loss"] = z_loss;
-    d["softcap"] = softcap;
-    d["logit_scale"] = logit_scale;
-    d["outputs"] = outputs;
-    d["loss_dtype"] = loss_dtype;
-  }
-  static CrossEntropyOptions saved(torch::autograd::AutogradContext* ctx) {
-    auto& d = ctx->saved_data;
-    return {d["ignore_index"].toInt(),
-            d["reduction"].toInt(),
-            d["label_smoothing"].toDouble(),
-            d["z_loss"].toDouble(),
-            d["softcap"].toOptional<double>(),
-            d["logit_scale"].toOptional<double>(),
-            d["outputs"].toInt(),
-            d["loss_dtype"].toOptional<at::ScalarType>()};
-  }
+  auto members() const { return std::tuple_cat(CrossEntropyOptions::members(), std::tie(outputs, loss_dtype)); }
 
   // Upstream gradients of loss, lse, entropy and logprob: they come for the outputs alone, in the order of the bits.
   std::array<OptionalTensor, 4> by_output(const torch::autograd::variable_list& upstream) const {

@@ -1,0 +1,79 @@
+// The arguments of kernels that both devices have, each with one meaning; what one of them needs besides (scratch
+// memory, sums of blocks) its own structs add, in cpu/kernels/arguments.h and cuda/device/arguments.h. Pointers to void
+// point to elements of the dtype that a kernel is for; "acc" means acc_t of it (float, or double for double). No
+// alignment beyond the element's is assumed.
+#pragma once
+#include "shared/types.h"
+
+namespace rf {
+
+// ---- softmax family ------------------------------------------------------------------------------------------------
+
+// Rows are those of a tensor's reduced dimension, anywhere in it; see RowLayout.
+struct SoftmaxProblem {
+  const void* input;  // x, or in the backward kernels: the forward's output (softmax) or input (logsumexp)
+  const void* grad;   // upstream gradient of softmax; null forward
+  void* output;       // y or dx; null in logsumexp forward
+  RowLayout in, grad_in, out;
+  int64_t classes;
+  bool log;              // log-softmax
+  void* row_result;      // logsumexp, acc, one per row: written forward, read backward
+  const void* row_grad;  // logsumexp backward, acc, one per row
+};
+
+// ---- cross-entropy -------------------------------------------------------------------------------------------------
+
+struct CrossEntropyProblem {
+  const void* logits;
+  RowLayout layout;
+  int64_t classes;
+  const int64_t* target;  // class of each row in row order; null when there are probabilities
+  const void* probabilities;
+  RowLayout probability_layout;
+  const void* class_weight;  // acc, one per class, or null
+  int64_t ignore_index;
+  double label_smoothing, z_loss, logit_scale;
+  double softcap;  // 0: none
+  // acc, one per row, written forward and read backward: maximum and log of the sum of exp(z - maximum), and null where
+  // not needed: the entropy (where it is an output), the sums of effective target weights and of probabilities (where
+  // there are probabilities). A row that is ignored may have 0 in all of them.
+  void *row_max, *row_log_sum, *row_entropy, *row_mass, *row_target_mass;
+};
+
+struct CrossEntropyOutputs {  // acc, one per row, null where not asked for
+  void *loss, *lse, *logprob;
+  int64_t* argmax;
+};
+
+struct CrossEntropyBackward {  // upstream gradients, acc, and where those of the operands go
+  const void* loss;            // of row r at r * loss_stride
+  int64_t loss_stride;
+  const void *lse, *entropy, *logprob;  // one per row, or null
+  void* grad_logits;                    // laid out by grad_layout, may be the logits themselves; or null
+  RowLayout grad_layout;
+  void* grad_probabilities;  // or null
+  RowLayout grad_probability_layout;
+};
+
+// ---- activation ----------------------------------------------------------------------------------------------------
+
+struct ActivationBackward {  // dz = dy * act'(saved), rows x columns
+  const void *grad, *saved;  // saved: the forward's output or pre-activation, contiguous; null for none
+  RowLayout grad_layout;     // class_stride: between columns
+  void* output;              // dz, contiguous, or null: only the column sums are wanted
+  int64_t columns;
+  Activation activation;
+};
+
+// ---- likelihoods ---------------------------------------------------------------------------------------------------
+
+// The loss of each output of a linear model and its slope there. Matrices are rows x outputs and contiguous.
+struct LikelihoodProblem {
+  Family family;
+  int64_t outputs;
+  const void* target;
+  const void *row_weight, *grad;  // acc, or null: 1. Of a row's losses and slopes; upstream, of each slope alone
+  void* loss;                     // acc; null where not wanted
+};
+
+}  // namespace rf
