@@ -192,3 +192,19 @@ def test_errors_are_torchs_and_say_more(argument, arguments, options):
     assert_same_error(
         lambda: regfast.mse_loss(*arguments, **options), lambda: F.mse_loss(*arguments, **options), "mse_loss", argument
     )
+
+
+@pytest.mark.parametrize("how", ("transposed", "channels_last", "strided", "expanded"))
+@pytest.mark.parametrize("other", ("same", "contiguous"))
+def test_results_have_the_strides_of_the_input(how, other, device):
+    x = lay_out(spiky(3, 5, 4, 6, device=device), how)
+    y = lay_out(spiky(3, 5, 4, 6, device=device), how if other == "same" else "contiguous")
+    true = F.mse_loss(x, y, reduction="none")
+    ours = regfast.mse_loss(x, y, reduction="none")
+    torch.testing.assert_close(ours, true)
+    if how in ("transposed", "channels_last"):
+        assert ours.stride() == true.stride()
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(regfast.mse_loss(leaf, y), leaf)
+        assert grad.stride() == leaf.stride()
+        torch.testing.assert_close(grad, 2 * (x - y) / x.numel())

@@ -69,15 +69,13 @@ Tensor mse_loss_autocast(const Tensor& x, const Tensor& y, int64_t reduction) {
 
 Tensor mse_loss_forward_meta(const Tensor& x, const Tensor& y, int64_t reduction) {
   check_mse_loss("mse_loss", x, y, reduction);
-  return reduction == at::Reduction::None ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({}, x.options());
+  return reduction == at::Reduction::None ? at::empty_like(x) : at::empty({}, x.options());
 }
 
 std::tuple<Tensor, Tensor> mse_loss_backward_meta(const Tensor& grad, const Tensor& x, const Tensor& y,
                                                   int64_t reduction, std::array<bool, 2> mask) {
   check_mse_loss_backward(grad, x, y, reduction);
-  const auto like = [&](bool wanted) {
-    return wanted ? at::empty_symint(x.sym_sizes(), x.options()) : at::empty({0}, x.options());
-  };
+  const auto like = [&](bool wanted) { return wanted ? at::empty_like(x) : at::empty({0}, x.options()); };
   return {like(mask[0]), like(mask[1])};
 }
 

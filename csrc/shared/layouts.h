@@ -53,6 +53,17 @@ inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
 // The tensor itself where its rows can be walked, else a contiguous copy.
 inline Tensor walkable(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
 
+// For operations on elements, which may be in any order: a tensor whose memory has no gaps, with the strides that
+// empty_like gives a result, and another one in the same order.
+inline Tensor without_gaps(const Tensor& t) {
+  return t.is_non_overlapping_and_dense() ? t : at::empty_like(t).copy_(t);
+}
+inline Tensor in_order_of(const Tensor& other, const Tensor& t) {
+  bool same = true;
+  for (int64_t d = 0; d < t.dim(); ++d) same &= t.size(d) == 1 || t.stride(d) == other.stride(d);
+  return same ? t : at::empty_like(other, t.options()).copy_(t);
+}
+
 // With null for its data where no strides describe the matrix, and where it is empty.
 inline MatrixView matrix_view(const Tensor& t) {
   if (t.numel() == 0) return {nullptr, 1, 0, 0, 1};

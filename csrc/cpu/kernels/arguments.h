@@ -11,7 +11,7 @@ struct SoftmaxArgs : SoftmaxProblem {
 };
 
 struct CrossEntropyArgs : CrossEntropyProblem {
-  double class_weight_sum;  // of the class weights; classes without them
+  double class_weight_sum;  // of the class weights, with label smoothing; else of as many ones
   void* scratch;            // as SoftmaxArgs'
 };
 

@@ -1,9 +1,9 @@
 // cross_entropy on the CPU: tensors to plain structs and allocation.
 #include "cpu/drivers/drivers.h"
+#include "cpu/ops/ordered_sum.h"
 #include "cpu/ops/outputs.h"
 #include "cpu/ops/traced.h"
 #include "cpu/tuning.h"
-#include "shared/compensated_sum.h"
 #include "shared/cross_entropy_tensors.h"
 #include "shared/layouts.h"
 #include "shared/op_checks.h"
@@ -13,11 +13,8 @@ namespace {
 
 CrossEntropyTensors<CrossEntropyArgs> tensors_of(const CrossEntropyOperands& given, const CrossEntropyOptions& o) {
   auto t = cross_entropy_tensors<CrossEntropyArgs>(given, o);
-  CrossEntropyArgs& a = t.args;
-  CompensatedSum sum;
-  for (int64_t c = 0; given.weight.has_value() && c < a.classes; ++c)
-    sum.add(t.dtype == DType::f64 ? t.weight.const_data_ptr<double>()[c] : t.weight.const_data_ptr<float>()[c]);
-  a.class_weight_sum = given.weight.has_value() ? sum.value() : (double)a.classes;
+  const bool needed = given.weight.has_value() && o.label_smoothing != 0;
+  t.args.class_weight_sum = needed ? ordered_sum(t.weight) : (double)t.args.classes;
   return t;
 }
 

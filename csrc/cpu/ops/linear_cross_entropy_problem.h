@@ -52,7 +52,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const LinearCrossE
   if (t.weight.has_value()) {
     p.class_weight = t.weight->to(p.acc).contiguous();
     a.class_weight = p.class_weight.const_data_ptr();
-    a.class_weight_sum = ordered_sum(p.class_weight);
+    if (o.label_smoothing != 0) a.class_weight_sum = ordered_sum(p.class_weight);
   }
   set_options(a, o);
 

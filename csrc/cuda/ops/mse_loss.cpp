@@ -1,5 +1,6 @@
 // mse_loss on a CUDA device: tensors to plain structs and allocation.
 #include "cuda/ops/ops.h"
+#include "shared/layouts.h"
 #include "shared/op_checks.h"
 
 namespace rf::cuda {
@@ -8,9 +9,9 @@ namespace {
 Tensor mse_loss_forward(const Tensor& input, const Tensor& target, int64_t reduction) {
   check_mse_loss("mse_loss", input, target, reduction);
   const OnDevice device(input);
-  const Tensor x = input.contiguous(), y = target.contiguous();
+  const Tensor x = without_gaps(input), y = in_order_of(x, target);
   const bool each = reduction == at::Reduction::None;
-  Tensor out = at::empty(each ? x.sizes() : at::IntArrayRef{}, x.options());
+  Tensor out = each ? at::empty_like(x) : at::empty({}, x.options());
   if (out.numel() == 0) return out;
   Workspace workspace(each ? 0 : mse_loss_workspace(x.numel()), x);
   launch_mse_loss(dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(),
@@ -24,9 +25,10 @@ std::tuple<Tensor, Tensor> mse_loss_backward(const Tensor& grad, const Tensor& i
                                              int64_t reduction, std::array<bool, 2> mask) {
   check_mse_loss_backward(grad, input, target, reduction);
   const OnDevice device(input);
-  const Tensor x = input.contiguous(), y = target.contiguous(), g = grad.contiguous();
-  Tensor dx = at::empty(mask[0] ? x.sizes() : at::IntArrayRef{0}, x.options());
-  Tensor dy = at::empty(mask[1] ? x.sizes() : at::IntArrayRef{0}, x.options());
+  const Tensor x = without_gaps(input), y = in_order_of(x, target);
+  const Tensor g = reduction == at::Reduction::None ? in_order_of(x, grad) : grad.contiguous();
+  Tensor dx = mask[0] ? at::empty_like(x) : at::empty({0}, x.options());
+  Tensor dy = mask[1] ? at::empty_like(x) : at::empty({0}, x.options());
   launch_mse_loss_backward(
       dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(), g.const_data_ptr(),
       reduction == at::Reduction::None, reduction == at::Reduction::Mean ? 2.0 / (double)x.numel() : 2.0,
