@@ -193,6 +193,11 @@ const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
 
 void gemm(DType dtype, Gemm g) {
   if (g.m == 0 || g.n == 0) return;
+  // A column whose numbers are adjacent is a row too, along the columns of C.
+  if (g.k == 1 && g.b_transposed && g.b.inner == 1 && g.b.outer_stride == 1) {
+    g.b = {g.b.data, 1, g.n, 0, 1};
+    g.b_transposed = false;
+  }
   const bool mixed = (g.wide_a || g.wide_c) && acc_dtype(dtype) != dtype;
   if (mixed || g.accumulate) return gemm_packed(dtype, g, thread_count());
   const GemmPath path = gemm_path(dtype, g);

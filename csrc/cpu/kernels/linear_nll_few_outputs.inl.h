@@ -3,6 +3,7 @@
 // reading x, which F.linear and the gradient of its weight would read twice. Lanes go along rows in all but the dot
 // products.
 #pragma once
+#include "cpu/kernels/column_tile.inl.h"
 #include "cpu/kernels/linear_nll.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
@@ -124,24 +125,6 @@ inline void store_gradient(const FewOutputsArgs& a, int64_t row, int64_t c, vec_
 
 // ---- up to a vector's features: rows are transposed ----------------------------------------------------------------
 
-// Columns of up to V::size rows, zero beyond the last row and feature. Rows of up to half a vector lie in pairs.
-template <class T, int F>
-[[gnu::always_inline]] inline void load_columns(const T* x, int64_t stride, int64_t rows, int64_t features,
-                                                vec_t<T> (&columns)[F]) {
-  using V = vec_t<T>;
-  if constexpr (F == V::size) {
-#pragma GCC unroll 16
-    for (int i = 0; i < F; ++i) columns[i] = i < rows ? load_up_to(x + i * stride, features) : set1(acc_t<T>(0));
-  } else {
-    static_assert(2 * F == V::size, "a vector holds two rows");
-#pragma GCC unroll 16
-    for (int i = 0; i < F; ++i)
-      columns[i] =
-          load_pair(x + i * stride, i < rows ? features : 0, x + (i + F) * stride, i + F < rows ? features : 0);
-  }
-  transpose(columns);
-}
-
 template <class T, int F, Family family, bool value, bool slope>
 inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, LikelihoodSums* sums) {
   using A = acc_t<T>;
@@ -155,44 +138,48 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
     outer[i] = set1(A(0));
   }
   LaneSums<V> lanes;
-  for (int64_t row = begin; row < end; row += V::size) {
-    const int64_t n = std::min<int64_t>(V::size, end - row);
-    const T* x = (const T*)a.x + row * a.x_stride;
-    V columns[F], dx[F];
-    load_columns<T, F>(x, a.x_stride, n, features, columns);
+  constexpr int64_t R = tuning::kLaneRows;
+  ColumnTile<A> x, grad_x;
+  for (int64_t tile = begin; tile < end; tile += R) {
+    const int64_t rows = std::min(R, end - tile);
+    load_tile((const T*)a.x, {1, a.x_stride, 0, 1}, tile, rows, features, x);
+    for (int64_t i = 0; i < rows; i += V::size) {
+      const int64_t row = tile + i, n = std::min<int64_t>(V::size, rows - i);
+      V columns[F], dx[F];
 #pragma GCC unroll 16
-    for (int c = 0; c < F; ++c) dx[c] = set1(A(0));
-    for (int64_t j = 0; j < outputs; ++j) {
-      const A* w = weight + j * F;
-      // Two chains of additions: one alone would be waited for.
-      V even = set1(bias ? bias[j] : A(0)), odd = set1(A(0));
+      for (int c = 0; c < F; ++c) {
+        columns[c] = c < features ? load(x.at + c * R + i) : set1(A(0));
+        dx[c] = set1(A(0));
+      }
+      for (int64_t j = 0; j < outputs; ++j) {
+        const A* w = weight + j * F;
+        // Two chains of additions: one alone would be waited for.
+        V even = set1(bias ? bias[j] : A(0)), odd = set1(A(0));
 #pragma GCC unroll 8
-      for (int c = 0; c < F; c += 2) {
-        even = fma(set1(w[c]), columns[c], even);
-        odd = fma(set1(w[c + 1]), columns[c + 1], odd);
-      }
-      const V y = gather<A>(a.likelihood.target, outputs, row, n, j),
-              g = gather<A>(a.likelihood.grad, outputs, row, n, j);
-      V d = judge_lanes<A, family, value, slope>(a.likelihood, row, n, j, even + odd, y, g, &lanes);
-      if constexpr (slope) {
-        V* to = outer + j * F;
+        for (int c = 0; c < F; c += 2) {
+          even = fma(set1(w[c]), columns[c], even);
+          odd = fma(set1(w[c + 1]), columns[c + 1], odd);
+        }
+        const V y = gather<A>(a.likelihood.target, outputs, row, n, j),
+                g = gather<A>(a.likelihood.grad, outputs, row, n, j);
+        V d = judge_lanes<A, family, value, slope>(a.likelihood, row, n, j, even + odd, y, g, &lanes);
+        if constexpr (slope) {
+          V* to = outer + j * F;
 #pragma GCC unroll 16
-        for (int c = 0; c < F; ++c) to[c] = fma(d, columns[c], to[c]);
-        if (a.grad_x)
+          for (int c = 0; c < F; ++c) to[c] = fma(d, columns[c], to[c]);
+          if (a.grad_x)
 #pragma GCC unroll 16
-          for (int c = 0; c < F; ++c) dx[c] = fma(d, set1(w[c]), dx[c]);
+            for (int c = 0; c < F; ++c) dx[c] = fma(d, set1(w[c]), dx[c]);
+        }
       }
+      lanes.count(1, outputs);
+      if (slope && a.grad_x)
+        for (int64_t c = 0; c < features; ++c) store(grad_x.at + c * R + i, dx[c]);
     }
-    lanes.count(1, outputs);
     if (slope && a.grad_x) {
-      alignas(64) A lane[F][V::size];
-      for (int c = 0; c < F; ++c) store(lane[c], dx[c]);
-      for (int64_t i = 0; i < n; ++i) {
-        A line[V::size];
-        for (int64_t c = 0; c < features; ++c) line[c] = lane[c][i];
-        for (int64_t c = features; c < V::size; ++c) line[c] = 0;
-        store_gradient<T>(a, row + i, 0, load(line), features);
-      }
+      const RowLayout to = {1, features, 0, 1};
+      a.wide_grad_x ? store_tile(grad_x, (A*)a.grad_x, to, tile, rows, features)
+                    : store_tile(grad_x, (T*)a.grad_x, to, tile, rows, features);
     }
   }
   if (slope && a.grad_weight)

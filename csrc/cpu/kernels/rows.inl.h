@@ -63,6 +63,36 @@ inline const A* staged(const T* p, int64_t n, A* buf) {
 
 // ---- several rows at a time ----------------------------------------------------------------------------------------
 
+// A row's classes, `step` apart: every other one by vectors, of which the last is left alone, since it may be the last
+// of memory.
+template <class T>
+inline void gather_row(const T* p, int64_t step, int64_t classes, acc_t<T>* to) {
+  using V = vec_t<T>;
+  int64_t c = 0;
+  if (step == 1) {
+    for (; c + V::size <= classes; c += V::size) store(to + c, load(p + c));
+    if (c < classes) store_n(to + c, load_n(p + c, classes - c), classes - c);
+    return;
+  }
+  for (; step == 2 && c + V::size < classes; c += V::size) {
+    V even, odd;
+    unzip(load(p + 2 * c), load(p + 2 * c + V::size), &even, &odd);
+    store(to + c, even);
+  }
+  for (; c < classes; ++c) to[c] = load_one(p + c * step);
+}
+template <class T>
+inline void scatter_row(const acc_t<T>* from, T* p, int64_t step, int64_t classes) {
+  using V = vec_t<T>;
+  int64_t c = 0;
+  if (step == 1) {
+    for (; c + V::size <= classes; c += V::size) store(p + c, load(from + c));
+    if (c < classes) store_n(p + c, load_n(from + c, classes - c), classes - c);
+    return;
+  }
+  for (; c < classes; ++c) store_one(p + c * step, from[c]);
+}
+
 // Tile from memory: to[row][class], rows adjacent in memory along `inner` with inner_stride.
 template <class T>
 inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t rows, int64_t classes, acc_t<T>* to) {
@@ -91,6 +121,10 @@ inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t 
       }
       return;
     }
+  }
+  if (std::abs(l.class_stride) < std::abs(l.inner_stride)) {
+    for (int64_t r = 0; r < rows; ++r) gather_row(p + r * l.inner_stride, l.class_stride, classes, to + r * classes);
+    return;
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t r = 0; r < rows; ++r) to[r * classes + c] = load_one(p + c * l.class_stride + r * l.inner_stride);
@@ -124,6 +158,10 @@ inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int6
       }
       return;
     }
+  }
+  if (std::abs(l.class_stride) < std::abs(l.inner_stride)) {
+    for (int64_t r = 0; r < rows; ++r) scatter_row(from + r * classes, p + r * l.inner_stride, l.class_stride, classes);
+    return;
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t r = 0; r < rows; ++r) store_one(p + c * l.class_stride + r * l.inner_stride, from[r * classes + c]);
