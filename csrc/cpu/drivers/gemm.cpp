@@ -152,7 +152,7 @@ void lane_sums(DType dtype, const Gemm& g) {
   finish(dtype, g, sums);
 }
 
-bool both_few(int64_t a, int64_t b) { return std::max(a, b) <= tuning::kFewColumns; }
+bool both_few(int64_t a, int64_t b) { return std::max(a, b) <= tuning::kFewSides; }
 
 }  // namespace
 

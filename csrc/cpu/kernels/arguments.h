@@ -133,7 +133,7 @@ struct DirectArgs {
   Epilogue epilogue;
 };
 
-// Products of many rows with two sides of at most kFewColumns. gemm_lanes: rows of A
+// Products of many rows with two sides of at most kFewSides. gemm_lanes: rows of A
 // (class_stride along K) and of C; B's element (k, j) at j * outer_stride + k * class_stride. gemm_lane_sums: rows of A
 // (k of them across) and of B (n across), summed over; no epilogue.
 struct LanesArgs {

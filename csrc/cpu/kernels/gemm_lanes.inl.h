@@ -39,9 +39,9 @@ inline void finish_lanes(ColumnTile<acc_t<T>>& y, int64_t row, int64_t rows, int
 template <class T>
 inline void gemm_lanes(const LanesArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size, kMost = tuning::kFewColumns * tuning::kFewColumns;
+  constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size, kMost = tuning::kFewSides * tuning::kFewSides;
   const Epilogue& e = a.epilogue;
-  A weight[kMost], bias[tuning::kFewColumns];
+  A weight[kMost], bias[tuning::kFewSides];
   for (int64_t j = 0; j < a.n; ++j) {
     for (int64_t h = 0; h < a.k; ++h)
       weight[j * a.k + h] = load_one((const T*)a.b + j * a.b_layout.outer_stride + h * a.b_layout.class_stride);
@@ -139,7 +139,7 @@ inline void gemm_lane_sums(const LanesArgs& a, int64_t begin, int64_t end, void*
     }
     return;
   }
-  V sum[tuning::kFewColumns * tuning::kFewColumns];
+  V sum[tuning::kFewSides * tuning::kFewSides];
   for (int64_t i = 0; i < a.k * a.n; ++i) sum[i] = set1(A(0));
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);

@@ -123,8 +123,7 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   T* y = (T*)a.output;
-  const bool few = are_few(a.classes);
-  if (!few && a.in.class_stride == 1 && a.out.class_stride == 1) {
+  if (a.classes > tuning::kLaneForward && a.in.class_stride == 1 && a.out.class_stride == 1) {
     for (int64_t r = begin; r < end; ++r) softmax_row(x + a.in.offset(r), y + a.out.offset(r), a.classes, a.log);
     return;
   }
@@ -136,7 +135,7 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     }
     return;
   }
-  if (few) return softmax_few_classes<T>(a, begin, end);
+  if (are_few(a.classes)) return softmax_few_classes<T>(a, begin, end);
   A* tile = (A*)a.scratch;
   for (int64_t r = begin, rows; r < end; r += rows) {
     rows = tile_rows(a.in, r, end);
@@ -151,8 +150,8 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T *y = (const T*)a.input, *g = (const T*)a.grad;
   T* dx = (T*)a.output;
-  const bool few = are_few(a.classes);
-  if (!few && a.in.class_stride == 1 && a.grad_in.class_stride == 1 && a.out.class_stride == 1) {
+  if (a.classes > tuning::kLaneBackward && a.in.class_stride == 1 && a.grad_in.class_stride == 1 &&
+      a.out.class_stride == 1) {
     for (int64_t r = begin; r < end; ++r)
       softmax_backward_row(g + a.grad_in.offset(r), y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
     return;
@@ -165,7 +164,7 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     }
     return;
   }
-  if (few) return softmax_backward_few_classes<T>(a, begin, end);
+  if (are_few(a.classes)) return softmax_backward_few_classes<T>(a, begin, end);
   A *y_tile = (A*)a.scratch, *g_tile = y_tile + tuning::kTileRows * a.classes;
   for (int64_t r = begin, rows; r < end; r += rows) {
     rows = tile_rows(a.in, r, end);
