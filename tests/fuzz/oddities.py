@@ -155,13 +155,26 @@ def _ignored_rows(case: Case, problem: str) -> bool:
 
 def _subnormal_weights(case: Case, problem: str) -> bool:
     """Of a mean; PyTorch's gradients are infinite or NaN then, as ours are."""
-    weight = case["tensors"].get("weight", {})
+    weight = case["tensors"].get("sample_weight" if case["op"] == "linear_nll" else "weight", {})
     return (
-        "cross_entropy" in case["op"]
+        ("cross_entropy" in case["op"] or case["op"] == "linear_nll")
         and case["options"].get("reduction", "mean") == "mean"
         and any(0 < abs(value) < 1e-37 for _, value, _ in weight.get("hostile", []))
         and _pattern(problem)
     )
+
+
+def _rounded_to_zero(case: Case, problem: str) -> bool:
+    """phm_linear, whose composite applies it before it rounds."""
+    half = case["dtype"] in ("bfloat16", "float16")
+    zero = problem.startswith("gradient") and ": 0.0, PyTorch" in problem
+    tiny = any(spec["values"] == "denormal" for spec in case["tensors"].values())
+    return case["op"] == "phm_linear" and case["options"]["activation"] == "relu" and half and zero and tiny
+
+
+def _weighted_squares(case: Case, problem: str) -> bool:
+    half = case["dtype"] in ("bfloat16", "float16")
+    return case["op"] == "mse_loss" and "weight" in case["tensors"] and half and "PyTorch nan" in problem
 
 
 def _infinite_weights(case: Case, problem: str) -> bool:
@@ -215,9 +228,11 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "the slope of gelu or silu at infinity is its limit; torch multiplies infinity by zero": _slope_at_infinity,
     "phm_linear multiplies by a before s: infinities meet other numbers than in a stored weight": _other_order,
     "rows that are ignored take no part; torch multiplies their zero gradient by what is infinite there": _ignored_rows,
-    "a mean over class weights whose sum is subnormal is multiplied by its reciprocal, which is infinite": (
+    "a mean over weights whose sum is subnormal is multiplied by its reciprocal, which is infinite": (
         _subnormal_weights
     ),
+    "relu passes no gradient where a half type's result is zero, be it because it was rounded": _rounded_to_zero,
+    "torch squares weighted errors in a half type, and leaves its range": _weighted_squares,
     "class weights that are no finite numbers multiply sums of all classes, in torch each class by itself": (
         _infinite_weights
     ),

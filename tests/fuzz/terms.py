@@ -174,7 +174,9 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
 
 def of_likelihood(eta, error, y, family: str, v: Tensor | None, factor: Tensor | None, full: bool):
     """Sizes of each loss, and of its derivatives by eta, by target, and by the scale."""
-    eta, y, a = clean(eta), clean(y).abs(), clean(error)
+    # Where the terms of a prediction overflow together, nothing is known of its error.
+    a = torch.where(error.isinf() & eta.isfinite(), torch.inf, clean(error))
+    eta, y = clean(eta), clean(y).abs()
     one = torch.ones_like(eta)
     if family == "squared":
         residual = eta.abs() + y + a
