@@ -307,3 +307,14 @@ def test_gaussians_of_any_width(outputs, differentiable, dtype):
     loss = regfast.linear_nll(x, w, y, family="gaussian", sigma=sigma, reduction="none")
     (dw,) = torch.autograd.grad(loss.sum(), w)
     assert (loss == INF).all() and (dw == 0).all()
+
+
+def test_a_large_gradient_of_the_entropy_beside_an_impossible_class(device):
+    """p log p is zero there, whatever it is multiplied by."""
+    for classes in (2, 200):
+        x = torch.randn(3, classes, device=device)
+        x[:, 1] = -INF
+        x.requires_grad_()
+        entropy = regfast.cross_entropy(x, torch.zeros(3, dtype=torch.long, device=device), outputs="entropy")
+        (grad,) = torch.autograd.grad(entropy, x, torch.full((3,), 1e36, device=device))
+        assert grad.isfinite().all() and not grad[:, 1].any()

@@ -23,7 +23,7 @@ struct LogitGradient {
     V log_p = zv - set1(m) - set1(log_sum);
     V p = exp(log_p, kLeastLogProbability<A>), g;
     if (b != A(0))
-      g = p * fma(set1(b), max(set1(kLeastExponent<A>), log_p), set1(a));
+      g = fma(set1(b), p * max(set1(kLeastExponent<A>), log_p), p * set1(a));  // p log p first: it is bounded
     else
       g = p * set1(a);
     if (t || spread != A(0)) {
@@ -150,7 +150,8 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
       if (has_target) {
         // The class's own entry again, with the one-hot term inside, so that it is rounded once.
         A log_p = zy - m - log_sum, u = transform.cap == A(0) ? A(0) : zy / transform.cap;
-        A value = exp_one(log_p) * (coefficient - entropy * std::max(kLeastExponent<A>, log_p));
+        const A p = exp_one(log_p);
+        A value = p * coefficient - entropy * (p * std::max(kLeastExponent<A>, log_p));
         value -= spread * (weight ? weight[y] : A(1)) + hot;
         store_one(dx + y, value * (1 - u * u) * transform.scale);
       }

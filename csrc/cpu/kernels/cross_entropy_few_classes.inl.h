@@ -208,7 +208,8 @@ inline void cross_entropy_backward_lanes(const CrossEntropyArgs& a, const CrossE
     if (!g.grad_logits) continue;
     V d = exp(log_p, kLeastLogProbability<A>);
     if (g.entropy)
-      d = d * fma(zero - entropy, max(set1(kLeastExponent<A>), log_p), coefficient);
+      d = fma(zero - entropy, d * max(set1(kLeastExponent<A>), log_p),
+              d * coefficient);  // p log p first: it is bounded
     else
       d = d * coefficient;
     if (probabilities) {

@@ -169,7 +169,9 @@ struct CrossEntropyProgram {
         z[i] = transformed(z[i]);
         const A log_p = z[i] - row.max - row.log_sum, w = inside(j + i) ? weight(j + i) : A(0);
         dt[i] = of_targets() ? log_p * (row.logprob - row.keep * w) : A(0);
-        g[i] = exp_of<T>(log_p) * (row.b == A(0) ? row.a : row.a + row.b * bounded_exponent(log_p));
+        const A p = exp_of<T>(log_p);
+        g[i] = p * row.a;
+        if (row.b != A(0)) g[i] += row.b * (p * bounded_exponent(log_p));  // p log p first: it is bounded
         if (has_masses(row)) g[i] -= w * (row.keep * t[i] + row.spread) - row.logprob * t[i];
       }
       if (row.dt) store_vec(row.dt, up.grad_probability_layout.class_stride, j, classes, narrowed_vec<T>(dt));
