@@ -25,22 +25,22 @@ constexpr int64_t tile_scratch_bytes(int64_t classes) { return 3 * kTileRows * c
 constexpr int64_t kLaneClasses = 512;
 
 // Rows of up to kFewColumns classes, or features and outputs of a layer, are handled a vector of rows at a time: one of
-// 10 classes would leave a vector's lanes idle and pay for two reductions (37 ns a row, against 12). They are transposed
-// into tiles of kLaneRows rows, so that each is read once, a few lines of a class at a time, however far classes are
-// apart: in planes of 2^16 bytes, 21 of them fall into one set of every cache. softmax's backward of (4, 21, 128, 128),
-// Zen 5, one core: 754 us in tiles of 32 rows, 457 of 64, 528 of 128.
-// Products have both sides short up to kFewSides.
+// 10 classes would leave a vector's lanes idle and pay for two reductions (37 ns a row, against 12). They are
+// transposed into tiles of kLaneRows rows, so that each is read once, a few lines of a class at a time, however far
+// classes are apart: in planes of 2^16 bytes, 21 of them fall into one set of every cache. softmax's backward of (4,
+// 21, 128, 128), Zen 5, one core: 754 us in tiles of 32 rows, 457 of 64, 528 of 128. Products have both sides short up
+// to kFewSides.
 constexpr int64_t kFewColumns = 64, kFewSides = 32, kLaneRows = 64;
-// Of adjacent classes, softmax has a lane to a row up to so many: 40,000 rows of 64 take 0.68 ms so and 0.41 row by row,
-// of 48 0.36 both; backward, which reads two matrices and has no maximum to find, of 32 0.20 and 0.11, of 24 0.13 and
-// 0.14 (float32, Zen 5, 2 cores).
+// Of adjacent classes, softmax has a lane to a row up to so many: 40,000 rows of 64 take 0.68 ms so and 0.41 row by
+// row, of 48 0.36 both; backward, which reads two matrices and has no maximum to find, of 32 0.20 and 0.11, of 24 0.13
+// and 0.14 (float32, Zen 5, 2 cores).
 constexpr int64_t kLaneForward = 48, kLaneBackward = 24;
 // From so many classes on, rows of adjacent classes are transposed by squares of vectors, below by single numbers.
 constexpr int64_t kLoadSquares = 3, kStoreSquares = 5;
 // Up to so many classes, or with planes that are not whole pages apart, a vector's classes stay in L1 where they lie.
 constexpr int64_t kCacheWays = 8, kPageBytes = 4096;
-// Products of fewer rows than kLeastLanes would leave lanes idle. Sums over rows are taken over so many at a time, for any
-// number of threads.
+// Products of fewer rows than kLeastLanes would leave lanes idle. Sums over rows are taken over so many at a time, for
+// any number of threads.
 constexpr int64_t kLeastLanes = 16, kLaneSumRows = 2048;
 // With K of so many numbers for each output, dot products of rows where they lie take less than to transpose them.
 constexpr int64_t kDotInner = 16;
