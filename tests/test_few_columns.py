@@ -148,3 +148,18 @@ def test_linear_of_further_dimensions(dtype, pool):
         for x in (spiky(*shape, dtype=dtype), spiky(*shape[::-1], dtype=dtype).permute(*range(len(shape) - 1, -1, -1))):
             w, b = spiky(2, shape[-1], dtype=dtype).requires_grad_(), spiky(2, dtype=dtype).requires_grad_()
             check_linear(x.requires_grad_(), w, b, "none", what=str(shape), pool=pool)
+
+
+@pytest.mark.parametrize("classes", (2, 5, 40, 64))
+def test_no_digits_of_confident_rows_are_lost(classes, dtype):
+    """Where one class has almost all of the probability, its loss is what is left to the others, many and small."""
+    x = torch.zeros(70, classes, dtype=dtype)
+    x[:, classes // 2] = torch.linspace(3, 30, 70, dtype=torch.float64).to(dtype)
+    target = torch.full((70,), classes // 2)
+    true = torch.log1p((classes - 1) * torch.exp(-x[:, classes // 2].double()))  # of which torch keeps an absolute eps
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    for loss in (
+        regfast.cross_entropy(x, target, reduction="none", loss_dtype=torch.float64),
+        -regfast.log_softmax(x.double() if dtype == torch.float64 else x.float(), 1)[:, classes // 2],
+    ):
+        assert ((loss - true).abs() <= 8 * eps * true).all()

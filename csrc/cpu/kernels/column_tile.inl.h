@@ -15,6 +15,23 @@ struct ColumnTile {
   A at[tuning::kFewColumns * tuning::kLaneRows];
 };
 
+// The sum of exponentials of which the largest is 1, and its logarithm: ones are added up apart from the rest, so that
+// of confident rows, whose logarithm is about that rest, no digits are lost but one rounding of it.
+template <class V>
+struct ExpSum {
+  V ones, rest;
+  void add(V e, V z, V max) {
+    const V zero = set1(scalar_t<V>(0));
+    ones = ones + select_eq(z, max, e, zero);
+    rest = rest + select_eq(z, max, zero, e);
+  }
+  V sum() const { return ones + rest; }
+  V log_of_sum() const {
+    const V s = sum();  // at least 1, or 0 of a row of -inf
+    return log(s) + (rest - (s - ones)) / max(s, set1(scalar_t<V>(1)));
+  }
+};
+
 // How many rows from `row` on, of `rows`, lie at one distance from each other.
 inline int64_t rows_of_run(const RowLayout& l, int64_t row, int64_t rows) {
   return l.inner == 1 ? rows : std::min(rows, l.inner - row % l.inner);

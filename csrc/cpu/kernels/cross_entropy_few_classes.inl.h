@@ -65,15 +65,17 @@ inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOut
   V m = set1(-infinite);
   for (int64_t c = 0; c < a.classes; ++c) m = max(load(z + c * R), m);
   const V origin = select_lt(abs(m), inf, m, zero);  // as origin_of
-  V sum = zero, weighted = zero, zy = zero;
+  V weighted = zero, zy = zero;
+  ExpSum<V> exps = {zero, zero};
   for (int64_t c = 0; c < a.classes; ++c) {
     const V zc = load(z + c * R), e = exp(zc - origin);
-    sum = sum + e;
+    exps.add(e, zc, origin);
     zy = select_eq(y, set1(A(c)), zc, zy);
     if (a.row_entropy) weighted = fma(e, max(set1(kLeastExponent<A>), zc - origin), weighted);
   }
   // As row_result: with +inf in the row, log sum exp is the sum, infinite or NaN.
-  const V log_sum = select_eq(m, inf, set1(std::numeric_limits<A>::quiet_NaN()), log(sum));
+  const V sum = exps.sum();
+  const V log_sum = select_eq(m, inf, set1(std::numeric_limits<A>::quiet_NaN()), exps.log_of_sum());
   const V lse = select_eq(m, inf, sum, m + log_sum);
   store_rows<A>(a.row_max, row, select_eq(m, inf, select_eq(sum, sum, m, sum), m), n);
   store_rows<A>(a.row_log_sum, row, log_sum, n);

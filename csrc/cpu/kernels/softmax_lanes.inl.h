@@ -13,18 +13,21 @@ inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int6
   using V = vec_t<T>;
   // Exponentials are kept where y holds them exactly.
   constexpr bool keep = std::is_same_v<T, A>;
-  V m = set1(minus_infinity<A>()), sum = set1(A(0));
+  const V zero = set1(A(0));
+  V m = set1(minus_infinity<A>());
+  ExpSum<V> sum = {zero, zero};
   for (int64_t c = 0; c < n; ++c) m = max(load_up_to(x + c * x_step, lanes), m);
   for (int64_t c = 0; c < n; c += tuning::kChain) {
-    V chain = set1(A(0));
+    ExpSum<V> chain = {zero, zero};
     for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
-      const V t = load_up_to(x + i * x_step, lanes) - m, e = exp(t);
+      const V z = load_up_to(x + i * x_step, lanes), t = z - m, e = exp(t);
       if constexpr (keep) store_up_to(y + i * y_step, log_of_it ? t : e, lanes);
-      chain = chain + e;
+      chain.add(e, z, m);
     }
-    sum = sum + chain;
+    sum.ones = sum.ones + chain.ones;
+    sum.rest = sum.rest + chain.rest;
   }
-  const V finish = log_of_it ? log(sum) : set1(A(1)) / sum;
+  const V finish = log_of_it ? sum.log_of_sum() : set1(A(1)) / sum.sum();
   for (int64_t c = 0; c < n; ++c) {
     V t;
     if constexpr (keep) {
@@ -71,11 +74,13 @@ inline vec_t<A> logsumexp_few_lanes(const A* z, int64_t classes) {
   using V = vec_t<A>;
   constexpr int64_t R = tuning::kLaneRows;
   const V inf = set1(-minus_infinity<A>());
-  V m = set1(minus_infinity<A>()), sum = set1(A(0));
+  const V zero = set1(A(0));
+  V m = set1(minus_infinity<A>());
   for (int64_t c = 0; c < classes; ++c) m = max(load(z + c * R), m);
-  const V origin = select_lt(abs(m), inf, m, sum);
-  for (int64_t c = 0; c < classes; ++c) sum = sum + exp(load(z + c * R) - origin);
-  return select_eq(m, inf, sum, m + log(sum));
+  const V origin = select_lt(abs(m), inf, m, zero);
+  ExpSum<V> sum = {zero, zero};
+  for (int64_t c = 0; c < classes; ++c) sum.add(exp(load(z + c * R) - origin), load(z + c * R), origin);
+  return select_eq(m, inf, sum.sum(), m + sum.log_of_sum());
 }
 
 // ---- ranges of rows ------------------------------------------------------------------------------------------------
