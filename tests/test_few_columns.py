@@ -150,7 +150,7 @@ def test_linear_of_further_dimensions(dtype, pool):
             check_linear(x.requires_grad_(), w, b, "none", what=str(shape), pool=pool)
 
 
-@pytest.mark.parametrize("classes", (2, 5, 40, 64))
+@pytest.mark.parametrize("classes", (2, 5, 40, 48))
 def test_no_digits_of_confident_rows_are_lost(classes, dtype):
     """Where one class has almost all of the probability, its loss is what is left to the others, many and small."""
     x = torch.zeros(70, classes, dtype=dtype)
