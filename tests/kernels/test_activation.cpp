@@ -112,7 +112,7 @@ void special_values(Activation activation) {
       int64_t i = 0;
       const Buffer<T> g = input<T>(n, [&] { return grad; }), s = input<T>(n, [&] { return i++ == at ? special : 0.5; });
       Buffer<T> dz(n);
-      rf::activation_backward(Format<T>::dtype, {g.data(), s.data(), {1, n, 0, 1}, dz.data(), n, activation, nullptr},
+      rf::activation_backward(Format<T>::dtype, {{g.data(), s.data(), {1, n, 0, 1}, dz.data(), n, activation}, nullptr},
                               1);
       return dz.value(at);
     };
