@@ -16,7 +16,7 @@ os.environ.setdefault("REGFAST_GEMM", "own")
 
 import torch
 from hypothesis import HealthCheck, settings
-from util import DTYPES
+from util import DTYPES, Pool
 
 import regfast
 from regfast import _C
@@ -138,6 +138,14 @@ def kernels(request):
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def dtype(request):
     return request.param
+
+
+@pytest.fixture
+def pool(dtype):
+    """Collects the errors of a test's many small tensors, and judges them when it has ended."""
+    collected = Pool(dtype)
+    yield collected
+    collected.check()
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from linear_nll_cases import FAMILIES, check_nll, operands, scales, targets
 from test_linear import ACTIVATIONS, check_linear
 from test_phm_linear import check_phm
-from util import Pool, check, class_targets, lay_out, probability_targets, spiky
+from util import check, class_targets, lay_out, probability_targets, spiky
 
 import regfast
 from regfast import reference
@@ -22,13 +22,6 @@ WIDE = [12000, 32003]
 
 def sizes(dtype):
     return TAILS + BLOCKS + (WIDE if dtype != torch.float64 else [])
-
-
-@pytest.fixture
-def pool(dtype):
-    collected = Pool(dtype)
-    yield collected
-    collected.check()
 
 
 def test_linear(dtype, pool):

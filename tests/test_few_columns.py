@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from test_linear import check_linear
 from torch.testing import assert_close
-from util import INF, NAN, Pool, check, class_targets, lay_out, probability_targets, spiky
+from util import INF, NAN, check, class_targets, lay_out, probability_targets, spiky
 
 import regfast
 from regfast import reference
@@ -26,13 +26,6 @@ OPTIONS = (
     {"weight": True, "outputs": ("logprob", "argmax")},
     {"outputs": ("lse", "entropy")},
 )
-
-
-@pytest.fixture
-def pool(dtype):
-    collected = Pool(dtype)
-    yield collected
-    collected.check()
 
 
 def arrange(x, how):

@@ -40,13 +40,6 @@ from util import (
 pytestmark = pytest.mark.kernels("linear_cross_entropy")
 
 
-@pytest.fixture
-def pool(dtype):
-    collected = Pool(dtype)
-    yield collected
-    collected.check()
-
-
 # N, D, V: one class; one row; tails of vectors; more rows than classes; a vocabulary that is no multiple of anything.
 SHAPES = [(1, 1, 1), (5, 3, 1), (1, 17, 33), (9, 7, 2), (37, 30, 129), (130, 5, 10), (40, 64, 2051)]
 

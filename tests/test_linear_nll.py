@@ -29,13 +29,6 @@ import regfast
 pytestmark = pytest.mark.kernels("linear_nll")
 
 
-@pytest.fixture
-def pool(dtype):
-    collected = Pool(dtype)
-    yield collected
-    collected.check()
-
-
 # Values and gradients
 
 

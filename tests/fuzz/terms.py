@@ -143,7 +143,7 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
     }
     g = {k: clean(u).abs() for k, u in ups.items()}
     dz, dt = torch.zeros_like(z), torch.zeros_like(z)
-    # In gradients, probabilities below a bound count as zero; see kLeastLogProbability in cross_entropy_backward.inl.h.
+    # In gradients, probabilities below a bound count as zero; see kLeastLogProbability in cross_entropy_logits.inl.h.
     least, eps = (1e-29, 1.2e-7) if acc == torch.float32 else (1e-298, 2.3e-16)
     share = rows.share + least * rows.log_p / eps
     # Where logits may be off by a half, as products of numbers far above one are, so may any probability.
