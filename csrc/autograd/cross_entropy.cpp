@@ -1,17 +1,14 @@
 // regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or,
 // on devices that compute it in the pass that gives the loss, the gradient itself.
 #include "autograd/cross_entropy_options.h"
+#include "autograd/node.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
-#include "autograd/saved_options.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 using Operands = CrossEntropyOperands;
 using Options = CrossEntropyRequest;
@@ -54,74 +51,69 @@ bool may_write_in_forward(const Operands& t, const Options& o) {
                                                                          : c10::DispatchKey::CPU);
 }
 
-struct CrossEntropyFunction : torch::autograd::Function<CrossEntropyFunction> {
-  static constexpr bool is_traceable = true;
+struct CrossEntropyBackward {
+  struct Options : CrossEntropyRequest {
+    bool in_place;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& t, const OptionalTensor& w,
-                               const Options& o, Way way) {
-    std::vector<Tensor> results;
-    Tensor stats, weight_sum, written;
-    if (way == Way::forward) {
-      at::AutoDispatchBelowADInplaceOrView below;
-      auto [loss, s, sum, grad] = forward_backward_op().call({x, t, w}, o, o.loss_dtype);
-      results = {loss};
-      stats = s;
-      weight_sum = sum;
-      written = grad;
-    } else {
-      results = rf::forward({x, t, w}, o);
-      weight_sum = results.back();
-      results.pop_back();
-      stats = results.back();
-      results.pop_back();
-    }
-    ctx->save_for_backward({x, t, value_or_undefined(w), stats, weight_sum, written});
-    save_options(ctx, o);
-    ctx->saved_data["inplace"] = way == Way::in_place;
-    ctx->set_materialize_grads(false);
-    return results;
-  }
+    auto members() const { return std::tuple_cat(CrossEntropyRequest::members(), std::tie(in_place)); }
+  };
+  static constexpr int kInputs = 2, kSaved = 6;  // input and target
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(5);
-    if (!any_defined(grads)) return result;
-    const auto o = saved_options<Options>(ctx);
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &t = saved[1], &w = saved[2], &stats = saved[3], &weight_sum = saved[4];
-    if (backward_takes_composite("cross_entropy_backward", {&x, &t, &w})) {
-      auto g = composite_gradients(
+  static variable_list backward(const Recorded<CrossEntropyBackward>& op, const variable_list& grads) {
+    const Options& o = op.options;
+    const Tensor &x = op.saved[0], &t = op.saved[1], &w = op.saved[2], &stats = op.saved[3], &weight_sum = op.saved[4];
+    if (backward_takes_composite("cross_entropy_backward", {&x, &t, &w}))
+      return composite_gradients(
           {x, t}, grads, [&](const std::vector<Tensor>& in) { return composite({in[0], in[1], optional(w)}, o); });
-      result[0] = g[0];
-      result[1] = g[1];
-      return result;
-    }
     const auto by_output = o.by_output(grads);
     const CrossEntropyOutputGrads up = {by_output[0], by_output[1], by_output[2], by_output[3]};
     const OptionalTensor weight = optional(w);
     const Operands operands = {x, t, weight};
-    const bool need_x = ctx->needs_input_grad(0), need_t = ctx->needs_input_grad(1);
+    const auto [need_x, need_t] = op.needs;
+    variable_list result(kInputs);
     const bool hidden = std::any_of(grads.begin(), grads.end(), values_are_hidden);
-    if (const Tensor& dx = saved[5]; dx.defined() && !hidden && may_give_away(dx)) {
-      static const auto op = find_op<UnlessOneSignature>("regfast::cross_entropy_backward_unless_one_");
-      op.call(*up.loss, operands, stats, weight_sum, o, dx);
+    if (const Tensor& dx = op.saved[5]; dx.defined() && !hidden && may_give_away(dx)) {
+      static const auto kernels = find_op<UnlessOneSignature>("regfast::cross_entropy_backward_unless_one_");
+      kernels.call(*up.loss, operands, stats, weight_sum, o, dx);
       result[0] = dx;
       return result;
     }
-    if (ctx->saved_data["inplace"].toBool() && need_x && !hidden) {
-      static const auto op = find_op<BackwardSignature<Tensor, bool>>("regfast::cross_entropy_backward_");
-      Tensor dt = op.call(up, operands, stats, weight_sum, o, need_t);
+    if (o.in_place && need_x && !hidden) {
+      static const auto kernels = find_op<BackwardSignature<Tensor, bool>>("regfast::cross_entropy_backward_");
+      Tensor dt = kernels.call(up, operands, stats, weight_sum, o, need_t);
       result[0] = x.detach();
       if (need_t) result[1] = dt;
       return result;
     }
-    static const auto op =
+    static const auto kernels =
         find_op<BackwardSignature<std::tuple<Tensor, Tensor>, std::array<bool, 2>>>("regfast::cross_entropy_backward");
-    auto [dx, dt] = op.call(up, operands, stats, weight_sum, o, {need_x, need_t});
-    if (need_x) result[0] = dx;
-    if (need_t) result[1] = dt;
-    return result;
+    const auto [dx, dt] = kernels.call(up, operands, stats, weight_sum, o, op.needs);
+    return op.wanted({&dx, &dt});
   }
 };
+
+std::vector<Tensor> recorded(const Operands& t, const Options& o, Way way) {
+  std::vector<Tensor> results;
+  Tensor stats, weight_sum, written;
+  if (way == Way::forward) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, s, sum, grad] = forward_backward_op().call(t, o, o.loss_dtype);
+    results = {loss};
+    stats = s;
+    weight_sum = sum;
+    written = grad;
+  } else {
+    results = forward(t, o);
+    weight_sum = results.back();
+    results.pop_back();
+    stats = results.back();
+    results.pop_back();
+  }
+  record<CrossEntropyBackward>(results, {&t.input, &t.target},
+                               {&t.input, &t.target, &value_or_undefined(t.weight), &stats, &weight_sum, &written},
+                               {o, way == Way::in_place});
+  return results;
+}
 
 // By the kernels, for logits and probabilities of one type and class weights of any.
 std::vector<Tensor> by_kernels(const Operands& t, const Options& o, bool inplace_backward) {
@@ -138,7 +130,7 @@ std::vector<Tensor> by_kernels(const Operands& t, const Options& o, bool inplace
       // While tracing, buffers are the compiler's to reuse.
       way = x.unsafeGetTensorImpl()->is_python_dispatch() || x.is_neg() ? Way::backward : Way::in_place;
     }
-    return CrossEntropyFunction::apply(x, t.target, t.weight, o, way);
+    return recorded(t, o, way);
   }
   auto results = forward(t, o);
   results.resize(results.size() - 2);

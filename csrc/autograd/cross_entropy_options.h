@@ -49,10 +49,4 @@ inline at::ScalarType autocast_loss_type(at::ScalarType t) {
   return t == at::kBFloat16 || t == at::kHalf ? at::kFloat : t;
 }
 
-inline bool any_defined(const torch::autograd::variable_list& grads) {
-  for (const Tensor& g : grads)
-    if (g.defined()) return true;
-  return false;
-}
-
 }  // namespace rf

@@ -1,14 +1,12 @@
 // regfast::linear: saves the operands that a derivative needs and what the activation's derivative is computed from
 // (nothing, the output or the pre-activation); computes only the gradients that are asked for.
+#include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 Tensor composite(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
   static const auto op =
@@ -29,54 +27,33 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, cons
                                                              const OptionalTensor&, const OptionalTensor&, string_view,
                                                              std::array<bool, 3>);
 
-struct LinearFunction : torch::autograd::Function<LinearFunction> {
-  static constexpr bool is_traceable = true;
+struct LinearBackward {
+  struct Options {
+    int64_t activation;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const OptionalTensor& b,
-                        Activation act) {
-    const Saved kind = saved_for(act);
-    auto [y, z] = rf::forward(x, w, b, act, kind == Saved::preactivation);
-    // A derivative of an activation's derivative starts again from all operands.
-    const bool all = act != Activation::none;
-    ctx->save_for_backward({all || w.requires_grad() ? x : Tensor(), all || x.requires_grad() ? w : Tensor(),
-                            all ? value_or_undefined(b) : Tensor(),
-                            kind == Saved::output          ? y
-                            : kind == Saved::preactivation ? z
-                                                           : Tensor()});
-    ctx->saved_data["has_bias"] = b.has_value() && b->defined();
-    ctx->saved_data["activation"] = (int64_t)act;
-    ctx->set_materialize_grads(false);
-    return y;
-  }
+    auto members() const { return std::tie(activation); }
+  };
+  static constexpr int kInputs = 3, kSaved = 4;
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(4);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &g = grads[0], &x = saved[0], &w = saved[1], &b = saved[2];
-    const auto activation = (Activation)ctx->saved_data["activation"].toInt();
-    const std::array<bool, 3> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                      ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)};
+  static variable_list backward(const Recorded<LinearBackward>& op, const variable_list& grads) {
+    const Tensor &g = grads[0], &x = op.saved[0], &w = op.saved[1], &b = op.saved[2], &saved = op.saved[3];
+    const auto activation = (Activation)op.options.activation;
     if (backward_takes_composite("linear_backward", {&g, &x, &w})) {
       if (activation == Activation::none) {
-        if (mask[0]) result[0] = at::matmul(g, w);
+        variable_list result(kInputs);
+        if (op.needs[0]) result[0] = at::matmul(g, w);
         const Tensor rows = g.dim() == 1 ? g.unsqueeze(0) : g.flatten(0, -2);
-        if (mask[1]) result[1] = at::matmul(rows.t(), x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2));
-        if (mask[2]) result[2] = rows.sum(0);
+        if (op.needs[1]) result[1] = at::matmul(rows.t(), x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2));
+        if (op.needs[2]) result[2] = rows.sum(0);
         return result;
       }
-      auto computed = composite_gradients({x, w, b}, {g}, [&](const std::vector<Tensor>& in) {
+      return composite_gradients({x, w, b}, {g}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite(in[0], in[1], optional(in[2]), name_of(activation))};
       });
-      std::copy(computed.begin(), computed.end(), result.begin());
-      return result;
     }
-    static const auto op = find_op<BackwardSignature>("regfast::linear_backward");
-    auto [dx, dw, db] = op.call(g, optional(x), optional(w), optional(saved[3]), name_of(activation), mask);
-    if (mask[0]) result[0] = dx;
-    if (mask[1]) result[1] = dw;
-    if (mask[2]) result[2] = db;
-    return result;
+    static const auto kernels = find_op<BackwardSignature>("regfast::linear_backward");
+    const auto [dx, dw, db] = kernels.call(g, optional(x), optional(w), optional(saved), name_of(activation), op.needs);
+    return op.wanted({&dx, &dw, &db});
   }
 };
 
@@ -88,8 +65,19 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, stri
   const bool special = w.dim() != 2 || (b.defined() && (b.dim() != 1 || (b.sym_size(0) == 1 && w.sym_size(0) != 1)));
   if (takes_composite("linear", {&x, &w, &b}, special ? "weight or bias of an unusual shape" : nullptr))
     return composite(x, w, bias, activation);
-  if (any_requires_grad({&x, &w, &b})) return LinearFunction::apply(x, w, bias, act);
-  return std::get<0>(forward(x, w, bias, act, false));
+  const bool recorded = any_requires_grad({&x, &w, &b});
+  const Saved kind = saved_for(act);
+  const auto [y, z] = forward(x, w, bias, act, recorded && kind == Saved::preactivation);
+  if (recorded) {
+    // A derivative of an activation's derivative starts again from all operands.
+    const bool all = act != Activation::none;
+    const Tensor none, &saved = kind == Saved::output ? y : kind == Saved::preactivation ? z : none;
+    record<LinearBackward>(
+        y, {&x, &w, &b},
+        {all || w.requires_grad() ? &x : &none, all || x.requires_grad() ? &w : &none, all ? &b : &none, &saved},
+        {(int64_t)act});
+  }
+  return y;
 }
 
 // As F.linear: autocast's lower precision for single precision and half types, float64 as it is.

@@ -2,17 +2,14 @@
 // are there, and saves them; anything else saves its inputs alone and computes the logits again in backward, and so
 // does a reduced loss whose saved tensors are packed away.
 #include "autograd/cross_entropy_options.h"
+#include "autograd/node.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
-#include "autograd/saved_options.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 using Operands = LinearCrossEntropyOperands;
 using Budget = std::optional<int64_t>;
@@ -52,61 +49,50 @@ bool grads_in_forward(const Tensor& target, const Options& o) {
          o.reduction != at::Reduction::None && !target.requires_grad() && !saved_tensors_are_packed();
 }
 
-struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
-  static constexpr bool is_traceable = true;
+struct LinearCrossEntropyBackward {
+  using Options = rf::Options;
+  // Input, weight, bias and target; these, the classes' weights and three gradients.
+  static constexpr int kInputs = 4, kSaved = 8;
 
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& target,
-                               const OptionalTensor& bias, const OptionalTensor& weight, const Options& o) {
-    const Tensor& b = value_or_undefined(bias);
-    variable_list results, saved = {x, w, target, b, value_or_undefined(weight)};
-    if (grads_in_forward(target, o)) {
-      at::AutoDispatchBelowADInplaceOrView below;
-      static const auto op = find_op<ForwardBackwardSignature>("regfast::linear_cross_entropy_forward_backward");
-      const std::array<bool, 3> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad()};
-      auto [loss, argmax, dx, dw, db] = op.call({x, w, target, bias, weight}, o, o.outputs & kOutputArgmax,
-                                                o.memory_budget, o.filter_eps, o.loss_dtype, mask);
-      results.push_back(loss);
-      if (o.outputs & kOutputArgmax) results.push_back(argmax);
-      for (const auto& [g, wanted] : {std::pair{dx, mask[0]}, {dw, mask[1]}, {db, mask[2]}})
-        saved.push_back(wanted ? g : Tensor());
-    } else {
-      results = rf::forward({x, w, target, bias, weight}, o);
-    }
-    ctx->save_for_backward(std::move(saved));
-    save_options(ctx, o);
-    ctx->set_materialize_grads(false);
-    return results;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list upstream) {
-    variable_list result(6);
-    if (!any_defined(upstream)) return result;
-    const auto o = saved_options<Options>(ctx);
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &x = saved[0], &w = saved[1], &target = saved[2], &b = saved[3], &weight = saved[4];
-    if (backward_takes_composite("linear_cross_entropy_backward", {&x, &w, &target, &b, &weight})) {
-      auto g = composite_gradients({x, w, target, b}, upstream, [&](const std::vector<Tensor>& in) {
-        return composite({in[0], in[1], in[2], optional(in[3]), optional(weight)}, o);
+  static variable_list backward(const Recorded<LinearCrossEntropyBackward>& op, const variable_list& upstream) {
+    const Options& o = op.options;
+    const Tensor &x = op.saved[0], &w = op.saved[1], &b = op.saved[2], &target = op.saved[3], &weight = op.saved[4];
+    if (backward_takes_composite("linear_cross_entropy_backward", {&x, &w, &target, &b, &weight}))
+      return composite_gradients({x, w, b, target}, upstream, [&](const std::vector<Tensor>& in) {
+        return composite({in[0], in[1], in[3], optional(in[2]), optional(weight)}, o);
       });
-      std::copy(g.begin(), g.end(), result.begin());
-      return result;
-    }
-    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                      b.defined() && ctx->needs_input_grad(3), ctx->needs_input_grad(2)};
-    const Tensor* inputs[] = {&x, &w, &b, &target};
-    const int places[] = {0, 1, 3, 2};
-    const auto saved_gradients = at::ArrayRef<Tensor>(saved).slice(5);
-    if (take_saved_gradients(upstream[0], saved_gradients, inputs, mask, places, result)) return result;
+    const auto gradients = at::ArrayRef<Tensor>(op.saved).slice(5);
+    if (auto taken = take_saved_gradients(upstream[0], gradients, {&x, &w, &b}, op.needs)) return *taken;
     const auto up = o.by_output(upstream);
-    static const auto op = find_op<BackwardSignature>("regfast::linear_cross_entropy_backward");
-    auto [dx, dw, db, dt] = op.call({up[0], up[1], up[2], up[3]}, {x, w, target, optional(b), optional(weight)}, o,
-                                    o.memory_budget, o.filter_eps, mask);
-    const Tensor* grads[] = {&dx, &dw, &db, &dt};
-    for (int i = 0; i < 4; ++i)
-      if (mask[i]) result[places[i]] = *grads[i];
-    return result;
+    static const auto kernels = find_op<BackwardSignature>("regfast::linear_cross_entropy_backward");
+    const auto [dx, dw, db, dt] =
+        kernels.call({up[0], up[1], up[2], up[3]}, {x, w, target, optional(b), optional(weight)}, o, o.memory_budget,
+                     o.filter_eps, op.needs);
+    return op.wanted({&dx, &dw, &db, &dt});
   }
 };
+
+std::vector<Tensor> recorded(const Operands& t, const Options& o) {
+  const Tensor &x = t.input, &w = t.linear_weight, &b = value_or_undefined(t.linear_bias);
+  std::vector<Tensor> results;
+  Tensor dx, dw, db;
+  if (grads_in_forward(t.target, o)) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto kernels = find_op<ForwardBackwardSignature>("regfast::linear_cross_entropy_forward_backward");
+    const std::array<bool, 3> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad()};
+    Tensor loss, argmax;
+    std::tie(loss, argmax, dx, dw, db) =
+        kernels.call(t, o, o.outputs & kOutputArgmax, o.memory_budget, o.filter_eps, o.loss_dtype, mask);
+    results.push_back(loss);
+    if (o.outputs & kOutputArgmax) results.push_back(argmax);
+    keep_wanted({&dx, &dw, &db}, mask);
+  } else {
+    results = forward(t, o);
+  }
+  record<LinearCrossEntropyBackward>(results, {&x, &w, &b, &t.target},
+                                     {&x, &w, &b, &t.target, &value_or_undefined(t.weight), &dx, &dw, &db}, o);
+  return results;
+}
 
 // Probabilities where floating, as they have to be then where the target's shape is that of the logits.
 bool holds_probabilities(const Operands& t) { return at::isFloatingType(t.target.scalar_type()); }
@@ -136,9 +122,9 @@ std::vector<Tensor> linear_cross_entropy_as(at::ScalarType count_as, const Opera
   const Tensor x = t.input.to(type), w = t.linear_weight.to(type),
                target = widens ? t.target.to(acc_type(type)) : t.target;
   const OptionalTensor bias = b.defined() ? OptionalTensor(b.to(type)) : t.linear_bias;
-  return finish(any_requires_grad({&x, &w, &target, &value_or_undefined(bias)})
-                    ? LinearCrossEntropyFunction::apply(x, w, target, bias, t.weight, o)
-                    : forward({x, w, target, bias, t.weight}, o));
+  const Operands converted = {x, w, target, bias, t.weight};
+  return finish(any_requires_grad({&x, &w, &target, &value_or_undefined(bias)}) ? recorded(converted, o)
+                                                                                : forward(converted, o));
 }
 
 bool any_unusual(const Operands& t) {

@@ -1,17 +1,14 @@
 // regfast::linear_nll: a reduced loss has its gradients computed in forward, while the residuals are there, and saves
 // them; a loss per element, or one whose saved tensors are packed away, saves its inputs alone and computes the
 // predictions again in backward.
+#include "autograd/node.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
-#include "autograd/saved_options.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 using Operands = LinearNllOperands;
 
@@ -38,67 +35,47 @@ Tensor forward(const Operands& t, const Options& o) {
   return op.call(t, o);
 }
 
-// The differentiable inputs: x, w, bias and a gaussian's variance, at these places among forward's arguments.
-constexpr int kPlaces[] = {0, 1, 3, 4};
+struct LinearNllBackward {
+  using Options = rf::Options;
+  // Input, weight, bias and a gaussian's variance; these, target, the rows' weights and four gradients.
+  static constexpr int kInputs = 4, kSaved = 10;
 
-struct LinearNllFunction : torch::autograd::Function<LinearNllFunction> {
-  static constexpr bool is_traceable = true;
-
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& w, const Tensor& target,
-                        const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& sample_weight,
-                        const Options& o) {
-    const Tensor &b = value_or_undefined(bias), &v = value_or_undefined(scale);
-    variable_list saved = {x, w, target, b, v, value_or_undefined(sample_weight)};
-    Tensor result;
-    if (o.reduction != at::Reduction::None && !saved_tensors_are_packed()) {
-      at::AutoDispatchBelowADInplaceOrView below;
-      static const auto op = find_op<ForwardBackwardSignature>("regfast::linear_nll_forward_backward");
-      const std::array<bool, 4> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad(),
-                                        v.defined() && v.requires_grad()};
-      auto [loss, dx, dw, db, dv] = op.call({x, w, target, bias, scale, sample_weight}, o, mask);
-      result = loss;
-      for (const auto& [g, wanted] : {std::pair{dx, mask[0]}, {dw, mask[1]}, {db, mask[2]}, {dv, mask[3]}})
-        saved.push_back(wanted ? g : Tensor());
-    } else {
-      result = rf::forward({x, w, target, bias, scale, sample_weight}, o);
-    }
-    ctx->save_for_backward(std::move(saved));
-    save_options(ctx, o);
-    ctx->set_materialize_grads(false);
-    return result;
-  }
-
-  static variable_list backward(AutogradContext* ctx, variable_list upstream) {
-    variable_list result(7);
+  static variable_list backward(const Recorded<LinearNllBackward>& op, const variable_list& upstream) {
+    const Options& o = op.options;
+    const Tensor &x = op.saved[0], &w = op.saved[1], &b = op.saved[2], &v = op.saved[3], &target = op.saved[4];
+    const auto sample_weight = optional(op.saved[5]);
     const Tensor& up = upstream[0];
-    if (!up.defined()) return result;
-    const auto o = saved_options<Options>(ctx);
-    const auto saved = ctx->get_saved_variables();
-    const Tensor *inputs[] = {&saved[0], &saved[1], &saved[3], &saved[4]}, &target = saved[2];
-    const auto sample_weight = optional(saved[5]);
-    if (backward_takes_composite("linear_nll_backward", {&up, inputs[0], inputs[1], &target})) {
-      auto g = composite_gradients(
-          {*inputs[0], *inputs[1], *inputs[2], *inputs[3]}, {up}, [&](const std::vector<Tensor>& in) {
-            return std::vector<Tensor>{
-                composite({in[0], in[1], target, optional(in[2]), optional(in[3]), sample_weight}, o)};
-          });
-      for (int i = 0; i < 4; ++i) result[kPlaces[i]] = g[i];
-      return result;
-    }
-    // Edges are counted among the tensors that were given: a variance without bias has the place before its own.
-    const size_t edges[] = {0, 1, 3, inputs[2]->defined() ? 4u : 3u};
-    std::array<bool, 4> mask;
-    for (int i = 0; i < 4; ++i) mask[i] = inputs[i]->defined() && ctx->needs_input_grad(edges[i]);
-    if (take_saved_gradients(up, at::ArrayRef<Tensor>(saved).slice(6), inputs, mask, kPlaces, result)) return result;
-    static const auto op = find_op<BackwardSignature>("regfast::linear_nll_backward");
-    auto [dx, dw, db, dv] = op.call(
-        up, {*inputs[0], *inputs[1], target, optional(*inputs[2]), optional(*inputs[3]), sample_weight}, o, mask);
-    const Tensor* grads[] = {&dx, &dw, &db, &dv};
-    for (int i = 0; i < 4; ++i)
-      if (mask[i]) result[kPlaces[i]] = *grads[i];
-    return result;
+    if (backward_takes_composite("linear_nll_backward", {&up, &x, &w, &target}))
+      return composite_gradients({x, w, b, v}, {up}, [&](const std::vector<Tensor>& in) {
+        return std::vector<Tensor>{
+            composite({in[0], in[1], target, optional(in[2]), optional(in[3]), sample_weight}, o)};
+      });
+    const auto gradients = at::ArrayRef<Tensor>(op.saved).slice(6);
+    if (auto taken = take_saved_gradients(up, gradients, {&x, &w, &b, &v}, op.needs)) return *taken;
+    static const auto kernels = find_op<BackwardSignature>("regfast::linear_nll_backward");
+    const auto [dx, dw, db, dv] =
+        kernels.call(up, {x, w, target, optional(b), optional(v), sample_weight}, o, op.needs);
+    return op.wanted({&dx, &dw, &db, &dv});
   }
 };
+
+Tensor recorded(const Operands& t, const Options& o) {
+  const Tensor &x = t.input, &w = t.weight, &b = value_or_undefined(t.bias), &v = value_or_undefined(t.scale);
+  Tensor loss, dx, dw, db, dv;
+  if (o.reduction != at::Reduction::None && !saved_tensors_are_packed()) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    static const auto kernels = find_op<ForwardBackwardSignature>("regfast::linear_nll_forward_backward");
+    const std::array<bool, 4> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad(),
+                                      v.defined() && v.requires_grad()};
+    std::tie(loss, dx, dw, db, dv) = kernels.call(t, o, mask);
+    keep_wanted({&dx, &dw, &db, &dv}, mask);
+  } else {
+    loss = forward(t, o);
+  }
+  record<LinearNllBackward>(loss, {&x, &w, &b, &v},
+                            {&x, &w, &b, &v, &t.target, &value_or_undefined(t.sample_weight), &dx, &dw, &db, &dv}, o);
+  return loss;
+}
 
 bool any_unusual(const Operands& t) {
   return rf::any_unusual("linear_nll", {&t.input, &t.weight, &t.target, &value_or_undefined(t.bias),
@@ -122,9 +99,8 @@ Tensor linear_nll(const Operands& t, const Options& given) {
   const auto type = wide(t.target) || wide(v) || wide(s) ? at::kDouble : t.input.scalar_type();
   const Tensor x = t.input.to(type), w = t.weight.to(type);
   const OptionalTensor bias = b.defined() ? OptionalTensor(b.to(type)) : t.bias;
-  if (any_requires_grad({&x, &w, &b, &v}))
-    return LinearNllFunction::apply(x, w, t.target, bias, t.scale, t.sample_weight, o);
-  return forward({x, w, t.target, bias, t.scale, t.sample_weight}, o);
+  const Operands converted = {x, w, t.target, bias, t.scale, t.sample_weight};
+  return any_requires_grad({&x, &w, &b, &v}) ? recorded(converted, o) : forward(converted, o);
 }
 
 // As F.linear followed by a loss: products of autocast's type, a float32 loss.

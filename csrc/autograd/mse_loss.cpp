@@ -1,13 +1,11 @@
 // regfast::mse_loss saves input and target; the residual is recomputed in backward.
+#include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 Tensor composite(const Tensor& x, const Tensor& y, int64_t reduction) {
   static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t)>("regfast::composite_mse_loss");
@@ -20,33 +18,26 @@ Tensor forward(const Tensor& x, const Tensor& y, int64_t reduction) {
   return op.call(x, y, reduction);
 }
 
-struct MseLossFunction : torch::autograd::Function<MseLossFunction> {
-  static constexpr bool is_traceable = true;
+struct MseLossBackward {
+  struct Options {
+    int64_t reduction;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& y, int64_t reduction) {
-    ctx->save_for_backward({x, y});
-    ctx->saved_data["reduction"] = reduction;
-    return rf::forward(x, y, reduction);
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const int64_t reduction = ctx->saved_data["reduction"].toInt();
-    variable_list result(3);
-    if (backward_takes_composite("mse_loss_backward", {&grads[0], &saved[0], &saved[1]})) {
-      auto g = composite_gradients({saved[0], saved[1]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
+    auto members() const { return std::tie(reduction); }
+  };
+  static constexpr int kInputs = 2, kSaved = 2;
+
+  static variable_list backward(const Recorded<MseLossBackward>& op, const variable_list& grads) {
+    const Tensor &x = op.saved[0], &y = op.saved[1];
+    const int64_t reduction = op.options.reduction;
+    if (backward_takes_composite("mse_loss_backward", {&grads[0], &x, &y}))
+      return composite_gradients({x, y}, {grads[0]}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite(in[0], in[1], reduction)};
       });
-      std::copy(g.begin(), g.end(), result.begin());
-      return result;
-    }
-    static const auto op =
+    static const auto kernels =
         find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, std::array<bool, 2>)>(
             "regfast::mse_loss_backward");
-    const std::array<bool, 2> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
-    auto [dx, dy] = op.call(grads[0], saved[0], saved[1], reduction, mask);
-    if (mask[0]) result[0] = dx;
-    if (mask[1]) result[1] = dy;
-    return result;
+    const auto [dx, dy] = kernels.call(grads[0], x, y, reduction, op.needs);
+    return op.wanted({&dx, &dy});
   }
 };
 
@@ -57,8 +48,9 @@ Tensor mse_loss(const Tensor& x, const Tensor& y, int64_t reduction) {
   const bool special = x.sym_sizes() != y.sym_sizes() || x.scalar_type() != y.scalar_type() || x.device() != y.device();
   if (takes_composite("mse_loss", {&x, &y}, special ? "input and target differ in kind" : nullptr))
     return composite(x, y, reduction);
-  if (any_requires_grad({&x, &y})) return MseLossFunction::apply(x, y, reduction);
-  return forward(x, y, reduction);
+  const Tensor loss = forward(x, y, reduction);
+  if (any_requires_grad({&x, &y})) record<MseLossBackward>(loss, {&x, &y}, {&x, &y}, {reduction});
+  return loss;
 }
 
 // As F.mse_loss: in float32 under autocast.

@@ -1,14 +1,12 @@
 // regfast::phm_linear: saves its operands and what the activation's derivative is computed from, never the weight that
 // they stand for; computes only the gradients that are asked for.
+#include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 using Signature = Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, string_view);
 using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
@@ -30,56 +28,34 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& a, const Tenso
   return op.call(x, a, s, b, name_of(activation), save_preactivation);
 }
 
-struct PhmLinearFunction : torch::autograd::Function<PhmLinearFunction> {
-  static constexpr bool is_traceable = true;
+struct PhmLinearBackward {
+  struct Options {
+    int64_t activation;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& a, const Tensor& s,
-                        const OptionalTensor& b, Activation act) {
-    const Saved kind = saved_for(act);
-    auto [y, z] = rf::forward(x, a, s, b, act, kind == Saved::preactivation);
-    // A derivative of an activation's derivative starts again from all operands.
-    const bool all = act != Activation::none;
-    ctx->save_for_backward({all || a.requires_grad() || s.requires_grad() ? x : Tensor(), a, s,
-                            all ? value_or_undefined(b) : Tensor(),
-                            kind == Saved::output          ? y
-                            : kind == Saved::preactivation ? z
-                                                           : Tensor()});
-    ctx->saved_data["has_bias"] = b.has_value() && b->defined();
-    ctx->saved_data["activation"] = (int64_t)act;
-    ctx->set_materialize_grads(false);
-    return y;
-  }
+    auto members() const { return std::tie(activation); }
+  };
+  static constexpr int kInputs = 4, kSaved = 5;
 
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    variable_list result(5);
-    if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &g = grads[0], &x = saved[0], &a = saved[1], &s = saved[2], &b = saved[3];
-    const auto activation = (Activation)ctx->saved_data["activation"].toInt();
-    const std::array<bool, 4> mask = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2),
-                                      ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(3)};
+  static variable_list backward(const Recorded<PhmLinearBackward>& op, const variable_list& grads) {
+    const Tensor &g = grads[0], &x = op.saved[0], &a = op.saved[1], &s = op.saved[2], &b = op.saved[3];
+    const auto activation = (Activation)op.options.activation;
     if (backward_takes_composite("phm_linear_backward", {&g, &x, &a, &s})) {
       // Without an activation, what was not saved has no part in its own gradient: any values will do.
       Tensor input = x, bias = b;
       if (!x.defined()) {
         auto sizes = g.sym_sizes().vec();
         sizes.back() = a.sym_size(0) * s.sym_size(2);
-        input = at::zeros_symint(sizes, g.options()).requires_grad_(mask[0]);
+        input = at::zeros_symint(sizes, g.options()).requires_grad_(op.needs[0]);
       }
-      if (!b.defined() && mask[3]) bias = at::zeros_symint({g.sym_size(-1)}, g.options()).requires_grad_();
-      auto computed = composite_gradients({input, a, s, bias}, {g}, [&](const std::vector<Tensor>& in) {
+      if (!b.defined() && op.needs[3]) bias = at::zeros_symint({g.sym_size(-1)}, g.options()).requires_grad_();
+      return composite_gradients({input, a, s, bias}, {g}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite(in[0], in[1], in[2], optional(in[3]), name_of(activation))};
       });
-      std::copy(computed.begin(), computed.end(), result.begin());
-      return result;
     }
-    static const auto op = find_op<BackwardSignature>("regfast::phm_linear_backward");
-    auto [dx, da, ds, db] = op.call(g, optional(x), a, s, optional(saved[4]), name_of(activation), mask);
-    if (mask[0]) result[0] = dx;
-    if (mask[1]) result[1] = da;
-    if (mask[2]) result[2] = ds;
-    if (mask[3]) result[3] = db;
-    return result;
+    static const auto kernels = find_op<BackwardSignature>("regfast::phm_linear_backward");
+    const auto [dx, da, ds, db] =
+        kernels.call(g, optional(x), a, s, optional(op.saved[4]), name_of(activation), op.needs);
+    return op.wanted({&dx, &da, &ds, &db});
   }
 };
 
@@ -90,8 +66,18 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
   if (any_unusual("phm_linear", {&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   check_phm_linear(x, a, s, b);
   if (takes_composite("phm_linear", {&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
-  if (any_requires_grad({&x, &a, &s, &b})) return PhmLinearFunction::apply(x, a, s, bias, act);
-  return std::get<0>(forward(x, a, s, bias, act, false));
+  const bool recorded = any_requires_grad({&x, &a, &s, &b});
+  const Saved kind = saved_for(act);
+  const auto [y, z] = forward(x, a, s, bias, act, recorded && kind == Saved::preactivation);
+  if (recorded) {
+    // A derivative of an activation's derivative starts again from all operands.
+    const bool all = act != Activation::none;
+    const Tensor none, &saved = kind == Saved::output ? y : kind == Saved::preactivation ? z : none;
+    record<PhmLinearBackward>(
+        y, {&x, &a, &s, &b},
+        {all || a.requires_grad() || s.requires_grad() ? &x : &none, &a, &s, all ? &b : &none, &saved}, {(int64_t)act});
+  }
+  return y;
 }
 
 // As linear.

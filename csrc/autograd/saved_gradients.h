@@ -29,19 +29,28 @@ inline bool may_give_away(const Tensor& saved) {
   return !torch::autograd::get_current_graph_task_keep_graph() && saved.storage().use_count() == 1;
 }
 
-// Puts `grads`, which forward saved, times `up` and in the types of `inputs`, into their `places` of `result`, as far
-// as `mask` wants it. False where forward saved none.
-inline bool take_saved_gradients(const Tensor& up, at::ArrayRef<Tensor> grads, at::ArrayRef<const Tensor*> inputs,
-                                 at::ArrayRef<bool> mask, at::ArrayRef<int> places,
-                                 torch::autograd::variable_list& result) {
-  if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return false;
+// Makes undefined what the kernels return for what was not asked for, so that nothing is saved of it.
+template <size_t n>
+void keep_wanted(const std::array<Tensor*, n>& grads, const std::array<bool, n>& wanted) {
+  for (size_t i = 0; i < n; ++i)
+    if (!wanted[i]) *grads[i] = Tensor();
+}
+
+// Gradients that forward saved, of the first of an op's inputs, times `up` and in the inputs' types, as far as they
+// are needed; nothing where forward saved none.
+template <size_t n>
+std::optional<torch::autograd::variable_list> take_saved_gradients(const Tensor& up, at::ArrayRef<Tensor> grads,
+                                                                   std::initializer_list<const Tensor*> inputs,
+                                                                   const std::array<bool, n>& needs) {
+  if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return std::nullopt;
   const bool hidden = values_are_hidden(up);
   const bool one = !hidden && up.is_cpu() && up.item<double>() == 1;
+  torch::autograd::variable_list result(n);
   for (size_t i = 0; i < grads.size(); ++i) {
-    if (!mask[i]) continue;
+    if (!needs[i]) continue;
     const Tensor& g = grads[i];
-    const auto type = inputs[i]->scalar_type();
-    Tensor& scaled = result[places[i]];
+    const auto type = inputs.begin()[i]->scalar_type();
+    Tensor& scaled = result[i];
     if (hidden || values_are_hidden(g)) {
       scaled = (g * up).to(type);
     } else if (g.is_cuda() && g.scalar_type() != type) {  // scaled and rounded in one pass over memory
@@ -52,7 +61,7 @@ inline bool take_saved_gradients(const Tensor& up, at::ArrayRef<Tensor> grads, a
       scaled = one ? g.to(type, /*non_blocking=*/false, /*copy=*/true) : (g * up).to(type);
     }
   }
-  return true;
+  return result;
 }
 
 }  // namespace rf

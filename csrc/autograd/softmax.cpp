@@ -1,13 +1,11 @@
 // regfast::softmax saves its output alone; regfast::logsumexp saves input and result.
+#include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 namespace {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
 Tensor composite_softmax(const Tensor& x, int64_t dim, bool log) {
   static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::composite_softmax");
@@ -29,55 +27,50 @@ Tensor logsumexp_forward(const Tensor& x, int64_t dim, bool keepdim) {
   return op.call(x, dim, keepdim);
 }
 
-struct SoftmaxFunction : torch::autograd::Function<SoftmaxFunction> {
-  static constexpr bool is_traceable = true;
+struct SoftmaxBackward {
+  struct Options {
+    int64_t dim;
+    bool log;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t dim, bool log) {
-    Tensor y = softmax_forward(x, dim, log);
-    ctx->save_for_backward({y});
-    ctx->saved_data["dim"] = dim;
-    ctx->saved_data["log"] = log;
-    return y;
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const Tensor y = ctx->get_saved_variables()[0], &g = grads[0];
-    const int64_t dim = ctx->saved_data["dim"].toInt();
-    const bool log = ctx->saved_data["log"].toBool();
+    auto members() const { return std::tie(dim, log); }
+  };
+  static constexpr int kInputs = 1, kSaved = 1;
+
+  static variable_list backward(const Recorded<SoftmaxBackward>& op, const variable_list& grads) {
+    const Tensor &y = op.saved[0], &g = grads[0];
+    const auto [dim, log] = op.options;
     if (backward_takes_composite("softmax_backward", {&g, &y})) {
       // The output carries the graph, so this expression of it can be differentiated again.
       const auto acc = acc_type(y.scalar_type());
       const Tensor ya = y.to(acc), ga = g.to(acc);
       const Tensor dx = log ? ga - ya.exp() * ga.sum(dim, true) : ya * (ga - (ga * ya).sum(dim, true));
-      return {dx.to(y.scalar_type()), Tensor(), Tensor()};
+      return {dx.to(y.scalar_type())};
     }
-    static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool)>("regfast::softmax_backward");
-    return {op.call(g, y, dim, log), Tensor(), Tensor()};
+    static const auto kernels =
+        find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool)>("regfast::softmax_backward");
+    return {kernels.call(g, y, dim, log)};
   }
 };
 
-struct LogsumexpFunction : torch::autograd::Function<LogsumexpFunction> {
-  static constexpr bool is_traceable = true;
+struct LogsumexpBackward {
+  struct Options {
+    int64_t dim;
+    bool keepdim;
 
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, int64_t dim, bool keepdim) {
-    Tensor lse = logsumexp_forward(x, dim, keepdim);
-    ctx->save_for_backward({x, lse});
-    ctx->saved_data["dim"] = dim;
-    ctx->saved_data["keepdim"] = keepdim;
-    return lse.scalar_type() == x.scalar_type() ? lse.alias() : lse.to(x.scalar_type());
-  }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const auto saved = ctx->get_saved_variables();
-    const int64_t dim = ctx->saved_data["dim"].toInt();
-    if (backward_takes_composite("logsumexp_backward", {&grads[0], &saved[0]})) {
-      const bool keepdim = ctx->saved_data["keepdim"].toBool();
-      auto g = composite_gradients({saved[0]}, {grads[0]}, [&](const std::vector<Tensor>& in) {
-        return std::vector<Tensor>{composite_logsumexp(in[0], dim, keepdim)};
+    auto members() const { return std::tie(dim, keepdim); }
+  };
+  static constexpr int kInputs = 1, kSaved = 2;
+
+  static variable_list backward(const Recorded<LogsumexpBackward>& op, const variable_list& grads) {
+    const Tensor &x = op.saved[0], &lse = op.saved[1];
+    const Options& o = op.options;
+    if (backward_takes_composite("logsumexp_backward", {&grads[0], &x}))
+      return composite_gradients({x}, {grads[0]}, [&](const std::vector<Tensor>& in) {
+        return std::vector<Tensor>{composite_logsumexp(in[0], o.dim, o.keepdim)};
       });
-      return {g[0], Tensor(), Tensor()};
-    }
-    static const auto op =
+    static const auto kernels =
         find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("regfast::logsumexp_backward");
-    return {op.call(grads[0], saved[0], saved[1], dim), Tensor(), Tensor()};
+    return {kernels.call(grads[0], x, lse, o.dim)};
   }
 };
 
@@ -85,15 +78,17 @@ Tensor softmax(const Tensor& x, int64_t dim, bool log) {
   check_floating(softmax_name(log), x);
   if (takes_composite(softmax_name(log), {&x})) return composite_softmax(x, dim, log);
   dim = checked_dim(softmax_name(log), x, dim);
-  if (any_requires_grad({&x})) return SoftmaxFunction::apply(x, dim, log);
-  return softmax_forward(x, dim, log);
+  const Tensor y = softmax_forward(x, dim, log);
+  if (any_requires_grad({&x})) record<SoftmaxBackward>(y, {&x}, {&y}, {dim, log});
+  return y;
 }
 
 Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
   if (takes_composite("logsumexp", {&x})) return composite_logsumexp(x, dim, keepdim);
   dim = checked_dim("logsumexp", x, dim);
-  if (any_requires_grad({&x})) return LogsumexpFunction::apply(x, dim, keepdim);
-  return logsumexp_forward(x, dim, keepdim).to(x.scalar_type());
+  const Tensor lse = logsumexp_forward(x, dim, keepdim), y = lse.to(x.scalar_type());
+  if (any_requires_grad({&x})) record<LogsumexpBackward>(y, {&x}, {&x, &lse}, {dim, keepdim});
+  return y;
 }
 
 Tensor like(const Tensor& x) { return at::empty_symint(x.sym_sizes(), x.options()); }
