@@ -7,6 +7,7 @@
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/linear_cross_entropy.h"
 #include "cpu/isa/kernels.h"
+#include "direct_calls.h"
 #include "shared/chunks.h"
 #include "shared/torch_api.h"
 #include "shared/trace_module.h"
@@ -99,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("linear_cross_entropy_plan", linear_cross_entropy_plan);
   m.def("linear_cross_entropy_budget", linear_cross_entropy_budget, pybind11::arg("chunk"), pybind11::arg("features"),
         pybind11::arg("classes"), pybind11::arg("dtype"), pybind11::arg("cuda") = false);
+  rf::add_direct_calls(m);
   rf::add_trace_functions(m);
   m.def("build_info", build_info, "What was built, against which torch, and what runs here.");
   m.def(

@@ -31,12 +31,15 @@ isas = _C.isas
 build_info = _C.build_info
 
 
+REDUCTION_NUMBERS = {name: number for number, name in enumerate(reference.REDUCTIONS)}
+
+
 def reduction_number(op: str, reduction: str) -> int:
     """torch's number for a reduction's name."""
     if reduction not in reference.REDUCTIONS:
         expected = ", ".join(reference.REDUCTIONS)
         raise ValueError(f"regfast.{op}: reduction: expected one of {expected}, got {reduction!r}")
-    return reference.REDUCTIONS.index(reduction)
+    return REDUCTION_NUMBERS[reduction]
 
 
 def are_tensors(first: object, second: object, third: object, *optional: object) -> bool:

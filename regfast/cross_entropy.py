@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.jit import is_scripting
 from torch.nn import _reduction
 
-from . import kinds
-from ._extension import reduction_number, without_tensors
-from .outputs import require_one_for_scripts, select_outputs
+from . import _C, kinds
+from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
+from .outputs import LOSS, LOSS_BIT, require_one_for_scripts, select_outputs
 
-_cross_entropy = kinds.by_schema("cross_entropy", torch.ops.regfast.cross_entropy.default)
+_cross_entropy = kinds.op("cross_entropy")
 
 
 def cross_entropy(
@@ -27,7 +28,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    outputs: str | tuple[str, ...] = ("loss",),
+    outputs: str | tuple[str, ...] = LOSS,
     inplace_backward: bool = False,
     loss_dtype: torch.dtype | None = None,
 ):
@@ -73,6 +74,24 @@ def cross_entropy(
     ``.data``, or through the array of ``input.detach().numpy()``, by a metric, say) makes its gradient wrong: do that
     to a clone, or after backward.
     """
+    if outputs is LOSS and size_average is None and reduce is None and not is_dynamo_compiling():
+        number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
+        result = _C.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index,
+            number,
+            label_smoothing,
+            z_loss,
+            softcap,
+            logit_scale,
+            LOSS_BIT,
+            inplace_backward,
+            loss_dtype,
+        )
+        if result is not None:
+            return result[0]
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
     ):
@@ -120,7 +139,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
 
     # Of an nn.CrossEntropyLoss whose __class__ became this one. TorchScript would want types that it can look up.
     z_loss, softcap, logit_scale = 0.0, None, None
-    outputs, inplace_backward, loss_dtype, _bits = ("loss",), False, None, 1
+    outputs, inplace_backward, loss_dtype, _bits = LOSS, False, None, LOSS_BIT
 
     def __init__(
         self,
@@ -134,7 +153,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float | None = None,
-        outputs: str | tuple[str, ...] = ("loss",),
+        outputs: str | tuple[str, ...] = LOSS,
         inplace_backward: bool = False,
         loss_dtype: torch.dtype | None = None,
     ) -> None:

@@ -11,14 +11,22 @@ from collections.abc import Callable
 from operator import index
 
 import torch
+from torch.compiler import is_dynamo_compiling
+
+from . import _C
 
 _WORDS = re.compile(r"Expected a value of type '(.*?)' for argument '(\w+)' but instead found type '(.*?)'")
 
 
-def by_schema(function: str, op: Callable) -> Callable:
-    """The op, but with torch's exceptions for an argument that its schema does not take; they name the function."""
+def op(name: str, function: str | None = None) -> Callable:
+    """The op of this name, called directly where its arguments are plain; else through torch.ops, with torch's
+    exceptions for an argument that its schema does not take, which name the function."""
+    direct, op = getattr(_C, name), getattr(torch.ops.regfast, name).default
+    function = function or name
 
     def call(*arguments):
+        if not is_dynamo_compiling() and (result := direct(*arguments)) is not None:
+            return result
         try:
             return op(*arguments)
         except RuntimeError as error:

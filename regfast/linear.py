@@ -6,15 +6,15 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.jit import is_scripting
 from torch.nn import Parameter
 
-from . import _onnx
+from . import _C, _onnx, kinds
 from ._extension import without_tensors
-from .kinds import by_schema
 from .reference import ACTIVATIONS
 
-_linear = by_schema("linear", torch.ops.regfast.linear.default)
+_linear = kinds.op("linear")
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
@@ -40,6 +40,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     inputs that need them. The products follow Goto and van de Geijn, "Anatomy of high-performance matrix
     multiplication" (2008).
     """
+    if not is_dynamo_compiling() and (result := _C.linear(input, weight, bias, activation)) is not None:
+        return result
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
         tensors = {"input": input, "weight": weight}, {"bias": bias}
         return without_tensors(linear, *tensors, input, weight, bias, activation=activation)

@@ -8,15 +8,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from . import _C, kinds
-from ._extension import are_tensors, reduction_number, refuse_scripts, without_tensors
+from ._extension import REDUCTION_NUMBERS, are_tensors, reduction_number, refuse_scripts, without_tensors
 from .cross_entropy import cross_entropy
 from .linear import is_product
-from .outputs import select_outputs
+from .outputs import LOSS, LOSS_BIT, select_outputs
 from .reference import as_batch, unbatched
 
-_linear_cross_entropy = kinds.by_schema("linear_cross_entropy", torch.ops.regfast.linear_cross_entropy.default)
+_linear_cross_entropy = kinds.op("linear_cross_entropy")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -37,7 +38,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    outputs: str | tuple[str, ...] = ("loss",),
+    outputs: str | tuple[str, ...] = LOSS,
     memory_budget: int | None = None,
     filter_eps: float = 0.0,
     loss_dtype: torch.dtype | None = None,
@@ -96,6 +97,29 @@ def linear_cross_entropy(
     forward mode and ``torch.func`` take plain torch operators, which store the logits; so do CUDA tensors where the
     CUDA kernels are not enabled.
     """
+    # A matrix of rows and a class for each, as plain as they come.
+    if outputs is LOSS and ignore_index is None and options is None and not is_dynamo_compiling():
+        number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
+        if isinstance(input, Tensor) and input.ndim == 2:
+            result = _C.linear_cross_entropy(
+                input,
+                linear_weight,
+                target,
+                linear_bias,
+                weight,
+                -100,
+                number,
+                label_smoothing,
+                z_loss,
+                softcap,
+                logit_scale,
+                LOSS_BIT,
+                memory_budget,
+                filter_eps,
+                loss_dtype,
+            )
+            if result is not None:
+                return result[0]
     if not are_tensors(input, linear_weight, target, linear_bias, weight):
         return without_tensors(
             linear_cross_entropy,
@@ -182,7 +206,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float | None = None,
-        outputs: str | tuple[str, ...] = ("loss",),
+        outputs: str | tuple[str, ...] = LOSS,
         memory_budget: int | None = None,
         filter_eps: float = 0.0,
         loss_dtype: torch.dtype | None = None,

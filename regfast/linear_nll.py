@@ -15,8 +15,7 @@ from .linear import is_product
 from .linear_cross_entropy import linear_cross_entropy
 from .reference import FAMILIES, LIKELIHOODS, gaussian_variance, nll_dtype, nll_loss, weighted_classes
 
-_linear_nll = kinds.by_schema("linear_nll", torch.ops.regfast.linear_nll.default)
-_linear_mse_loss = kinds.by_schema("linear_mse_loss", torch.ops.regfast.linear_nll.default)
+_linear_nll, _linear_mse_loss = kinds.op("linear_nll"), kinds.op("linear_nll", "linear_mse_loss")
 
 
 def linear_nll(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.jit import is_scripting
 from torch.nn import _reduction
 
-from . import _paths, reference
-from ._extension import reduction_number, without_tensors
-from .kinds import by_schema
+from . import _C, _paths, kinds, reference
+from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
 
-_mse_loss = by_schema("mse_loss", torch.ops.regfast.mse_loss.default)
+_mse_loss = kinds.op("mse_loss")
 
 
 def mse_loss(
@@ -39,6 +39,10 @@ def mse_loss(
 
     Saved for backward: input and target, as ``F.mse_loss`` saves them; the residual ``input - target`` is recomputed.
     """
+    if size_average is None and reduce is None and weight is None and not is_dynamo_compiling():
+        number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
+        if (result := _C.mse_loss(input, target, number)) is not None:
+            return result
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
     ):

@@ -73,6 +73,8 @@ def require_one_for_scripts(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+LOSS, LOSS_BIT = ("loss",), 1 << OUTPUTS.index("loss")  # the default, and its selection
+
 Selection = tuple[int, type | None, tuple[int, ...]]
 _selections: dict[tuple[str, ...], Selection] = {}
 

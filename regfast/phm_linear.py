@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.jit import is_scripting
 
+from . import kinds
 from ._extension import are_tensors, without_tensors
-from .kinds import by_schema
 from .linear import Linear, LinearActivation
 from .reference import ACTIVATIONS, phm_weight
 
-_phm_linear = by_schema("phm_linear", torch.ops.regfast.phm_linear.default)
+_phm_linear = kinds.op("phm_linear")
 
 
 def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:

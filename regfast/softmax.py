@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from . import kinds, reference
+from . import _C, kinds, reference
 from ._extension import without_tensors
 
-_softmax = kinds.by_schema("softmax", torch.ops.regfast.softmax.default)
-_log_softmax = kinds.by_schema("log_softmax", torch.ops.regfast.softmax.default)
-_logsumexp = kinds.by_schema("logsumexp", torch.ops.regfast.logsumexp.default)
+_softmax, _log_softmax = kinds.op("softmax"), kinds.op("softmax", "log_softmax")
+_logsumexp = kinds.op("logsumexp")
 
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:
@@ -34,6 +34,8 @@ def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> T
     Saved for backward: the output. One read of a row that fits the caches; the sum is kept
     online over blocks of longer rows (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
     """
+    if dtype is None and not is_dynamo_compiling() and (result := _C.softmax(input, dim, False)) is not None:
+        return result
     if not isinstance(input, Tensor):
         return without_tensors(softmax, {"input": input}, {}, input, dim, dtype)
     if dtype is not None:
@@ -46,6 +48,8 @@ def log_softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) 
 
     Arguments, errors, method and what is saved are those of :func:`softmax`.
     """
+    if dtype is None and not is_dynamo_compiling() and (result := _C.softmax(input, dim, True)) is not None:
+        return result
     if not isinstance(input, Tensor):
         return without_tensors(log_softmax, {"input": input}, {}, input, dim, dtype)
     if dtype is not None:
@@ -69,6 +73,8 @@ def logsumexp(input: Tensor, dim: int | Sequence[int] = -1, keepdim: bool = Fals
 
     Saved for backward: input, as ``torch.logsumexp`` saves it, and the result in float32 (float64 for float64).
     """
+    if not is_dynamo_compiling() and (result := _C.logsumexp(input, dim, keepdim)) is not None:
+        return result
     if not isinstance(input, Tensor):
         return without_tensors(logsumexp, {"input": input}, {}, input, dim, keepdim)
     keepdim = kinds.boolean("logsumexp", "keepdim", keepdim)

@@ -119,9 +119,9 @@ std::vector<Tensor> linear_cross_entropy_as(at::ScalarType count_as, const Opera
       probabilities && (t.target.scalar_type() == at::kDouble || (c.defined() && c.scalar_type() == at::kDouble));
   const auto type = wide ? at::kDouble : t.input.scalar_type();
   const bool widens = probabilities && t.target.scalar_type() != type;
-  const Tensor x = t.input.to(type), w = t.linear_weight.to(type),
-               target = widens ? t.target.to(acc_type(type)) : t.target;
-  const OptionalTensor bias = b.defined() ? OptionalTensor(b.to(type)) : t.linear_bias;
+  const Tensor x = as_type(t.input, type), w = as_type(t.linear_weight, type),
+               target = widens ? as_type(t.target, acc_type(type)) : t.target;
+  const OptionalTensor bias = b.defined() ? OptionalTensor(as_type(b, type)) : t.linear_bias;
   const Operands converted = {x, w, target, bias, t.weight};
   return finish(any_requires_grad({&x, &w, &target, &value_or_undefined(bias)}) ? recorded(converted, o)
                                                                                 : forward(converted, o));

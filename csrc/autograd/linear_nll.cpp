@@ -97,8 +97,8 @@ Tensor linear_nll(const Operands& t, const Options& given) {
   // One float64 number makes all of them float64: nothing is rounded to the accumulator's type.
   const auto wide = [](const Tensor& of) { return of.defined() && of.scalar_type() == at::kDouble; };
   const auto type = wide(t.target) || wide(v) || wide(s) ? at::kDouble : t.input.scalar_type();
-  const Tensor x = t.input.to(type), w = t.weight.to(type);
-  const OptionalTensor bias = b.defined() ? OptionalTensor(b.to(type)) : t.bias;
+  const Tensor x = as_type(t.input, type), w = as_type(t.weight, type);
+  const OptionalTensor bias = b.defined() ? OptionalTensor(as_type(b, type)) : t.bias;
   const Operands converted = {x, w, t.target, bias, t.scale, t.sample_weight};
   return any_requires_grad({&x, &w, &b, &v}) ? recorded(converted, o) : forward(converted, o);
 }

@@ -86,7 +86,7 @@ Tensor softmax(const Tensor& x, int64_t dim, bool log) {
 Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
   if (takes_composite("logsumexp", {&x})) return composite_logsumexp(x, dim, keepdim);
   dim = checked_dim("logsumexp", x, dim);
-  const Tensor lse = logsumexp_forward(x, dim, keepdim), y = lse.to(x.scalar_type());
+  const Tensor lse = logsumexp_forward(x, dim, keepdim), y = as_type(lse, x.scalar_type());
   if (any_requires_grad({&x})) record<LogsumexpBackward>(y, {&x}, {&x, &lse}, {dim, keepdim});
   return y;
 }

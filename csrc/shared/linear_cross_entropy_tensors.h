@@ -25,7 +25,8 @@ struct LinearCrossEntropyGradients {
   std::tuple<Tensor, Tensor, Tensor, Tensor> shaped(const LinearCrossEntropyOperands& of, bool rounded) const {
     const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
       if (!t.defined()) return at::empty({0}, like.options());
-      return (rounded ? t.to(like.scalar_type()) : t).view(sizes);
+      const Tensor result = rounded ? as_type(t, like.scalar_type()) : t;
+      return result.sizes() == sizes ? result : result.view(sizes);
     };
     const Tensor& weight = of.linear_weight;
     return {finished(x, of.input, of.input.sizes()), finished(w, weight, weight.sizes()),

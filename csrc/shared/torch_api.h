@@ -30,6 +30,14 @@ inline DType dtype_of(at::ScalarType t) {
 }
 inline at::ScalarType acc_type(at::ScalarType t) { return t == at::kDouble ? at::kDouble : at::kFloat; }
 
+// A tensor in another type; itself, without a dispatch, in its own.
+inline Tensor as_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
+
+// Rows of a tensor; itself, without a dispatch, where they are all.
+inline Tensor rows_from(const Tensor& t, int64_t begin, int64_t rows) {
+  return rows == t.size(0) ? t : t.narrow(0, begin, rows);
+}
+
 // Of a linear model's loss: what is asked for, or what input promotes to with a floating target.
 inline at::ScalarType loss_type(const Tensor& input, const Tensor& target, OptionalType asked) {
   if (asked) return *asked;

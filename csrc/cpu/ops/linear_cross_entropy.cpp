@@ -41,7 +41,8 @@ std::vector<double> filter_bounds(const Problem& p, double eps, const CrossEntro
 
 // What to compute: numbers per loss (acc, in the order of the rows that take part; null: not wanted), and gradients.
 struct Upstream {
-  Tensor loss, lse, entropy, logprob;  // acc, per loss; loss may be one number
+  const void* one_loss = nullptr;      // acc, one number for all losses, or
+  Tensor loss, lse, entropy, logprob;  // acc, per loss
   double scale = 1;
 };
 using Gradients = LinearCrossEntropyGradients;
@@ -97,13 +98,13 @@ CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const Cross
   if (!up || !up->entropy.defined()) a.row_entropy = at_loss(entropy, first);
   Tensor dt;  // in the kernel's type
   if (p.probabilities.defined()) {
-    const Tensor t = p.probabilities.narrow(0, c.begin, c.rows);
-    const auto in_panel = [&](const Tensor& panel) { return panel.narrow(0, 0, c.rows).view(t.sizes()); };
+    const Tensor t = rows_from(p.probabilities, c.begin, c.rows);
+    const auto in_panel = [&](const Tensor& panel) { return rows_from(panel, 0, c.rows).view(t.sizes()); };
     const Tensor read = work.wide.defined() ? in_panel(work.wide).copy_(t) : t;
     a.probabilities = read.const_data_ptr();
     a.probability_layout = *row_layout(read, 1);
     if (grads.target.defined()) {
-      dt = work.wide_grad.defined() ? in_panel(work.wide_grad) : grads.target.narrow(0, c.begin, c.rows);
+      dt = work.wide_grad.defined() ? in_panel(work.wide_grad) : rows_from(grads.target, c.begin, c.rows);
       c.upstream.grad_probabilities = dt.mutable_data_ptr();
       c.upstream.grad_probability_layout = *row_layout(dt, 1);
     }
@@ -117,8 +118,8 @@ CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const Cross
   if (!up) return cross_entropy_forward(acc, a, here, losses);
 
   CrossEntropyGrads& g = c.upstream;
-  g.loss = up->loss.defined() ? at_loss(up->loss, up->loss.numel() == 1 ? 0 : first) : nullptr;
-  g.loss_stride = g.loss && up->loss.numel() > 1;
+  g.loss = up->one_loss ? up->one_loss : at_loss(up->loss, first);
+  g.loss_stride = up->loss.defined();
   g.loss_scale = up->scale;
   g.lse = at_loss(up->lse, first);
   g.entropy = at_loss(up->entropy, first);
@@ -126,7 +127,7 @@ CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const Cross
   g.grad_logits = c.logits.data_ptr();
   g.grad_layout = p.loss.layout;
   const CrossEntropyPartial sums = cross_entropy_forward_backward(acc, a, here, g, losses);
-  if (work.wide_grad.defined()) grads.target.narrow(0, c.begin, c.rows).copy_(dt);
+  if (work.wide_grad.defined()) rows_from(grads.target, c.begin, c.rows).copy_(dt);
   return sums;
 }
 
@@ -152,13 +153,13 @@ bool multiply_large_entries(const Problem& p, double filter_eps, const Gradients
     return false;
   if (grads.x.defined()) {
     const bool in_place = grads.x.scalar_type() == p.acc && !p.listed;
-    const Tensor dx =
-        in_place ? grads.x.narrow(0, c.begin, c.rows) : at::empty({c.rows, p.features}, grads.x.options().dtype(p.acc));
+    const Tensor dx = in_place ? rows_from(grads.x, c.begin, c.rows)
+                               : at::empty({c.rows, p.features}, grads.x.options().dtype(p.acc));
     sparse_product(p.dtype, large, view_of(p.w), p.features, dx.mutable_data_ptr(), p.features, false);
     if (p.listed)
       copy_rows(p, c.begin, dx.to(grads.x.scalar_type()), grads.x, false);
     else if (!in_place)
-      grads.x.narrow(0, c.begin, c.rows).copy_(dx);
+      rows_from(grads.x, c.begin, c.rows).copy_(dx);
   }
   if (grads.w.defined()) {
     if (c.begin == 0) Tensor(grads.w).zero_();
@@ -170,11 +171,11 @@ bool multiply_large_entries(const Problem& p, double filter_eps, const Gradients
 
 void multiply_gradient(const Problem& p, const Work& work, const Gradients& grads, const Chunk& c) {
   if (grads.x.defined()) {
-    const Tensor dx = p.listed ? work.dx.narrow(0, 0, c.rows) : grads.x.narrow(0, c.begin, c.rows);
+    const Tensor dx = p.listed ? rows_from(work.dx, 0, c.rows) : rows_from(grads.x, c.begin, c.rows);
     multiply(c.logits, p.w, dx, Tensor(), false);
     if (p.listed) copy_rows(p, c.begin, dx, grads.x, false);
   }
-  if (grads.w.defined()) multiply(c.logits.t(), c.x, grads.w, Tensor(), c.begin > 0);
+  if (grads.w.defined()) multiply(transpose(c.logits), c.x, grads.w, Tensor(), c.begin > 0);
 }
 
 // The sum of the losses; results and gradients go where `out`, `entropy` and `grads` say.
@@ -187,10 +188,10 @@ double over_chunks(const Problem& p, Budget memory_budget, double filter_eps, co
     Chunk c = {};
     c.begin = begin;
     c.rows = std::min(work.rows, p.rows - begin);
-    c.x = p.listed ? work.x.narrow(0, 0, c.rows) : p.x.narrow(0, begin, c.rows);
-    c.logits = work.panel.narrow(0, 0, c.rows);
+    c.x = p.listed ? rows_from(work.x, 0, c.rows) : rows_from(p.x, begin, c.rows);
+    c.logits = rows_from(work.panel, 0, c.rows);
     if (p.listed) copy_rows(p, begin, c.x, p.x, true);
-    multiply(c.x, p.w.t(), c.logits, p.bias, false);
+    multiply(c.x, transpose(p.w), c.logits, p.bias, false);
     loss.add(turn_to_loss(p, work, out, entropy, up, grads, c).loss);
     if (grads.bias.defined()) add_bias_gradient(p, work, c, bias);
     if (!multiply_large_entries(p, filter_eps, grads, c)) multiply_gradient(p, work, grads, c);
@@ -221,7 +222,7 @@ std::vector<Tensor> forward_cpu(const Operands& t, const Options& o, int64_t out
 
   const auto type = loss_type(input, t.target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
   const auto finished = [&](const Tensor& t, at::ScalarType to) {
-    return of_all(p, t, all_rows).reshape(shape).to(to);
+    return as_type(of_all(p, t, all_rows).reshape(shape), to);
   };
   std::vector<Tensor> results;
   if (each)
@@ -261,7 +262,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(const Op
   const Gradients g = new_gradients(p, t, p.acc, {mask[0], mask[1], mask[2], false});
   const auto options = t.input.options();
   Upstream up;
-  up.loss = at::ones({1}, options.dtype(p.acc));
+  static const float single = 1;
+  static const double wide = 1;
+  up.one_loss = p.acc == at::kDouble ? (const void*)&wide : &single;
   up.scale = o.reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
   const Tensor argmax = at::empty({argmax_too ? p.rows * p.positions : 0}, options.dtype(at::kLong));
   CrossEntropyOutputs out = {};
@@ -282,8 +285,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const CrossEntropyOutput
   const Gradients g = new_gradients(p, t, t.input.scalar_type(), mask);
   Upstream up;
   const auto rows = [&](const OptionalTensor& t) { return t.has_value() ? of_listed(p, *t) : Tensor(); };
-  if (grads.loss.has_value())
-    up.loss = o.reduction == at::Reduction::None ? rows(grads.loss) : grads.loss->to(p.acc).reshape({1});
+  const Tensor one = grads.loss.has_value() ? as_type(*grads.loss, p.acc) : Tensor();
+  if (o.reduction == at::Reduction::None)
+    up.loss = rows(grads.loss);
+  else if (one.defined())
+    up.one_loss = one.const_data_ptr();
   up.scale = o.reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
   up.lse = rows(grads.lse);
   up.entropy = rows(grads.entropy);

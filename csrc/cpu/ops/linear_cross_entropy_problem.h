@@ -38,19 +38,22 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const LinearCrossE
   p.dtype = dtype_of(input.scalar_type());
   p.acc = acc_type(input.scalar_type());
   p.x = as_matrix(input);
-  p.w = linear_weight.reshape({product(linear_weight.sizes(), 0, linear_weight.dim() - 1), linear_weight.size(-1)});
+  p.w =
+      linear_weight.dim() == 2
+          ? linear_weight
+          : linear_weight.reshape({product(linear_weight.sizes(), 0, linear_weight.dim() - 1), linear_weight.size(-1)});
   p.all_rows = p.rows = p.x.size(0);
   p.features = p.x.size(1);
   p.classes = linear_weight.size(0);
   p.outputs = p.w.size(0);
   p.positions = positions_of(linear_weight);
-  if (t.linear_bias.has_value()) p.bias = t.linear_bias->to(p.acc).reshape({p.outputs}).contiguous();
+  if (t.linear_bias.has_value()) p.bias = as_type(*t.linear_bias, p.acc).reshape({p.outputs}).contiguous();
   CrossEntropyArgs& a = p.loss;
   a.classes = p.classes;
   a.layout = {p.positions, p.outputs, p.positions == 1 ? 0 : 1, p.positions};
   a.class_weight_sum = (double)p.classes;
   if (t.weight.has_value()) {
-    p.class_weight = t.weight->to(p.acc).contiguous();
+    p.class_weight = as_type(*t.weight, p.acc).contiguous();
     a.class_weight = p.class_weight.const_data_ptr();
     if (o.label_smoothing != 0) a.class_weight_sum = ordered_sum(p.class_weight);
   }
@@ -61,7 +64,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const LinearCrossE
     p.denominator = (double)(p.rows * p.positions);
     return p;
   }
-  p.classes_of_rows = target.to(at::kLong).contiguous();
+  p.classes_of_rows = as_type(target, at::kLong).contiguous();
   const int64_t* y = p.classes_of_rows.const_data_ptr<int64_t>();
   const Tensor weights = t.weight.has_value() ? p.class_weight.to(at::kDouble) : Tensor();
   const double* w = t.weight.has_value() ? weights.const_data_ptr<double>() : nullptr;
@@ -90,7 +93,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const LinearCrossE
 
 // Numbers per loss in the order of the rows that take part; and back, with 0 for the others.
 inline Tensor of_listed(const LinearCrossEntropyProblem& p, const Tensor& t) {
-  const Tensor rows = t.to(p.acc).reshape({p.all_rows, p.positions});
+  const Tensor rows = as_type(t, p.acc).reshape({p.all_rows, p.positions});
   return p.listed ? rows.index_select(0, at::from_blob((void*)p.list.data(), {p.rows}, at::kLong)) : rows.contiguous();
 }
 inline Tensor of_all(const LinearCrossEntropyProblem& p, const Tensor& t, int64_t all_rows) {

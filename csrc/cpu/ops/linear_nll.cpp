@@ -63,7 +63,7 @@ Problem problem_of(const Operands& t, const Options& o) {
   p.x = as_rows(input, p.rows, p.features);
   p.w = weight;
   p.target = as_rows(t.target, p.rows, p.outputs);
-  if (t.bias.has_value()) p.bias = t.bias->to(p.acc).contiguous();
+  if (t.bias.has_value()) p.bias = as_type(*t.bias, p.acc).contiguous();
   p.family = (Family)o.family;
   p.stirling = p.family == Family::poisson && o.full;
   if (p.family == Family::gaussian) {
@@ -109,8 +109,8 @@ double stirling(double y) { return y <= 1 ? 0 : y * std::log(y) - y + 0.5 * std:
 
 // Rows from `begin` on; their targets are kept in `target`.
 LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin, int64_t rows, Tensor* target) {
-  *target = rows == p.rows ? p.target : p.target.narrow(0, begin, rows);
-  if (target->scalar_type() != p.acc || !target->is_contiguous()) *target = target->to(p.acc).contiguous();
+  *target = rows_from(p.target, begin, rows);
+  if (target->scalar_type() != p.acc || !target->is_contiguous()) *target = as_type(*target, p.acc).contiguous();
   const int64_t at = begin * p.outputs * acc_size(p.dtype);
   const auto from = [](const Tensor& t, int64_t bytes) { return t.defined() ? (char*)t.data_ptr() + bytes : nullptr; };
   return {{p.family, p.outputs, target->const_data_ptr(), from(p.row_weight, begin * acc_size(p.dtype)),
@@ -173,8 +173,8 @@ double over_chunks(const Problem& p, const Wanted& to) {
   CompensatedSum total;
   for (int64_t begin = 0; begin < p.rows; begin += most) {
     const int64_t rows = std::min(most, p.rows - begin);
-    const Tensor x = p.x.narrow(0, begin, rows), eta = panel.narrow(0, 0, rows);
-    multiply(x, p.w.t(), eta, p.bias, false);
+    const Tensor x = rows_from(p.x, begin, rows), eta = rows_from(panel, 0, rows);
+    multiply(x, transpose(p.w), eta, p.bias, false);
     Tensor target;
     const LikelihoodArgs args = likelihood_args(p, to, begin, rows, &target);
     total.add(likelihood(acc, args, eta.data_ptr(), rows,
@@ -182,8 +182,8 @@ double over_chunks(const Problem& p, const Wanted& to) {
     total.add(add_stirling(p, to, begin, target));
     if (bias.defined()) add_to_totals(acc, bias.const_data_ptr(), p.outputs, bias_totals.data());
     if (variance.defined()) add_to_totals(acc, variance.const_data_ptr(), p.outputs, variance_totals.data());
-    if (to.x.defined()) multiply(eta, p.w, to.x.narrow(0, begin, rows), Tensor(), false);
-    if (to.w.defined()) multiply(eta.t(), x, to.w, Tensor(), begin > 0);
+    if (to.x.defined()) multiply(eta, p.w, rows_from(to.x, begin, rows), Tensor(), false);
+    if (to.w.defined()) multiply(transpose(eta), x, to.w, Tensor(), begin > 0);
   }
   if (bias.defined()) round_totals(acc, bias_totals.data(), p.outputs, to.bias.data_ptr());
   if (variance.defined()) round_totals(acc, variance_totals.data(), p.outputs, to.variance.data_ptr());
@@ -212,7 +212,7 @@ void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const Operands& of, bool rounded) {
   const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
     if (!t.defined()) return at::empty({0}, like.options());
-    const Tensor result = rounded ? t.to(like.scalar_type()) : t;
+    const Tensor result = rounded ? as_type(t, like.scalar_type()) : t;
     return result.sizes() == sizes ? result : result.view(sizes);
   };
   const Tensor &weight = of.weight, &v = of.scale.has_value() ? *of.scale : weight;
@@ -231,7 +231,7 @@ Tensor forward_cpu(const Operands& t, const Options& o, OptionalType loss_dtype)
   if (o.reduction == at::Reduction::None) to.each = advised(at::empty({p.rows, p.outputs}, p.options()));
   const double sum = run(p, to);
   const auto type = loss_type(t.input, t.target, loss_dtype);
-  if (o.reduction == at::Reduction::None) return to.each.to(type).view(t.target.sizes());
+  if (o.reduction == at::Reduction::None) return as_type(to.each, type).view(t.target.sizes());
   return number(o.reduction == at::Reduction::Mean ? sum / p.denominator : sum, type);
 }
 
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, cons
   Wanted to;
   want_gradients(p, t.input.scalar_type(), mask, &to);
   if (o.reduction == at::Reduction::None)
-    to.grad = grad.to(p.acc).reshape({p.rows, p.outputs}).contiguous();
+    to.grad = as_type(grad, p.acc).reshape({p.rows, p.outputs}).contiguous();
   else
     to.grad_scale = grad.item<double>() / (o.reduction == at::Reduction::Mean ? p.denominator : 1);
   run(p, to);

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
     char *to = (char*)y.mutable_data_ptr() + at, *kept = save_preactivation ? (char*)pre.data_ptr() + at : nullptr;
     if (!wide && gemm_by_aten(p.dtype, mixed, p.to_part, p.inputs)) {
       const Tensor sums = (save_preactivation ? pre : y).view({p.rows, p.outputs}).narrow(0, begin, count);
-      multiply(z.narrow(0, 0, mixed), p.s.t(), sums.view({mixed, p.to_part}), Tensor(), false);
+      multiply(z.narrow(0, 0, mixed), transpose(p.s), sums.view({mixed, p.to_part}), Tensor(), false);
       if (b.defined()) Tensor(sums).add_(b);
       if (act != Activation::none) activation_forward(p.dtype, sums.const_data_ptr(), to, sums.numel(), act);
       continue;
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
       if (wide.defined()) g = wide.narrow(0, 0, count * p.n).copy_(g);
       if (mask[2]) {
         p.mix(mixing, begin, count, mixed);
-        multiply(g.t(), mixed, ds, Tensor(), begin > 0);
+        multiply(transpose(g), mixed, ds, Tensor(), begin > 0);
       }
       if (!mask[0] && !mask[1]) continue;
       multiply(g, p.s, mixed, Tensor(), false);

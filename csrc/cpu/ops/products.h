@@ -17,34 +17,53 @@ inline bool is_wide(const Tensor& t, at::ScalarType type) {
   return t.scalar_type() != type;
 }
 
+// A factor of a product: a matrix, or its transpose without a tensor of its own.
+struct Factor {
+  Factor(const Tensor& t, bool transposed = false) : t(t), transposed(transposed) {}
+
+  const Tensor& t;
+  const bool transposed;
+
+  int64_t size(int d) const { return t.size(transposed ? 1 - d : d); }
+  int64_t stride(int d) const { return t.stride(transposed ? 1 - d : d); }
+  Tensor tensor() const { return transposed ? t.t() : t; }
+  // A matrix whose rows are adjacent down its columns is the transpose of one that is stored by rows.
+  bool stored_by_columns() const { return stride(1) != 1 && stride(0) == 1; }
+  MatrixView view() const {
+    const bool columns = stored_by_columns();
+    return {t.const_data_ptr(), 1, stride(columns), 0, stride(!columns)};
+  }
+};
+inline Factor transpose(const Tensor& t) { return {t, true}; }
+
 // c = a b + bias, or c += a b, by whichever GEMM the table names. a may have the accumulator's type beside a b of a
 // half type, and so may c.
-inline void multiply(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
-  const DType dtype = dtype_of(b.scalar_type());
+inline void multiply(const Factor& a, const Factor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
+  const auto type = b.t.scalar_type();
+  const DType dtype = dtype_of(type);
   const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
-  const bool wide_a = is_wide(a, b.scalar_type()), wide_c = is_wide(c, b.scalar_type());
+  const bool wide_a = is_wide(a.t, type), wide_c = is_wide(c, type);
   TORCH_INTERNAL_ASSERT(a.size(0) == m && a.size(1) == k && b.size(1) == n && (n <= 1 || c.stride(1) == 1) &&
                         (!bias.defined() || (bias.scalar_type() == c.scalar_type() && bias.dim() == 1 &&
                                              bias.size(0) == n && bias.is_contiguous())));
-  if (!wide_a && !wide_c && product_by_aten(b.scalar_type(), m, n, k)) {
+  if (!wide_a && !wide_c && product_by_aten(type, m, n, k)) {
     Tensor out = c;
     if (accumulate)
-      out.addmm_(a, b);
+      out.addmm_(a.tensor(), b.tensor());
     else if (bias.defined())
-      at::addmm_out(out, bias, a, b);
+      at::addmm_out(out, bias, a.tensor(), b.tensor());
     else
-      at::mm_out(out, a, b);
+      at::mm_out(out, a.tensor(), b.tensor());
     return;
   }
   Gemm g = {};
   g.m = m;
   g.n = n;
   g.k = k;
-  // A matrix whose rows are adjacent down its columns is the transpose of one that is stored by rows.
-  g.a_transposed = a.stride(1) != 1 && a.stride(0) == 1;
-  g.a = view_of(g.a_transposed ? a.t() : a);
-  g.b_transposed = b.stride(1) != 1 && b.stride(0) == 1;
-  g.b = view_of(g.b_transposed ? b.t() : b);
+  g.a_transposed = a.stored_by_columns();
+  g.a = a.view();
+  g.b_transposed = b.stored_by_columns();
+  g.b = b.view();
   g.wide_a = wide_a;
   g.wide_c = wide_c;
   g.accumulate = accumulate;
