@@ -50,12 +50,12 @@ TORCH_LIBRARY(regfast, m) {
         ", " RF_CROSS_ENTROPY_OPTIONS ", bool[2] output_mask) -> (Tensor, Tensor)");
   m.def("cross_entropy_backward_(" RF_CROSS_ENTROPY_GRADS ", Tensor(a!) input, " RF_CROSS_ENTROPY_SAVED
         ", " RF_CROSS_ENTROPY_OPTIONS ", bool grad_target) -> Tensor");
-  // Loss and gradient from one read of the logits, on devices where that saves time; the gradient is that for an
-  // upstream gradient of 1, and unless_one_ writes it again if that turns out to be another.
+  // Loss and gradient from one read of the logits. The gradient is that for an upstream gradient which is expected, and
+  // backward_unless_ writes it again if another one comes.
   m.def("cross_entropy_forward_backward(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
-        ", ScalarType? loss_dtype) -> (Tensor loss, Tensor stats, Tensor weight_sum, Tensor grad)");
-  m.def("cross_entropy_backward_unless_one_(Tensor grad_loss, Tensor input, " RF_CROSS_ENTROPY_SAVED
-        ", " RF_CROSS_ENTROPY_OPTIONS ", Tensor(a!) grad) -> ()");
+        ", ScalarType? loss_dtype, float upstream) -> (Tensor loss, Tensor stats, Tensor weight_sum, Tensor grad)");
+  m.def("cross_entropy_backward_unless_(Tensor grad_loss, Tensor input, " RF_CROSS_ENTROPY_SAVED
+        ", " RF_CROSS_ENTROPY_OPTIONS ", Tensor(a!) grad, float upstream) -> ()");
   m.def("composite_cross_entropy(Tensor input, Tensor target, Tensor? weight, " RF_CROSS_ENTROPY_OPTIONS
         ", int outputs, ScalarType? loss_dtype) -> Tensor[]");
 

@@ -7,6 +7,7 @@
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/linear_cross_entropy.h"
 #include "cpu/isa/kernels.h"
+#include "cpu/platform.h"
 #include "direct_calls.h"
 #include "shared/chunks.h"
 #include "shared/torch_api.h"
@@ -82,6 +83,17 @@ void ask_about_subclasses(pybind11::function answer) {
   };
 }
 
+pybind11::dict memory_stats() {
+  const rf::LargeBuffers now = rf::large_buffers();
+  pybind11::dict stats;
+  stats["used_bytes"] = now.used_bytes;
+  stats["kept_bytes"] = now.kept_bytes;
+  stats["limit"] = now.limit;
+  stats["reused"] = now.reused;
+  stats["mapped"] = now.mapped;
+  return stats;
+}
+
 // A list of types.h as a tuple.
 template <size_t n>
 pybind11::tuple names(const char* const (&list)[n]) {
@@ -97,6 +109,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("ask_about_subclasses", ask_about_subclasses);
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
+  m.def("memory_stats", memory_stats);
+  m.def("release_memory", rf::release_large_buffers);
+  m.def("limit_memory", rf::limit_large_buffers);
   m.def("linear_cross_entropy_plan", linear_cross_entropy_plan);
   m.def("linear_cross_entropy_budget", linear_cross_entropy_budget, pybind11::arg("chunk"), pybind11::arg("features"),
         pybind11::arg("classes"), pybind11::arg("dtype"), pybind11::arg("cuda") = false);

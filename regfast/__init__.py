@@ -1,6 +1,6 @@
 """regfast: fast drop-in PyTorch operators for fully connected layers and the losses on top of them."""
 
-from . import _decompositions, _dtensor, _flops, reference  # noqa: F401
+from . import _decompositions, _dtensor, _flops, memory, reference  # noqa: F401
 from ._extension import build_info, isa, isas
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .linear import Linear, LinearActivation, linear
@@ -31,6 +31,7 @@ __all__ = [
     "linear_nll",
     "log_softmax",
     "logsumexp",
+    "memory",
     "mse_loss",
     "phm_linear",
     "reference",

@@ -21,8 +21,7 @@ FORWARD_NAMES = {  # as users know the ops, in messages
 }
 NAMES = sorted({*FORWARD_NAMES, *(name.replace("_forward", "_backward") for name in FORWARD_NAMES)})
 NAMES = [n for n in NAMES if n != "cross_entropy_backward_backward" and not n.endswith("_backward_backward")]
-NAMES += ["cross_entropy_backward_", "cross_entropy_backward_unless_one_"]
-CUDA_ALONE = ("cross_entropy_forward_backward", "cross_entropy_backward_unless_one_")
+NAMES += ["cross_entropy_backward_", "cross_entropy_backward_unless_"]
 
 
 def op_of(name):
@@ -37,6 +36,7 @@ def loss_options(**others):
         "loss_dtype": torch.float32,
         "memory_budget": 1 << 20,
         "filter_eps": 0.0,
+        "upstream": 1.0,
         **others,
     }
 
@@ -77,7 +77,7 @@ def right_arguments(name, dtype=torch.float32, kind="classes", reduction=1):
         if linear:
             tensors |= {"input": values(N, D), "linear_weight": values(V, P, D), "linear_bias": values(V, P)}
         elif "backward" in name and not name.endswith("forward_backward"):
-            stats, weight_sum = statistics(*tensors.values(), reduction, 1 if "unless_one" in name else 31)
+            stats, weight_sum = statistics(*tensors.values(), reduction, 1 if name.endswith("unless_") else 31)
             tensors |= {"stats": stats, "weight_sum": weight_sum, "grad": torch.zeros(shape, dtype=dtype)}
         upstream = dict.fromkeys(("grad_lse", "grad_entropy", "grad_logprob"))
         upstream = {k: values(*each, dtype=acc) for k in upstream}

@@ -1,5 +1,7 @@
-// regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities; or,
-// on devices that compute it in the pass that gives the loss, the gradient itself.
+// regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities, and
+// of a reduced loss the gradient itself, which the pass that gives the loss can write.
+#include <atomic>
+
 #include "autograd/cross_entropy_options.h"
 #include "autograd/node.h"
 #include "autograd/register.h"
@@ -18,9 +20,9 @@ template <class Result, class Mask>
 using BackwardSignature = Result(const CrossEntropyOutputGrads&, const Operands&, const Tensor&, const Tensor&,
                                  const CrossEntropyOptions&, Mask);
 using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Operands&, const CrossEntropyOptions&,
-                                                                            OptionalType);
-using UnlessOneSignature = void(const Tensor&, const Operands&, const Tensor&, const Tensor&,
-                                const CrossEntropyOptions&, const Tensor&);
+                                                                            OptionalType, double);
+using UnlessSignature = void(const Tensor&, const Operands&, const Tensor&, const Tensor&, const CrossEntropyOptions&,
+                             const Tensor&, double);
 
 std::vector<Tensor> composite(const Operands& t, const Options& o) {
   static const auto op = find_op<ForwardSignature>("regfast::composite_cross_entropy");
@@ -39,14 +41,33 @@ const auto& forward_backward_op() {
 }
 
 // When the gradient is written: by backward into memory of its own, by backward over the input, or by forward, for the
-// upstream gradient of 1 that loss.backward() has.
+// upstream gradient that is expected.
 enum class Way : int64_t { backward, in_place, forward };
+
+// The upstream gradient that the next backward on the CPU will have: the last one's, which is 1, or the factor by which
+// losses are scaled or gradients accumulated. A gradient written for a wrong one costs a write in vain, so that after
+// two of them forward leaves it to backward until the same one has come twice. Results do not depend on any of this.
+class Expected {
+ public:
+  double upstream() const { return value.load(std::memory_order_relaxed); }
+  bool likely() const { return trust.load(std::memory_order_relaxed) > 0; }
+  void learn(double came) {
+    const bool right = came == upstream();
+    const int so_far = trust.load(std::memory_order_relaxed);
+    trust.store(right ? std::min(so_far + 1, 2) : std::max(so_far - 1, -1), std::memory_order_relaxed);
+    if (!right) value.store(came, std::memory_order_relaxed);
+  }
+
+ private:
+  std::atomic<double> value{1};
+  std::atomic<int> trust{2};
+} expected;
 
 // Whether forward may write the gradient: a number as its only output, whose upstream gradient is one number, and a
 // device that can. A compiler that traces decides by itself what to compute when, and so does who packs what is saved.
 bool may_write_in_forward(const Operands& t, const Options& o) {
-  return o.outputs == kOutputLoss && o.reduction != at::Reduction::None && !any_requires_grad({&t.target}) &&
-         !values_are_hidden(t.input) && !saved_tensors_are_packed() &&
+  return (!t.input.is_cpu() || expected.likely()) && o.outputs == kOutputLoss && o.reduction != at::Reduction::None &&
+         !any_requires_grad({&t.target}) && !values_are_hidden(t.input) && !saved_tensors_are_packed() &&
          forward_backward_op().hasKernelForDispatchKey(t.input.is_cuda() ? c10::DispatchKey::CUDA
                                                                          : c10::DispatchKey::CPU);
 }
@@ -54,8 +75,9 @@ bool may_write_in_forward(const Operands& t, const Options& o) {
 struct CrossEntropyBackward {
   struct Options : CrossEntropyRequest {
     bool in_place;
+    double upstream;  // for which forward has written the gradient, if it has
 
-    auto members() const { return std::tuple_cat(CrossEntropyRequest::members(), std::tie(in_place)); }
+    auto members() const { return std::tuple_cat(CrossEntropyRequest::members(), std::tie(in_place, upstream)); }
   };
   static constexpr int kInputs = 2, kSaved = 6;  // input and target
 
@@ -72,9 +94,12 @@ struct CrossEntropyBackward {
     const auto [need_x, need_t] = op.needs;
     variable_list result(kInputs);
     const bool hidden = std::any_of(grads.begin(), grads.end(), values_are_hidden);
+    std::optional<double> came;
+    if (up.loss.has_value() && up.loss->is_cpu() && !hidden && o.reduction != at::Reduction::None)
+      expected.learn(*(came = up.loss->item<double>()));
     if (const Tensor& dx = op.saved[5]; dx.defined() && !hidden && may_give_away(dx)) {
-      static const auto kernels = find_op<UnlessOneSignature>("regfast::cross_entropy_backward_unless_one_");
-      kernels.call(*up.loss, operands, stats, weight_sum, o, dx);
+      static const auto kernels = find_op<UnlessSignature>("regfast::cross_entropy_backward_unless_");
+      if (came != o.upstream) kernels.call(*up.loss, operands, stats, weight_sum, o, dx, o.upstream);
       result[0] = dx;
       return result;
     }
@@ -95,9 +120,10 @@ struct CrossEntropyBackward {
 std::vector<Tensor> recorded(const Operands& t, const Options& o, Way way) {
   std::vector<Tensor> results;
   Tensor stats, weight_sum, written;
+  const double upstream = t.input.is_cpu() ? expected.upstream() : 1;
   if (way == Way::forward) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [loss, s, sum, grad] = forward_backward_op().call(t, o, o.loss_dtype);
+    auto [loss, s, sum, grad] = forward_backward_op().call(t, o, o.loss_dtype, upstream);
     results = {loss};
     stats = s;
     weight_sum = sum;
@@ -111,7 +137,7 @@ std::vector<Tensor> recorded(const Operands& t, const Options& o, Way way) {
   }
   record<CrossEntropyBackward>(results, {&t.input, &t.target},
                                {&t.input, &t.target, &value_or_undefined(t.weight), &stats, &weight_sum, &written},
-                               {o, way == Way::in_place});
+                               {o, way == Way::in_place, upstream});
   return results;
 }
 
@@ -225,7 +251,7 @@ std::vector<Tensor> cross_entropy_forward_meta(const Operands& t, const CrossEnt
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward_meta(const Operands& t,
                                                                                const CrossEntropyOptions& o,
-                                                                               OptionalType loss_dtype) {
+                                                                               OptionalType loss_dtype, double) {
   check_reduced("cross_entropy_forward_backward", o.reduction);
   const auto r = cross_entropy_forward_meta(t, o, kOutputLoss, loss_dtype);
   return {r[0], r[1], r[2], at::empty_like(t.input)};
@@ -268,7 +294,7 @@ void resolved(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::ji
 
 template <c10::DispatchKey key>
 void register_resolved(torch::Library& m) {
-  for (const char* name : {"cross_entropy_backward_", "cross_entropy_backward_unless_one_"})
+  for (const char* name : {"cross_entropy_backward_", "cross_entropy_backward_unless_"})
     m.impl(name, torch::dispatch(key, torch::CppFunction::makeFromBoxedFunction<&resolved<key>>()));
 }
 
@@ -278,7 +304,7 @@ TORCH_LIBRARY_FRAGMENT(regfast, m) {
   register_op<cross_entropy, cross_entropy_batched, cross_entropy_autocast>(m, "cross_entropy");
   register_meta<cross_entropy_forward_meta>(m, "cross_entropy_forward");
   register_meta<cross_entropy_forward_backward_meta>(m, "cross_entropy_forward_backward");
-  register_meta<check_cross_entropy_unless_one>(m, "cross_entropy_backward_unless_one_");
+  register_meta<check_cross_entropy_unless>(m, "cross_entropy_backward_unless_");
   register_meta<cross_entropy_backward_meta>(m, "cross_entropy_backward");
   register_meta<cross_entropy_backward_inplace_meta>(m, "cross_entropy_backward_");
   register_resolved<c10::DispatchKey::Negative>(m);

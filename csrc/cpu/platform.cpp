@@ -1,11 +1,8 @@
-// What the system and the CPU tell of themselves, and what the system is told of memory.
+// What the system and the CPU tell of themselves.
 #include "cpu/platform.h"
 
 #if defined(__unix__)
 #include <unistd.h>
-#endif
-#if defined(__linux__)
-#include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -14,17 +11,6 @@
 #include "cpu/tuning.h"
 
 namespace rf {
-
-void advise_huge_pages(void* p, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (bytes < tuning::kHugePageBytes) return;
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = ((uintptr_t)p + page - 1) / page * page, end = ((uintptr_t)p + bytes) / page * page;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: a refusal changes nothing
-#else
-  (void)p, (void)bytes;
-#endif
-}
 
 // As the system tells it, where it does.
 const Caches& caches() {

@@ -50,13 +50,23 @@ inline Range part_of(int64_t count, int64_t step, int64_t i, int64_t n) {
 
 // Memory of one thread that is reused: what it held is lost when another size is asked for. Each Slot has its own, so
 // that a caller may hold one while what it calls takes another.
-enum class Slot { packed_a, packed_b, partial, splits, tiles, tile };
-constexpr int kSlots = 6;
+enum class Slot { packed_a, packed_b, partial, splits, tiles, tile, exponentials };
+constexpr int kSlots = 7;
 // Defined by scratch.cpp, and by the kernel tests with an unreadable page behind every request.
 void* scratch(Slot slot, int64_t bytes);
 
-// Large fresh outputs on huge pages; a no-op where the system has none.
-void advise_huge_pages(void* p, int64_t bytes);
+// Memory of large results, on huge pages, kept for the next ones when it is given back. No thread owns it; it may be
+// given back in another process than it was taken in, after a fork.
+void* take_large_buffer(int64_t bytes);  // null where the system gives none, or nothing may be kept
+void give_back_large_buffer(void* p);
+void release_large_buffers();             // to the system, all that is kept
+void limit_large_buffers(int64_t bytes);  // what may be kept; 0: no buffers any more
+
+struct LargeBuffers {
+  int64_t used_bytes, kept_bytes, limit;
+  int64_t reused, mapped;  // buffers taken so far, of what was kept and from the system
+};
+LargeBuffers large_buffers();
 
 // ---- the CPU -------------------------------------------------------------------------------------------------------
 

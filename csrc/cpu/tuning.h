@@ -15,6 +15,10 @@ constexpr int64_t kBlockVectors = 128;
 // addition may err to the same side, 128 were off by 8 eps, 32 by 3.
 constexpr int64_t kSumVectors = 32;
 
+// What forward leaves for backward of a row (kernels/cross_entropy.inl.h): an exponential of each class, and the
+// maximum so far of each block of classes, of which there are no more than this.
+constexpr int64_t exponentials_of_row(int64_t classes) { return classes + classes / kBlockVectors + 1; }
+
 // Rows gathered at a time when classes are not adjacent in memory: one 64-byte line of floats.
 constexpr int64_t kTileRows = 16;
 // Room for a tile each of logits, probabilities and the probabilities' gradient, in either accumulator type.
@@ -71,10 +75,14 @@ constexpr int64_t kSumElements = 16 * 1024;
 constexpr int64_t kChain = 128;
 constexpr int64_t kColumnSumRows = 32;
 
-// Outputs from this size on are advised onto huge pages before first touch: page faults then cost a quarter (Zen 3, 32
-// MB: 2.4 against 11 ms) to a half (Sapphire Rapids, 500 MB: 45 against 96 ms). Below, malloc hands out memory again
-// that is mapped already. Where a hypervisor takes back free huge pages, 32 MB have taken 42 ms.
-constexpr int64_t kHugePageBytes = 32 << 20;
+// Results from this size on lie in buffers that are kept when they are freed (large_buffers.cpp), and on huge pages: at
+// first touch these cost a quarter (Zen 3, 32 MB: 2.4 against 11 ms) to a half (Sapphire Rapids, 500 MB: 45 against 96
+// ms) of small ones, but where a hypervisor takes back free huge pages 32 MB have taken 42 ms. Of smaller results,
+// malloc keeps the memory.
+constexpr int64_t kLargeBytes = 4 << 20;
+// Buffers that are kept: at most this share of the machine's memory, for as many seconds; one is taken for a result
+// that is smaller by up to this part.
+constexpr int64_t kKeptShareOfMemory = 8, kKeptSeconds = 30, kBufferSlack = 4;
 
 // Outputs from this size on are written past the caches. Smaller ones are likely to be read from them next.
 constexpr int64_t kStreamBytes = 64 << 20;

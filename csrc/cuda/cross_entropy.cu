@@ -144,8 +144,10 @@ void launch_cross_entropy_backward(DType dtype, const CrossEntropyRows& a, const
 
 // The mean's denominator depends on the targets alone, so it is there before the rows are read.
 void launch_cross_entropy_forward_backward(DType dtype, const CrossEntropyRows& a, const CrossEntropyResults& out,
-                                           void* grad_logits, const RowLayout& grad_layout, cudaStream_t stream) {
+                                           void* grad_logits, const RowLayout& grad_layout, cudaStream_t stream,
+                                           double upstream) {
   CrossEntropyUpstream up = {};
+  up.of_total = upstream;
   up.grad_logits = grad_logits;
   up.grad_layout = grad_layout;
   if (out.mean) {

@@ -44,10 +44,10 @@ void launch_cross_entropy_forward(DType dtype, const CrossEntropyRows& args, con
                                   cudaStream_t stream);
 void launch_cross_entropy_backward(DType dtype, const CrossEntropyRows& args, const CrossEntropyUpstream& upstream,
                                    cudaStream_t stream);
-// Both from one read of the logits: results, and grad_logits for an upstream gradient of 1 of the total.
+// Both from one read of the logits: results, and grad_logits for an upstream gradient of the total.
 void launch_cross_entropy_forward_backward(DType dtype, const CrossEntropyRows& args,
                                            const CrossEntropyResults& results, void* grad_logits,
-                                           const RowLayout& grad_layout, cudaStream_t stream);
+                                           const RowLayout& grad_layout, cudaStream_t stream, double upstream = 1);
 
 // ---- parts of rows -------------------------------------------------------------------------------------------------
 

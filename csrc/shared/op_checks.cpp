@@ -297,9 +297,9 @@ void check_cross_entropy_backward(const char* op, const CrossEntropyOutputGrads&
            "elements that have memory of their own", "overlapping ones (expanded?)");
 }
 
-void check_cross_entropy_unless_one(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
-                                    const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad) {
-  constexpr auto op = "cross_entropy_backward_unless_one_";
+void check_cross_entropy_unless(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad, double) {
+  constexpr auto op = "cross_entropy_backward_unless_";
   check_cross_entropy_backward(op, {grad_loss, {}, {}, {}}, t, stats, weight_sum, o, false, &grad);
   check_reduced(op, o.reduction);
 }

@@ -30,8 +30,9 @@ void check_cross_entropy_forward(const CrossEntropyOperands& t, const CrossEntro
 void check_cross_entropy_backward(const char* op, const CrossEntropyOutputGrads& upstream,
                                   const CrossEntropyOperands& t, const Tensor& stats, const Tensor& weight_sum,
                                   const CrossEntropyOptions& o, bool grad_target, const Tensor* grad = nullptr);
-void check_cross_entropy_unless_one(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
-                                    const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad);
+void check_cross_entropy_unless(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad,
+                                double upstream);
 
 void check_linear_cross_entropy_forward(const LinearCrossEntropyOperands& t, const CrossEntropyOptions& o,
                                         int64_t outputs, std::optional<int64_t> memory_budget, OptionalType loss_dtype,

@@ -188,7 +188,7 @@ class Problem {
       up.weight_sum = c.reduction == Reduction::mean ? weight_sum.data() : nullptr;
       up.grad_logits = dx.memory.data();
       up.grad_layout = dx.layout;
-      up.unless_one = true;
+      up.unless = 1;
       if (upstream == 1) {
         // Nothing but *loss is lent: nothing else may be touched.
         Lent of_g(std::as_const(g));

@@ -52,6 +52,23 @@ bool prepare_tiles(CrossEntropyArgs& args, CrossEntropyGrads& grads, int64_t row
   return tiles;
 }
 
+// The rows that count in a mean, each by the weight of its class: those out of range, which are an error, by none.
+template <class A>
+double weights_of(const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  const int64_t *target = a.target, ignored = a.ignore_index;
+  const uint64_t classes = (uint64_t)a.classes;
+  const A* const weight = (const A*)a.class_weight;
+  if (!weight) {
+    int64_t counted = 0;
+    for (int64_t r = begin; r < end; ++r) counted += target[r] != ignored;
+    return (double)counted;
+  }
+  CompensatedSum sum;
+  for (int64_t r = begin; r < end; ++r)
+    if (target[r] != ignored && (uint64_t)target[r] < classes) sum.add((double)weight[target[r]]);
+  return sum.value();
+}
+
 }  // namespace
 
 CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
@@ -62,6 +79,20 @@ CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, co
   return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
     return kernel(a, out, begin, end);
   });
+}
+
+double cross_entropy_denominator(DType dtype, const CrossEntropyArgs& args, int64_t rows) {
+  if (!args.target) return (double)rows;
+  std::vector<double> blocks(ceil_div(rows, tuning::kSumElements));
+  parallel_for((int64_t)blocks.size(), 4, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      const int64_t begin = b * tuning::kSumElements, end = std::min(rows, begin + tuning::kSumElements);
+      blocks[b] = dtype == DType::f64 ? weights_of<double>(args, begin, end) : weights_of<float>(args, begin, end);
+    }
+  });
+  CompensatedSum sum;
+  for (const double s : blocks) sum.add(s);
+  return sum.value();
 }
 
 int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows) {
@@ -79,7 +110,13 @@ CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs
   const auto forward = kernels().cross_entropy_forward[(int)dtype];
   const auto backward = kernels().cross_entropy_backward[(int)dtype];
   const bool tiles = prepare_tiles(args, grads, rows);
-  return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& a, int64_t begin, int64_t end) {
+  const int64_t block = tuning::rows_per_sum(args.classes), size = acc_size(dtype);
+  const int64_t exponentials = std::min(block, rows) * tuning::exponentials_of_row(args.classes) * size;
+  // The statistics of a row are written and read by one thread, and so are its exponentials, as far as L2 has room.
+  const bool keep = grads.grad_logits && args.classes > tuning::kFewColumns && exponentials <= caches().l2 / 2;
+  return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& given, int64_t begin, int64_t end) {
+    CrossEntropyArgs a = given;
+    if (keep) a.exponentials = scratch(Slot::exponentials, exponentials);
     const CrossEntropyPartial sums = forward(a, out, begin, end);
     if (sums.bad_row < 0) backward(a, grads, begin, end);
     return sums;

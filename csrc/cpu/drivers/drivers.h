@@ -18,6 +18,9 @@ void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows);
 // Sums over all rows. With bad_row >= 0 the outputs are undefined and nothing was read out of bounds.
 CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
                                           int64_t rows);
+// What the losses' sum is divided by in a mean: the number of rows that are not ignored, or the sum of their classes'
+// weights, or of probabilities that of all rows.
+double cross_entropy_denominator(DType dtype, const CrossEntropyArgs& args, int64_t rows);
 // The first row whose class is out of range, beside which nothing is computed, or -1.
 int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows);
 // The one after the other for each block of rows, while it is in cache; the gradient may replace the logits.

@@ -13,6 +13,9 @@ struct SoftmaxArgs : SoftmaxProblem {
 struct CrossEntropyArgs : CrossEntropyProblem {
   double class_weight_sum;  // of the class weights, with label smoothing; else of as many ones
   void* scratch;            // as SoftmaxArgs'
+  // acc, exponentials_of_row for each row of a range, or null: forward leaves them there for the backward of that
+  // range.
+  void* exponentials;
 };
 
 struct CrossEntropyPartial {

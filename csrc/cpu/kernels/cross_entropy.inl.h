@@ -20,6 +20,12 @@ inline const A* staged_logits(const T* x, int64_t n, A* buf, const LogitTransfor
   return buf;
 }
 
+// Where a row of a range keeps its exponentials, if it does.
+template <class A>
+inline A* exponentials_at(const CrossEntropyArgs& a, bool kept, int64_t row_of_range) {
+  return kept && a.exponentials ? (A*)a.exponentials + row_of_range * tuning::exponentials_of_row(a.classes) : nullptr;
+}
+
 // What exponents are counted from: the maximum; 0 where that is infinite, so that a row of -inf sums to 0, and one with
 // +inf to infinity, or to NaN if there is a NaN in it.
 template <class A>
@@ -129,10 +135,17 @@ inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool nan,
   return 0;
 }
 
-// One row's loss and statistics. Returns the row's term of the mean's denominator, and its loss through `loss`.
+// Whether backward takes the exponentials that forward made: of loss, lse and logprob of a class alone, of logits as
+// they are.
+inline bool keeps_exponentials(const CrossEntropyArgs& a, bool entropy) {
+  return !a.probabilities && !entropy && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0;
+}
+
+// One row's loss and statistics; its exponentials too where `exponentials` is not null, with the maxima of blocks that
+// they are relative to behind them. Returns the row's term of the mean's denominator, and its loss through `loss`.
 template <class T>
 inline double cross_entropy_row(const T* x, const T* probabilities, const CrossEntropyArgs& a,
-                                const CrossEntropyOutputs& out, int64_t row, double* loss) {
+                                const CrossEntropyOutputs& out, int64_t row, acc_t<T>* exponentials, double* loss) {
   using A = acc_t<T>;
   const LogitTransform<A> transform = {A(a.logit_scale), A(a.softcap)};
   const A* weight = (const A*)a.class_weight;
@@ -165,10 +178,14 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
       max_block = j;
     }
     const A origin = origin_of(m);
-    if (a.row_entropy)
+    if (a.row_entropy) {
       block_entropy_sums(z, count, origin, &sum, &weighted);
-    else
+    } else if (exponentials) {
+      sum += block_exp_sum<true>(z, count, origin, x + j + kBlock, exponentials + j);
+      exponentials[a.classes + j / kBlock] = m;
+    } else {
       sum += block_exp_sum(z, count, origin, x + j + kBlock);
+    }
     if (smooth) {
       dot += block_dot(z, weight ? weight + j : nullptr, count, origin);
       // Only reached for all blocks but the last when the maximum may still move.
@@ -226,12 +243,15 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
   const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
   const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1);
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
+  const auto exponentials = [&](int64_t r) {
+    return exponentials_at<A>(a, keeps_exponentials(a, a.row_entropy != nullptr), r - begin);
+  };
   for (int64_t r = begin, rows; r < end; r += rows) {
     double loss;
     if (direct) {
       rows = 1;
       const T* probabilities = t ? t + a.probability_layout.offset(r) : nullptr;
-      weights.add(cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r, &loss));
+      weights.add(cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r, exponentials(r), &loss));
       losses.add(loss);
       continue;
     }
@@ -240,7 +260,8 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     if (t) gather_tile(t, a.probability_layout, r, rows, a.classes, t_tile);
     for (int64_t i = 0; i < rows; ++i) {
       const A* probabilities = t ? t_tile + i * a.classes : nullptr;
-      weights.add(cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i, &loss));
+      weights.add(
+          cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i, exponentials(r + i), &loss));
       losses.add(loss);
     }
   }

@@ -43,9 +43,31 @@ struct LogitGradient {
   }
 };
 
-// The common case: class indices, no smoothing, no soft cap. dz = a p.
-template <class T>
+// The common case: class indices, no smoothing, no soft cap. dz = a p, where p is an exponential e relative to the
+// maximum of the blocks so far, times what that is to the row's sum: exactly so whether forward has kept e or not.
+template <class T, bool kept>
 struct PlainGradient {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A origin, least, factor;  // below `least`, e counts as 0
+  const A* from;            // exponentials, or logits
+
+  PlainGradient(A origin, A m, A log_sum, A a, const A* from)
+      : origin(origin),
+        least(exp_one(kLeastLogProbability<A> - (origin - m - log_sum))),
+        factor(exp_one(origin - m - log_sum) * a),
+        from(from) {}
+
+  template <bool full>
+  V at(int64_t j, int64_t n) const {
+    V e = full ? load(from + j) : load_n(from + j, n);
+    if constexpr (!kept) e = exp(e - set1(origin));
+    return select_lt(e, set1(least), set1(A(0)), e) * set1(factor);
+  }
+};
+// The same of a row whose maximum is not finite, where exponentials relative to 0 are no use.
+template <class T>
+struct DegenerateGradient {
   using A = acc_t<T>;
   using V = vec_t<A>;
   A m, log_sum, a;
@@ -89,7 +111,7 @@ inline void write_block(T* p, int64_t n, const F& f, bool past_caches) {
 
 template <class T>
 inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx, T* dt, const CrossEntropyArgs& a,
-                                       const CrossEntropyGrads& g, int64_t row) {
+                                       const CrossEntropyGrads& g, int64_t row, const acc_t<T>* exponentials) {
   using A = acc_t<T>;
   const LogitTransform<A> transform = {A(a.logit_scale), A(a.softcap)};
   const A* weight = (const A*)a.class_weight;
@@ -121,14 +143,26 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
   if (entropy != A(0)) coefficient -= entropy * ((const A*)a.row_entropy)[row];
 
   const bool nothing = ignored && lse == A(0) && entropy == A(0);
-  A zbuf[kBlock], tbuf[kBlock];
+  const bool plain = !probabilities && spread == A(0) && entropy == A(0) && transform.identity();
+  const bool finite = origin_of(m) == m;
+  const bool kept = exponentials && plain && finite && !dt;
+  A zbuf[kBlock], tbuf[kBlock], so_far = minus_infinity<A>();
   for (int64_t j = 0; j < a.classes; j += kBlock) {
     const int64_t count = std::min<int64_t>(kBlock, a.classes - j);
+    const bool has_target = y >= j && y < j + count;
     if (nothing) {
       if (dx) std::memset((void*)(dx + j), 0, count * sizeof(T));
       continue;
     }
     if (dt && !targets) std::memset((void*)(dt + j), 0, count * sizeof(T));
+    if (kept) {
+      const A zy = has_target ? load_one(x + y) : A(0);  // before dx, which may be x, is written
+      const PlainGradient<T, true> f(origin_of(exponentials[a.classes + j / kBlock]), m, log_sum, coefficient,
+                                     exponentials + j);
+      write_block(dx + j, count, f, g.stream);
+      if (has_target) store_one(dx + y, coefficient * exp_one(zy - m - log_sum) - hot);
+      continue;
+    }
     const A* z = staged_logits(x + j, count, zbuf, transform);
     const A* w = weight ? weight + j : nullptr;
     if (dt && targets) {
@@ -136,11 +170,14 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
       write_block(dt + j, count, f, false);
     }
     if (!dx) continue;
-    const bool has_target = y >= j && y < j + count;
     const A zy = has_target ? z[y - j] : A(0);  // before dx, which may be x, is written
-    if (!probabilities && spread == A(0) && entropy == A(0) && transform.identity()) {
-      PlainGradient<T> f = {m, log_sum, coefficient, z};
-      write_block(dx + j, count, f, g.stream);
+    if (plain) {
+      if (finite) {
+        so_far = std::max(so_far, block_max(z, count));
+        write_block(dx + j, count, PlainGradient<T, false>(origin_of(so_far), m, log_sum, coefficient, z), g.stream);
+      } else {
+        write_block(dx + j, count, DegenerateGradient<T>{m, log_sum, coefficient, z}, g.stream);
+      }
       if (has_target) store_one(dx + y, coefficient * exp_one(zy - m - log_sum) - hot);
     } else {
       const A* t = probabilities ? staged(probabilities + j, count, tbuf) : nullptr;
@@ -177,12 +214,15 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
                       (!dx || g.grad_layout.class_stride == 1) && (!dt || g.grad_probability_layout.class_stride == 1);
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
   A* dt_tile = t_tile + tuning::kTileRows * a.classes;
+  const auto exponentials = [&](int64_t r) {
+    return exponentials_at<A>(a, keeps_exponentials(a, g.entropy != nullptr), r - begin);
+  };
   for (int64_t r = begin, rows; r < end; r += rows) {
     if (direct) {
       rows = 1;
       cross_entropy_backward_row(x + a.layout.offset(r), t ? t + a.probability_layout.offset(r) : nullptr,
                                  dx ? dx + g.grad_layout.offset(r) : nullptr,
-                                 dt ? dt + g.grad_probability_layout.offset(r) : nullptr, a, g, r);
+                                 dt ? dt + g.grad_probability_layout.offset(r) : nullptr, a, g, r, exponentials(r));
       continue;
     }
     rows = tile_rows(a.layout, r, end);
@@ -193,7 +233,7 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
     for (int64_t i = 0; i < rows; ++i) {
       A* row = x_tile + i * a.classes;  // the logits' gradient takes their place
       cross_entropy_backward_row<A>(row, t ? t_tile + i * a.classes : nullptr, dx ? row : nullptr,
-                                    dt ? dt_tile + i * a.classes : nullptr, a, in_cache, r + i);
+                                    dt ? dt_tile + i * a.classes : nullptr, a, in_cache, r + i, exponentials(r + i));
     }
     if (dx) scatter_tile(x_tile, dx, g.grad_layout, r, rows, a.classes);
     if (dt) scatter_tile(dt_tile, dt, g.grad_probability_layout, r, rows, a.classes);

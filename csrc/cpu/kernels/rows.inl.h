@@ -30,8 +30,9 @@ inline A block_max(const A* z, int64_t n) {
 
 // Sum of exp(z - m). Lanes past the end count exp(-inf) = 0. Meanwhile what follows at `next` is fetched (past the
 // end of the row that is a hint without effect): memory would idle during this pass otherwise.
-template <class T, class A>
-inline A block_exp_sum(const A* z, int64_t n, A m, const T* next) {
+// With `keep`, what is summed is also stored at `exponentials`.
+template <bool keep = false, class T, class A>
+inline A block_exp_sum(const A* z, int64_t n, A m, const T* next, A* exponentials = nullptr) {
   using V = vec_t<A>;
   constexpr int64_t line = 64 / sizeof(T);
   V vm = set1(m), s0 = set1(A(0)), s1 = s0;
@@ -39,11 +40,24 @@ inline A block_exp_sum(const A* z, int64_t n, A m, const T* next) {
   for (; j + 2 * V::size <= n; j += 2 * V::size) {
     __builtin_prefetch(next + j);
     if constexpr (line < 2 * V::size) __builtin_prefetch(next + j + line);
-    s0 = s0 + exp(load(z + j) - vm);
-    s1 = s1 + exp(load(z + j + V::size) - vm);
+    const V e0 = exp(load(z + j) - vm), e1 = exp(load(z + j + V::size) - vm);
+    if constexpr (keep) {
+      store(exponentials + j, e0);
+      store(exponentials + j + V::size, e1);
+    }
+    s0 = s0 + e0;
+    s1 = s1 + e1;
   }
-  for (; j + V::size <= n; j += V::size) s0 = s0 + exp(load(z + j) - vm);
-  if (j < n) s1 = s1 + exp(first_n(load_n(z + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
+  for (; j + V::size <= n; j += V::size) {
+    const V e = exp(load(z + j) - vm);
+    if constexpr (keep) store(exponentials + j, e);
+    s0 = s0 + e;
+  }
+  if (j < n) {
+    const V e = exp(first_n(load_n(z + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
+    if constexpr (keep) store_n(exponentials + j, e, n - j);
+    s1 = s1 + e;
+  }
   return reduce_add(s0 + s1);
 }
 

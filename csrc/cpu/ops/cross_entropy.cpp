@@ -23,6 +23,11 @@ void check_row(const CrossEntropyArgs& a, int64_t bad) {
            c10::str("Target ", a.target[bad], " is out of bounds."));
 }
 
+// Of rows whose classes' weights are to be summed in the same order wherever the mean is needed.
+double denominator_of(const CrossEntropyTensors<CrossEntropyArgs>& t) {
+  return cross_entropy_denominator(t.dtype, t.args, t.rows);
+}
+
 std::vector<Tensor> cross_entropy_forward_cpu(const CrossEntropyOperands& given, const CrossEntropyOptions& o,
                                               int64_t outputs, OptionalType loss_dtype) {
   check_cross_entropy_forward(given, o, outputs, loss_dtype);
@@ -44,8 +49,9 @@ std::vector<Tensor> cross_entropy_forward_cpu(const CrossEntropyOperands& given,
   if (outputs & kOutputArgmax)
     out.argmax = (argmax = at::empty(row_shape, input.options().dtype(at::kLong))).mutable_data_ptr<int64_t>();
 
-  const CrossEntropyPartial sums = cross_entropy_forward(t.dtype, t.args, out, t.rows);
+  CrossEntropyPartial sums = cross_entropy_forward(t.dtype, t.args, out, t.rows);
   check_row(t.args, sums.bad_row);
+  if (given.weight.has_value()) sums.weight = denominator_of(t);
 
   std::vector<Tensor> results;
   if (outputs & kOutputLoss) {
@@ -62,6 +68,36 @@ std::vector<Tensor> cross_entropy_forward_cpu(const CrossEntropyOperands& given,
   results.push_back(stats);
   results.push_back(number(sums.weight, at::kDouble));
   return results;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward_cpu(const CrossEntropyOperands& given,
+                                                                              const CrossEntropyOptions& o,
+                                                                              OptionalType loss_dtype,
+                                                                              double upstream) {
+  check_reduced("cross_entropy_forward_backward", o.reduction);
+  check_cross_entropy_forward(given, o, kOutputLoss, loss_dtype);
+  auto t = tensors_of(given, o);
+  const Tensor& input = given.input;
+  const auto acc = acc_type(input.scalar_type());
+  const int64_t dim = class_dim(input);
+  const bool mean = o.reduction == at::Reduction::Mean;
+  const Tensor stats = at::empty({cross_entropy_stat_rows(t.probabilities.defined(), false), t.rows},
+                                 input.options().dtype(acc)),
+               grad = empty_result_like(input), dx = walkable(grad, dim);
+  point_to_stats(t.args, stats);
+  const double denominator = denominator_of(t), wide = upstream;
+  const float single = (float)upstream;
+  CrossEntropyGrads g = {};
+  g.loss = acc == at::kDouble ? (const void*)&wide : &single;
+  g.loss_scale = mean ? 1 / denominator : 1;
+  g.grad_logits = dx.mutable_data_ptr();
+  g.grad_layout = *row_layout(dx, dim);
+  g.stream = (int64_t)dx.nbytes() >= tuning::kStreamBytes;
+  const CrossEntropyPartial sums = cross_entropy_forward_backward(t.dtype, t.args, {}, g, t.rows);
+  check_row(t.args, sums.bad_row);
+  if (!dx.is_same(grad)) grad.copy_(dx);
+  return {number(mean ? mean_of(sums.loss, denominator) : sums.loss, loss_dtype.value_or(input.scalar_type())), stats,
+          number(denominator, at::kDouble), grad};
 }
 
 // Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
@@ -86,7 +122,7 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
     g.stream = (int64_t)dx.nbytes() >= tuning::kStreamBytes;
   }
   if (grad_target) {
-    dt = advised(at::empty(target.sizes(), target.options()));
+    dt = empty_result(target.sizes(), target.options());
     g.grad_probabilities = dt.mutable_data_ptr();
     g.grad_probability_layout = *row_layout(dt, dim);
   }
@@ -100,7 +136,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(const CrossEntropyOutputGr
                                                       const Tensor& weight_sum, const CrossEntropyOptions& o,
                                                       std::array<bool, 2> mask) {
   check_cross_entropy_backward("cross_entropy_backward", grads, t, stats, weight_sum, o, mask[1]);
-  Tensor dx = mask[0] ? advised(at::empty_like(t.input)) : at::empty({0}, t.input.options());
+  Tensor dx = mask[0] ? empty_result_like(t.input) : at::empty({0}, t.input.options());
   Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, grads, t, stats, weight_sum, o, mask[1]);
   return {dx, dt};
 }
@@ -113,10 +149,20 @@ Tensor cross_entropy_backward_inplace_cpu(const CrossEntropyOutputGrads& grads, 
   return cross_entropy_backward_into(&t.input, grads, t, stats, weight_sum, o, grad_target);
 }
 
+void cross_entropy_backward_unless_cpu(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                       const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad,
+                                       double upstream) {
+  check_cross_entropy_unless(grad_loss, t, stats, weight_sum, o, grad, upstream);
+  if (grad_loss.item<double>() != upstream)
+    cross_entropy_backward_into(&grad, {grad_loss, {}, {}, {}}, t, stats, weight_sum, o, false);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(regfast, CPU, m) {
   register_kernels<cross_entropy_forward_cpu>(m, "cross_entropy_forward", isa_in_use);
+  register_kernels<cross_entropy_forward_backward_cpu>(m, "cross_entropy_forward_backward", isa_in_use);
+  register_kernels<cross_entropy_backward_unless_cpu>(m, "cross_entropy_backward_unless_", isa_in_use);
   register_kernels<cross_entropy_backward_cpu>(m, "cross_entropy_backward", isa_in_use);
   register_kernels<cross_entropy_backward_inplace_cpu>(m, "cross_entropy_backward_", isa_in_use);
 }

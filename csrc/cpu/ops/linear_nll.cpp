@@ -202,8 +202,8 @@ double run(const Problem& p, const Wanted& to) {
 }
 
 void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Wanted* to) {
-  if (mask[0]) to->x = advised(at::empty({p.rows, p.features}, p.x.options().dtype(dx_type)));
-  if (mask[1]) to->w = advised(at::empty({p.outputs, p.features}, p.options()));
+  if (mask[0]) to->x = empty_result({p.rows, p.features}, p.x.options().dtype(dx_type));
+  if (mask[1]) to->w = empty_result({p.outputs, p.features}, p.options());
   if (mask[2]) to->bias = at::empty({p.outputs}, p.options());
   if (mask[3]) to->variance = at::empty({p.outputs}, p.options());
 }
@@ -228,7 +228,7 @@ Tensor forward_cpu(const Operands& t, const Options& o, OptionalType loss_dtype)
   const Problem p = problem_of(t, o);
   Wanted to;
   to.value = true;
-  if (o.reduction == at::Reduction::None) to.each = advised(at::empty({p.rows, p.outputs}, p.options()));
+  if (o.reduction == at::Reduction::None) to.each = empty_result({p.rows, p.outputs}, p.options());
   const double sum = run(p, to);
   const auto type = loss_type(t.input, t.target, loss_dtype);
   if (o.reduction == at::Reduction::None) return as_type(to.each, type).view(t.target.sizes());

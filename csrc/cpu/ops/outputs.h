@@ -1,15 +1,13 @@
-// Tensors that ops return: large ones on huge pages, and numbers.
+// Tensors that ops return.
 #pragma once
-#include "cpu/platform.h"
 #include "shared/torch_api.h"
 
 namespace rf {
 
-// Fresh memory that a kernel is about to fill.
-inline Tensor advised(Tensor t) {
-  advise_huge_pages(t.mutable_data_ptr(), (int64_t)t.nbytes());
-  return t;
-}
+// Tensors that a kernel is about to fill: large ones in memory that is kept (platform.h).
+Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options);
+// Of another's sizes and, where its elements lie without gaps, strides.
+Tensor empty_result_like(const Tensor& t);
 
 // A tensor of one number, without the dispatch of a fill.
 inline Tensor number(double value, at::ScalarType type) {

@@ -1,6 +1,8 @@
 // The arguments of the kernels, beside those that shared/problems.h has for both devices and by its conventions: raw
 // pointers to device memory, sizes in int64_t.
 #pragma once
+#include <cmath>
+
 #include "shared/problems.h"
 
 namespace rf::cuda {
@@ -54,9 +56,10 @@ struct CrossEntropyResults : CrossEntropyOutputs {
 
 struct CrossEntropyUpstream : CrossEntropyBackward {  // loss null: 1, or in launch_cross_entropy_backward none
   const double* weight_sum;                           // a mean's denominator, which divides loss; or null
-  // With loss_stride 0: do nothing if *loss is 1, because launch_cross_entropy_forward_backward has written
-  // grad_logits.
-  bool unless_one;
+  // With loss_stride 0: do nothing if *loss is this, because launch_cross_entropy_forward_backward has written
+  // grad_logits for it. NaN: write in any case.
+  double unless = NAN;
+  double of_total = 1;  // launch_cross_entropy_forward_backward's
 };
 
 // ---- parts of rows -------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ struct CrossEntropyProgram {
         per_cap(a.softcap == 0 ? A(0) : A(1 / a.softcap)),
         z_loss(A(a.z_loss)) {}
 
-  __device__ bool idle() const { return up.unless_one && *(const A*)up.loss == A(1); }
+  __device__ bool idle() const { return up.unless == up.unless && *(const A*)up.loss == A(up.unless); }
   __device__ Item blank() const { return {}; }
 
   __device__ bool inside(int64_t c) const { return 0 <= c && c < classes; }
@@ -219,7 +219,7 @@ struct CrossEntropyProgram {
   __device__ void prepare_gradient(Row& row, const State& s, int64_t r) const {
     A loss = A(0);
     if (!row.ignored) {
-      loss = reduces ? A(1) : up.loss ? ((const A*)up.loss)[r * up.loss_stride] : A(0);
+      loss = reduces ? A(up.of_total) : up.loss ? ((const A*)up.loss)[r * up.loss_stride] : A(0);
       if (up.weight_sum) loss /= A(*up.weight_sum);
       row.logprob = at(up.logprob, r);
     }

@@ -22,9 +22,10 @@ Tensors tensors_of(const CrossEntropyOperands& given, const CrossEntropyOptions&
 }
 
 // The outputs asked for, then the rows' statistics and the mean's denominator; with `grad` also the gradient for an
-// upstream gradient of 1, from the same read of the logits.
+// upstream gradient that is known, from the same read of the logits.
 std::vector<Tensor> cross_entropy_results(const CrossEntropyOperands& given, const CrossEntropyOptions& o,
-                                          int64_t outputs, OptionalType loss_dtype, const Tensor* grad) {
+                                          int64_t outputs, OptionalType loss_dtype, const Tensor* grad,
+                                          double upstream = 1) {
   const Tensor& input = given.input;
   const OnDevice device(input);
   Tensors t = tensors_of(given, o);
@@ -57,7 +58,7 @@ std::vector<Tensor> cross_entropy_results(const CrossEntropyOperands& given, con
     const int64_t dim = class_dim(input);
     Tensor dx = walkable(*grad, dim);
     launch_cross_entropy_forward_backward(t.dtype, t.args, out, dx.mutable_data_ptr(), *row_layout(dx, dim),
-                                          device.stream);
+                                          device.stream, upstream);
     if (!dx.is_same(*grad)) grad->copy_(dx);
   } else {
     launch_cross_entropy_forward(t.dtype, t.args, out, device.stream);
@@ -82,18 +83,18 @@ std::vector<Tensor> cross_entropy_forward(const CrossEntropyOperands& t, const C
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward(const CrossEntropyOperands& t,
                                                                           const CrossEntropyOptions& o,
-                                                                          OptionalType loss_dtype) {
+                                                                          OptionalType loss_dtype, double upstream) {
   check_reduced("cross_entropy_forward_backward", o.reduction);
   check_cross_entropy_forward(t, o, kOutputLoss, loss_dtype);
   Tensor grad = at::empty_like(t.input);
-  const auto r = cross_entropy_results(t, o, kOutputLoss, loss_dtype, &grad);
+  const auto r = cross_entropy_results(t, o, kOutputLoss, loss_dtype, &grad, upstream);
   return {r[0], r[1], r[2], grad};
 }
 
 // Gradients into grad_input (laid out in any way) and into a new tensor for the probabilities.
 Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& grads,
                                    const CrossEntropyOperands& given, const Tensor& stats, const Tensor& weight_sum,
-                                   const CrossEntropyOptions& o, bool grad_target, bool unless_one = false) {
+                                   const CrossEntropyOptions& o, bool grad_target, double unless = NAN) {
   const Tensor &input = given.input, &target = given.target;
   const OnDevice device(input);
   auto t = tensors_of(given, o);
@@ -103,7 +104,7 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
   rows.point_to(up);
   up.loss_stride = o.reduction == at::Reduction::None ? 1 : 0;
   up.weight_sum = o.reduction == at::Reduction::Mean ? weight_sum.const_data_ptr<double>() : nullptr;
-  up.unless_one = unless_one;
+  up.unless = unless;
 
   const int64_t dim = class_dim(input);
   Tensor dx, dt = at::empty({0}, input.options());
@@ -139,10 +140,11 @@ Tensor cross_entropy_backward_inplace(const CrossEntropyOutputGrads& grads, cons
   return cross_entropy_backward_into(&t.input, grads, t, stats, weight_sum, o, grad_target);
 }
 
-void cross_entropy_backward_unless_one(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
-                                       const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad) {
-  check_cross_entropy_unless_one(grad_loss, t, stats, weight_sum, o, grad);
-  cross_entropy_backward_into(&grad, {grad_loss, {}, {}, {}}, t, stats, weight_sum, o, false, /*unless_one=*/true);
+void cross_entropy_backward_unless(const Tensor& grad_loss, const CrossEntropyOperands& t, const Tensor& stats,
+                                   const Tensor& weight_sum, const CrossEntropyOptions& o, const Tensor& grad,
+                                   double upstream) {
+  check_cross_entropy_unless(grad_loss, t, stats, weight_sum, o, grad, upstream);
+  cross_entropy_backward_into(&grad, {grad_loss, {}, {}, {}}, t, stats, weight_sum, o, false, upstream);
 }
 
 }  // namespace
@@ -150,7 +152,7 @@ void cross_entropy_backward_unless_one(const Tensor& grad_loss, const CrossEntro
 void register_cross_entropy(torch::Library& m) {
   register_kernels<cross_entropy_forward>(m, "cross_entropy_forward", architecture_in_use);
   register_kernels<cross_entropy_forward_backward>(m, "cross_entropy_forward_backward", architecture_in_use);
-  register_kernels<cross_entropy_backward_unless_one>(m, "cross_entropy_backward_unless_one_", architecture_in_use);
+  register_kernels<cross_entropy_backward_unless>(m, "cross_entropy_backward_unless_", architecture_in_use);
   register_kernels<cross_entropy_backward>(m, "cross_entropy_backward", architecture_in_use);
   register_kernels<cross_entropy_backward_inplace>(m, "cross_entropy_backward_", architecture_in_use);
 }

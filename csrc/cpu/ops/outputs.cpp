@@ -1,0 +1,47 @@
+// Memory of large results, behind the interface that storages of torch have: they may be resized and moved.
+#include "cpu/ops/outputs.h"
+
+#include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
+#include <c10/core/CPUAllocator.h>
+
+#include "cpu/platform.h"
+#include "cpu/tuning.h"
+
+namespace rf {
+namespace {
+
+struct LargeAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* const p = (int64_t)bytes < tuning::kLargeBytes ? nullptr : take_large_buffer((int64_t)bytes);
+    if (!p) return c10::GetDefaultCPUAllocator()->allocate(bytes);
+    c10::profiledCPUMemoryReporter().New(p, bytes);
+    return {p, p, give_back, c10::Device(c10::kCPU)};
+  }
+  void copy_data(void* to, const void* from, size_t bytes) const override { default_copy_data(to, from, bytes); }
+
+  static void give_back(void* p) {
+    c10::profiledCPUMemoryReporter().Delete(p);
+    give_back_large_buffer(p);
+  }
+};
+
+LargeAllocator allocator;
+constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
+
+}  // namespace
+
+Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  const auto type = c10::typeMetaToScalarType(options.dtype());
+  if (c10::multiply_integers(sizes) * (int64_t)c10::elementSize(type) < tuning::kLargeBytes)
+    return at::empty(sizes, options);
+  return at::detail::empty_generic(sizes, &allocator, kCpu, type, std::nullopt);
+}
+
+Tensor empty_result_like(const Tensor& t) {
+  if ((int64_t)t.nbytes() < tuning::kLargeBytes) return at::empty_like(t);
+  const auto strides = at::infer_dense_strides(t.sizes(), t.strides());
+  return at::detail::empty_strided_generic(t.sizes(), strides, &allocator, kCpu, t.scalar_type());
+}
+
+}  // namespace rf
