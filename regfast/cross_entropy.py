@@ -67,12 +67,14 @@ def cross_entropy(
         RuntimeError: for shapes, dtypes or options that do not fit, as ``F.cross_entropy`` does.
 
     Saved for backward: input, target, weight, and per row the maximum and the log of the sum (with the entropy, or with
-    probabilities the target's mass, where these are used): no probabilities of input's size. Backward recomputes
-    ``softmax - target`` from them in one pass (one read, one write), so the logits have to stay as they are until
-    then. ``F.cross_entropy`` saves log-probabilities of its own instead, and does not mind. Here an operation in place
-    on input, or on a tensor that shares its memory, makes backward raise; what PyTorch is not told of (a write through
-    ``.data``, or through the array of ``input.detach().numpy()``, by a metric, say) makes its gradient wrong: do that
-    to a clone, or after backward.
+    probabilities the target's mass, where these are used); and of a reduced loss as the only output the gradient, for
+    which the row's exponentials serve that gave the loss. It is that for the upstream gradient of the last backward, 1
+    at first: where another one comes, where a graph is kept, or where saved tensors are packed away (checkpoints,
+    offloading), backward computes ``softmax - target`` from the statistics in one pass of its own, with the same bits.
+    So the logits have to stay as they are until then. ``F.cross_entropy`` saves log-probabilities instead, and does not
+    mind. Here an operation in place on input, or on a tensor that shares its memory, makes backward raise; what PyTorch
+    is not told of (a write through ``.data``, or through the array of ``input.detach().numpy()``, by a metric, say) may
+    make its gradient wrong: do that to a clone, or after backward.
     """
     if outputs is LOSS and size_average is None and reduce is None and not is_dynamo_compiling():
         number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
