@@ -55,10 +55,29 @@ def mse_loss():
     return lambda x: F.mse_loss(x, target), lambda x: regfast.mse_loss(x, target)
 
 
+def linear_cross_entropy():
+    target = torch.randint(C, (N,))
+    return (
+        lambda x, w, b: F.cross_entropy(F.linear(x, w, b), target),
+        lambda x, w, b: regfast.linear_cross_entropy(x, w, target, linear_bias=b),
+    )
+
+
+def linear_mse_loss():
+    target = torch.randn(N, C)
+    return (
+        lambda x, w, b: F.mse_loss(F.linear(x, w, b), target),
+        lambda x, w, b: regfast.linear_mse_loss(x, w, target, b),
+    )
+
+
+LAYERS = linear, linear_relu, linear_cross_entropy, linear_mse_loss
+
+
 def cases() -> list[Case]:
     found = []
-    for pair in (linear, linear_relu, softmax, log_softmax, logsumexp, cross_entropy, mse_loss):
-        weights = pair in (linear, linear_relu)
+    for pair in (*LAYERS, softmax, log_softmax, logsumexp, cross_entropy, mse_loss):
+        weights = pair in LAYERS
         for mode in ("fwd", "fwd_bwd"):
             found.append(
                 Case(
