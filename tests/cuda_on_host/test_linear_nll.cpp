@@ -4,7 +4,6 @@
 
 #include "cuda/launch.h"
 #include "device_memory.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -242,15 +241,9 @@ void certain() {
 
 }  // namespace
 
-void test_linear_nll() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
-  certain<float>();
-  certain<double>();
-  certain<bf16>();
-  certain<f16>();
+TEST(linear_nll) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
+  each_dtype([](auto element) { certain<decltype(element)>(); });
 }
 
 }  // namespace test

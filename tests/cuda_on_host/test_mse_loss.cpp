@@ -4,7 +4,6 @@
 
 #include "cuda/launch.h"
 #include "device_memory.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -83,11 +82,8 @@ void all() {
 
 }  // namespace
 
-void test_mse_loss() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(mse_loss) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -4,7 +4,6 @@
 
 #include "cuda/launch.h"
 #include "device_memory.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -98,11 +97,8 @@ void all() {
 
 }  // namespace
 
-void test_phm_linear() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(phm_linear) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -6,7 +6,6 @@
 #include "cuda/launch.h"
 #include "device_memory.h"
 #include "layouts.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -245,11 +244,8 @@ void long_rows(int64_t bytes) {
 
 }  // namespace
 
-void test_softmax() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(softmax) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
   long_rows<bf16>(70 << 10);
   long_rows<float>(180 << 10);
 }

@@ -181,11 +181,8 @@ void all() {
 
 }  // namespace
 
-void test_gemm() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(gemm) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
   describe("gemm: paths");
   for (int64_t runs : runs_of_path) CHECK(runs > 0);
   CHECK(rf::kernels().fma_gflops(1e-3) > 0);

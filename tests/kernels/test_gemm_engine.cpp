@@ -156,12 +156,9 @@ void broken_assumptions() {
 
 }  // namespace
 
-void test_gemm_engine() {
+TEST(gemm_engine) {
   Random random(1313);
-  each_type<float>(random);
-  each_type<double>(random);
-  each_type<bf16>(random);
-  each_type<f16>(random);
+  each_dtype([&](auto element) { each_type<decltype(element)>(random); });
   broken_assumptions();
 }
 

@@ -294,13 +294,11 @@ void all() {
 
 }  // namespace
 
-void test_linear_nll() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
-  far_predictions<float>();
-  far_predictions<double>();
+TEST(linear_nll) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
+  each_dtype([](auto element) {
+    if constexpr (std::is_floating_point_v<decltype(element)>) far_predictions<decltype(element)>();
+  });
 }
 
 }  // namespace test

@@ -106,11 +106,8 @@ void all() {
 
 }  // namespace
 
-void test_mse_loss() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(mse_loss) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -79,11 +79,8 @@ void all() {
 
 }  // namespace
 
-void test_packing() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(packing) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -89,11 +89,8 @@ void all() {
 
 }  // namespace
 
-void test_phm_linear() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(phm_linear) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

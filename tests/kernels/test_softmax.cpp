@@ -221,18 +221,12 @@ void all_logsumexp() {
 
 }  // namespace
 
-void test_softmax() {
-  all_softmax<float>();
-  all_softmax<double>();
-  all_softmax<bf16>();
-  all_softmax<f16>();
+TEST(softmax) {
+  each_dtype([](auto element) { all_softmax<decltype(element)>(); });
 }
 
-void test_logsumexp() {
-  all_logsumexp<float>();
-  all_logsumexp<double>();
-  all_logsumexp<bf16>();
-  all_logsumexp<f16>();
+TEST(logsumexp) {
+  each_dtype([](auto element) { all_logsumexp<decltype(element)>(); });
 }
 
 }  // namespace test
