@@ -11,9 +11,6 @@
 namespace rf {
 namespace {
 
-// Rows of A that are multiplied at a time are equal parts of about kBlockRows: fewer than so many are one.
-constexpr int64_t kTallestPiece = tuning::kBlockRows * 3 / 2;
-
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
   DType type;
@@ -113,7 +110,7 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
   const bool half = size_of(p.c) != acc;
   if (!a_is_longer && (p.a.in_place() || (half && g.k <= p.b.count))) p.k_count = p.kc * blocks;
-  p.stays_in_tiles = deep && g.k > p.kc && p.k_count >= g.k && p.a.count < kTallestPiece;
+  p.stays_in_tiles = deep && g.k > p.kc && p.k_count >= g.k && p.a.count < tuning::kTallestPiece;
   if (g.accumulate || (g.k > p.kc && !p.stays_in_tiles))
     p.waiting = !half ? Waiting::c : p.k_count >= g.k ? Waiting::task : Waiting::all;
   // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
@@ -284,8 +281,9 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       // For few rows of A, what packing waits for memory shows: it is asked for while the K block before is multiplied.
       const bool few = i.size() < tuning::kPackingDecides;
       // All K blocks in the same tiles: also where that is the same order of sums, block after block in any place.
-      const bool one_piece = p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= g.k &&
-                                                  i.size() < kTallestPiece && j.size() <= tuning::kGroupColumns);
+      const bool one_piece =
+          p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= g.k &&
+                               i.size() < tuning::kTallestPiece && j.size() <= tuning::kGroupColumns);
       GemmBlockArgs block = {};
       block.epilogue = e;
       if (p.waiting == Waiting::task) place_sums(block.epilogue, dtype, p, i, j);
@@ -320,7 +318,7 @@ void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
 int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const int64_t tiles = p.threads * round_up(kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
+  const int64_t tiles = p.threads * round_up(tuning::kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
   const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
   const int64_t panels = p.a_is_longer ? 0 : p.threads * p.b_task(nr) * p.kc;
   const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)

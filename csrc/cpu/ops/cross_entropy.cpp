@@ -80,13 +80,13 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
   const int64_t dim = class_dim(input);
   Tensor dx, dt = at::empty({0}, input.options());
   if (grad_input) {
-    dx = walkable(*grad_input, dim);
+    dx = as_strided_rows(*grad_input, dim);
     g.grad_logits = dx.mutable_data_ptr();
     g.grad_layout = *row_layout(dx, dim);
     g.stream = (int64_t)dx.nbytes() >= tuning::kStreamBytes;
   }
   if (grad_target) {
-    dt = advised(at::empty(target.sizes(), target.options()));
+    dt = on_huge_pages(at::empty(target.sizes(), target.options()));
     g.grad_probabilities = dt.mutable_data_ptr();
     g.grad_probability_layout = *row_layout(dt, dim);
   }
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward_cpu(const CrossEntropyOutputGr
                                                       const Tensor& weight_sum, const CrossEntropyOptions& o,
                                                       std::array<bool, 2> mask) {
   check_cross_entropy_backward("cross_entropy_backward", grads, t, stats, weight_sum, o, mask[1]);
-  Tensor dx = mask[0] ? advised(at::empty_like(t.input)) : at::empty({0}, t.input.options());
+  Tensor dx = mask[0] ? on_huge_pages(at::empty_like(t.input)) : at::empty({0}, t.input.options());
   Tensor dt = cross_entropy_backward_into(mask[0] ? &dx : nullptr, grads, t, stats, weight_sum, o, mask[1]);
   return {dx, dt};
 }

@@ -18,12 +18,12 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   if (product_by_aten(x.scalar_type(), rows_of(x), w.size(0), w.size(1))) {
     Tensor z = at::linear(x, w, bias);
     if (act == Activation::none) return {z, at::empty({0}, x.options())};
-    Tensor y = save_preactivation ? advised(at::empty(sizes, x.options())) : z;
+    Tensor y = save_preactivation ? on_huge_pages(at::empty(sizes, x.options())) : z;
     activation_forward(dtype, z.const_data_ptr(), y.mutable_data_ptr(), z.numel(), act);
     return {y, save_preactivation ? z : at::empty({0}, x.options())};
   }
-  Tensor y = advised(at::empty(sizes, x.options()));
-  Tensor z = save_preactivation ? advised(at::empty(sizes, x.options())) : at::empty({0}, x.options());
+  Tensor y = on_huge_pages(at::empty(sizes, x.options()));
+  Tensor z = save_preactivation ? on_huge_pages(at::empty(sizes, x.options())) : at::empty({0}, x.options());
   if (y.numel() == 0) return {y, z};
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
   const Operand a = operand(x), weight = operand(w);
@@ -56,7 +56,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
       const Tensor left = dz.reshape({m, n}), right = other.reshape({inner, columns});
       return at::mm(dz_transposed ? left.t() : left, right).view(sizes);
     }
-    Tensor c = advised(at::empty(sizes, grad.options()));
+    Tensor c = on_huge_pages(at::empty(sizes, grad.options()));
     const Operand left = operand(dz), right = operand(other);
     gemm(dtype, {rows,
                  columns,

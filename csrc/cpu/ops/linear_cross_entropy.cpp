@@ -66,7 +66,7 @@ struct Work {
     rows = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
                        memory_budget.value_or(default_memory_budget())});
     const auto options = p.x.options().dtype(p.acc);
-    const auto panel_like = [&] { return advised(at::empty({rows, p.outputs}, options)); };
+    const auto panel_like = [&] { return on_huge_pages(at::empty({rows, p.outputs}, options)); };
     panel = panel_like();
     if (widens) wide = panel_like();
     if (narrows) wide_grad = panel_like();
@@ -241,13 +241,13 @@ Gradients new_gradients(const Problem& p, const Operands& t, at::ScalarType dx_t
   Gradients g;
   if (mask[0])
     g.x = p.listed ? at::zeros(as_matrix(input).sizes(), options.dtype(dx_type))
-                   : advised(at::empty(as_matrix(input).sizes(), options.dtype(dx_type)));
+                   : on_huge_pages(at::empty(as_matrix(input).sizes(), options.dtype(dx_type)));
   if (mask[1]) {
-    g.w = advised(at::empty({p.outputs, p.features}, options.dtype(p.acc)));
+    g.w = on_huge_pages(at::empty({p.outputs, p.features}, options.dtype(p.acc)));
     if (p.rows == 0) g.w.zero_();
   }
   if (mask[2]) g.bias = at::empty({p.outputs}, options.dtype(p.acc));
-  if (mask[3]) g.target = advised(at::empty(p.probabilities.sizes(), t.target.options()));
+  if (mask[3]) g.target = on_huge_pages(at::empty(p.probabilities.sizes(), t.target.options()));
   return g;
 }
 

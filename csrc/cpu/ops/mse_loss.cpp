@@ -12,7 +12,7 @@ Tensor mse_loss_forward_cpu(const Tensor& input, const Tensor& target, int64_t r
   check_mse_loss("mse_loss", input, target, reduction);
   const Tensor x = without_gaps(input), y = in_order_of(x, target);
   const bool each = reduction == at::Reduction::None;
-  Tensor out = each ? advised(at::empty_like(x)) : Tensor();
+  Tensor out = each ? on_huge_pages(at::empty_like(x)) : Tensor();
   const double sum = mse_loss(dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(),
                               each ? out.mutable_data_ptr() : nullptr, x.numel());
   if (each) return out;
@@ -24,8 +24,8 @@ std::tuple<Tensor, Tensor> mse_loss_backward_cpu(const Tensor& grad, const Tenso
   check_mse_loss_backward(grad, input, target, reduction);
   const Tensor x = without_gaps(input), y = in_order_of(x, target);
   const Tensor g = reduction == at::Reduction::None ? in_order_of(x, grad) : grad.contiguous();
-  Tensor dx = mask[0] ? advised(at::empty_like(x)) : at::empty({0}, x.options());
-  Tensor dy = mask[1] ? advised(at::empty_like(x)) : at::empty({0}, x.options());
+  Tensor dx = mask[0] ? on_huge_pages(at::empty_like(x)) : at::empty({0}, x.options());
+  Tensor dy = mask[1] ? on_huge_pages(at::empty_like(x)) : at::empty({0}, x.options());
   const double scale = reduction == at::Reduction::Mean ? 2.0 / (double)x.numel() : 2.0;
   mse_loss_backward(dtype_of(x.scalar_type()), x.const_data_ptr(), y.const_data_ptr(), g.const_data_ptr(),
                     reduction == at::Reduction::None, scale, mask[0] ? dx.mutable_data_ptr() : nullptr,

@@ -6,7 +6,7 @@
 namespace rf {
 
 // Fresh memory that a kernel is about to fill.
-inline Tensor advised(Tensor t) {
+inline Tensor on_huge_pages(Tensor t) {
   advise_huge_pages(t.mutable_data_ptr(), (int64_t)t.nbytes());
   return t;
 }

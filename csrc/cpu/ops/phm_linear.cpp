@@ -41,8 +41,8 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
   PhmProblem p(input, a, s);
   auto sizes = input.sizes().vec();
   sizes.back() = p.outputs;
-  Tensor y = advised(at::empty(sizes, input.options()));
-  Tensor pre = save_preactivation ? advised(at::empty(sizes, input.options())) : at::empty({0}, input.options());
+  Tensor y = on_huge_pages(at::empty(sizes, input.options()));
+  Tensor pre = save_preactivation ? on_huge_pages(at::empty(sizes, input.options())) : at::empty({0}, input.options());
   if (y.numel() == 0) return {y, pre};
   p.set_input(input);
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
@@ -83,8 +83,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   const auto acc_options = grad.options().dtype(p.acc);
   auto sizes = grad.sizes().vec();
   sizes.back() = p.inputs;
-  Tensor dx = mask[0] ? advised(at::empty(sizes, grad.options())) : none();
-  Tensor ds = mask[2] ? advised(at::empty({p.to_part, p.inputs}, acc_options)) : none();
+  Tensor dx = mask[0] ? on_huge_pages(at::empty(sizes, grad.options())) : none();
+  Tensor ds = mask[2] ? on_huge_pages(at::empty({p.to_part, p.inputs}, acc_options)) : none();
   if (mask[2] && p.rows == 0) ds.zero_();
   std::vector<double> da(mask[1] ? p.n * p.n * p.n : 0);
   if (p.rows > 0 && (mask[0] || mask[1] || mask[2])) {

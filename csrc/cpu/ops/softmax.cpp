@@ -13,7 +13,9 @@ struct Cpu {
   static constexpr SoftmaxOp logsumexp_backward = SoftmaxOp::logsumexp_backward;
 
   explicit Cpu(const Tensor& t) : dtype(dtype_of(t.scalar_type())) {}
-  Tensor empty(at::IntArrayRef sizes, at::TensorOptions options) const { return advised(at::empty(sizes, options)); }
+  Tensor empty(at::IntArrayRef sizes, at::TensorOptions options) const {
+    return on_huge_pages(at::empty(sizes, options));
+  }
   void run(SoftmaxOp op, const SoftmaxProblem& p, int64_t rows) const { softmax(op, dtype, {p, nullptr}, rows); }
 
   DType dtype;
