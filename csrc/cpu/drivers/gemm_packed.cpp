@@ -221,8 +221,13 @@ void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width, void (
   const int64_t parts = ceil_div(padded, step);
   take_tasks(parts * blocks, p.threads, [&](int64_t task) {
     const int64_t block = task / parts * p.kc, k = std::min(p.kc, depth.size() - block), i = task % parts * step;
-    pack({side.view, side.across, rows.begin + i, std::min(step, rows.size() - i), depth.begin + block, k,
-          to + (block * padded + i * k) * acc});
+    pack({.from = side.view,
+          .across = side.across,
+          .i0 = rows.begin + i,
+          .count = std::min(step, rows.size() - i),
+          .k0 = depth.begin + block,
+          .k = k,
+          .to = to + (block * padded + i * k) * acc});
   });
 }
 
@@ -291,7 +296,8 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       do {
         const int64_t k = std::min(p.kc, depth.end - at);
         char* b = (char*)scratch(Slot::packed_b, round_up(j.size(), nr) * k * acc);
-        kernels().pack_b[(int)p.b.type]({p.b.view, p.b.across, j.begin, j.size(), at, k, b});
+        kernels().pack_b[(int)p.b.type](
+            {.from = p.b.view, .across = p.b.across, .i0 = j.begin, .count = j.size(), .k0 = at, .k = k, .to = b});
         in_place ? read_in_place(block, dtype, p.a, i.begin, at)
                  : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
         const int64_t then = std::min(p.kc, depth.end - at - k);

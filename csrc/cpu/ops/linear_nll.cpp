@@ -163,7 +163,13 @@ double one_pass(const Problem& p, const Outputs& to) {
 
 double over_chunks(const Problem& p, const Outputs& to) {
   const bool widens = p.target.scalar_type() != p.acc || !p.target.is_contiguous();
-  const int64_t most = chunk_rows({p.dtype, p.rows, p.features, p.outputs, 1, widens ? 2 : 1, default_memory_budget()});
+  const int64_t most = chunk_rows({.dtype = p.dtype,
+                                   .rows = p.rows,
+                                   .features = p.features,
+                                   .classes = p.outputs,
+                                   .positions = 1,
+                                   .panels = widens ? 2 : 1,
+                                   .memory_budget = default_memory_budget()});
   const Tensor panel = at::empty({most, p.outputs}, p.options());
   const auto column_sums = [&](const Tensor& t) { return t.defined() ? at::empty_like(t) : Tensor(); };
   const Tensor bias = column_sums(to.bias), variance = column_sums(to.variance);

@@ -100,8 +100,13 @@ Parts over_chunks(const OnDevice& device, const Problem& p, const Outputs& to) {
     return t.defined() && (t.scalar_type() != type || !t.is_contiguous());
   };
   const int64_t panels = 1 + half + copied(p.target, target_type) + copied(to.upstream, p.acc) + spare_loss;
-  const int64_t most = cuda_chunk_rows(
-      {p.dtype, p.rows, p.x.size(1), p.outputs, 1, panels, cuda_default_memory_budget(memory_of_device(p.x))});
+  const int64_t most = cuda_chunk_rows({.dtype = p.dtype,
+                                        .rows = p.rows,
+                                        .features = p.x.size(1),
+                                        .classes = p.outputs,
+                                        .positions = 1,
+                                        .panels = panels,
+                                        .memory_budget = cuda_default_memory_budget(memory_of_device(p.x))});
   const int64_t chunks = p.outputs ? ceil_div(p.rows, most) : 0;
 
   const auto in_all = [&](int64_t (*of_rows)(DType, int64_t, int64_t)) {
