@@ -14,27 +14,17 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels cuda_on_host asan tsan fuzz bench sweep lint format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench sweep lint format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
+# What the lines that begin with #: say of the targets below them.
 help:
-	@echo "make demo          trains the models of examples/ beside stock PyTorch"
-	@echo "make test          builds, then the tests of the kernels and of the ops"
-	@echo "make kernels       the C++ tests of the CPU kernels, without torch"
-	@echo "make cuda_on_host  the CUDA kernels on the CPU, without nvcc or GPU"
-	@echo "make asan          kernel tests and Python tests under the address and undefined-behaviour sanitizers"
-	@echo "make tsan          kernel tests, whose threads are their own, under the thread sanitizer"
-	@echo "make fuzz          random calls of every op against PyTorch and float64"
-	@echo "make bench         benchmarks against PyTorch"
-	@echo "make sweep         random calls of every op timed beside PyTorch's, the slowest first"
-	@echo "make lint, format  the linters; the formatters"
-	@echo "make sdist, wheel  the source distribution and the wheel, in dist/"
-	@echo "make cuda          a wheel with the CUDA kernels, on any machine with nvcc, tested without a GPU"
-	@echo "make gpu           builds, proves and measures the CUDA kernels on an NVIDIA GPU"
-	@echo "make clean         removes all that was built but the environments"
+	@sed -n 's/^#: *//p' $(firstword $(MAKEFILE_LIST))
 
+#: make build         .venv with torch, and the extension built into it
 build: $(VENV)/built
 
+#: make demo          trains the models of examples/ beside stock PyTorch
 demo: $(VENV)/built
 	python examples/linear_regression.py
 	python examples/softmax_regression.py
@@ -42,13 +32,21 @@ demo: $(VENV)/built
 	@echo "The pictures are in $(CURDIR)/examples/figures:" && ls examples/figures
 
 # The kernels alone first: they need no torch and fail with less around them. pytest's last line closes the output.
+#: make test          builds, then the tests of the kernels and of the ops
 test: kernels cuda_on_host $(VENV)/built
 	REGFAST_TEST_CUDA_ON_HOST=1 pytest --numprocesses=$(JOBS) --dist=worksteal
 
+#: make kernels       the C++ tests of the CPU kernels, without torch, on every instruction set and compiler at hand
 kernels:
 	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync test
 
+# Of a kernel's test, what is compiled and run is what ISA=, ONLY= and DTYPE= leave: seconds after a change.
+#: make kernel        one kernel's C++ tests on one instruction set: ISA=avx2 ONLY=gemm DTYPE=f32 QUICK=1
+kernel:
+	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync kernel
+
 # The CUDA kernels on the CPU: alone, then as a module through which pytest runs the ops' tests on one more device.
+#: make cuda_on_host  the CUDA kernels on the CPU, without nvcc or GPU; then the module that pytest needs for them
 cuda_on_host: $(VENV)/torch
 	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync test
 	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync extension PYTHON=$(BIN)/python
@@ -56,6 +54,7 @@ cuda_on_host: $(VENV)/torch
 # Under the address and undefined-behaviour sanitizers: the kernels alone, then the Python tests in a tree of their own,
 # so that theirs is the extension that is found. Python itself is not built with the sanitizer, whose library therefore
 # comes first, with that of C++, whose exceptions it watches. TESTS= are pytest's arguments.
+#: make asan          kernel tests and Python tests under the address and undefined-behaviour sanitizers
 ASAN_TREE := build/asan
 TESTS ?= -m "not slow"
 asan: $(VENV)/built
@@ -67,47 +66,61 @@ asan: $(VENV)/built
 		pytest --numprocesses=$(JOBS) --dist=worksteal $(TESTS)
 
 # Only where the sanitizer sees every thread's steps: not through torch, whose OpenMP it does not know.
+#: make tsan          kernel tests, whose threads are their own, under the thread sanitizer
 tsan:
 	$(MAKE) -C tests/kernels -j$(JOBS) --output-sync tsan
 
 # SEED= gives the same cases again, CASES= so many of them at most, CASE= one of them, OPS= those of some ops. Freed
 # memory is overwritten, so that who reads it gets another number.
+#: make fuzz          random calls of every op against PyTorch and float64: SECONDS=60 SEED= CASES= CASE= OPS=
 SECONDS ?= 60
 fuzz: $(VENV)/built
 	MALLOC_PERTURB_=165 OMP_WAIT_POLICY=passive python -m tests.fuzz --jobs $(JOBS) --seconds $(SECONDS) \
 		$(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES)) $(if $(CASE),--case $(CASE)) $(if $(OPS),--ops $(OPS))
 
+#: make bench         benchmarks against PyTorch, then their tables and plots
 bench: $(VENV)/built
 	mkdir -p build
 	pytest bench --benchmark-only --benchmark-json=build/bench.json
 	python bench/report.py build/bench.json
 
 # SECONDS=, SEED=, CASES=, CASE= and OPS= as for fuzz, THREADS= all by default, JSON= a file for all results.
+#: make sweep         random calls of every op timed beside PyTorch's, the slowest first: SECONDS=60 SEED= THREADS= JSON=
 sweep: $(VENV)/built
 	python bench/sweep.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES)) \
 		$(if $(CASE),--case $(CASE)) $(if $(OPS),--ops $(OPS)) $(if $(THREADS),--threads $(THREADS)) $(if $(JSON),--json $(JSON))
 
 CPP_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
+#: make lint          ruff and clang-format, without changing a file
 lint: $(VENV)/linters
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run --Werror $(CPP_FILES)
 
+#: make format        both, changing files
 format: $(VENV)/linters
 	ruff check --fix .
 	ruff format .
 	clang-format -i $(CPP_FILES)
 
+# How each file of the extension was compiled last, for clangd and other tools that read C++.
+#: make compile_commands.json   how each C++ file is compiled, for clangd
+compile_commands.json: $(VENV)/built
+	ninja -C "$$(dirname "$$(ls -t build/torch-*/build.ninja | head -n 1)")" -t compdb compile > $@
+
+#: make sdist         the source distribution, in dist/
 sdist: $(VENV)/torch
 	rm -f dist/regfast-*.tar.gz
 	python -c 'from setuptools import build_meta; print(build_meta.build_sdist("dist"))'
 
+#: make wheel         the wheel, in dist/
 wheel: $(VENV)/torch
 	pip wheel --no-build-isolation --no-deps --wheel-dir dist .
 
 # The CUDA kernels on any machine with nvcc, for all architectures or those of REGFAST_CUDA_ARCHS="80 90a": the wheel,
 # used by all tests of the CPU where no sources lie beside it; what ptxas says of a build for all goes into KERNELS.md.
+#: make cuda          a wheel with the CUDA kernels, on any machine with nvcc, tested without a GPU
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_BIN := $(abspath $(CUDA_VENV))/bin
@@ -123,14 +136,16 @@ cuda:
 	cd build/cuda && $(CUDA_BIN)/pytest -q -m "not slow" --numprocesses=$(JOBS) --dist=worksteal
 
 # On a machine with an NVIDIA GPU, by the python3 that has torch, without network: builds, proves and measures.
+#: make gpu           builds, proves and measures the CUDA kernels on an NVIDIA GPU
 gpu: export PATH := $(subst $(BIN):,,$(PATH))
 gpu:
 	$(PYTHON) bench/gpu.py
 
+#: make clean         removes all that was built but the environments
 clean:
 	$(MAKE) -C tests/kernels clean
 	$(MAKE) -C tests/cuda_on_host clean
-	rm -rf build dist *.egg-info regfast/*.so examples/figures
+	rm -rf build dist *.egg-info regfast/*.so examples/figures compile_commands.json
 
 # The files below are stamps: what they stand for is done if they are newer than what they depend on.
 

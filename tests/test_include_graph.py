@@ -122,6 +122,41 @@ def headers_opened_in_a_region(graph: Graph, plan) -> list[str]:
     return wrong
 
 
+def needed_arrows(plan) -> list[tuple[str, str]]:
+    """The plan's arrows that do not follow from others: those whose ends no other way connects."""
+
+    def reaches(room: str, end: str) -> bool:
+        return room == end or any(reaches(other, end) for other in plan[room][1])
+
+    return [
+        (room, end)
+        for room, (_, others) in plan.items()
+        for end in sorted(others)
+        if not any(reaches(other, end) for other in others - {end})
+    ]
+
+
+def picture(plan) -> str:
+    """The rooms as a flow chart of Mermaid's, which code hosts draw."""
+    identifier = {room: re.sub(r"\W", "_", room) for room in plan}
+    lines = ["```mermaid", "flowchart TD"]
+    for device in (None, "cpu", "cuda"):
+        of_device = [r for r in plan if (r.split("/")[0] if r.split("/")[0] in ("cpu", "cuda") else None) == device]
+        shapes = {room: f'[["{room}"]]' if plan[room][0] else f'["{room}"]' for room in of_device}
+        rooms = [f"  {identifier[room]}{shape}" for room, shape in shapes.items()]
+        lines += (
+            rooms if device is None else [f'  subgraph on_{device}["{device}"]', *(f"  {r}" for r in rooms), "  end"]
+        )
+    lines += [f"  {identifier[room]} --> {identifier[end]}" for room, end in needed_arrows(plan)]
+    return "\n".join([*lines, "```"])
+
+
+def with_picture(text: str, plan) -> str:
+    begin, end = "<!-- rooms:begin -->\n", "\n<!-- rooms:end -->"
+    head, _, rest = text.partition(begin)
+    return head + begin + picture(plan) + end + rest.partition(end.strip())[2]
+
+
 CHECKS = [
     unknown_names,
     arrows_beside_the_plan,
@@ -168,3 +203,21 @@ def test_a_line_of_the_plan_that_nothing_needs_is_found():
     found = arrows_beside_the_plan(Graph(CSRC), plan)
     assert found == ["the table has cpu/kernels -> cpu/drivers, which no file needs"]
     assert any("cpu/kernels -> cpu/drivers" in circle for circle in circles_of_files_or_rooms(Graph(CSRC), plan))
+
+
+HOUSE = ROOT / "docs/house.md"
+
+
+def test_the_picture_of_the_rooms_is_the_codes():
+    text = HOUSE.read_text()
+    drawn = with_picture(text, read_plan((ROOT / "CONTRIBUTING.md").read_text()))
+    assert text == drawn, "python tests/test_include_graph.py draws it again"
+
+
+def test_arrows_that_follow_from_others_are_left_out():
+    plan = {"a": (True, {"b", "c"}), "b": (False, {"c"}), "c": (False, set())}
+    assert needed_arrows(plan) == [("a", "b"), ("b", "c")]
+
+
+if __name__ == "__main__":
+    HOUSE.write_text(with_picture(HOUSE.read_text(), read_plan((ROOT / "CONTRIBUTING.md").read_text())))

@@ -105,6 +105,11 @@ constexpr int64_t kGemmChain = 256;
 // Rows of A and of B's panels that are multiplied at a time: one chain of both and their tiles' sums take 280 KiB of
 // L2.
 constexpr int64_t kBlockRows = 96, kGroupColumns = 128;
+// Rows of A are cut into equal parts of about kBlockRows: fewer than so many are one.
+constexpr int64_t kTallestPiece = kBlockRows * 3 / 2;
+// Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time: on AVX2 96 numbers, whole
+// lines of memory, of each of 16 rows, whose strip of 7 KiB leaves room for the tiles in L1.
+constexpr int64_t kStripTiles = 16;
 // K blocks. Sums wait in C between them: where nothing is copied for a block it may be long; the longer side's panels,
 // 512 columns of a block, take 512 KiB.
 constexpr int64_t kBlockKInPlace = 4096, kBlockK = 256;
@@ -127,6 +132,9 @@ constexpr int64_t kNarrowColumns = 256;
 constexpr int64_t kSplitOutputs = 4096, kSplitSide = 128, kSplitK = 4096, kMostSplits = 16;
 // Elements to a packing task.
 constexpr int64_t kPackTask = 16 * 1024;
+// Rows across K are packed so many k at a time: a line of a row is read once, and 4 lines of a panel are written.
+// Rows lie on pages of their own, where no prefetcher follows: those 8 k on are asked for.
+constexpr int64_t kPackDepth = 4, kPackAhead = 8;
 
 // Up to so many outputs (kSkinny) or rows (kFewRows), dot products of unpacked rows beat packing: it would cost more
 // than the product, and the register tile would be padded. The same bound on M or K sends the backward products to B in
@@ -172,5 +180,7 @@ constexpr int64_t kFewMixedRows = 48;
 // Gradients of which at most so much is left by filter_eps are multiplied entry by entry. That runs at a twentieth of
 // the dense product's rate, since each entry reads a row of W or X from wherever it lies.
 constexpr double kSparseShare = 0.03;
+// Rows of entries lie anywhere, where no prefetcher follows: those of so many entries ahead are asked for.
+constexpr int64_t kSparseAhead = 8;
 
 }  // namespace rf::tuning

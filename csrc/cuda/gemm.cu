@@ -78,7 +78,7 @@ GemmKernel kernel_for(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k) {
 
 // ---- split sums ----------------------------------------------------------------------------------------------------
 
-constexpr int kFinishThreads = 256;
+using tuning::kFinishThreads;
 
 // C from the parts' sums, added in the order of the parts; a vector of C for a thread.
 template <class T>

@@ -12,7 +12,7 @@
 namespace rf::cuda {
 namespace {
 
-constexpr int kSide = 16, kThreads = kSide * kSide;
+constexpr int kSide = tuning::kSimtSide, kThreads = kSide * kSide;
 
 __device__ __forceinline__ void copy(float* to, const float* from, bool there) {
   ptx::cp_async4(to, from, there ? 4 : 0);

@@ -19,18 +19,19 @@
 namespace rf::cuda {
 namespace {
 
-constexpr int kTileM = 128, kTileN = 256, kDepth = 64;  // 64 half elements: the 128 bytes that the swizzle is over
+constexpr int kTileM = tuning::kHopperTileM, kTileN = tuning::kHopperTileN, kDepth = tuning::kHopperDepth;
 constexpr int kStages = tuning::kHopperStages;
 constexpr int kWarpgroup = 128, kConsumers = kTileM / 64, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kBytesA = kTileM * kDepth * 2, kBytesB = kTileN * kDepth * 2, kStageBytes = kBytesA + kBytesB;
 constexpr int kBlockBytes = 64 * kDepth * 2;  // 64 rows (columns) of an operand, whichever way its memory runs
-// Sums leave a warp 16 rows x 32 columns at a time; eight words between rows keep the banks apart.
-constexpr int kColumnsOut = 32, kStagingStride = kColumnsOut + 8, kStagingFloats = 16 * kStagingStride;
+// Sums leave a warp 16 rows at a time; eight words between rows keep the banks apart.
+constexpr int kColumnsOut = tuning::kHopperColumnsOut, kStagingStride = kColumnsOut + 8;
+constexpr int kStagingFloats = 16 * kStagingStride;
 constexpr int kStagingBytes = kConsumers * 4 * kStagingFloats * 4;
 constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + 2 * kStages * (int)sizeof(uint64_t);
 static_assert(kSharedBytes <= 227 << 10, "all of Hopper's shared memory that a block can have");
-// Of 65536: launch bounds give each thread 168, which the producers hand over.
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
+constexpr int kProducerRegisters = tuning::kHopperProducerRegisters;
+constexpr int kConsumerRegisters = tuning::kHopperConsumerRegisters;
 
 // Stages in turn; the parity of the current use of each of them.
 struct Ring {

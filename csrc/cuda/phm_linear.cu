@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_part(const From* part, int64_t r, int64_t l
 // ---- combinations --------------------------------------------------------------------------------------------------
 
 // A thread has a vector of kParts parts of the result, for which it reads each of the row's parts once.
-constexpr int kParts = 8;
+constexpr int kParts = tuning::kPhmParts;
 
 template <class T, class From>
 __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1)
@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1)
 // ---- products ------------------------------------------------------------------------------------------------------
 
 // A block has the products of kTile parts with kTile others.
-constexpr int kTile = 4;
+constexpr int kTile = tuning::kPhmTile;
 
 template <class A>
 struct TileSums {

@@ -80,6 +80,10 @@ constexpr int kColumnSumBlocksPerSm = 4, kColumnSumLeastRows = 8, kColumnSumMost
 // 1024 rows.
 constexpr int64_t kMixedBytes = 16 << 20, kLeastMixedRows = 2048;
 
+// Parts of the result for which a thread reads each part of a row once, a vector of sums for each; and the square of
+// parts whose products a block has, so that a thread reads 8 parts for 16 sums.
+constexpr int kPhmParts = 8, kPhmTile = 4;
+
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
 // Bytes of K in a stage: two steps of the tensor core instructions, so that fragments of one are loaded while those of
@@ -102,11 +106,15 @@ struct GemmSmall {
   static constexpr int M = 64, N = 64, WarpM = 32, WarpN = 32, Stages = 4, Blocks = 2;
 };
 
-// Hopper's own kernel: a stage is 48 KiB of operands for its 128 x 256 tile, and 4 of them leave room for 20 KiB
-// through which sums leave.
-constexpr int kHopperStages = 4;
+// Hopper's own kernel: a tile of two warpgroups' 64 rows each, as wide as wgmma is; 64 half elements of K are the 128
+// bytes that the swizzle is over. A stage is 48 KiB of operands, and 4 of them leave room for 20 KiB through which sums
+// leave, 32 columns of them at a time.
+constexpr int kHopperTileM = 128, kHopperTileN = 256, kHopperDepth = 64, kHopperStages = 4, kHopperColumnsOut = 32;
+// Of 65536 registers: launch bounds give each thread 168, which the producers hand over.
+constexpr int kHopperProducerRegisters = 40, kHopperConsumerRegisters = 232;
 
-// The same without tensor cores (float32 without tf32, float64): 16 x 16 threads, an eighth of M or N each way.
+// The same without tensor cores (float32 without tf32, float64): 16 x 16 threads, each with 8 x 8 sums of a large tile.
+constexpr int kSimtSide = 16;
 struct SimtLarge {
   static constexpr int M = 128, N = 128, Depth = 8, Stages = 3;
 };
@@ -123,6 +131,8 @@ constexpr int kGemmGroup = 8;
 constexpr int kGemmBlocksPerSm = 2;
 constexpr int64_t kGemmLeastStages = 16;
 constexpr int64_t kGemmMostSplits = 64;
+// Threads of a block that adds up the parts, a vector of C each.
+constexpr int kFinishThreads = 256;
 
 // Whose GEMM takes a product. A row is added here when `make gpu` has measured it, with the figure and the results
 // file; until then all products are ATen's. REGFAST_CUDA_GEMM=aten|sm80|sm90 overrides the table.

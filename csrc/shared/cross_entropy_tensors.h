@@ -37,7 +37,7 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const CrossEntropyOperands& give
   CrossEntropyTensors<Args> t;
   const Tensor &input = given.input, &target = given.target;
   const int64_t dim = class_dim(input);
-  t.x = walkable(input, dim);
+  t.x = as_strided_rows(input, dim);
   t.rows = rows_without(input, dim);
   t.dtype = dtype_of(input.scalar_type());
   Args& a = t.args;
@@ -49,7 +49,7 @@ CrossEntropyTensors<Args> cross_entropy_tensors(const CrossEntropyOperands& give
     a.class_weight = t.weight.const_data_ptr();
   }
   if (is_probability_target(input, target)) {
-    t.probabilities = walkable(target, dim);
+    t.probabilities = as_strided_rows(target, dim);
     a.probabilities = t.probabilities.const_data_ptr();
     a.probability_layout = *row_layout(t.probabilities, dim);
   } else {

@@ -50,8 +50,8 @@ inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
                    classes == 1 ? 1 : t.stride(dim)};
 }
 
-// The tensor itself where its rows can be walked, else a contiguous copy.
-inline Tensor walkable(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
+// The tensor itself where strides describe its rows, else a contiguous copy.
+inline Tensor as_strided_rows(const Tensor& t, int64_t dim) { return row_layout(t, dim) ? t : t.contiguous(); }
 
 // For operations on elements, which may be in any order: a tensor whose memory has no gaps, with the strides that
 // empty_like gives a result, and another one in the same order.

@@ -21,7 +21,7 @@ template <class Device>
 Tensor softmax_forward(const Tensor& input, int64_t dim, bool log) {
   dim = check_softmax_forward(softmax_name(log), input, dim);
   const Device device(input);
-  const Tensor x = walkable(input, dim);
+  const Tensor x = as_strided_rows(input, dim);
   const Tensor y = device.empty(input.sizes(), input.options());
   if (y.numel() == 0) return y;
   SoftmaxProblem p = softmax_problem(x, dim, log);
@@ -35,7 +35,7 @@ template <class Device>
 Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, bool log) {
   dim = check_softmax_backward(grad, output, dim);
   const Device device(output);
-  const Tensor g = walkable(grad, dim), y = walkable(output, dim);
+  const Tensor g = as_strided_rows(grad, dim), y = as_strided_rows(output, dim);
   const Tensor dx = device.empty(y.sizes(), y.options());
   if (y.numel() == 0) return dx;
   SoftmaxProblem p = softmax_problem(y, dim, log);
@@ -52,7 +52,7 @@ template <class Device>
 Tensor logsumexp_forward(const Tensor& input, int64_t dim, bool keepdim) {
   dim = check_softmax_forward("logsumexp", input, dim);
   const Device device(input);
-  const Tensor x = walkable(input, dim);
+  const Tensor x = as_strided_rows(input, dim);
   const Tensor result = at::empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
   if (result.numel() == 0) return result;
   SoftmaxProblem p = softmax_problem(x, dim, false);
@@ -66,7 +66,7 @@ template <class Device>
 Tensor logsumexp_backward(const Tensor& grad, const Tensor& input, const Tensor& lse, int64_t dim) {
   dim = check_logsumexp_backward(grad, input, lse, dim);
   const Device device(input);
-  const Tensor x = walkable(input, dim);
+  const Tensor x = as_strided_rows(input, dim);
   const auto acc = acc_type(x.scalar_type());
   const Tensor g = grad.to(acc).contiguous(), l = lse.to(acc).contiguous();
   const Tensor dx = device.empty(x.sizes(), x.options());

@@ -2,14 +2,11 @@
 // must not depend on the schedule.
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <string>
 #include <vector>
 
 #include "check.h"
 #include "device_memory.h"
-#include "tests.h"
 
 namespace test {
 
@@ -29,22 +26,7 @@ void note_result(const void* p, size_t bytes) {
 
 namespace {
 
-struct Test {
-  const char* name;
-  void (*run)();
-};
-const Test tests[] = {{"faults", test::test_faults},
-                      {"instructions", test::test_instructions},
-                      {"activation", test::test_activation},
-                      {"mse_loss", test::test_mse_loss},
-                      {"softmax", test::test_softmax},
-                      {"cross_entropy", test::test_cross_entropy},
-                      {"cross_entropy_edges", test::test_cross_entropy_edges},
-                      {"gemm", test::test_gemm},
-                      {"linear_nll", test::test_linear_nll},
-                      {"phm_linear", test::test_phm_linear}};
-
-void run_test(const Test& t) {
+void run_test(const test::Test& t) {
   try {
     t.run();
   } catch (const std::exception& e) {
@@ -64,11 +46,9 @@ void compare(const std::vector<test::Digest>& first, const std::vector<test::Dig
 }  // namespace
 
 int main() {
-  const char* only = std::getenv("ONLY");  // part of a name, for debugging
   for (const int arch : {80, 90}) {
     cuda_on_host::set_device(arch);
-    for (const Test& t : tests) {
-      if (only && !std::strstr(t.name, only)) continue;
+    for (const test::Test& t : test::chosen_tests()) {
       const auto start = std::chrono::steady_clock::now();
       const int64_t before = test::passed + test::failed;
       std::vector<test::Digest> first;

@@ -6,7 +6,6 @@
 #include "cuda/launch.h"
 #include "device_memory.h"
 #include "layouts.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -127,11 +126,8 @@ void all() {
 
 }  // namespace
 
-void test_activation() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(activation) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

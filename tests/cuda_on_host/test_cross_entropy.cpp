@@ -9,7 +9,6 @@
 #include "cuda/launch.h"
 #include "device_memory.h"
 #include "layouts.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -421,11 +420,8 @@ void many() {
 
 }  // namespace
 
-void test_cross_entropy() {
-  random_calls<float>();
-  random_calls<double>();
-  random_calls<bf16>();
-  random_calls<f16>();
+TEST(cross_entropy) {
+  each_dtype([](auto element) { random_calls<decltype(element)>(); });
   many<float>();
   many<bf16>();
 }

@@ -4,7 +4,6 @@
 
 #include "check.h"
 #include "device_memory.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -363,7 +362,7 @@ bool same_under_every_schedule(void (*kernel)(float*, bool), bool wrong, int blo
 
 }  // namespace
 
-void test_faults() {
+TEST(faults) {
   int arch, sms;
   int64_t shared;
   cuda_on_host::get_device(&arch, &sms, &shared);

@@ -9,7 +9,6 @@
 #include "cuda/gemm.h"
 #include "cuda/tuning.h"
 #include "device_memory.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -265,7 +264,7 @@ void all(bool tf32) {
 
 }  // namespace
 
-void test_gemm() {
+TEST(gemm) {
   if (rf::cuda::device().arch != 80) return;  // what is launched does not depend on the architecture
   all<float>(false);
   all<float>(true);

@@ -8,7 +8,6 @@
 #include "check.h"
 #include "device_memory.h"
 #include "numbers.h"
-#include "tests.h"
 
 namespace test {
 namespace {
@@ -190,7 +189,7 @@ void conversions() {
 
 }  // namespace
 
-void test_instructions() {
+TEST(instructions) {
   describe("functions of a warp");
   Buffer<int> y(14 * 32);
   {

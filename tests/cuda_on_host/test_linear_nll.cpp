@@ -4,56 +4,26 @@
 
 #include "cuda/launch.h"
 #include "device_memory.h"
-#include "tests.h"
+#include "linear_nll_reference.h"
 
 namespace test {
 namespace {
 
-using rf::Family;
-#define RF_VALUE(name) Family::name,
-constexpr Family kFamilies[] = {RF_EACH_FAMILY(RF_VALUE)};
-#undef RF_VALUE
 constexpr double kLogTwoPi = 1.8378770664093454836;
 
-// A loss and its derivatives by prediction and variance, each with the size of its rounding errors in units.
-struct Expected {
-  double loss, slope, of_scale, loss_units, slope_units, of_scale_units;
-};
-
-Expected expected_of(Family family, double eta, double y, double scale, bool full) {
-  // The prediction itself is rounded, and so is what is left over of it.
-  const double r = eta - y, moved = std::fabs(eta) + std::fabs(r);
-  switch (family) {
-    case Family::squared:
-      return {r * r, 2 * r, 0, 2 * std::fabs(r) * moved + 2 * r * r, 2 * moved, 0};
-    case Family::gaussian: {
-      const double p = 1 / scale, constant = 0.5 * std::log(scale) + (full ? 0.5 * kLogTwoPi : 0);
-      return {0.5 * p * r * r + constant,
-              p * r,
-              0.5 * p - 0.5 * p * p * r * r,
-              p * (std::fabs(r) * moved + 4 * r * r) + 4 * (std::fabs(std::log(scale)) + kLogTwoPi),
-              p * (moved + 4 * std::fabs(r)),
-              p * (2 + p * (std::fabs(r) * moved + 6 * r * r))};
-    }
-    case Family::bernoulli: {
-      const double near = 1 / (1 + std::exp(-std::fabs(eta))), far = 1 / (1 + std::exp(std::fabs(eta)));
-      const double one = scale * y, zero = 1 - y, tail = std::log1p(std::exp(-std::fabs(eta)));
-      const double linear = zero * std::fmax(eta, 0) + one * std::fmax(-eta, 0), exponent = 10 + 4 * std::fabs(eta);
-      return {linear + (zero + one) * tail,
-              eta < 0 ? zero * far - one * near : zero * near - one * far,
-              0,
-              8 * linear + (zero + one) * tail * exponent,
-              (zero + one) * (8 * near + far * exponent),
-              0};
-    }
-    case Family::poisson: {
-      const double mean = std::exp(eta), exponent = 8 + 4 * std::fabs(eta);
-      const double stirling = full && y > 1 ? y * std::log(y) - y + 0.5 * (kLogTwoPi + std::log(y)) : 0;
-      return {mean - y * eta + stirling, mean - y, 0, mean * exponent + 8 * (std::fabs(y * eta) + y + stirling),
-              mean * exponent + 2 * y,   0};
-    }
+// Of what the kernel is given: a variance for a scale, and with it, or by what was observed, a loss's constant.
+Expected expected_of(Family family, double eta, double y, double given, bool full) {
+  // The prediction is rounded; an exponential is off by as much as its argument, some units of it.
+  if (family == Family::gaussian) {
+    const double log = std::log(given), constant = 0.5 * log + (full ? 0.5 * kLogTwoPi : 0);
+    return expect(family, eta, y, 1 / given, constant, std::fabs(eta), 4 * (std::fabs(log) + kLogTwoPi));
   }
-  return {};
+  if (family == Family::poisson) {
+    const double stirling = full && y > 1 ? y * std::log(y) - y + 0.5 * (kLogTwoPi + std::log(y)) : 0;
+    return expect(family, eta, y, 1, stirling, 6 * std::fabs(eta), 8 * (y + stirling));
+  }
+  const bool squared = family == Family::squared;
+  return expect(family, eta, y, squared ? 2 : given, 0, (squared ? 1 : 6) * std::fabs(eta), 0);
 }
 
 // What is given to the kernel and what is wanted of it.
@@ -150,14 +120,14 @@ void likelihood(Family family, int64_t rows, int64_t outputs, Choice c, bool far
         const auto units = [](double size, double value, double by) {
           return std::fabs(by) * (size + 4 * std::fabs(value));
         };
-        const double value = of_row * e.loss, slope = of_gradient * e.slope, derivative = of_gradient * e.of_scale;
-        const double slope_units = units(e.slope_units, e.slope, of_gradient);
-        if (c.loss) compare_loss.add(loss.result(i), value, units(e.loss_units, e.loss, of_row), i);
+        const double value = of_row * e.loss, slope = of_gradient * e.slope, derivative = of_gradient * e.variance;
+        const double slope_units = units(e.slope_error, e.slope, of_gradient);
+        if (c.loss) compare_loss.add(loss.result(i), value, units(e.loss_error, e.loss, of_row), i);
         if (c.gradient)
           compare_gradient.add(c.in_place ? to_double(product[i]) : gradient.result(i), slope, slope_units, i);
-        total.add(value, units(e.loss_units, e.loss, of_row), 8);
+        total.add(value, units(e.loss_error, e.loss, of_row), 8);
         of_bias[j].add(slope, slope_units, sum_error(rows));
-        of_scale[j].add(derivative, units(e.of_scale_units, e.of_scale, of_gradient), sum_error(rows));
+        of_scale[j].add(derivative, units(e.variance_error, e.variance, of_gradient), sum_error(rows));
       }
   }
   if (c.loss_sums) {
@@ -242,15 +212,9 @@ void certain() {
 
 }  // namespace
 
-void test_linear_nll() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
-  certain<float>();
-  certain<double>();
-  certain<bf16>();
-  certain<f16>();
+TEST(linear_nll) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
+  each_dtype([](auto element) { certain<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -4,7 +4,7 @@
 
 #include "cuda/launch.h"
 #include "device_memory.h"
-#include "tests.h"
+#include "mse_loss_reference.h"
 
 namespace test {
 namespace {
@@ -28,15 +28,7 @@ void mse_loss(int64_t n, Random& random) {
     rf::cuda::launch_mse_loss(Format<T>::dtype, x.data(), y.data(), nullptr, total.data(), scale, workspace.data(), n,
                               nullptr);
   }
-  double expected = 0;
-  {
-    Comparison<T> compare("each");
-    for (int64_t i = 0; i < n; ++i) {
-      const double d = x.value(i) - y.value(i);
-      expected += d * d;
-      compare.add(each.result(i), d * d, 4 * d * d, i);
-    }
-  }
+  const double expected = check_each_mse_loss(x, y, each);
   {
     Comparison<T> compare("total");
     compare.add(total.result(0), expected * scale, expected * scale * sum_error(std::min<int64_t>(n, 64)), 0);
@@ -51,12 +43,7 @@ void mse_loss(int64_t n, Random& random) {
                                            each_grad, scale, wanted & 1 ? dx.data() : nullptr,
                                            wanted & 2 ? dy.data() : nullptr, n, nullptr);
       }
-      Comparison<T> of_dx("dx"), of_dy("dy");
-      for (int64_t i = 0; i < n; ++i) {
-        const double d = scale * (each_grad ? g.value(i) : one.value(0)) * (x.value(i) - y.value(i));
-        if (wanted & 1) of_dx.add(dx.result(i), d, 8 * std::fabs(d), i);
-        if (wanted & 2) of_dy.add(dy.result(i), -d, 8 * std::fabs(d), i);
-      }
+      check_mse_loss_backward(x, y, each_grad ? g : one, scale, wanted & 1 ? &dx : nullptr, wanted & 2 ? &dy : nullptr);
     }
 }
 
@@ -83,11 +70,8 @@ void all() {
 
 }  // namespace
 
-void test_mse_loss() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(mse_loss) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -4,7 +4,7 @@
 
 #include "cuda/launch.h"
 #include "device_memory.h"
-#include "tests.h"
+#include "phm_linear_reference.h"
 
 namespace test {
 namespace {
@@ -28,19 +28,7 @@ void combine(int64_t rows, int64_t parts, int64_t to_parts, int64_t length, Rand
         {rows, parts, to_parts, length, from.data(), stride, !std::is_same_v<From, T>, coefficients.data(), to.data()},
         nullptr);
   }
-  Comparison<T> compare("combination");
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t j = 0; j < to_parts; ++j)
-      for (int64_t r = 0; r < length; ++r) {
-        double sum = 0, size = 0;
-        for (int64_t i = 0; i < parts; ++i) {
-          const double term = coefficients.value(j * parts + i) * from.value(row * stride + i * length + r);
-          sum += term;
-          size += std::fabs(term);
-        }
-        const int64_t at = (row * to_parts + j) * length + r;
-        compare.add(to.result(at), sum, size * sum_error(parts), at);
-      }
+  check_combination({rows, stride, parts, length}, from, coefficients, to_parts, sum_error(parts), to);
   CHECK(to.rest_untouched());
 }
 
@@ -60,19 +48,13 @@ void products(int64_t rows, int64_t of_parts, int64_t parts, int64_t length, Ran
     rf::cuda::launch_part_products(
         Format<T>::dtype, {rows, of_parts, parts, length, of.data(), with.data(), stride, sums.data()}, nullptr);
   }
-  Comparison<A> compare("products");
-  for (int64_t j = 0; j < of_parts; ++j)
-    for (int64_t i = 0; i < parts; ++i) {
-      double expected = 0, size = 0, got = 0;
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t r = 0; r < length; ++r) {
-          const double term = of.value((row * of_parts + j) * length + r) * with.value(row * stride + i * length + r);
-          expected += term;
-          size += std::fabs(term);
-        }
-      for (int64_t block = 0; block < blocks; ++block) got += sums.result((block * of_parts + j) * parts + i);
-      compare.add(got, expected, size * sum_error(rows * length), j * parts + i);
-    }
+  check_part_products({rows, stride, parts, length}, of, of_parts, with, 0, sum_error(rows * length),
+                      [&](int64_t j, int64_t i) {
+                        double sum = 0;
+                        for (int64_t block = 0; block < blocks; ++block)
+                          sum += sums.result((block * of_parts + j) * parts + i);
+                        return sum;
+                      });
   CHECK(sums.rest_untouched());
 }
 
@@ -98,11 +80,8 @@ void all() {
 
 }  // namespace
 
-void test_phm_linear() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(phm_linear) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

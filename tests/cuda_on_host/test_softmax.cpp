@@ -6,7 +6,7 @@
 #include "cuda/launch.h"
 #include "device_memory.h"
 #include "layouts.h"
-#include "tests.h"
+#include "softmax_reference.h"
 
 namespace test {
 namespace {
@@ -16,30 +16,10 @@ using rf::cuda::SoftmaxRows;
 // Around the vectors of 16 bytes, of a warp's registers (256, 512 or 1024 elements) and of several warps.
 constexpr int64_t kRowClasses[] = {1, 2, 7, 8, 9, 17, 33, 129, 255, 512, 1017, 1030, 2051};
 
-struct Moments {
-  double max, log_sum;  // log of the sum of exp(x - max)
-};
-Moments moments(const std::vector<double>& x) {
-  double m = -kInfinity;
-  long double sum = 0;
-  for (double v : x) m = std::fmax(m, v);
-  for (double v : x) sum += std::exp(v - m);
-  return {m, (double)std::log(sum)};
-}
-
 template <class T>
 SoftmaxRows arguments(const Rows<T>& in, Rows<T>* out, bool log) {
-  SoftmaxRows a = {};
+  auto a = softmax_arguments<SoftmaxRows>(in, out, log);
   a.rows = in.shape.rows();
-  a.classes = in.shape.classes;
-  a.input = in.memory.data();
-  a.in = a.grad_in = in.layout;
-  a.out = {1, 0, 0, 1};
-  if (out) {
-    a.output = out->memory.data();
-    a.out = out->layout;
-  }
-  a.log = log;
   return a;
 }
 
@@ -66,21 +46,7 @@ void forward(const RowShape& s, const Where& w, bool log, Random& random) {
     Lent in(x.memory), out(y.memory);
     rf::cuda::launch_softmax_forward(Format<T>::dtype, arguments(x, &y, log), nullptr);
   }
-  {
-    Comparison<T> compare("y");
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      const std::vector<double> row = x.row(r);
-      const Moments m = moments(row);
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double t = row[c] - m.max - m.log_sum, size = std::fabs(row[c] - m.max) + m.log_sum;
-        const double sum = sum_error(s.classes);
-        if (log)
-          compare.add(y.result(r, c), t, sum + 2 * size, y.at(r, c));
-        else
-          compare.add(y.result(r, c), std::exp(t), std::exp(t) * (sum + 2 * size), y.at(r, c));
-      }
-    }
-  }
+  check_softmax(x, y, log);
   CHECK(y.memory.rest_untouched());
 }
 
@@ -98,26 +64,7 @@ void backward(const RowShape& s, const Where& w, bool log, Random& random) {
     Lent of_y(y.memory), of_g(g.memory), of_dx(dx.memory);
     rf::cuda::launch_softmax_backward(Format<T>::dtype, a, nullptr);
   }
-  {
-    Comparison<T> compare("dx");
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      long double total = 0;
-      double size = 0;
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double term = log ? g.value(r, c) : g.value(r, c) * y.value(r, c);
-        total += term;
-        size += std::fabs(term);
-      }
-      const double sum = (double)total;
-      size *= sum_error(s.classes);
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double yv = y.value(r, c), gv = g.value(r, c), p = log ? std::exp(yv) : yv;
-        const double expected = log ? gv - p * sum : p * (gv - sum);
-        const double units = log ? 4 * std::fabs(gv) + p * size * (2 - yv) : std::fabs(p) * (4 * std::fabs(gv) + size);
-        compare.add(dx.result(r, c), expected, units, dx.at(r, c));
-      }
-    }
-  }
+  check_softmax_backward(y, g, dx, log);
   CHECK(dx.memory.rest_untouched());
 }
 
@@ -135,13 +82,7 @@ void logsumexp(const RowShape& s, const Where& w, Random& random) {
     Lent in(x.memory), out(lse);
     rf::cuda::launch_logsumexp_forward(Format<T>::dtype, a, nullptr);
   }
-  {
-    Comparison<A> compare("lse");
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      const Moments m = moments(x.row(r));
-      compare.add(lse.result(r), m.max + m.log_sum, sum_error(s.classes) + std::fabs(m.max) + m.log_sum, r);
-    }
-  }
+  check_logsumexp(x, lse);
   CHECK(lse.rest_untouched());
 
   const Buffer<A> g = input<A>(s.rows(), [&] { return random.spiky(); }, guard);
@@ -154,14 +95,7 @@ void logsumexp(const RowShape& s, const Where& w, Random& random) {
     Lent in(x.memory), of_lse(read), of_g(g), out(dx.memory);
     rf::cuda::launch_logsumexp_backward(Format<T>::dtype, b, nullptr);
   }
-  {
-    Comparison<T> compare("dx");
-    for (int64_t r = 0; r < s.rows(); ++r)
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double t = x.value(r, c) - lse.value(r), expected = g.value(r) * std::exp(t);
-        compare.add(dx.result(r, c), expected, std::fabs(expected) * (8 + std::fabs(t)), dx.at(r, c));
-      }
-  }
+  check_logsumexp_backward(x, lse, g, dx);
   CHECK(dx.memory.rest_untouched());
 }
 
@@ -245,11 +179,8 @@ void long_rows(int64_t bytes) {
 
 }  // namespace
 
-void test_softmax() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(softmax) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
   long_rows<bf16>(70 << 10);
   long_rows<float>(180 << 10);
 }

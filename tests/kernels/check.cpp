@@ -1,14 +1,31 @@
 // What check.h declares, for this folder's test program and that of tests/cuda_on_host.
 #include "check.h"
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 
 namespace test {
 
 int64_t passed = 0, failed = 0;
 bool quick = false;
 static char current[256];
+
+std::vector<Test>& tests() {
+  static std::vector<Test> known;
+  return known;
+}
+
+std::vector<Test> chosen_tests() {
+  const char* only = std::getenv("ONLY");
+  std::vector<Test> chosen;
+  for (const Test& t : tests())
+    if (!only || !std::strncmp(t.name, only, std::strlen(only))) chosen.push_back(t);
+  std::sort(chosen.begin(), chosen.end(), [](const Test& a, const Test& b) { return std::strcmp(a.name, b.name) < 0; });
+  return chosen;
+}
 
 void describe(const char* format, ...) {
   va_list args;

@@ -1,6 +1,7 @@
 // Checks, counted. A failure prints what was being tested and the test goes on; a crash prints it too (main.cpp).
 #pragma once
 #include <cstdint>
+#include <vector>
 
 namespace test {
 
@@ -13,21 +14,21 @@ const char* description();
 __attribute__((format(printf, 2, 3))) bool check(bool ok, const char* format, ...);
 #define CHECK(condition) test::check((condition), "%s:%d: %s", __FILE__, __LINE__, #condition)
 
-// The tests, one function per file.
-void test_conversions();
-void test_math();
-void test_softmax();
-void test_logsumexp();
-void test_cross_entropy();
-void test_cross_entropy_edges();
-void test_activation();
-void test_mse_loss();
-void test_linear_nll();
-void test_sparse();
-void test_phm_linear();
-void test_gemm();
-void test_gemm_engine();
-void test_packing();
+// Tests, which make themselves known to the program that they are linked into: TEST(name) { ... }
+struct Test {
+  const char* name;
+  void (*run)();
+};
+std::vector<Test>& tests();
+struct Registration {
+  Registration(const char* name, void (*run)()) { tests().push_back({name, run}); }
+};
+#define TEST(name)                                                         \
+  static void test_##name();                                               \
+  static const test::Registration registration_##name(#name, test_##name); \
+  static void test_##name()
+// Those whose names begin with what the environment's ONLY says, or all, by their names.
+std::vector<Test> chosen_tests();
 
 // Set by QUICK=1: fewer random cases, for emulated machines.
 extern bool quick;

@@ -31,27 +31,8 @@ Counts run_tests() {
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // a sanitizer reports crashes itself
   for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) ::signal(signal, on_crash);
 #endif
-  struct {
-    const char* name;
-    void (*run)();
-  } const tests[] = {{"conversions", test::test_conversions},
-                     {"math", test::test_math},
-                     {"softmax", test::test_softmax},
-                     {"logsumexp", test::test_logsumexp},
-                     {"cross_entropy", test::test_cross_entropy},
-                     {"cross_entropy edges", test::test_cross_entropy_edges},
-                     {"activation", test::test_activation},
-                     {"mse_loss", test::test_mse_loss},
-                     {"linear_nll", test::test_linear_nll},
-                     {"sparse", test::test_sparse},
-                     {"phm_linear", test::test_phm_linear},
-                     {"packing", test::test_packing},
-                     {"gemm", test::test_gemm},
-                     {"gemm engine", test::test_gemm_engine}};
   test::quick = std::getenv("QUICK") != nullptr;
-  const char* only = std::getenv("ONLY");  // part of a name, for debugging
-  for (const auto& t : tests) {
-    if (only && !std::strstr(t.name, only)) continue;
+  for (const test::Test& t : test::chosen_tests()) {
     const auto start = std::chrono::steady_clock::now();
     const int64_t before = test::passed + test::failed;
     test::describe("%s", t.name);

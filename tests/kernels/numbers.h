@@ -5,6 +5,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -52,6 +53,16 @@ struct Format<f16> {
   static constexpr int digits = 11, least = -24;
   static constexpr double largest = 65504;
 };
+
+// Calls `test` with an element of each dtype, or of the one that the environment's DTYPE names.
+template <class F>
+void each_dtype(F&& test) {
+  const char* only = std::getenv("DTYPE");
+#define RF_CALL(name, type, ...) \
+  if (!only || !*only || !std::strcmp(only, #name)) test(type{});
+  RF_EACH_DTYPE(RF_CALL, )
+#undef RF_CALL
+}
 
 // Exponent of the unit in the last place of x.
 template <class T>

@@ -184,11 +184,8 @@ void all() {
 
 }  // namespace
 
-void test_activation() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(activation) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

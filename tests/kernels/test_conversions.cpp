@@ -19,7 +19,13 @@ void every_pattern_read() {
   const int t = (int)Format<T>::dtype;
   const int64_t width = rf::kernels().nr[t];
   Buffer<float> to((count + width - 1) / width * width);
-  rf::kernels().pack_b[t]({{from.data(), 1, count, 0, 1}, true, 0, count, 0, 1, to.data()});
+  rf::kernels().pack_b[t]({.from = {from.data(), 1, count, 0, 1},
+                           .across = true,
+                           .i0 = 0,
+                           .count = count,
+                           .k0 = 0,
+                           .k = 1,
+                           .to = to.data()});
   int64_t wrong = 0;
   for (int64_t i = 0; i < count; ++i) {
     const double expected = from.value(i), got = to.value(i);
@@ -100,9 +106,10 @@ void all() {
 
 }  // namespace
 
-void test_conversions() {
-  all<bf16>();
-  all<f16>();
+TEST(conversions) {
+  each_dtype([](auto element) {
+    if constexpr (!std::is_floating_point_v<decltype(element)>) all<decltype(element)>();
+  });
 }
 
 }  // namespace test

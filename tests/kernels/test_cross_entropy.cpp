@@ -294,11 +294,8 @@ void all() {
 
 }  // namespace
 
-void test_cross_entropy() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(cross_entropy) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

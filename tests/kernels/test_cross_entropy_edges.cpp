@@ -347,12 +347,9 @@ void all() {
 
 }  // namespace
 
-void test_cross_entropy_edges() {
+TEST(cross_entropy_edges) {
   reference_against_differences();
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -28,7 +28,14 @@ void product(const Call& c, Random& random, std::vector<T>* keep = nullptr) {
   const Buffer<T> bias = input<T>(c.n, value, guard);
   const int64_t stride = c.n + random.integer(0, 2), size = (c.m - 1) * stride + c.n;
   Buffer<T> y(size, guard, random.integer(0, 3)), z(size, guard, random.integer(0, 3));
-  rf::Gemm g = {c.m, c.n, c.k, a.view, c.a_transposed, b.view, c.b_transposed, {}};
+  rf::Gemm g = {.m = c.m,
+                .n = c.n,
+                .k = c.k,
+                .a = a.view,
+                .a_transposed = c.a_transposed,
+                .b = b.view,
+                .b_transposed = c.b_transposed,
+                .epilogue = {}};
   g.epilogue.c = y.data();
   g.epilogue.c_stride = stride;
   g.epilogue.bias = c.bias ? bias.data() : nullptr;
@@ -104,7 +111,17 @@ void chosen_products(Random& random) {
   const auto run = [&](int64_t m, int64_t n, int64_t k, bool at, bool bt, Operand a, Operand b) {
     if (quick && !std::is_same_v<T, float> && random.chance(0.7)) return;
     for (bool epilogue : {false, true})
-      product<T>({m, n, k, a, b, at, bt, epilogue, epilogue, epilogue ? Activation::gelu : Activation::none}, random);
+      product<T>({.m = m,
+                  .n = n,
+                  .k = k,
+                  .a = a,
+                  .b = b,
+                  .a_transposed = at,
+                  .b_transposed = bt,
+                  .bias = epilogue,
+                  .preactivation = epilogue,
+                  .activation = epilogue ? Activation::gelu : Activation::none},
+                 random);
   };
   run(350, 41, 60, false, true, plain, plain);   // several blocks of M
   run(37, 4200, 33, false, true, plain, plain);  // several blocks of N
@@ -132,7 +149,14 @@ void special_values(int64_t m, int64_t n, int64_t k) {
     Matrix<T> a(Operand::contiguous, m, k, Guard::behind, [&] { return at++ == bad * k + k / 2 ? kNaN : 0.5; });
     Matrix<T> b(Operand::contiguous, b_transposed ? n : k, b_transposed ? k : n, Guard::behind, [] { return 1.0; });
     Buffer<T> y(m * n);
-    rf::Gemm g = {m, n, k, a.view, false, b.view, b_transposed, {}};
+    rf::Gemm g = {.m = m,
+                  .n = n,
+                  .k = k,
+                  .a = a.view,
+                  .a_transposed = false,
+                  .b = b.view,
+                  .b_transposed = b_transposed,
+                  .epilogue = {}};
     g.epilogue.c = y.data();
     g.epilogue.c_stride = n;
     for (Activation activation : {Activation::none, Activation::relu}) {
@@ -148,11 +172,46 @@ void special_values(int64_t m, int64_t n, int64_t k) {
 
 template <class T>
 void any_number_of_threads() {
-  const Call calls[] = {
-      {70, 90, 900, Operand::contiguous, Operand::contiguous, false, true, true, false, Activation::none},
-      {500, 10, 700, Operand::contiguous, Operand::contiguous, false, true, true, false, Activation::none},
-      {10, 500, 700, Operand::contiguous, Operand::contiguous, true, false, false, false, Activation::none},
-      {20, 30, 9000, Operand::contiguous, Operand::contiguous, true, false, true, false, Activation::relu}};
+  const Call calls[] = {{.m = 70,
+                         .n = 90,
+                         .k = 900,
+                         .a = Operand::contiguous,
+                         .b = Operand::contiguous,
+                         .a_transposed = false,
+                         .b_transposed = true,
+                         .bias = true,
+                         .preactivation = false,
+                         .activation = Activation::none},
+                        {.m = 500,
+                         .n = 10,
+                         .k = 700,
+                         .a = Operand::contiguous,
+                         .b = Operand::contiguous,
+                         .a_transposed = false,
+                         .b_transposed = true,
+                         .bias = true,
+                         .preactivation = false,
+                         .activation = Activation::none},
+                        {.m = 10,
+                         .n = 500,
+                         .k = 700,
+                         .a = Operand::contiguous,
+                         .b = Operand::contiguous,
+                         .a_transposed = true,
+                         .b_transposed = false,
+                         .bias = false,
+                         .preactivation = false,
+                         .activation = Activation::none},
+                        {.m = 20,
+                         .n = 30,
+                         .k = 9000,
+                         .a = Operand::contiguous,
+                         .b = Operand::contiguous,
+                         .a_transposed = true,
+                         .b_transposed = false,
+                         .bias = true,
+                         .preactivation = false,
+                         .activation = Activation::relu}};
   for (const Call& c : calls) {
     std::vector<T> first;
     for (int64_t n : {1, 2, 3, 4}) {
@@ -181,11 +240,8 @@ void all() {
 
 }  // namespace
 
-void test_gemm() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(gemm) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
   describe("gemm: paths");
   for (int64_t runs : runs_of_path) CHECK(runs > 0);
   CHECK(rf::kernels().fma_gflops(1e-3) > 0);

@@ -31,7 +31,17 @@ void engine_product(const EngineCall& c, Random& random) {
   const int64_t stride = c.n + (c.padded ? 3 : 0), size = (c.m - 1) * stride + c.n;
   std::vector<C> before(size);
   for (C& x : before) x = from_double<C>(value());
-  rf::Gemm g = {c.m, c.n, c.k, a.view, c.a_transposed, b.view, c.b_transposed, {}, wide_a, wide_c, c.accumulate};
+  rf::Gemm g = {.m = c.m,
+                .n = c.n,
+                .k = c.k,
+                .a = a.view,
+                .a_transposed = c.a_transposed,
+                .b = b.view,
+                .b_transposed = c.b_transposed,
+                .epilogue = {},
+                .wide_a = wide_a,
+                .wide_c = wide_c,
+                .accumulate = c.accumulate};
   g.epilogue.c_stride = stride;
   g.epilogue.bias = c.bias ? bias.data() : nullptr;
 
@@ -103,12 +113,26 @@ void each_size(bool accumulate, Random& random) {
           // Millions of random numbers are what takes the time.
           const bool large = std::max(side[0], side[1]) * k > 100 * rf::tuning::kBlockKInPlace;
           if (random.chance(quick ? 0.9 : large ? 0.8 : 0.0)) continue;
-          engine_product<T, A, C>(
-              {side[0], side[1], k, a_transposed, b_transposed, accumulate, random.chance(0.5), random.chance(0.3)},
-              random);
+          engine_product<T, A, C>({.m = side[0],
+                                   .n = side[1],
+                                   .k = k,
+                                   .a_transposed = a_transposed,
+                                   .b_transposed = b_transposed,
+                                   .accumulate = accumulate,
+                                   .bias = random.chance(0.5),
+                                   .padded = random.chance(0.3)},
+                                  random);
         }
   for (int64_t m : {1, 100})  // C as it is, or zero
-    engine_product<T, A, C>({m, 40, 0, false, true, accumulate, true, false}, random);
+    engine_product<T, A, C>({.m = m,
+                             .n = 40,
+                             .k = 0,
+                             .a_transposed = false,
+                             .b_transposed = true,
+                             .accumulate = accumulate,
+                             .bias = true,
+                             .padded = false},
+                            random);
 }
 
 template <class T>
@@ -144,7 +168,16 @@ void broken_assumptions() {
   const Matrix<bf16> a(Operand::contiguous, 40, 30, Guard::behind, one),
       b(Operand::contiguous, 50, 30, Guard::behind, one);
   Buffer<float> c(40 * 50);
-  rf::Gemm g = {40, 50, 30, a.view, false, b.view, true, {}, false, true, true};
+  rf::Gemm g = {.m = 40,
+                .n = 50,
+                .k = 30,
+                .a = a.view,
+                .a_transposed = false,
+                .b = b.view,
+                .b_transposed = true,
+                .epilogue = {},
+                .wide_c = true,
+                .accumulate = true};
   g.epilogue.c = c.data();
   g.epilogue.c_stride = 50;
   CHECK(refused(g, [](rf::Gemm& x) { x.wide_c = false; }));
@@ -156,12 +189,9 @@ void broken_assumptions() {
 
 }  // namespace
 
-void test_gemm_engine() {
+TEST(gemm_engine) {
   Random random(1313);
-  each_type<float>(random);
-  each_type<double>(random);
-  each_type<bf16>(random);
-  each_type<f16>(random);
+  each_dtype([&](auto element) { each_type<decltype(element)>(random); });
   broken_assumptions();
 }
 

@@ -3,40 +3,10 @@
 #include <vector>
 
 #include "cpu/drivers/drivers.h"
-#include "memory.h"
+#include "linear_nll_reference.h"
 
 namespace test {
 namespace {
-
-using rf::Family;
-#define RF_VALUE(name) Family::name,
-constexpr Family kFamilies[] = {RF_EACH_FAMILY(RF_VALUE)};
-#undef RF_VALUE
-
-// A loss and its derivatives; `error` bounds those of loss and slope in units, for a prediction that is off by
-// `eta_error` units.
-struct Expected {
-  double loss, slope, variance, loss_error, slope_error;
-};
-Expected expect(Family family, double eta, double y, double scale, double constant, double eta_error) {
-  const double r = eta - y, e = std::exp(-std::fabs(eta)), log1p = std::log1p(e);
-  if (family == Family::bernoulli) {
-    const double larger = 1 / (1 + e), smaller = e / (1 + e), up = eta < 0 ? smaller : larger, down = 1 - up;
-    const double positive = scale * y, negative = 1 - y;
-    const double loss = negative * (std::fmax(eta, 0) + log1p) + positive * (std::fmax(-eta, 0) + log1p);
-    const double slope = negative * up - positive * (eta < 0 ? larger : smaller);
-    const double size = negative * up + positive * (eta < 0 ? larger : smaller);
-    return {loss, slope, 0, 16 * loss + size * eta_error, 16 * size + (negative + positive) * up * down * eta_error};
-  }
-  if (family == Family::poisson) {
-    const double mean = std::exp(eta), relative = 8 + std::fabs(eta) + eta_error;
-    return {mean - y * eta, mean - y, 0, mean * relative + std::fabs(y) * (4 * std::fabs(eta) + eta_error),
-            mean * relative + 4 * std::fabs(y)};
-  }
-  const double far = std::fabs(eta) + std::fabs(y) + eta_error;  // the difference may cancel
-  return {0.5 * scale * r * r + constant, scale * r, 0.5 * scale * (1 - scale * r * r),
-          8 * scale * r * r + scale * std::fabs(r) * far + 2 * std::fabs(constant), scale * (8 * std::fabs(r) + far)};
-}
 
 template <class T>
 struct Observations {  // what a likelihood is given besides predictions
@@ -72,11 +42,17 @@ struct Observations {  // what a likelihood is given besides predictions
         grads(random.chance(0.5)) {}
 
   rf::LikelihoodArgs args(void* loss) const {
-    return {
-        {family, outputs, target.data(), weights ? row_weight.data() : nullptr, grads ? grad.data() : nullptr, loss},
-        scale.data(),
-        constants ? constant.data() : nullptr,
-        grad_scale};
+    rf::LikelihoodArgs a = {};
+    a.family = family;
+    a.outputs = outputs;
+    a.target = target.data();
+    a.row_weight = weights ? row_weight.data() : nullptr;
+    a.grad = grads ? grad.data() : nullptr;
+    a.loss = loss;
+    a.output_factor = scale.data();
+    a.constant = constants ? constant.data() : nullptr;
+    a.grad_scale = grad_scale;
+    return a;
   }
   double weight(int64_t r) const { return weights ? row_weight.value(r) : 1; }
   double upstream(int64_t r, int64_t j) const {
@@ -84,7 +60,7 @@ struct Observations {  // what a likelihood is given besides predictions
   }
   Expected at(int64_t r, int64_t j, double eta, double eta_error) const {
     return expect(family, eta, target.value(r * outputs + j), scale.value(j), constants ? constant.value(j) : 0,
-                  eta_error);
+                  eta_error, 0);
   }
 };
 
@@ -162,16 +138,16 @@ void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Ra
   Buffer<A> each(rows * outputs, guard), dw(outputs * features, guard), db(outputs, guard), dv(outputs, guard);
   Buffer<A> wide_dx(rows * features, guard);
   Buffer<T> dx(rows * features, guard);
-  rf::FewOutputsArgs args = {x.data(),
-                             stride,
-                             features,
-                             false,
-                             w.data(),
-                             has_bias ? b.data() : nullptr,
-                             seen.args(each.data()),
-                             dw.data(),
-                             wide ? (void*)wide_dx.data() : dx.data(),
-                             wide};
+  rf::FewOutputsArgs args = {.x = x.data(),
+                             .x_stride = stride,
+                             .features = features,
+                             .x_is_far = false,
+                             .weight = w.data(),
+                             .bias = has_bias ? b.data() : nullptr,
+                             .likelihood = seen.args(each.data()),
+                             .grad_weight = dw.data(),
+                             .grad_x = wide ? (void*)wide_dx.data() : dx.data(),
+                             .wide_grad_x = wide};
   const double total = rf::few_outputs(Format<T>::dtype, args, rows,
                                        {true, true, db.data(), family == Family::gaussian ? dv.data() : nullptr, 0});
 
@@ -234,9 +210,15 @@ void far_predictions() {
     for (const double sign : {1.0, -1.0})
       for (const double y : {0.0, 1.0}) {
         A panel = (A)(sign * eta), target = (A)y, factor = 1, each = 0;
-        const rf::LikelihoodArgs args = {{Family::bernoulli, 1, &target, nullptr, nullptr, &each}, &factor, nullptr, 1};
+        rf::LikelihoodArgs args = {};
+        args.family = Family::bernoulli;
+        args.outputs = 1;
+        args.target = &target;
+        args.loss = &each;
+        args.output_factor = &factor;
+        args.grad_scale = 1;
         rf::likelihood(Format<A>::dtype, args, &panel, 1, {true, true, nullptr, nullptr, 0});
-        const Expected e = expect(Family::bernoulli, (A)(sign * eta), y, 1, 0, 0);
+        const Expected e = expect(Family::bernoulli, (A)(sign * eta), y, 1, 0, 0, 0);
         // exp gives 0 instead of subnormal numbers.
         const double least = std::is_same_v<A, float> ? 0x1p-126 : 0x1p-1022, unit = kUnit<A>;
         CHECK(std::fabs(each - e.loss) <= unit * e.loss_error + least);
@@ -259,10 +241,18 @@ void any_number_of_threads() {
       threads = t;
       std::vector<A> sums(outputs * (features + 2) + 1);
       A* db = sums.data() + outputs * features;
-      const double total = rf::few_outputs(
-          Format<T>::dtype,
-          {x.data(), features, features, false, w.data(), nullptr, seen.args(nullptr), sums.data(), nullptr, false},
-          rows, {true, true, db, db + outputs, 0});
+      const double total = rf::few_outputs(Format<T>::dtype,
+                                           {.x = x.data(),
+                                            .x_stride = features,
+                                            .features = features,
+                                            .x_is_far = false,
+                                            .weight = w.data(),
+                                            .bias = nullptr,
+                                            .likelihood = seen.args(nullptr),
+                                            .grad_weight = sums.data(),
+                                            .grad_x = nullptr,
+                                            .wide_grad_x = false},
+                                           rows, {true, true, db, db + outputs, 0});
       sums.back() = (A)total;
       results.push_back(sums);
     }
@@ -294,13 +284,11 @@ void all() {
 
 }  // namespace
 
-void test_linear_nll() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
-  far_predictions<float>();
-  far_predictions<double>();
+TEST(linear_nll) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
+  each_dtype([](auto element) {
+    if constexpr (std::is_floating_point_v<decltype(element)>) far_predictions<decltype(element)>();
+  });
 }
 
 }  // namespace test

@@ -122,11 +122,14 @@ void ends_of_exp() {
 
 }  // namespace
 
-void test_math() {
-  functions<float>();
-  functions<double>();
-  ends_of_exp<float>();
-  ends_of_exp<double>();
+TEST(math) {
+  each_dtype([](auto element) {
+    using T = decltype(element);
+    if constexpr (std::is_floating_point_v<T>) {
+      functions<T>();
+      ends_of_exp<T>();
+    }
+  });
 }
 
 }  // namespace test

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cpu/drivers/drivers.h"
-#include "memory.h"
+#include "mse_loss_reference.h"
 
 namespace test {
 namespace {
@@ -17,15 +17,7 @@ void mse_loss(int64_t n, Random& random) {
   Buffer<T> each(n, guard, random.integer(0, 3));
   const double sum = rf::mse_loss(Format<T>::dtype, x.data(), y.data(), each.data(), n);
   const double sum_alone = rf::mse_loss(Format<T>::dtype, x.data(), y.data(), nullptr, n);
-  double expected = 0;
-  {
-    Comparison<T> compare("each");
-    for (int64_t i = 0; i < n; ++i) {
-      const double d = x.value(i) - y.value(i);
-      expected += d * d;
-      compare.add(each.result(i), d * d, 4 * d * d, i);
-    }
-  }
+  const double expected = check_each_mse_loss(x, y, each);
   CHECK(each.rest_untouched());
   // Chains of additions are as long as the blocks that the sum is taken over, at most 16384.
   for (double s : {sum, sum_alone})
@@ -38,14 +30,7 @@ void mse_loss(int64_t n, Random& random) {
       const Buffer<T> one = input<T>(1, spiky, guard);
       rf::mse_loss_backward(Format<T>::dtype, x.data(), y.data(), each_grad ? g.data() : one.data(), each_grad, scale,
                             wanted & 1 ? dx.data() : nullptr, wanted & 2 ? dy.data() : nullptr, n);
-      {
-        Comparison<T> of_dx("dx"), of_dy("dy");
-        for (int64_t i = 0; i < n; ++i) {
-          const double d = scale * (each_grad ? g.value(i) : one.value(0)) * (x.value(i) - y.value(i));
-          if (wanted & 1) of_dx.add(dx.result(i), d, 8 * std::fabs(d), i);
-          if (wanted & 2) of_dy.add(dy.result(i), -d, 8 * std::fabs(d), i);
-        }
-      }
+      check_mse_loss_backward(x, y, each_grad ? g : one, scale, wanted & 1 ? &dx : nullptr, wanted & 2 ? &dy : nullptr);
       CHECK(dx.rest_untouched() && dy.rest_untouched());
     }
 }
@@ -106,11 +91,8 @@ void all() {
 
 }  // namespace
 
-void test_mse_loss() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(mse_loss) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

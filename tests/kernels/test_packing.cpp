@@ -15,7 +15,7 @@ void pack(void (*kernel)(const rf::PackArgs&), int64_t width, bool transposed, r
   view.data = from.data();
   const int64_t panels = (count + width - 1) / width;
   Buffer<A> to(panels * k * width, random.chance(0.5) ? Guard::behind : Guard::before);
-  kernel({view, transposed, i0, count, k0, k, to.data()});
+  kernel({.from = view, .across = transposed, .i0 = i0, .count = count, .k0 = k0, .k = k, .to = to.data()});
   bool right = true;
   for (int64_t p = 0; p < panels; ++p)
     for (int64_t j = 0; j < k; ++j)
@@ -41,7 +41,8 @@ void widen(Random& random) {
     const Buffer<T> from = input<T>(view.row_offset(i0 + count - 1) + columns, [&] { return random.spiky(); });
     view.data = from.data();
     Buffer<rf::acc_t<T>> to(count * k);
-    rf::kernels().widen_a[(int)Format<T>::dtype]({view, false, i0, count, k0, k, to.data()});
+    rf::kernels().widen_a[(int)Format<T>::dtype](
+        {.from = view, .across = false, .i0 = i0, .count = count, .k0 = k0, .k = k, .to = to.data()});
     bool right = true;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t c = 0; c < k; ++c)
@@ -79,11 +80,8 @@ void all() {
 
 }  // namespace
 
-void test_packing() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(packing) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

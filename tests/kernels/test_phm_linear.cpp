@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "cpu/drivers/drivers.h"
-#include "memory.h"
+#include "phm_linear_reference.h"
 
 namespace test {
 namespace {
@@ -21,21 +21,14 @@ void combine(F driver, const char* name, int64_t rows, int64_t parts, int64_t to
   const Buffer<In> from = input<In>((rows - 1) * stride + parts * length, value, guard, random.integer(0, 3));
   const Buffer<A> coefficients = input<A>(to_parts * parts, value, guard);
   Buffer<Out> to(rows * to_parts * length, guard, random.integer(0, 3));
-  driver(rf::CombinePartsArgs{{from.data(), 1, stride, 0, 1}, parts, to_parts, length, coefficients.data(), to.data()},
+  driver(rf::CombinePartsArgs{.from = {from.data(), 1, stride, 0, 1},
+                              .parts = parts,
+                              .to_parts = to_parts,
+                              .length = length,
+                              .coefficients = coefficients.data(),
+                              .to = to.data()},
          rows);
-  Comparison<Out> compare("combination");
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t j = 0; j < to_parts; ++j)
-      for (int64_t r = 0; r < length; ++r) {
-        double sum = 0, units = 0;
-        for (int64_t i = 0; i < parts; ++i) {
-          const double term = coefficients.value(j * parts + i) * from.value(row * stride + i * length + r);
-          sum += term;
-          units += std::fabs(term);
-        }
-        const int64_t at = (row * to_parts + j) * length + r;
-        compare.add(to.result(at), sum, units * 8, at);
-      }
+  check_combination({rows, stride, parts, length}, from, coefficients, to_parts, 8, to);
   CHECK(to.rest_untouched());
 }
 
@@ -50,25 +43,20 @@ void products(int64_t rows, int64_t of_parts, int64_t parts, int64_t length, Ran
   const Buffer<A> of = input<A>(rows * of_parts * length, value, guard, random.integer(0, 3));
   const Buffer<T> with = input<T>((rows - 1) * stride + parts * length, value, guard, random.integer(0, 3));
   std::vector<double> sums(of_parts * parts, 1.5), alone = sums;
-  const rf::PartProductsArgs args = {of.data(), {with.data(), 1, stride, 0, 1}, of_parts, parts, length, nullptr};
+  const rf::PartProductsArgs args = {.of = of.data(),
+                                     .with = {with.data(), 1, stride, 0, 1},
+                                     .of_parts = of_parts,
+                                     .parts = parts,
+                                     .length = length,
+                                     .sums = nullptr};
   rf::add_part_products(Format<T>::dtype, args, rows, sums.data());
   const int64_t used = threads;
   threads = 1;
   rf::add_part_products(Format<T>::dtype, args, rows, alone.data());
   threads = used;
   CHECK(sums == alone);  // the same bits with any number of threads
-  Comparison<A> compare("products");
-  for (int64_t j = 0; j < of_parts; ++j)
-    for (int64_t i = 0; i < parts; ++i) {
-      double sum = 1.5, units = 1.5;
-      for (int64_t row = 0; row < rows; ++row)
-        for (int64_t r = 0; r < length; ++r) {
-          const double term = of.value((row * of_parts + j) * length + r) * with.value(row * stride + i * length + r);
-          sum += term;
-          units += std::fabs(term);
-        }
-      compare.add((A)sums[j * parts + i], sum, units * 8, j * parts + i);
-    }
+  check_part_products({rows, stride, parts, length}, of, of_parts, with, 1.5, 8,
+                      [&](int64_t j, int64_t i) { return (A)sums[j * parts + i]; });
 }
 
 template <class T>
@@ -89,11 +77,8 @@ void all() {
 
 }  // namespace
 
-void test_phm_linear() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(phm_linear) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -4,6 +4,7 @@
 
 #include "cpu/drivers/drivers.h"
 #include "layouts.h"
+#include "softmax_reference.h"
 
 namespace test {
 namespace {
@@ -11,30 +12,9 @@ namespace {
 using rf::SoftmaxArgs;
 using rf::SoftmaxOp;
 
-struct Moments {
-  double max, log_sum;  // log of the sum of exp(x - max)
-};
-Moments moments(const std::vector<double>& x) {
-  double m = -kInfinity;
-  long double sum = 0;  // more digits than any kernel has
-  for (double v : x) m = std::fmax(m, v);
-  for (double v : x) sum += std::exp(v - m);
-  return {m, (double)std::log(sum)};
-}
-
 template <class T>
-SoftmaxArgs arguments(Rows<T>& in, Rows<T>* out, bool log) {
-  SoftmaxArgs a = {};
-  a.input = in.memory.data();
-  a.in = a.grad_in = in.layout;
-  a.out = {1, 0, 0, 1};
-  if (out) {
-    a.output = out->memory.data();
-    a.out = out->layout;
-  }
-  a.classes = in.shape.classes;
-  a.log = log;
-  return a;
+SoftmaxArgs arguments(const Rows<T>& in, Rows<T>* out, bool log) {
+  return softmax_arguments<SoftmaxArgs>(in, out, log);
 }
 
 template <class T>
@@ -46,21 +26,7 @@ void forward(const RowShape& s, Arrangement from, Arrangement to, bool log, Rand
   x.memory.read_only();
   Rows<T> y(s, to, guard, random.integer(0, 3));
   rf::softmax(SoftmaxOp::forward, Format<T>::dtype, arguments(x, &y, log), s.rows());
-  {
-    Comparison<T> compare("y");
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      const std::vector<double> row = x.row(r);
-      const Moments m = moments(row);
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double t = row[c] - m.max - m.log_sum, size = std::fabs(row[c] - m.max) + m.log_sum;
-        const double sum = sum_error(s.classes);
-        if (log)
-          compare.add(y.result(r, c), t, sum + 2 * size, y.at(r, c));
-        else
-          compare.add(y.result(r, c), std::exp(t), std::exp(t) * (sum + 2 * size), y.at(r, c));
-      }
-    }
-  }
+  check_softmax(x, y, log);
   CHECK(y.memory.rest_untouched());
 }
 
@@ -79,26 +45,7 @@ void backward(const RowShape& s, Arrangement of_y, Arrangement of_g, Arrangement
   a.grad = g.memory.data();
   a.grad_in = g.layout;
   rf::softmax(SoftmaxOp::backward, Format<T>::dtype, a, s.rows());
-  {
-    Comparison<T> compare("dx");
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      long double total = 0;
-      double size = 0;
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double term = log ? g.value(r, c) : g.value(r, c) * y.value(r, c);
-        total += term;
-        size += std::fabs(term);
-      }
-      const double sum = (double)total;
-      size *= sum_error(s.classes);
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double yv = y.value(r, c), gv = g.value(r, c), p = log ? std::exp(yv) : yv;
-        const double expected = log ? gv - p * sum : p * (gv - sum);
-        const double units = log ? 4 * std::fabs(gv) + p * size * (2 - yv) : std::fabs(p) * (4 * std::fabs(gv) + size);
-        compare.add(dx.result(r, c), expected, units, dx.at(r, c));
-      }
-    }
-  }
+  check_softmax_backward(y, g, dx, log);
   CHECK(dx.memory.rest_untouched());
 }
 
@@ -115,13 +62,7 @@ void logsumexp(const RowShape& s, Arrangement from, Arrangement to, Random& rand
   SoftmaxArgs a = arguments<T>(x, nullptr, false);
   a.row_result = lse.data();
   rf::softmax(SoftmaxOp::logsumexp_forward, Format<T>::dtype, a, s.rows());
-  {
-    Comparison<A> compare("lse");
-    for (int64_t r = 0; r < s.rows(); ++r) {
-      const Moments m = moments(x.row(r));
-      compare.add(lse.result(r), m.max + m.log_sum, sum_error(s.classes) + std::fabs(m.max) + m.log_sum, r);
-    }
-  }
+  check_logsumexp(x, lse);
   CHECK(lse.rest_untouched());
 
   Buffer<A> g = input<A>(s.rows(), [&] { return random.spiky(); }, guard);
@@ -131,14 +72,7 @@ void logsumexp(const RowShape& s, Arrangement from, Arrangement to, Random& rand
   b.row_result = lse.data();
   b.row_grad = g.data();
   rf::softmax(SoftmaxOp::logsumexp_backward, Format<T>::dtype, b, s.rows());
-  {
-    Comparison<T> compare("dx");
-    for (int64_t r = 0; r < s.rows(); ++r)
-      for (int64_t c = 0; c < s.classes; ++c) {
-        const double t = x.value(r, c) - lse.value(r), expected = g.value(r) * std::exp(t);
-        compare.add(dx.result(r, c), expected, std::fabs(expected) * (8 + std::fabs(t)), dx.at(r, c));
-      }
-  }
+  check_logsumexp_backward(x, lse, g, dx);
   CHECK(dx.memory.rest_untouched());
 }
 
@@ -221,18 +155,12 @@ void all_logsumexp() {
 
 }  // namespace
 
-void test_softmax() {
-  all_softmax<float>();
-  all_softmax<double>();
-  all_softmax<bf16>();
-  all_softmax<f16>();
+TEST(softmax) {
+  each_dtype([](auto element) { all_softmax<decltype(element)>(); });
 }
 
-void test_logsumexp() {
-  all_logsumexp<float>();
-  all_logsumexp<double>();
-  all_logsumexp<bf16>();
-  all_logsumexp<f16>();
+TEST(logsumexp) {
+  each_dtype([](auto element) { all_logsumexp<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -107,11 +107,8 @@ void all() {
 
 }  // namespace
 
-void test_sparse() {
-  all<float>();
-  all<double>();
-  all<bf16>();
-  all<f16>();
+TEST(sparse) {
+  each_dtype([](auto element) { all<decltype(element)>(); });
 }
 
 }  // namespace test

@@ -16,6 +16,7 @@ void activation_forward(DType dtype, const void* z, void* y, int64_t n, Activati
 void activation_backward(DType dtype, ActivationBackwardArgs args, int64_t rows) {
   const auto kernel = kernels().activation_backward[(int)dtype];
   const int64_t acc = acc_size(dtype), columns = args.columns;
+  // By the shape alone. Of few columns a row has a lane: more rows to a block, as gemm_lane_sums has them.
   const int64_t block = columns <= tuning::kFewColumns ? tuning::kLaneSumRows : tuning::kColumnSumRows,
                 blocks = ceil_div(rows, block);
   const int64_t grain = tuning::kParallelElements / (block * (columns > 0 ? columns : 1)) + 1;

@@ -69,8 +69,15 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
   const int64_t grain = tuning::kParallelElements / (few * g.k / 8 + tuning::kRowElements) + 1;
   const bool far = short_and_far(g.k * size_of(dtype), many);
   parallel_for(many, grain, [&](int64_t begin, int64_t end) {
-    kernels().gemm_dot[(int)dtype](
-        {few_rows ? g.b : g.a, few_rows ? g.a : g.b, begin, end, few, g.k, few_rows, far, g.epilogue});
+    kernels().gemm_dot[(int)dtype]({.many = few_rows ? g.b : g.a,
+                                    .few = few_rows ? g.a : g.b,
+                                    .begin = begin,
+                                    .end = end,
+                                    .few_rows = few,
+                                    .k = g.k,
+                                    .many_are_columns = few_rows,
+                                    .many_are_far = far,
+                                    .epilogue = g.epilogue});
   });
 }
 
@@ -78,7 +85,13 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
 MatrixView widened(DType dtype, const MatrixView& m, int64_t rows, int64_t columns, Slot slot) {
   float* to = (float*)scratch(slot, rows * columns * (int64_t)sizeof(float));
   parallel_for(rows, tuning::kParallelElements / std::max<int64_t>(1, columns) + 1, [&](int64_t begin, int64_t end) {
-    kernels().widen_a[(int)dtype]({m, false, begin, end - begin, 0, columns, to + begin * columns});
+    kernels().widen_a[(int)dtype]({.from = m,
+                                   .across = false,
+                                   .i0 = begin,
+                                   .count = end - begin,
+                                   .k0 = 0,
+                                   .k = columns,
+                                   .to = to + begin * columns});
   });
   return {to, 1, columns, 0, 1};
 }

@@ -11,9 +11,6 @@
 namespace rf {
 namespace {
 
-// Rows of A that are multiplied at a time are equal parts of about kBlockRows: fewer than so many are one.
-constexpr int64_t kTallestPiece = tuning::kBlockRows * 3 / 2;
-
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
   DType type;
@@ -113,7 +110,7 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
   const bool half = size_of(p.c) != acc;
   if (!a_is_longer && (p.a.in_place() || (half && g.k <= p.b.count))) p.k_count = p.kc * blocks;
-  p.stays_in_tiles = deep && g.k > p.kc && p.k_count >= g.k && p.a.count < kTallestPiece;
+  p.stays_in_tiles = deep && g.k > p.kc && p.k_count >= g.k && p.a.count < tuning::kTallestPiece;
   if (g.accumulate || (g.k > p.kc && !p.stays_in_tiles))
     p.waiting = !half ? Waiting::c : p.k_count >= g.k ? Waiting::task : Waiting::all;
   // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
@@ -224,8 +221,13 @@ void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width, void (
   const int64_t parts = ceil_div(padded, step);
   take_tasks(parts * blocks, p.threads, [&](int64_t task) {
     const int64_t block = task / parts * p.kc, k = std::min(p.kc, depth.size() - block), i = task % parts * step;
-    pack({side.view, side.across, rows.begin + i, std::min(step, rows.size() - i), depth.begin + block, k,
-          to + (block * padded + i * k) * acc});
+    pack({.from = side.view,
+          .across = side.across,
+          .i0 = rows.begin + i,
+          .count = std::min(step, rows.size() - i),
+          .k0 = depth.begin + block,
+          .k = k,
+          .to = to + (block * padded + i * k) * acc});
   });
 }
 
@@ -284,8 +286,9 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       // For few rows of A, what packing waits for memory shows: it is asked for while the K block before is multiplied.
       const bool few = i.size() < tuning::kPackingDecides;
       // All K blocks in the same tiles: also where that is the same order of sums, block after block in any place.
-      const bool one_piece = p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= g.k &&
-                                                  i.size() < kTallestPiece && j.size() <= tuning::kGroupColumns);
+      const bool one_piece =
+          p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= g.k &&
+                               i.size() < tuning::kTallestPiece && j.size() <= tuning::kGroupColumns);
       GemmBlockArgs block = {};
       block.epilogue = e;
       if (p.waiting == Waiting::task) place_sums(block.epilogue, dtype, p, i, j);
@@ -293,7 +296,8 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       do {
         const int64_t k = std::min(p.kc, depth.end - at);
         char* b = (char*)scratch(Slot::packed_b, round_up(j.size(), nr) * k * acc);
-        kernels().pack_b[(int)p.b.type]({p.b.view, p.b.across, j.begin, j.size(), at, k, b});
+        kernels().pack_b[(int)p.b.type](
+            {.from = p.b.view, .across = p.b.across, .i0 = j.begin, .count = j.size(), .k0 = at, .k = k, .to = b});
         in_place ? read_in_place(block, dtype, p.a, i.begin, at)
                  : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
         const int64_t then = std::min(p.kc, depth.end - at - k);
@@ -320,7 +324,7 @@ void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
 int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const int64_t tiles = p.threads * round_up(kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
+  const int64_t tiles = p.threads * round_up(tuning::kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
   const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
   const int64_t panels = p.a_is_longer ? 0 : p.threads * p.b_task(nr) * p.kc;
   const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)

@@ -20,6 +20,7 @@ double in_order(const std::vector<double>& parts) {
 
 double likelihood(DType acc, const LikelihoodArgs& args, void* predictions, int64_t rows, LikelihoodSums sums) {
   const auto kernel = kernels().likelihood[(int)acc];
+  // Blocks by the shape alone, each with sums of its own: the same bits with any number of threads.
   const int64_t outputs = args.outputs, block = tuning::kColumnSumRows, blocks = ceil_div(rows, block);
   const int64_t stride = (sums.bias ? outputs : 0) + (sums.variance ? outputs : 0), size = size_of(acc);
   char* partial = (char*)scratch(Slot::partial, blocks * stride * size);
@@ -50,6 +51,7 @@ double few_outputs(DType dtype, const FewOutputsArgs& args, int64_t rows, Likeli
   const int64_t size = size_of(acc), outputs = args.likelihood.outputs, weights = outputs * args.features;
   // Of each part: the weight's gradient, the bias's and the variance's.
   const int64_t stride = weights + 2 * outputs, most = tuning::kFewSumBytes / (std::max<int64_t>(1, stride) * size);
+  // By the shape alone too; kFewSumRows has the reasons for their size.
   const int64_t parts = std::max<int64_t>(1, std::min(most, ceil_div(rows, tuning::kFewSumRows)));
   char* partial = (char*)scratch(Slot::partial, parts * stride * size);
   std::vector<double> losses(parts);

@@ -9,6 +9,7 @@ namespace rf {
 
 double mse_loss(DType dtype, const void* x, const void* y, void* each, int64_t n) {
   const auto kernel = kernels().mse_loss[(int)dtype];
+  // Blocks by the shape alone, so that the sum has the same bits with any number of threads.
   const int64_t block = tuning::kSumElements, blocks = ceil_div(n, block), size = size_of(dtype);
   std::vector<double> partial(blocks);
   parallel_for(blocks, 2, [&](int64_t first, int64_t last) {

@@ -43,6 +43,7 @@ void add_part_products(DType dtype, PartProductsArgs args, int64_t rows, double*
 }
 
 void phm_product(DType dtype, const Gemm& g, int64_t n) {
+  // Dot products with S where it lies: up to how many rows, and against what, kFewMixedRows tells.
   const bool in_place = acc_dtype(dtype) == dtype && g.b.col_stride == 1;
   if (!in_place || g.m > tuning::kFewMixedRows || n > tuning::kSkinny) return gemm(dtype, g);
   const int64_t group = tuning::kSkinny / n * n, size = size_of(dtype);

@@ -15,6 +15,7 @@ void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows) {
                                                            : k.logsumexp_backward;
   const auto kernel = entry[(int)dtype];
   const bool tiles = args.in.class_stride != 1 || args.out.class_stride != 1 || args.grad_in.class_stride != 1;
+  // Tiles are transposed from rows that are neighbours in memory (as_inner_rows), kTileRows of them at a time.
   if (tiles)
     for (RowLayout* l : {&args.in, &args.grad_in, &args.out}) *l = as_inner_rows(*l, rows);
   const int64_t grain = tuning::kParallelElements / (args.classes + tuning::kRowElements) + 1;

@@ -1,6 +1,8 @@
 // The ISA's table of kernels, made from the algorithms of its namespace. Included after its target region is closed.
 
+#ifndef RF_INSTANCE  // `make kernel` has another, for a table of a few kernels: tests/kernels/few_kernels.h
 #define RF_INSTANCE(name, type, python, torch, kernel) kernel<type>,
+#endif
 #define RF_KERNEL(kernel) {RF_EACH_DTYPE(RF_INSTANCE, kernel)}
 
 constexpr Kernels make_table(const char* isa) {

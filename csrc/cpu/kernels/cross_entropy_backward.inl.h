@@ -94,7 +94,8 @@ struct ProbabilityGradient {
   }
 };
 
-// Write n values of f to p; past the caches when asked, between a head and a tail that reach alignment.
+// Write n values of f to p; past the caches when asked (kStreamBytes tells when that pays), between a head and a tail
+// that reach alignment.
 template <class T, class F>
 inline void write_block(T* p, int64_t n, const F& f, bool past_caches) {
   using V = vec_t<T>;

@@ -8,9 +8,8 @@
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 
-// Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time; a vector may reach beyond
-// the last of them.
-constexpr int64_t kStripTiles = 16, kStripStride = kStripTiles * kTile.rows + 16;
+// A strip of C's rows, where C is computed transposed; a vector may reach beyond the last of its tiles.
+constexpr int64_t kStripTiles = tuning::kStripTiles, kStripStride = kStripTiles * kTile.rows + 16;
 
 // ---- epilogue ------------------------------------------------------------------------------------------------------
 

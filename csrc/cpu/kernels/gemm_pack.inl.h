@@ -71,7 +71,7 @@ inline void pack_one_k(const T* from, int64_t n, bool spill, acc_t<T>* to) {
 // a page of its own, where no hardware prefetcher follows: later rows are asked for early.
 template <class T, int P>
 inline void pack_rows_across_k(const PackArgs& a) {
-  constexpr int64_t kDepth = 4, kAhead = 8, kLine = 64 / sizeof(T);
+  constexpr int64_t kDepth = tuning::kPackDepth, kAhead = tuning::kPackAhead, kLine = 64 / sizeof(T);
   acc_t<T>* to = (acc_t<T>*)a.to;
   for (int64_t j = 0; j < a.k; j += kDepth) {
     const int64_t depth = std::min(kDepth, a.k - j);

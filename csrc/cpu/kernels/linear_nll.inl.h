@@ -23,12 +23,12 @@ inline f64v log1p_unit(f64v e) {
 }
 
 template <class V>
-struct Judged {
+struct LossAndSlope {
   V loss, slope;
 };
 // squared is computed as gaussian. What is not used is not computed: this is inlined.
 template <Family family, class V>
-inline Judged<V> judge(V eta, V y, V factor, V constant) {
+inline LossAndSlope<V> loss_and_slope(V eta, V y, V factor, V constant) {
   using A = typename V::scalar;
   if constexpr (family == Family::gaussian) {
     V residual = eta - y, slope = factor * residual;
@@ -72,9 +72,9 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
       if constexpr (family != Family::poisson) s = load_up_to(factor + j, n);
       if constexpr (family == Family::gaussian)
         if (constant) c = load_up_to(constant + j, n);
-      const Judged<V> judged = judge<family>(x, y, s, c);
+      const LossAndSlope<V> both = loss_and_slope<family>(x, y, s, c);
       if constexpr (value) {
-        V l = w * judged.loss;
+        V l = w * both.loss;
         if (loss) store_up_to(loss + j, l, n);
         sum = sum + (n == V::size ? l : first_n(l, n, zero));
         if (++terms == tuning::kSumVectors) {
@@ -84,7 +84,7 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
         }
       }
       if constexpr (slope) {
-        V g = grad ? shared * load_up_to(grad + j, n) : shared, d = g * judged.slope;
+        V g = grad ? shared * load_up_to(grad + j, n) : shared, d = g * both.slope;
         store_up_to(eta + j, d, n);
         if (bias) store_up_to(bias + j, load_up_to(bias + j, n) + d, n);
         if constexpr (family == Family::gaussian)
@@ -100,19 +100,19 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
 }
 
 // The instance for a call's family, and for what it asks for: losses, slopes or both.
-#define RF_AS_ASKED(function, T, family, sums, ...)                                  \
+#define RF_DISPATCH_SUMS(function, T, family, sums, ...)                             \
   sums->value && sums->slope ? function<T, Family::family, true, true>(__VA_ARGS__)  \
   : sums->value              ? function<T, Family::family, true, false>(__VA_ARGS__) \
                              : function<T, Family::family, false, true>(__VA_ARGS__)
-#define RF_EACH_LIKELIHOOD(function, T, args, sums, ...)             \
-  switch (args.family) {                                             \
-    case Family::squared:                                            \
-    case Family::gaussian:                                           \
-      return RF_AS_ASKED(function, T, gaussian, sums, __VA_ARGS__);  \
-    case Family::bernoulli:                                          \
-      return RF_AS_ASKED(function, T, bernoulli, sums, __VA_ARGS__); \
-    case Family::poisson:                                            \
-      return RF_AS_ASKED(function, T, poisson, sums, __VA_ARGS__);   \
+#define RF_EACH_LIKELIHOOD(function, T, args, sums, ...)                  \
+  switch (args.family) {                                                  \
+    case Family::squared:                                                 \
+    case Family::gaussian:                                                \
+      return RF_DISPATCH_SUMS(function, T, gaussian, sums, __VA_ARGS__);  \
+    case Family::bernoulli:                                               \
+      return RF_DISPATCH_SUMS(function, T, bernoulli, sums, __VA_ARGS__); \
+    case Family::poisson:                                                 \
+      return RF_DISPATCH_SUMS(function, T, poisson, sums, __VA_ARGS__);   \
   }
 
 template <class T>

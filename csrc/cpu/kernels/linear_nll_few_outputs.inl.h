@@ -81,8 +81,9 @@ inline void spread(const void* from, int64_t outputs, int64_t row, int64_t rows,
 
 // Losses of output j of n rows from `row` on; returns their slopes, 0 beyond the last row.
 template <class A, Family family, bool value, bool slope>
-[[gnu::always_inline]] inline vec_t<A> judge_lanes(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j,
-                                                   vec_t<A> eta, vec_t<A> y, vec_t<A> grad, LaneSums<vec_t<A>>* sums) {
+[[gnu::always_inline]] inline vec_t<A> lanes_loss_and_slope(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j,
+                                                            vec_t<A> eta, vec_t<A> y, vec_t<A> grad,
+                                                            LaneSums<vec_t<A>>* sums) {
   using V = vec_t<A>;
   const V zero = set1(A(0));
   const bool full = n == V::size;
@@ -91,9 +92,9 @@ template <class A, Family family, bool value, bool slope>
   if constexpr (family != Family::poisson) s = set1(((const A*)a.output_factor)[j]);
   if constexpr (family == Family::gaussian)
     if (a.constant) c = set1(((const A*)a.constant)[j]);
-  const Judged<V> judged = judge<family>(eta, y, s, c);
+  const LossAndSlope<V> both = loss_and_slope<family>(eta, y, s, c);
   if constexpr (value) {
-    V l = w * judged.loss;
+    V l = w * both.loss;
     sums->add_loss(full ? l : first_n(l, n, zero));
     if (a.loss) {
       alignas(64) A lanes[V::size];
@@ -104,7 +105,7 @@ template <class A, Family family, bool value, bool slope>
   V d = zero;
   if constexpr (slope) {
     V g = w * set1(A(a.grad_scale)) * grad;
-    d = g * judged.slope;
+    d = g * both.slope;
     V v = set1(A(0.5)) * s * (g - d * (eta - y));
     if (!full) {
       d = first_n(d, n, zero);
@@ -162,7 +163,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
         }
         const V y = gather<A>(a.likelihood.target, outputs, row, n, j),
                 g = gather<A>(a.likelihood.grad, outputs, row, n, j);
-        V d = judge_lanes<A, family, value, slope>(a.likelihood, row, n, j, even + odd, y, g, &lanes);
+        V d = lanes_loss_and_slope<A, family, value, slope>(a.likelihood, row, n, j, even + odd, y, g, &lanes);
         if constexpr (slope) {
           V* to = outer + j * F;
 #pragma GCC unroll 16
@@ -305,7 +306,7 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
         V eta = load_up_to(at, n);
         if (a.bias) eta = eta + set1(((const A*)a.bias)[j]);
         const V y = load(targets + j * kPassRows + r), g = load(grads + j * kPassRows + r);
-        store(at, judge_lanes<A, family, value, slope>(a.likelihood, row + r, n, j, eta, y, g, &lanes));
+        store(at, lanes_loss_and_slope<A, family, value, slope>(a.likelihood, row + r, n, j, eta, y, g, &lanes));
       }
     lanes.count(kPassRows / V::size, outputs);
     if (slope && grad_weight) add_weight_gradient(x, a.x_stride, rows, slopes, outputs, features, grad_weight);
@@ -329,4 +330,4 @@ inline void few_outputs(const FewOutputsArgs& a, int64_t begin, int64_t end, Lik
   RF_EACH_LIKELIHOOD(few_outputs_rows, T, a.likelihood, sums, a, begin, end, sums)
 }
 #undef RF_EACH_LIKELIHOOD
-#undef RF_AS_ASKED
+#undef RF_DISPATCH_SUMS

@@ -49,7 +49,7 @@ inline void unmix_parts(const CombinePartsArgs& a, int64_t begin, int64_t end) {
   combine_parts<acc_t<T>, T>(a, begin, end);
 }
 
-// sums[j * stride + i] += p_j . q_i for J x I parts.
+// sums[j * stride + i] += p_j . q_i for J x I parts, each lane of which adds up kChain products at most (tuning.h).
 template <class T, int J, int I>
 inline void add_products(const acc_t<T>* p, const T* q, int64_t length, acc_t<T>* sums, int64_t stride) {
   using A = acc_t<T>;

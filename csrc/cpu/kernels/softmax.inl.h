@@ -40,6 +40,7 @@ template <class T>
 inline void softmax_row(const T* x, T* y, int64_t n, bool log) {
   using A = acc_t<T>;
   using V = vec_t<A>;
+  // A longer row is cheaper to exponentiate again than to read back (kCachedRowBytes).
   bool once = !log && std::is_same_v<T, A> && n * (int64_t)sizeof(A) <= tuning::kCachedRowBytes;
   if (once) {
     // Exponentiate into y, then scale y while it is still in cache.
@@ -118,6 +119,8 @@ inline void logsumexp_backward_row(const T* x, T* dx, int64_t n, acc_t<T> g, acc
 
 // ---- ranges of rows ------------------------------------------------------------------------------------------------
 
+// Rows are taken one by one, by lanes where they lie, by lanes of transposed tiles, or gathered: the bounds between
+// these ways are tuning.h's, with what was measured (kLaneForward, kLaneBackward, kLaneClasses, kFewColumns).
 template <class T>
 inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;

@@ -53,15 +53,14 @@ inline void list_entries(const void* row, int64_t n, double bound, int32_t* colu
 template <class T, int N>
 inline void sparse_strip(const SparseRow& s, int64_t j, const T* b, acc_t<T>* c) {
   using V = vec_t<T>;
-  constexpr int64_t kAhead = 8;
   const acc_t<T>* values = (const acc_t<T>*)s.values;
   V sum[N];
 #pragma GCC unroll 8
   for (int v = 0; v < N; ++v) sum[v] = s.add ? load(c + j + v * V::size) : set1(acc_t<T>(0));
   for (int64_t e = 0; e < s.entries; ++e) {
     const T* row = b + s.rows[e] * s.b_row + j;
-    // The rows lie anywhere: no hardware prefetcher follows.
-    const char* later = (const char*)(b + s.rows[std::min(e + kAhead, s.entries - 1)] * s.b_row + j);
+    const int64_t ahead = std::min(e + tuning::kSparseAhead, s.entries - 1);
+    const char* later = (const char*)(b + s.rows[ahead] * s.b_row + j);
 #pragma GCC unroll 8
     for (int64_t line = 0; line < N * V::size * (int64_t)sizeof(T); line += 64) __builtin_prefetch(later + line);
     const V x = set1(values[e]);

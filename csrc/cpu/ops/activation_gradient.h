@@ -14,7 +14,7 @@ inline ActivationGradient activation_gradient(const Tensor& grad, const Optional
   if (activation == Activation::none && !column_sums) return {grad, at::empty({0}, grad.options())};
   const int64_t n = grad.size(-1);
   // Rows of the upstream gradient are adjacent, or made so: an expanded scalar is the one case in practice.
-  const Tensor g = grad.stride(-1) == 1 || n == 1 ? walkable(grad, grad.dim() - 1) : grad.contiguous();
+  const Tensor g = grad.stride(-1) == 1 || n == 1 ? as_strided_rows(grad, grad.dim() - 1) : grad.contiguous();
   const Tensor s = saved.has_value() ? saved->contiguous() : Tensor();
   const Tensor sums = at::empty({column_sums ? n : 0}, grad.options().dtype(acc_type(grad.scalar_type())));
   const Tensor dz = activation != Activation::none ? empty_result(grad.sizes(), grad.options()) : g;

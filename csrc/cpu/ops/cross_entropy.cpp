@@ -83,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> cross_entropy_forward_backward_cpu(co
   const bool mean = o.reduction == at::Reduction::Mean;
   const Tensor stats = at::empty({cross_entropy_stat_rows(t.probabilities.defined(), false), t.rows},
                                  input.options().dtype(acc)),
-               grad = empty_result_like(input), dx = walkable(grad, dim);
+               grad = empty_result_like(input), dx = as_strided_rows(grad, dim);
   point_to_stats(t.args, stats);
   const double denominator = denominator_of(t), wide = upstream;
   const float single = (float)upstream;
@@ -116,7 +116,7 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
   const int64_t dim = class_dim(input);
   Tensor dx, dt = at::empty({0}, input.options());
   if (grad_input) {
-    dx = walkable(*grad_input, dim);
+    dx = as_strided_rows(*grad_input, dim);
     g.grad_logits = dx.mutable_data_ptr();
     g.grad_layout = *row_layout(dx, dim);
     g.stream = (int64_t)dx.nbytes() >= tuning::kStreamBytes;

@@ -27,15 +27,18 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   if (y.numel() == 0) return {y, z};
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
   const Operand a = operand(x), weight = operand(w);
-  gemm(dtype, {rows_of(x),
-               w.size(0),
-               w.size(1),
-               a.view,
-               false,
-               weight.view,
-               true,
-               {y.mutable_data_ptr(), w.size(0), nullptr, 0, b.defined() ? b.const_data_ptr() : nullptr, act,
-                save_preactivation ? z.mutable_data_ptr() : nullptr}});
+  gemm(dtype, {.m = rows_of(x),
+               .n = w.size(0),
+               .k = w.size(1),
+               .a = a.view,
+               .a_transposed = false,
+               .b = weight.view,
+               .b_transposed = true,
+               .epilogue = {.c = y.mutable_data_ptr(),
+                            .c_stride = w.size(0),
+                            .bias = b.defined() ? b.const_data_ptr() : nullptr,
+                            .activation = act,
+                            .preactivation = save_preactivation ? z.mutable_data_ptr() : nullptr}});
   return {y, z};
 }
 
@@ -58,14 +61,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
     }
     Tensor c = empty_result(sizes, grad.options());
     const Operand left = operand(dz), right = operand(other);
-    gemm(dtype, {rows,
-                 columns,
-                 inner,
-                 left.view,
-                 dz_transposed,
-                 right.view,
-                 false,
-                 {c.mutable_data_ptr(), columns, nullptr, 0, nullptr, Activation::none, nullptr}});
+    gemm(dtype, {.m = rows,
+                 .n = columns,
+                 .k = inner,
+                 .a = left.view,
+                 .a_transposed = dz_transposed,
+                 .b = right.view,
+                 .b_transposed = false,
+                 .epilogue = {.c = c.mutable_data_ptr(), .c_stride = columns}});
     return c;
   };
   Tensor dx = none(), dw = none();

@@ -60,7 +60,7 @@ inline LinearCrossEntropyProblem linear_cross_entropy_problem(const LinearCrossE
   set_options(a, o);
 
   if (at::isFloatingType(target.scalar_type())) {
-    p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
+    p.probabilities = as_strided_rows(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
     p.denominator = (double)(p.rows * p.positions);
     return p;
   }

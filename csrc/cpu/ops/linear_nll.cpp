@@ -92,7 +92,7 @@ Problem problem_of(const Operands& t, const Options& o) {
 }
 
 // What a call computes, undefined or false where not wanted.
-struct Wanted {
+struct Outputs {
   bool value = false;
   Tensor each;                  // losses, acc, rows x outputs
   Tensor x, w, bias, variance;  // gradients: x's in its own type or the accumulator's, the others in the latter
@@ -108,7 +108,7 @@ void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullpt
 double stirling(double y) { return y <= 1 ? 0 : y * std::log(y) - y + 0.5 * std::log(2 * M_PI * y); }
 
 // Rows from `begin` on; their targets are kept in `target`.
-LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin, int64_t rows, Tensor* target) {
+LikelihoodArgs likelihood_args(const Problem& p, const Outputs& to, int64_t begin, int64_t rows, Tensor* target) {
   *target = rows_from(p.target, begin, rows);
   if (target->scalar_type() != p.acc || !target->is_contiguous()) *target = as_type(*target, p.acc).contiguous();
   const int64_t at = begin * p.outputs * acc_size(p.dtype);
@@ -122,7 +122,7 @@ LikelihoodArgs likelihood_args(const Problem& p, const Wanted& to, int64_t begin
 
 // Adds Stirling's term to the losses from row `begin` on, and returns its sum.
 template <class A>
-double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Tensor& target) {
+double add_stirling(const Problem& p, const Outputs& to, int64_t begin, const Tensor& target) {
   const int64_t rows = target.size(0);
   const A* y = target.const_data_ptr<A>();
   const A* weight = p.row_weight.defined() ? p.row_weight.const_data_ptr<A>() + begin : nullptr;
@@ -138,12 +138,12 @@ double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Ten
   });
   return ordered_sum(sums.data(), rows);
 }
-double add_stirling(const Problem& p, const Wanted& to, int64_t begin, const Tensor& target) {
+double add_stirling(const Problem& p, const Outputs& to, int64_t begin, const Tensor& target) {
   if (!p.stirling || !to.value) return 0;
   return p.acc == at::kDouble ? add_stirling<double>(p, to, begin, target) : add_stirling<float>(p, to, begin, target);
 }
 
-double one_pass(const Problem& p, const Wanted& to) {
+double one_pass(const Problem& p, const Outputs& to) {
   const Tensor w = p.w.contiguous();
   Tensor target;
   FewOutputsArgs a = {};
@@ -161,9 +161,15 @@ double one_pass(const Problem& p, const Wanted& to) {
   return sum + add_stirling(p, to, 0, target);
 }
 
-double over_chunks(const Problem& p, const Wanted& to) {
+double over_chunks(const Problem& p, const Outputs& to) {
   const bool widens = p.target.scalar_type() != p.acc || !p.target.is_contiguous();
-  const int64_t most = chunk_rows({p.dtype, p.rows, p.features, p.outputs, 1, widens ? 2 : 1, default_memory_budget()});
+  const int64_t most = chunk_rows({.dtype = p.dtype,
+                                   .rows = p.rows,
+                                   .features = p.features,
+                                   .classes = p.outputs,
+                                   .positions = 1,
+                                   .panels = widens ? 2 : 1,
+                                   .memory_budget = default_memory_budget()});
   const Tensor panel = at::empty({most, p.outputs}, p.options());
   const auto column_sums = [&](const Tensor& t) { return t.defined() ? at::empty_like(t) : Tensor(); };
   const Tensor bias = column_sums(to.bias), variance = column_sums(to.variance);
@@ -190,7 +196,7 @@ double over_chunks(const Problem& p, const Wanted& to) {
   return total.value();
 }
 
-double run(const Problem& p, const Wanted& to) {
+double run(const Problem& p, const Outputs& to) {
   if (p.rows == 0 || p.outputs == 0) {
     for (const Tensor* t : {&to.w, &to.bias, &to.variance})
       if (t->defined()) Tensor(*t).zero_();
@@ -201,7 +207,7 @@ double run(const Problem& p, const Wanted& to) {
   return adjacent && few_outputs_fit(p.dtype, p.features, p.outputs) ? one_pass(p, to) : over_chunks(p, to);
 }
 
-void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Wanted* to) {
+void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Outputs* to) {
   if (mask[0]) to->x = empty_result({p.rows, p.features}, p.x.options().dtype(dx_type));
   if (mask[1]) to->w = empty_result({p.outputs, p.features}, p.options());
   if (mask[2]) to->bias = at::empty({p.outputs}, p.options());
@@ -209,7 +215,7 @@ void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4
 }
 
 // As the ops return them: in the shapes of what they belong to, and, rounded, in its types.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const Operands& of, bool rounded) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Outputs& to, const Operands& of, bool rounded) {
   const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
     if (!t.defined()) return at::empty({0}, like.options());
     const Tensor result = rounded ? as_type(t, like.scalar_type()) : t;
@@ -226,7 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Wanted& to, const 
 Tensor forward_cpu(const Operands& t, const Options& o, OptionalType loss_dtype) {
   check_linear_nll_forward(t, o, loss_dtype);
   const Problem p = problem_of(t, o);
-  Wanted to;
+  Outputs to;
   to.value = true;
   if (o.reduction == at::Reduction::None) to.each = empty_result({p.rows, p.outputs}, p.options());
   const double sum = run(p, to);
@@ -241,9 +247,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(const Op
   check_linear_nll_forward(t, o, loss_dtype, mask[3]);
   check_reduced("linear_nll_forward_backward", o.reduction);
   const Problem p = problem_of(t, o);
-  Wanted to;
+  Outputs to;
   to.value = true;
-  want_gradients(p, p.acc, mask, &to);
+  allocate_gradients(p, p.acc, mask, &to);
   if (o.reduction == at::Reduction::Mean) to.grad_scale = 1 / p.denominator;
   const double sum = run(p, to);
   auto [dx, dw, db, dv] = gradients_of(to, t, false);
@@ -256,8 +262,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const Tensor& grad, cons
                                                         std::array<bool, 4> mask) {
   check_linear_nll_backward(grad, t, o, mask[3]);
   const Problem p = problem_of(t, o);
-  Wanted to;
-  want_gradients(p, t.input.scalar_type(), mask, &to);
+  Outputs to;
+  allocate_gradients(p, t.input.scalar_type(), mask, &to);
   if (o.reduction == at::Reduction::None)
     to.grad = as_type(grad, p.acc).reshape({p.rows, p.outputs}).contiguous();
   else

@@ -62,7 +62,13 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
     }
     Gemm g = {mixed, p.to_part, p.inputs, view_of(z), false, view_of(p.s), true, {}};
     g.wide_a = wide;
-    g.epilogue = {to, p.to_part, nullptr, 0, b.defined() ? b.const_data_ptr() : nullptr, act, kept, p.n, p.to_part};
+    g.epilogue = {.c = to,
+                  .c_stride = p.to_part,
+                  .bias = b.defined() ? b.const_data_ptr() : nullptr,
+                  .activation = act,
+                  .preactivation = kept,
+                  .bias_rows = p.n,
+                  .bias_stride = p.to_part};
     phm_product(p.dtype, g, p.n);
   }
   return {y, pre};

@@ -56,7 +56,7 @@ std::vector<Tensor> cross_entropy_results(const CrossEntropyOperands& given, con
   out.workspace = workspace.data();
   if (grad) {
     const int64_t dim = class_dim(input);
-    Tensor dx = walkable(*grad, dim);
+    Tensor dx = as_strided_rows(*grad, dim);
     launch_cross_entropy_forward_backward(t.dtype, t.args, out, dx.mutable_data_ptr(), *row_layout(dx, dim),
                                           device.stream, upstream);
     if (!dx.is_same(*grad)) grad->copy_(dx);
@@ -109,7 +109,7 @@ Tensor cross_entropy_backward_into(const Tensor* grad_input, const CrossEntropyO
   const int64_t dim = class_dim(input);
   Tensor dx, dt = at::empty({0}, input.options());
   if (grad_input) {
-    dx = walkable(*grad_input, dim);
+    dx = as_strided_rows(*grad_input, dim);
     up.grad_logits = dx.mutable_data_ptr();
     up.grad_layout = *row_layout(dx, dim);
   }

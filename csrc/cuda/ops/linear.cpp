@@ -48,7 +48,7 @@ ActivationGradient activation_gradient(const OnDevice& device, const Tensor& gra
   if (activation == Activation::none && !column_sums) return result;
   const DType dtype = dtype_of(grad.scalar_type());
   const int64_t m = rows_of(grad), n = grad.size(-1);
-  const Tensor g = walkable(grad, grad.dim() - 1), s = saved.has_value() ? saved->contiguous() : Tensor();
+  const Tensor g = as_strided_rows(grad, grad.dim() - 1), s = saved.has_value() ? saved->contiguous() : Tensor();
   if (activation != Activation::none) result.dz = at::empty(grad.sizes(), grad.options());
   Workspace workspace(column_sums ? activation_backward_workspace(dtype, m, n) : 0, grad);
   launch_activation_backward(

@@ -71,7 +71,7 @@ Problem make_problem(const Operands& t, const Options& o, Budget memory_budget) 
   }
   set_options(a, o);
   if (at::isFloatingType(target.scalar_type()))
-    p.probabilities = walkable(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
+    p.probabilities = as_strided_rows(input.dim() == 1 ? target.unsqueeze(0) : target, 1);
   else
     p.classes_of_rows = target.to(at::kLong).contiguous();
   p.widens = p.probabilities.defined() && p.probabilities.scalar_type() != input.scalar_type();

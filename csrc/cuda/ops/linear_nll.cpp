@@ -71,7 +71,7 @@ Problem make_problem(const Operands& t, const Options& o) {
 }
 
 // What a call computes, undefined or false where not wanted.
-struct Wanted {
+struct Outputs {
   Tensor each;         // losses, N x outputs, of the type that they are returned in
   bool total = false;  // of the losses
   Tensor x, w;         // gradients, the latter acc
@@ -92,7 +92,7 @@ Tensor rows_of_chunk(const Tensor& t, int64_t begin, int64_t rows) {
 
 void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
 
-Parts over_chunks(const OnDevice& device, const Problem& p, const Wanted& to) {
+Parts over_chunks(const OnDevice& device, const Problem& p, const Outputs& to) {
   const bool half = p.x.scalar_type() != p.acc;
   const auto target_type = p.target.scalar_type() == p.x.scalar_type() ? p.x.scalar_type() : p.acc;
   const bool spare_loss = to.each.defined() && to.each.scalar_type() != p.acc;
@@ -100,8 +100,13 @@ Parts over_chunks(const OnDevice& device, const Problem& p, const Wanted& to) {
     return t.defined() && (t.scalar_type() != type || !t.is_contiguous());
   };
   const int64_t panels = 1 + half + copied(p.target, target_type) + copied(to.upstream, p.acc) + spare_loss;
-  const int64_t most = cuda_chunk_rows(
-      {p.dtype, p.rows, p.x.size(1), p.outputs, 1, panels, cuda_default_memory_budget(memory_of_device(p.x))});
+  const int64_t most = cuda_chunk_rows({.dtype = p.dtype,
+                                        .rows = p.rows,
+                                        .features = p.x.size(1),
+                                        .classes = p.outputs,
+                                        .positions = 1,
+                                        .panels = panels,
+                                        .memory_budget = cuda_default_memory_budget(memory_of_device(p.x))});
   const int64_t chunks = p.outputs ? ceil_div(p.rows, most) : 0;
 
   const auto in_all = [&](int64_t (*of_rows)(DType, int64_t, int64_t)) {
@@ -161,12 +166,12 @@ Parts over_chunks(const OnDevice& device, const Problem& p, const Wanted& to) {
   return parts;
 }
 
-Wanted wanted_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask) {
+Outputs outputs_for_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask) {
   const auto matrix = [&](at::IntArrayRef sizes, at::ScalarType type) {
     const auto options = p.x.options().dtype(type);
     return p.rows * p.outputs == 0 ? at::zeros(sizes, options) : at::empty(sizes, options);
   };
-  Wanted to;
+  Outputs to;
   if (mask[0]) to.x = matrix(p.x.sizes(), dx_type);
   if (mask[1]) to.w = matrix(p.w.sizes(), p.acc);
   to.bias = mask[2];
@@ -180,7 +185,7 @@ Tensor total_of(const Problem& p, const Parts& parts) {
 }
 
 // In the shapes of what they belong to, and, rounded, in its types; those of a reduced loss for its upstream gradient.
-std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Problem& p, const Wanted& to, const Parts& parts,
+std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Problem& p, const Outputs& to, const Parts& parts,
                                                         const Operands& of, const Tensor& upstream, bool rounded) {
   const auto finished = [&](Tensor t, const Tensor& like, at::IntArrayRef sizes) {
     if (!t.defined()) return at::empty({0}, like.options());
@@ -200,7 +205,7 @@ Tensor forward(const Operands& t, const Options& o, OptionalType loss_dtype) {
   const OnDevice device(t.input);
   const Problem p = make_problem(t, o);
   const auto type = loss_type(t.input, t.target, loss_dtype);
-  Wanted to;
+  Outputs to;
   to.total = o.reduction != at::Reduction::None;
   if (!to.total) to.each = at::empty({p.rows, p.outputs}, p.x.options().dtype(type));
   const Parts parts = over_chunks(device, p, to);
@@ -213,7 +218,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(const Operan
   check_reduced("linear_nll_forward_backward", o.reduction);
   const OnDevice device(t.input);
   const Problem p = make_problem(t, o);
-  Wanted to = wanted_gradients(p, p.acc, mask);
+  Outputs to = outputs_for_gradients(p, p.acc, mask);
   to.total = true;
   const Parts parts = over_chunks(device, p, to);
   auto [dx, dw, db, dv] = gradients_of(p, to, parts, t, {}, false);
@@ -226,7 +231,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Op
   const OnDevice device(t.input);
   const Problem p = make_problem(t, o);
   const bool each = o.reduction == at::Reduction::None;
-  Wanted to = wanted_gradients(p, each ? t.input.scalar_type() : p.acc, mask);
+  Outputs to = outputs_for_gradients(p, each ? t.input.scalar_type() : p.acc, mask);
   if (each) to.upstream = grad.reshape({p.rows, p.outputs});
   const Parts parts = over_chunks(device, p, to);
   return gradients_of(p, to, parts, t, each ? Tensor() : grad, true);

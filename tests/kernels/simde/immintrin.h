@@ -66,10 +66,17 @@ E maximum(V v) {
   for (E x : r.lane) m = x > m ? x : m;
   return m;
 }
+template <class E, int n, class V>
+V exponent(V v) {
+  Lanes<E, n> r(v);
+  for (E& x : r.lane) x = std::logb(x);
+  return r.template as<V>();
+}
 
 }  // namespace lane_by_lane
 
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* p) { return lane_by_lane::load<__m512, float, 16>(k, p); }
+inline __m512 _mm512_getexp_ps(__m512 x) { return lane_by_lane::exponent<float, 16>(x); }
 inline __m512d _mm512_maskz_loadu_pd(__mmask8 k, const void* p) { return lane_by_lane::load<__m512d, double, 8>(k, p); }
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
   return lane_by_lane::load<__m256i, uint16_t, 16>(k, p);

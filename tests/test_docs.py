@@ -1,0 +1,62 @@
+"""What the documentation says of files, functions and make targets is so."""
+
+import re
+import subprocess
+
+import pytest
+from util import ROOT
+
+DOCS = ROOT / "docs"
+if not DOCS.exists() or not (ROOT / "csrc").exists():
+    pytest.skip("there are no docs or no sources beside these tests", allow_module_level=True)
+
+PAGES = [*DOCS.glob("*.md"), *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "KERNELS", "SECURITY"))]
+HOUSE = (DOCS / "house.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page):
+    paths = re.findall(r"`((?:csrc|regfast|tests|bench|docs|examples)/[\w./]+)`", page.read_text())
+    assert not [path for path in paths if not (ROOT / path).exists() and path != "examples/figures"]
+
+
+def test_functions_of_the_walk_are_where_it_says():
+    hops = re.findall(r"^\| \d+ \| `([^`]+)` \| `([^`]+)` \|", HOUSE, re.MULTILINE)
+    assert len(hops) == len(re.findall(r"^\| \d+ \|", HOUSE, re.MULTILINE)) > 10
+    for file, function in hops:
+        assert re.search(rf"\b{function}\b", (ROOT / file).read_text()), f"{file} has no {function}"
+
+
+SECTIONS = re.findall(r"^### .*: where `(\w+)` is named\n(.*?)(?=^#|\Z)", HOUSE, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("word, section", SECTIONS, ids=[word for word, _ in SECTIONS])
+def test_lists_of_what_a_new_one_touches_are_whole(word, section):
+    listed = {path for path in re.findall(r"`((?:csrc|regfast)/[^`]+)`", section) if path != "csrc/cuda/mse_loss.cu"}
+    named = {
+        path.relative_to(ROOT).as_posix()
+        for top in ("csrc", "regfast")
+        for path in (ROOT / top).rglob("*")
+        if path.suffix in {".h", ".cpp", ".cuh", ".cu", ".py"} and word in path.read_text().lower()
+    }
+    assert listed == named
+
+
+def test_make_help_explains_every_target():
+    text = (ROOT / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()) - {"help", "FORCE"}
+    shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    explained = dict(re.findall(r"^make ([\w.]+) +(\S.*)$", shown, re.MULTILINE))
+    assert set(explained) == targets | {"compile_commands.json"}
+    # Each line stands above its target, with nothing but comments, variables and what belongs to it in between.
+    for name in explained:
+        assert re.search(
+            rf"^#: make {re.escape(name)} .*\n(?:(?!#:|\t).*\n)*?{re.escape(name)}:", text, re.MULTILINE
+        ), name
