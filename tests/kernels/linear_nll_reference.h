@@ -21,11 +21,12 @@ inline Expected expect(Family family, double eta, double y, double scale, double
                        double constant_error) {
   const double r = eta - y, e = std::exp(-std::fabs(eta)), log1p = std::log1p(e);
   if (family == Family::bernoulli) {
-    const double larger = 1 / (1 + e), smaller = e / (1 + e), up = eta < 0 ? smaller : larger, down = 1 - up;
+    const double larger = 1 / (1 + e), smaller = e / (1 + e);
+    const double up = eta < 0 ? smaller : larger, down = eta < 0 ? larger : smaller;
     const double positive = scale * y, negative = 1 - y;
     const double loss = negative * (std::fmax(eta, 0) + log1p) + positive * (std::fmax(-eta, 0) + log1p);
-    const double slope = negative * up - positive * (eta < 0 ? larger : smaller);
-    const double size = negative * up + positive * (eta < 0 ? larger : smaller);
+    const double slope = negative * up - positive * down;
+    const double size = negative * up + positive * down;
     return {loss, slope, 0, 16 * loss + size * eta_error, 16 * size + (negative + positive) * up * down * eta_error, 0};
   }
   if (family == Family::poisson) {
