@@ -207,7 +207,7 @@ double run(const Problem& p, const Outputs& to) {
   return adjacent && few_outputs_fit(p.dtype, p.features, p.outputs) ? one_pass(p, to) : over_chunks(p, to);
 }
 
-void want_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Outputs* to) {
+void allocate_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Outputs* to) {
   if (mask[0]) to->x = empty_result({p.rows, p.features}, p.x.options().dtype(dx_type));
   if (mask[1]) to->w = empty_result({p.outputs, p.features}, p.options());
   if (mask[2]) to->bias = at::empty({p.outputs}, p.options());
