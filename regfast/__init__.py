@@ -2,6 +2,7 @@
 
 from . import _decompositions, _dtensor, _flops, reference  # noqa: F401
 from ._extension import build_info, isa, isas
+from .accelerate import accelerate, restore
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .linear import Linear, LinearActivation, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
@@ -20,6 +21,7 @@ __all__ = [
     "MSELoss",
     "PHMLinear",
     "Plan",
+    "accelerate",
     "build_info",
     "cross_entropy",
     "isa",
@@ -34,5 +36,6 @@ __all__ = [
     "mse_loss",
     "phm_linear",
     "reference",
+    "restore",
     "softmax",
 ]
