@@ -7,14 +7,14 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodDescriptorType, ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.overrides import has_torch_function
+from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._device import DeviceContext
 
 from ._extension import build_info
@@ -55,21 +55,21 @@ _transform = torch._C._functorch.peek_interpreter_stack
 _autocast_is_active = torch._C._is_any_autocast_enabled
 
 
-def _may_take(input: Tensor) -> bool:
-    """Whether ours may come in torch's place: a strided tensor of the CPU in a call that nobody watches or transforms.
-
-    Modes, torch.func, forward mode, torch.jit.trace and torch.export see torch's own functions, as they would without
-    us. Modes that are a default device watch nothing.
-    """
-    if torch.compiler.is_compiling():
-        return input.is_cpu and not torch.compiler.is_exporting()
-    if not input.is_cpu or input.layout is not torch.strided or input.is_nested or _transform() is not None:
-        return False
-    if forward_ad._current_level >= 0:
+def is_unwatched() -> bool:
+    """Whether nobody watches or transforms calls here: no mode (but a default device), torch.func, forward mode."""
+    if _transform() is not None or forward_ad._current_level >= 0 or _tracing_state() is not None:
         return False
     if not _mode_is_active():
         return True
     return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _may_take(input: Tensor) -> bool:
+    """Whether ours may come in torch's place: a strided tensor of the CPU, in a call that nobody watches or transforms.
+    Exported programs are torch's, so that they run without us."""
+    if torch.compiler.is_compiling():
+        return input.is_cpu and not torch.compiler.is_exporting()
+    return input.is_cpu and input.layout is torch.strided and not input.is_nested and is_unwatched()
 
 
 def _is_plain(*tensors: object) -> bool:
@@ -171,8 +171,13 @@ _active = False  # what is left in a user's hands after restore() calls torch's 
 
 
 def _asks(torchs: Callable) -> Callable:
-    """torch's function for what answers functions itself (subclasses, modes, proxies). A Python function of torch
-    passes itself on by its name, which would be ours: here its code has a name for torch's."""
+    """torch's function for what answers functions itself (subclasses, modes, proxies). Methods of tensors and Python
+    functions of torch look themselves up by their names, which would be ours, to pass themselves on; they pass on
+    themselves here."""
+    if isinstance(torchs, MethodDescriptorType):
+        return lambda *arguments, **options: handle_torch_function(
+            torchs, (*arguments, *options.values()), *arguments, **options
+        )
     if not isinstance(torchs, FunctionType):
         return torchs
     names = {**torchs.__globals__, torchs.__name__: torchs}

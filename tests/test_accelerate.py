@@ -111,6 +111,10 @@ def test_leaves_to_torch_what_is_not_plain():
         x = big().as_subclass(Sub)
         assert ops(lambda: F.cross_entropy(x, target)) == set()
         assert module._TORCHS[id(F.cross_entropy)] in Sub.seen
+        x.softmax(1), F.softmax(x, 1), torch.softmax(x, 1), F.mse_loss(big(), x)
+        theirs = module._TORCHS
+        assert {theirs[id(f)] for f in (Tensor.softmax, F.softmax, torch.softmax, F.mse_loss)} <= set(Sub.seen)
+        assert not any(id(f) in theirs for f in Sub.seen)
         with Mode() as mode:
             assert ops(lambda: F.cross_entropy(big(), target)) == set()
         assert module._TORCHS[id(F.cross_entropy)] in mode.seen
