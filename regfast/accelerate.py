@@ -49,6 +49,11 @@ LINEAR = {
     if end or dtype in _OURS_ALONE
 }
 
+# Products of torch itself, with products=True, by multiplications of one of them: from each number on, by dtype in the
+# kernels' order (float32, float64, bfloat16, float16), -1 never; what csrc/cpu/tuning.h leaves to ATen stays there.
+# Half types on CPUs without instructions for them, against ATen held to AVX2: 3 to 50x. float32 as for linear.
+_PRODUCTS_FROM = [_PRODUCTS[_F32][0] if _F32 in _OURS_ALONE else -1, -1, 1 << 12, 1 << 12]
+
 _mode_is_active = torch._C._is_torch_function_mode_enabled
 _tracing_state = torch._C._get_tracing_state
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -167,6 +172,7 @@ _PLACES: list[tuple[object, str, Callable, dict[torch.dtype, int]]] = [
 
 _lock = threading.RLock()
 _open: list[Accelerated] = []  # a handle as often as it was entered
+_products_are_ours = False
 _active = False  # what is left in a user's hands after restore() calls torch's own function
 
 
@@ -278,9 +284,12 @@ def _begin_tables() -> None:
 
 
 def _update() -> None:
-    """Makes functions what the open handles want. Under the lock."""
-    global _active
-    wanted = bool(_open)
+    """Makes functions and products what the open handles want. Under the lock."""
+    global _active, _products_are_ours
+    wanted, products = bool(_open), any(handle.products for handle in _open)
+    if products != _products_are_ours:
+        torch.ops.regfast._override_products(products, _PRODUCTS_FROM)
+        _products_are_ours = products
     if wanted and not _active:
         _begin_tables()
         _active = True
@@ -293,7 +302,8 @@ def _update() -> None:
 class Accelerated:
     """What :func:`accelerate` returns. It ends with ``restore()`` or, used in a ``with``, with its block."""
 
-    def __init__(self) -> None:
+    def __init__(self, products: bool) -> None:
+        self.products = products
         self._begun = False  # without a block
         self._begin()
         self._begun = True
@@ -329,13 +339,13 @@ class Accelerated:
 
         @functools.wraps(function)
         def accelerated(*arguments, **options):
-            with accelerate():
+            with accelerate(products=self.products):
                 return function(*arguments, **options)
 
         return accelerated
 
 
-def accelerate() -> Accelerated:
+def accelerate(*, products: bool = False) -> Accelerated:
     """Lets programs that know nothing of regfast run on it: functions of torch take ours where it is faster.
 
     These are ``linear``, ``cross_entropy``, ``softmax``, ``log_softmax``, ``mse_loss`` and ``linear_cross_entropy`` of
@@ -351,6 +361,12 @@ def accelerate() -> Accelerated:
     changed; methods of tensors are torch's there. Subclasses of Tensor, modes, ``torch.func``, forward mode,
     ``torch.jit`` and ``torch.export`` see torch's own functions.
 
+    Args:
+        products: give ``aten::mm``, ``addmm``, ``bmm`` and ``baddbmm`` on the CPU, to which ``matmul``, attention,
+            ``transformers``' Conv1D, backward passes and optimizers come down, our kernels too, in torch's dispatcher:
+            in float32 and half types, where the table says so. Compiled code (inductor's) calls them as well. Nothing
+            else in the process may be computing when they come and go.
+
     It holds for the process, all threads included, from the call on until :func:`restore`, and may be nested::
 
         regfast.accelerate()                # until regfast.restore()
@@ -363,7 +379,9 @@ def accelerate() -> Accelerated:
 
     To begin and to end takes some hundredths of a second where thousands of modules are loaded.
     """
-    return Accelerated()
+    if not isinstance(products, bool):
+        raise TypeError(f"regfast.accelerate: products: expected a bool, got {type(products).__name__}")
+    return Accelerated(products)
 
 
 def restore() -> None:
