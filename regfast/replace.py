@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .cross_entropy import CrossEntropyLoss
-from .lazy import LazyHead
+from .lazy import AutoLazyHead, LazyHead
 from .linear import Linear, is_product, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
 
 _ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+_HEADS = (nn.Linear, Linear, LazyHead, AutoLazyHead)
 _LOSSES = {nn.CrossEntropyLoss: CrossEntropyLoss, nn.MSELoss: MSELoss}
 if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
     _LOSSES[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
@@ -143,14 +144,14 @@ def _head_of(model: nn.Module, head: object) -> nn.Module | None:
             found = model.get_output_embeddings()
         except (AttributeError, NotImplementedError):
             return None
-        return found if type(found) in (nn.Linear, Linear) else None
+        return found if type(found) in _HEADS and type(found) is not LazyHead else None
     elif isinstance(head, str):
         found = dict(model.named_modules()).get(head)
         if found is None:
             raise ValueError(f"regfast.replace: head: expected auto or the name of a module, got {head!r}")
     else:
         raise TypeError(f"regfast.replace: head: expected auto, a name, a module or None, got {type(head).__name__}")
-    if type(found) not in (nn.Linear, Linear, LazyHead):
+    if type(found) not in _HEADS:
         raise TypeError(f"regfast.replace: head: expected a torch.nn.Linear, got {type(found).__name__}")
     return found
 
@@ -169,7 +170,8 @@ def replace(
             ReLU, GELU, SiLU, Sigmoid or Tanh computes both in one call; transformers' ``Conv1D`` too.
         losses: ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and ``nn.LinearCrossEntropyLoss`` become ours.
         head: the layer whose logits are to be :class:`regfast.LazyLogits`, as :class:`regfast.LazyHead` makes them: its
-            name, the module, None, or ``auto``, the model's ``get_output_embeddings()`` where it has one.
+            name, the module, None, or ``auto``: the model's ``get_output_embeddings()`` where it has one, lazy
+            wherever that is not slower (in half types for which the CPU has instructions it is, for less memory).
 
     Returns:
         A :class:`Replacement`: ``print(report)`` shows what was changed, and what was left and why;
@@ -187,8 +189,9 @@ def replace(
     for name, module in list(model.named_modules()):
         kind = type(module)
         if module is lazy:
-            if kind is not LazyHead:
-                report._change(name, module, LazyHead, "logits are multiplied only if someone looks")
+            wanted = AutoLazyHead if head == "auto" else LazyHead
+            if kind is not wanted:
+                report._change(name, module, wanted, "logits are multiplied only if someone looks")
         elif "forward" in vars(module) and (kind is nn.Linear or kind in _LOSSES):
             report._leave(name, module, "its forward was replaced")
         elif losses and kind in _LOSSES:
@@ -202,7 +205,7 @@ def replace(
         elif kind is nn.Sequential:
             if any(_pairs(module)):
                 report._change(name, module, FusedSequential, "linear layers with the activations after them")
-        elif isinstance(module, nn.Linear) and kind not in (Linear, LazyHead):
+        elif isinstance(module, nn.Linear) and kind not in _HEADS:
             report._leave(name, module, "a subclass of nn.Linear, whose own forward may do more")
         elif kind is not FusedSequential and _has_hidden_pair(module):
             report._leave(name, module, "the activation is its own code's, not an nn.Sequential's: not fused")

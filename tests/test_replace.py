@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
@@ -162,12 +163,36 @@ def test_head_by_its_ways():
     assert regfast.replace(model, head="head").changed == []  # it is one
     model.get_output_embeddings = lambda: model.body[3]
     regfast.replace(model)
-    assert type(model.body[3]) is regfast.LazyHead  # one of ours by then
+    assert isinstance(model.body[3], regfast.LazyHead)  # one of ours by then
     for wrong, error in (("nowhere", ValueError), (nn.Linear(2, 2), ValueError), ("body", TypeError), (3, TypeError)):
         with pytest.raises(error, match=r"regfast\.replace: head: expected .*, got "):
             regfast.replace(model, head=wrong)
     with pytest.raises(TypeError, match=r"regfast\.replace: model: expected .*, got int"):
         regfast.replace(3)
+
+
+def test_auto_is_lazy_where_that_is_not_slower(monkeypatch):
+    model = Model()
+    model.get_output_embeddings = lambda: model.head
+    x, half = torch.randn(6, 5), torch.randn(6, 5).bfloat16()
+
+    def lazy(x):
+        return type(model.head(x)) is regfast.LazyLogits
+
+    regfast.replace(model)
+    fast = sys.modules["regfast.lazy"].FAST_HALF
+    monkeypatch.setattr(sys.modules["regfast.lazy"], "FAST_HALF", set())
+    assert lazy(x)
+    monkeypatch.setattr(sys.modules["regfast.lazy"], "FAST_HALF", {torch.bfloat16})
+    assert lazy(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not lazy(x)
+    model.head.bfloat16()
+    assert not lazy(half)
+    regfast.replace(model, head="head")
+    assert lazy(half) and type(model.head) is regfast.LazyHead
+    assert regfast.replace(model).changed == []  # what was named stays
+    assert fast == set()  # REGFAST_GEMM=own, as the tests have it
 
 
 def test_shared_modules_copies_and_pickles():

@@ -284,6 +284,34 @@ def test_trainer_with_gradient_accumulation(tmp_path, all_sizes):
     assert losses == pytest.approx(stock, rel=1e-4, abs=1e-4)  # the Trainer rounds what it logs
 
 
+def test_accelerator_of_the_accelerate_library(all_sizes):
+    accelerate = pytest.importorskip("accelerate")
+
+    def run(prepare):
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # one a process, says the library
+        model, batch = made("llama")
+        prepare(model)
+        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=2)
+        model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), 0.1))
+        losses = []
+        for _ in range(4):
+            with accelerator.accumulate(model):
+                output = model(**batch)
+                accelerator.backward(output.loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(output.loss.item())
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+        return losses, output.logits
+
+    stock, _ = run(lambda model: None)
+    with recorded() as calls:
+        ours, logits = run(regfast.replace)
+    assert ours == pytest.approx(stock, rel=1e-2)
+    assert "linear_cross_entropy" in ops(calls)
+    assert logits.dtype is torch.float32  # as the library casts what a model returns
+
+
 def test_checkpointing_of_activations():
     stock = stock_losses("llama")
     model, batch = made("llama")
