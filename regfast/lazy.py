@@ -169,7 +169,9 @@ def _multiply_all(arguments):
     return tree_map_only(LazyLogits, LazyLogits.multiplied, arguments)
 
 
-def _refuse_gradient(_: Tensor) -> None:
+def _refuse_gradient(grad: Tensor | None) -> None:
+    if grad is None or not grad.any():  # DistributedDataParallel's, for an output that no loss was made of
+        return
     raise RuntimeError(
         "regfast.LazyLogits: expected to be used through torch's functions, got a gradient for the wrapper itself, as "
         "from a torch.autograd.Function that was applied to it; give that logits.multiplied()"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
-from util import class_targets, probability_targets
+from util import class_targets, fresh_process, probability_targets
 
 import regfast
 from regfast import LazyLogits
@@ -403,3 +403,42 @@ def test_under_accelerate(tensors):
         both(tensors, LOSSES["log-probabilities"])
         both(tensors, LOSSES["logsumexp"])
         both(tensors, OTHERS["softmax"], lazy=False)
+
+
+def test_distributed_data_parallel():
+    out = fresh_process("""
+        import os, socket, torch, regfast
+        import torch.nn.functional as F
+        from torch.nn.parallel import DistributedDataParallel
+
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+
+        class Model(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.body, self.head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 20)
+
+            def forward(self, x, target=None):
+                logits = self.head(self.body(x))
+                return logits if target is None else {"loss": F.cross_entropy(logits, target), "logits": logits}
+
+        x, target = torch.randn(4, 8), torch.randint(20, (4,))
+        for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+            model = Model()
+            true = torch.autograd.grad(model(x, target)["loss"], list(model.parameters()))
+            regfast.replace(model, head="head")
+            parallel = DistributedDataParallel(model, **options)
+            parallel(x, target)["loss"].backward()
+            torch.testing.assert_close([p.grad for p in model.parameters()], list(true))
+        parallel = DistributedDataParallel(model, find_unused_parameters=True)
+        try:
+            F.cross_entropy(parallel(x), target).backward()
+        except RuntimeError as error:
+            assert "regfast.LazyLogits: expected" in str(error), error
+            print("refused in words")
+        torch.distributed.destroy_process_group()
+    """)
+    assert "refused in words" in out
