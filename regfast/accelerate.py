@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
 from torch.utils._device import DeviceContext
 
 from ._extension import build_info
@@ -56,6 +61,9 @@ LINEAR = {
 # Half types on CPUs without instructions for them, against ATen held to AVX2: 3 to 50x. float32 as for linear.
 _PRODUCTS_FROM = [_PRODUCTS[_F32][0] if _F32 in _OURS_ALONE else -1, -1, 1 << 12, 1 << 12]
 
+# Calls with fewer elements are torch's in every table: nothing else is asked of them.
+_SMALL = 1 << 10
+
 _mode_is_active = torch._C._is_torch_function_mode_enabled
 _tracing_state = torch._C._get_tracing_state
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -87,95 +95,10 @@ def _is_plain(*tensors: object) -> bool:
     return True
 
 
-# What each function of torch becomes: called with its arguments, it returns the result or NotImplemented.
-
-
-def _linear(input, weight, bias):
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-    limits = LINEAR.get(dtype)
-    if limits is None or not _is_plain(weight, bias) or weight.dim() != 2:
-        return NotImplemented
-    first, end = limits
-    if not first <= input.numel() * weight.shape[0] < end or not _may_take(input):
-        return NotImplemented
-    return linear(input, weight, bias)
-
-
-def _softmax_of(ours: Callable) -> Callable:
-    """Of torch.softmax(input, dim, dtype), and of the tensor's method."""
-
-    def call(input, dim=None, dtype=None, **others):
-        if type(dim) is not int or others or not _may_take(input):
-            return NotImplemented
-        return ours(input, dim, dtype)
-
-    return call
-
-
-def _functional_softmax_of(ours: Callable) -> Callable:
-    def call(input, dim=None, _stacklevel=3, dtype=None):
-        return ours(input, dim, dtype) if type(dim) is int and _may_take(input) else NotImplemented
-
-    return call
-
-
-def _logsumexp(input, dim=None, keepdim=False, **others):
-    if type(dim) is not int or type(keepdim) is not bool or others or not _may_take(input):
-        return NotImplemented
-    return logsumexp(input, dim, keepdim)
-
-
-def _cross_entropy(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-):
-    if not _is_plain(target, weight) or not _may_take(input):
-        return NotImplemented
-    return cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-
-
-def _linear_cross_entropy(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
-    if not _is_plain(linear_weight, target, linear_bias, weight) or not _may_take(input):
-        return NotImplemented
-    return linear_cross_entropy(input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options)
-
-
-def _mse_loss(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
-    if weight is not None or not _is_plain(target) or target.dtype is not input.dtype or target.shape != input.shape:
-        return NotImplemented
-    if not (input.is_contiguous() and target.is_contiguous() and _may_take(input)):
-        return NotImplemented
-    return mse_loss(input, target, size_average, reduce, reduction)
-
-
-# Where a function stands, the way to ours, and from where on it is taken.
-_PLACES: list[tuple[object, str, Callable, dict[torch.dtype, int]]] = [
-    (F, "softmax", _functional_softmax_of(softmax), SOFTMAX),
-    (F, "log_softmax", _functional_softmax_of(log_softmax), SOFTMAX),
-    (F, "cross_entropy", _cross_entropy, CROSS_ENTROPY),
-    (F, "mse_loss", _mse_loss, MSE_LOSS),
-    (F, "linear_cross_entropy", _linear_cross_entropy, LINEAR_CROSS_ENTROPY),  # since torch 2.13
-    *(
-        (place, name, call, SOFTMAX)
-        for place in (torch, torch.special, Tensor)
-        for name, call in (
-            ("softmax", _softmax_of(softmax)),
-            ("log_softmax", _softmax_of(log_softmax)),
-            ("logsumexp", _logsumexp),
-        )
-    ),
-]
-
-_lock = threading.RLock()
-_open: list[Accelerated] = []  # a handle as often as it was entered
-_products_are_ours = False
-_active = False  # what is left in a user's hands after restore() calls torch's own function
+def _wins(input: Tensor, least: dict[torch.dtype, int], elements: int) -> bool:
+    """What a table says of a tensor of so many elements. Under torch.jit.trace their number is a tensor, and no int."""
+    enough = least.get(input.dtype)
+    return enough is not None and elements >= enough
 
 
 def _asks(torchs: Callable) -> Callable:
@@ -186,32 +109,178 @@ def _asks(torchs: Callable) -> Callable:
         return lambda *arguments, **options: handle_torch_function(
             torchs, (*arguments, *options.values()), *arguments, **options
         )
-    if not isinstance(torchs, FunctionType):
-        return torchs
     names = {**torchs.__globals__, torchs.__name__: torchs}
     asks = FunctionType(torchs.__code__, names, torchs.__name__, torchs.__defaults__)
     asks.__kwdefaults__ = torchs.__kwdefaults__
     return asks
 
 
-def _dispatcher(torchs: Callable, ours: Callable, least: dict[torch.dtype, int]) -> Callable:
-    """What stands in the place of torch's function."""
-    elements_of = least.get
+# What stands in the place of each function. They are written out, with the names that torch has for its arguments: what
+# is left to torch pays for every step before it.
+
+
+def _linear(torchs: Callable) -> Callable:
+    @functools.wraps(torchs)
+    def call(input, weight, bias=None):
+        wanted = _active and type(input) is Tensor and (input.dtype in LINEAR or _autocast_is_active())
+        if wanted:
+            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
+            first, end = LINEAR.get(dtype, (0, 0))
+            if end and _is_plain(weight, bias) and weight.dim() == 2:
+                products = input.numel() * weight.shape[0]
+                if type(products) is int and first <= products < end and _may_take(input):
+                    return linear(input, weight, bias)
+        return torchs(input, weight, bias)
+
+    return call
+
+
+def _functional_softmax(torchs: Callable, ours: Callable) -> Callable:
     asks = _asks(torchs)
 
     @functools.wraps(torchs)
-    def call(*arguments, **options):
+    def call(input, dim=None, _stacklevel=3, dtype=None):
         if _active:
-            input = arguments[0] if arguments else options.get("input")
-            if type(input) is Tensor:
-                elements = elements_of(input.dtype)
-                if elements is not None and _tracing_state() is None and input.numel() >= elements:
-                    result = ours(*arguments, **options)
-                    if result is not NotImplemented:
-                        return result
-            if has_torch_function((*arguments, *options.values()) if options else arguments):
-                return asks(*arguments, **options)
-        return torchs(*arguments, **options)
+            if (
+                type(input) is Tensor
+                and type(n := input.numel()) is int
+                and n >= _SMALL
+                and type(dim) is int
+                and _wins(input, SOFTMAX, n)
+                and _may_take(input)
+            ):
+                return ours(input, dim, dtype)
+            if has_torch_function_unary(input):
+                return asks(input, dim, _stacklevel, dtype)
+        return torchs(input, dim, _stacklevel + 1, dtype)
+
+    return call
+
+
+def _of_tensors(torchs: Callable, ours: Callable) -> Callable:
+    """softmax, log_softmax and logsumexp as builtin functions and methods: (input, dim, dtype or keepdim)."""
+    method = isinstance(torchs, MethodDescriptorType)
+    asks = _asks(torchs) if method else torchs  # the functions know themselves by another place than their name's
+
+    @functools.wraps(torchs)
+    def call(input=..., dim=..., *others, **options):
+        if _active:
+            if type(input) is Tensor and type(n := input.numel()) is int and n >= _SMALL:
+                known = len(others) < 2 and not (options.keys() - {"dtype", "keepdim"})
+                if known and _wins(input, SOFTMAX, n) and type(dim) is int and _may_take(input):
+                    return ours(input, dim, *others, **options)
+            if method and has_torch_function_unary(input):
+                return asks(*_leading(input, dim), *others, **options)
+        if dim is ... or others or options:
+            if input is ...:  # by a name that numpy has for it
+                return torchs(**options) if dim is ... else torchs(dim=dim, **options)
+            return torchs(*_leading(input, dim), *others, **options)
+        return torchs(input, dim)
+
+    return call
+
+
+def _leading(input, dim) -> tuple:
+    return (input,) if dim is ... else (input, dim)
+
+
+def _cross_entropy(torchs: Callable) -> Callable:
+    asks = _asks(torchs)
+
+    @functools.wraps(torchs)
+    def call(
+        input,
+        target,
+        weight=None,
+        size_average=None,
+        ignore_index=-100,
+        reduce=None,
+        reduction="mean",
+        label_smoothing=0.0,
+    ):
+        take = torchs
+        if _active:
+            if (
+                type(input) is Tensor
+                and type(n := input.numel()) is int
+                and n >= _SMALL
+                and _wins(input, CROSS_ENTROPY, n)
+                and _is_plain(target, weight)
+                and _may_take(input)
+            ):
+                take = cross_entropy
+            elif has_torch_function_variadic(input, target, weight):
+                take = asks
+        return take(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+
+    return call
+
+
+def _mse_loss(torchs: Callable) -> Callable:
+    asks = _asks(torchs)
+
+    @functools.wraps(torchs)
+    def call(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
+        if _active:
+            if type(input) is Tensor and type(n := input.numel()) is int and n >= _SMALL and type(target) is Tensor:
+                alike = weight is None and target.dtype is input.dtype and target.shape == input.shape
+                adjacent = alike and input.is_contiguous() and target.is_contiguous()
+                if adjacent and _wins(input, MSE_LOSS, n) and _may_take(input):
+                    return mse_loss(input, target, size_average, reduce, reduction)
+            if has_torch_function_variadic(input, target, weight):
+                return asks(input, target, size_average, reduce, reduction, weight)
+        return torchs(input, target, size_average, reduce, reduction, weight)
+
+    return call
+
+
+def _linear_cross_entropy(torchs: Callable) -> Callable:
+    asks = _asks(torchs)
+
+    @functools.wraps(torchs)
+    def call(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
+        take = torchs
+        if _active:
+            if (
+                type(input) is Tensor
+                and type(n := input.numel()) is int
+                and n >= _SMALL
+                and _wins(input, LINEAR_CROSS_ENTROPY, n)
+                and _is_plain(linear_weight, target, linear_bias, weight)
+                and _may_take(input)
+            ):
+                take = linear_cross_entropy
+            elif has_torch_function((input, linear_weight, target, linear_bias, weight)):
+                take = asks
+        return take(input, linear_weight, target, linear_bias=linear_bias, weight=weight, **options)
+
+    return call
+
+
+# Where a function stands, and what makes its dispatcher.
+_PLACES: list[tuple[object, str, Callable]] = [
+    (F, "linear", _linear),
+    (F, "softmax", functools.partial(_functional_softmax, ours=softmax)),
+    (F, "log_softmax", functools.partial(_functional_softmax, ours=log_softmax)),
+    (F, "cross_entropy", _cross_entropy),
+    (F, "mse_loss", _mse_loss),
+    (F, "linear_cross_entropy", _linear_cross_entropy),  # since torch 2.13
+    *(
+        (place, ours.__name__, functools.partial(_of_tensors, ours=ours))
+        for place in (torch, torch.special, Tensor)
+        for ours in (softmax, log_softmax, logsumexp)
+    ),
+]
+
+_lock = threading.RLock()
+_open: list[Accelerated] = []  # a handle as often as it was entered
+_products_are_ours = False
+_active = False  # what is left in a user's hands after restore() calls torch's own function
+
+
+def _dispatcher(torchs: Callable, make: Callable) -> Callable:
+    """What stands in the place of torch's function."""
+    call = make(torchs)
 
     def scriptable():
         """torch.jit.script compiles torch's own function in its place: with its own globals, so before it is asked."""
@@ -219,22 +288,6 @@ def _dispatcher(torchs: Callable, ours: Callable, least: dict[torch.dtype, int])
         return torchs
 
     call.__prepare_scriptable__ = scriptable
-    return call
-
-
-def _linear_dispatcher(torchs: Callable) -> Callable:
-    """The same for the function that is called most: its own names for its arguments, and nothing else asked where its
-    dtype is torch's."""
-
-    @functools.wraps(torchs)
-    def call(input, weight, bias=None):
-        wanted = _active and type(input) is Tensor and (input.dtype in LINEAR or _autocast_is_active())
-        if wanted and _tracing_state() is None:
-            result = _linear(input, weight, bias)
-            if result is not NotImplemented:
-                return result
-        return torchs(input, weight, bias)
-
     return call
 
 
@@ -247,19 +300,17 @@ def _is_torchs(function: object) -> bool:
 # Functions as they were when regfast was imported, with what takes their place. By identity: a builtin function is
 # equal to another one of the same name.
 _PAIRS = [
-    (torchs, _dispatcher(torchs, ours, least))
-    for place, name, ours, least in _PLACES
+    (torchs, _dispatcher(torchs, make))
+    for place, name, make in _PLACES
     if _is_torchs(torchs := getattr(place, name, None))
 ]
-if _is_torchs(F.linear):
-    _PAIRS.append((F.linear, _linear_dispatcher(F.linear)))
 _OURS = {id(torchs): dispatcher for torchs, dispatcher in _PAIRS}
 _TORCHS = {id(dispatcher): torchs for torchs, dispatcher in _PAIRS}
 
 
 def _swap(new_of: dict[int, Callable]) -> None:
     """Puts new functions in the place of old ones, wherever modules have a name for these."""
-    for place, name in [(F, "linear"), *(entry[:2] for entry in _PLACES)]:
+    for place, name, _ in _PLACES:
         new = new_of.get(id(getattr(place, name, None)))
         if new is None:  # somebody else's by now
             continue
@@ -280,6 +331,7 @@ def _swap(new_of: dict[int, Callable]) -> None:
 def _begin_tables() -> None:
     """Tables of torch's functions that torch makes at some time of its own: of what they are now, not of ours."""
     importlib.import_module("torch._dynamo")
+    torch.overrides.get_testing_overrides()
     for torchs, dispatcher in _PAIRS:
         if operator := torch.jit._builtins._find_builtin(torchs):
             torch.jit._builtins._register_builtin(dispatcher, operator)
@@ -354,7 +406,7 @@ def accelerate(*, products: bool = False) -> Accelerated:
     ``torch.nn.functional``, which modules such as ``nn.Linear`` and ``nn.CrossEntropyLoss`` call, and ``softmax``,
     ``log_softmax`` and ``logsumexp`` of ``torch``, ``torch.special`` and ``torch.Tensor``. A call takes regfast if its
     tensors are plain CPU tensors and the tables at the top of this file say that for its dtype and size ours was
-    measured to be faster; any other call is torch's, with 0.3 us on top of it. Values and gradients are those of the
+    measured to be faster; any other call is torch's, with 0.1 to 0.3 us on top of it. Values and gradients are those of the
     functions of regfast, whose docstrings say what they save for backward.
 
     Code that has imported such a function by name, before or after, takes part: names in modules are replaced too,

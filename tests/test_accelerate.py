@@ -18,7 +18,7 @@ import regfast
 from regfast._paths import recorded
 
 module = sys.modules["regfast.accelerate"]
-NAMES = [(F, "linear"), *((place, name) for place, name, *_ in module._PLACES)]
+NAMES = [(place, name) for place, name, _ in module._PLACES]
 ids = [f"{place.__name__}.{name}" for place, name in NAMES]
 ORIGINALS = [getattr(place, name, None) for place, name in NAMES]  # linear_cross_entropy is there since torch 2.13
 
