@@ -406,8 +406,8 @@ def accelerate(*, products: bool = False) -> Accelerated:
     ``torch.nn.functional``, which modules such as ``nn.Linear`` and ``nn.CrossEntropyLoss`` call, and ``softmax``,
     ``log_softmax`` and ``logsumexp`` of ``torch``, ``torch.special`` and ``torch.Tensor``. A call takes regfast if its
     tensors are plain CPU tensors and the tables at the top of this file say that for its dtype and size ours was
-    measured to be faster; any other call is torch's, with 0.1 to 0.3 us on top of it. Values and gradients are those of the
-    functions of regfast, whose docstrings say what they save for backward.
+    measured to be faster; any other call is torch's, with 0.1 to 0.3 us on top of it. Values and gradients are those of
+    the functions of regfast, whose docstrings say what they save for backward.
 
     Code that has imported such a function by name, before or after, takes part: names in modules are replaced too,
     and put back. What holds a function otherwise (an attribute of an object, a default argument, a
