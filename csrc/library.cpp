@@ -86,4 +86,7 @@ TORCH_LIBRARY(regfast, m) {
       "mse_loss_backward(Tensor grad, Tensor input, Tensor target, int reduction, bool[2] output_mask) -> (Tensor, "
       "Tensor)");
   m.def("composite_mse_loss(Tensor input, Tensor target, int reduction) -> Tensor");
+
+  // Puts our products in the place of ATen's on the CPU, from so many multiplications on by dtype, or takes them out.
+  m.def("_override_products(bool on, int[] least) -> ()");
 }

@@ -2,17 +2,22 @@
 
 from . import _decompositions, _dtensor, _flops, memory, reference  # noqa: F401
 from ._extension import build_info, isa, isas
+from .accelerate import accelerate, restore
 from .cross_entropy import CrossEntropyLoss, cross_entropy
+from .lazy import LazyHead, LazyLogits, lazy_logits
 from .linear import Linear, LinearActivation, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
 from .linear_nll import LinearNLLLoss, linear_mse_loss, linear_nll
 from .mse_loss import MSELoss, mse_loss
 from .phm_linear import PHMLinear, phm_linear
+from .replace import Replacement, replace
 from .softmax import log_softmax, logsumexp, softmax
 
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
+    "LazyHead",
+    "LazyLogits",
     "Linear",
     "LinearActivation",
     "LinearCrossEntropyLoss",
@@ -20,10 +25,13 @@ __all__ = [
     "MSELoss",
     "PHMLinear",
     "Plan",
+    "Replacement",
+    "accelerate",
     "build_info",
     "cross_entropy",
     "isa",
     "isas",
+    "lazy_logits",
     "linear",
     "linear_cross_entropy",
     "linear_cross_entropy_plan",
@@ -35,5 +43,7 @@ __all__ = [
     "mse_loss",
     "phm_linear",
     "reference",
+    "replace",
+    "restore",
     "softmax",
 ]

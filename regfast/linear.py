@@ -108,6 +108,17 @@ class Linear(nn.Linear):
         self.__class__ = LinearActivation
         self.__init__(in_features, out_features, bias, device, dtype, activation=activation)
 
+    @classmethod
+    def from_linear(cls, layer: nn.Linear) -> Linear:
+        """A layer with the Parameters of another one, the very objects, and its mode; hooks are not taken over."""
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(
+                f"regfast.Linear.from_linear: layer: expected a torch.nn.Linear, got {type(layer).__name__}"
+            )
+        made = cls(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        made.weight, made.bias = layer.weight, layer.bias
+        return made.train(layer.training)
+
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
             return torch.ops.regfast.linear(input, self.weight, self.bias, "none")

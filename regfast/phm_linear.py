@@ -85,6 +85,44 @@ class PHMLinear(nn.Module):
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
         self.reset_parameters()
 
+    @classmethod
+    @torch.no_grad()
+    def from_linear(cls, layer: nn.Linear, n: int) -> tuple[PHMLinear, float]:
+        """The nearest layer of this kind to a dense one, and how far it is.
+
+        Args:
+            layer: with Parameters of any floating dtype. n: divides its ``in_features`` and ``out_features``.
+
+        Returns:
+            A layer with its own Parameters (``layer.bias`` copied) whose weight W' is nearest to ``layer.weight``, W,
+            in the sense of least squares, and the relative error ``|W' - W| / |W|`` of Frobenius norms, before
+            rounding to W's dtype. A trained dense weight is far from having this form: expect to train on.
+
+        Raises: TypeError for a layer that is no ``nn.Linear``; ValueError for an n that does not divide.
+
+        Blocks of W, each as a row, are a matrix of rank n if and only if W is a sum of n Kronecker products; the
+        nearest one comes from its singular values (Van Loan and Pitsianis, "Approximation with Kronecker products",
+        1993).
+        """
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(
+                f"regfast.PHMLinear.from_linear: layer: expected a torch.nn.Linear, got {type(layer).__name__}"
+            )
+        weight, has_bias = layer.weight, layer.bias is not None
+        options = {"device": weight.device, "dtype": weight.dtype}
+        made = cls(layer.in_features, layer.out_features, n, has_bias, **options)
+        rows, columns = layer.out_features // n, layer.in_features // n
+        blocks = weight.double().reshape(n, rows, n, columns).transpose(1, 2).reshape(n * n, rows * columns)
+        left, values, right = torch.linalg.svd(blocks, full_matrices=False)
+        terms = min(n, len(values))  # more would be zero
+        roots = values[:terms].sqrt()
+        made.a.zero_()[:terms] = (left[:, :terms] * roots).T.reshape(terms, n, n)
+        made.matrices.zero_()[:terms] = (roots[:, None] * right[:terms]).reshape(terms, rows, columns)
+        if has_bias:
+            made.bias.copy_(layer.bias)
+        rest, all_of_it = values[terms:].square().sum(), values.square().sum()
+        return made.train(layer.training), (rest / all_of_it).sqrt().item() if all_of_it > 0 else 0.0
+
     @property
     def matrices(self) -> Tensor:
         """The n matrices that are multiplied by the numbers of ``a``: a view (n, out_features / n, in_features / n)."""

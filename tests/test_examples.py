@@ -104,6 +104,20 @@ def test_next_token(tmp_path, options):
     assert re.search(r"^│ memory of a step.* \d+ │$", output, re.MULTILINE), output
 
 
+def test_unmodified_llama(tmp_path):
+    small = ("--tokens", 5000, "--vocabulary", 500, "--length", 32, "--features", 32, "--steps", 3)
+    output = train("unmodified_llama.py", tmp_path / "figure.png", *small)
+    assert len(re.findall(r"│ +\d+\.\d+ +│ +\d+\.\d+x +│ +\d+ +│ +[\d.]+ +│", output)) == 8
+
+
+def test_policy_gradients_of_the_docs():
+    text = (EXAMPLES.parent / "docs" / "accelerate.md").read_text()
+    (block,) = re.findall(r"## Policy gradients.*?```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any()
+
+
 def test_losses_that_differ_are_an_error(tmp_path):
     code = f"""
 import runpy, sys, torch, regfast

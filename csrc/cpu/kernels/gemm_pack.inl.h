@@ -4,6 +4,7 @@
 #pragma once
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
+#include "cpu/kernels/rows.inl.h"
 
 template <class V>
 constexpr int64_t kTileColumns = kTile.vectors * V::size;
@@ -89,16 +90,33 @@ inline void pack_rows_across_k(const PackArgs& a) {
   }
 }
 
+// Elements of a row that are not adjacent are gathered first, some of all rows of a panel at a time.
 template <class T, int P>
 inline void pack_any(const PackArgs& a) {
-  const T* base = (const T*)a.from.data;
-  acc_t<T>* to = (acc_t<T>*)a.to;
-  for (int64_t panel = 0; panel < a.count; panel += P)
-    for (int64_t j = 0; j < a.k; ++j)
-      for (int64_t i = panel; i < panel + P; ++i) {
-        const int64_t row = a.across ? a.k0 + j : a.i0 + i, column = a.across ? a.i0 + i : a.k0 + j;
-        *to++ = i < a.count ? load_one(base + a.from.row_offset(row) + column * a.from.col_stride) : acc_t<T>(0);
+  using A = acc_t<T>;
+  constexpr int64_t kStage = 128;
+  const int64_t step = a.from.col_stride;
+  const auto at = [&](int64_t row, int64_t column) {
+    return (const T*)a.from.data + a.from.row_offset(row) + column * step;
+  };
+  A stage[P * kStage];
+  for (int64_t panel = 0; panel < a.count; panel += P) {
+    A* to = (A*)a.to + panel * a.k;
+    const int64_t rows = std::min<int64_t>(P, a.count - panel);
+    if (a.across) {
+      for (int64_t j = 0; j < a.k; ++j, to += P) {
+        gather_row(at(a.k0 + j, a.i0 + panel), step, rows, to);
+        for (int64_t i = rows; i < P; ++i) to[i] = A(0);
       }
+      continue;
+    }
+    for (int64_t j = 0; j < a.k; j += kStage) {
+      const int64_t n = std::min(kStage, a.k - j);
+      for (int64_t i = 0; i < rows; ++i) gather_row(at(a.i0 + panel + i, a.k0 + j), step, n, stage + i * kStage);
+      for (int64_t c = 0; c < n; ++c, to += P)
+        for (int64_t i = 0; i < P; ++i) to[i] = i < rows ? stage[i * kStage + c] : A(0);
+    }
+  }
 }
 
 template <class T>

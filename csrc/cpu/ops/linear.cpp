@@ -3,11 +3,20 @@
 #include "cpu/ops/activation_gradient.h"
 #include "cpu/ops/outputs.h"
 #include "cpu/ops/traced.h"
+#include "cpu/tuning.h"
 #include "shared/layouts.h"
 #include "shared/op_checks.h"
 
 namespace rf {
 namespace {
+
+// A tensor whose elements lie apart in both directions, as the kernels that read it where it lies want it: copied once,
+// where a few dot products of its rows take less time than to gather it, and always where gathering also widens.
+Tensor gathered(const Tensor& t, int64_t other_side) {
+  if (t.dim() == 0 || t.size(-1) <= 1 || t.stride(-1) == 1 || (t.dim() == 2 && t.stride(0) == 1)) return t;
+  const bool half = size_of(dtype_of(t.scalar_type())) != acc_size(dtype_of(t.scalar_type()));
+  return half || other_side <= tuning::kSkinny || rows_of(t) <= tuning::kFewRows ? t.contiguous() : t;
+}
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, const OptionalTensor& bias,
                                           string_view activation, bool save_preactivation) {
@@ -26,7 +35,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   Tensor z = save_preactivation ? empty_result(sizes, x.options()) : at::empty({0}, x.options());
   if (y.numel() == 0) return {y, z};
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
-  const Operand a = operand(x), weight = operand(w);
+  const Operand a = operand(gathered(x, w.size(0))), weight = operand(gathered(w, rows_of(x)));
   gemm(dtype, {.m = rows_of(x),
                .n = w.size(0),
                .k = w.size(1),
@@ -60,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
       return at::mm(dz_transposed ? left.t() : left, right).view(sizes);
     }
     Tensor c = empty_result(sizes, grad.options());
-    const Operand left = operand(dz), right = operand(other);
+    const Operand left = operand(dz), right = operand(gathered(other, n));
     gemm(dtype, {.m = rows,
                  .n = columns,
                  .k = inner,

@@ -144,11 +144,12 @@ double add_stirling(const Problem& p, const Outputs& to, int64_t begin, const Te
 }
 
 double one_pass(const Problem& p, const Outputs& to) {
-  const Tensor w = p.w.contiguous();
+  // Features that lie apart are copied once, where over chunks they would be gathered for each product.
+  const Tensor w = p.w.contiguous(), x = p.features <= 1 || p.x.stride(1) == 1 ? p.x : p.x.contiguous();
   Tensor target;
   FewOutputsArgs a = {};
-  a.x = p.x.const_data_ptr();
-  a.x_stride = p.x.stride(0);
+  a.x = x.const_data_ptr();
+  a.x_stride = x.stride(0);
   a.features = p.features;
   a.weight = w.const_data_ptr();
   a.bias = data_or_null(p.bias);
@@ -203,8 +204,7 @@ double run(const Problem& p, const Outputs& to) {
     if (to.x.defined()) Tensor(to.x).zero_();
     return 0;
   }
-  const bool adjacent = p.features <= 1 || p.x.stride(1) == 1;
-  return adjacent && few_outputs_fit(p.dtype, p.features, p.outputs) ? one_pass(p, to) : over_chunks(p, to);
+  return few_outputs_fit(p.dtype, p.features, p.outputs) ? one_pass(p, to) : over_chunks(p, to);
 }
 
 void allocate_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Outputs* to) {
