@@ -165,6 +165,28 @@ void lane_sums(DType dtype, const Gemm& g) {
   finish(dtype, g, sums);
 }
 
+// One output of rows that are adjacent across k: a row of C transposed, to which A is a matrix with adjacent columns.
+// The output's bias becomes one for each column.
+bool is_column_of_transposed(const Gemm& g) {
+  return g.n == 1 && g.m > 1 && !g.a_transposed && g.a.inner == 1 && g.a.outer_stride == 1 && g.a.col_stride != 1 &&
+         g.b_transposed && g.b.col_stride == 1 && g.epilogue.c_stride == 1 && g.epilogue.bias_rows == 1;
+}
+Gemm as_row(DType dtype, const Gemm& g) {
+  Gemm row = g;
+  std::swap(row.m, row.n);
+  row.a = g.b;
+  row.b = {g.a.data, 1, g.a.col_stride, 0, 1};
+  row.b_transposed = false;
+  row.epilogue.c_stride = g.m;
+  if (g.epilogue.bias) {
+    const int64_t size = size_of(dtype);
+    char* const biases = (char*)scratch(Slot::tile, g.m * size);
+    for (int64_t i = 0; i < g.m; ++i) std::memcpy(biases + i * size, g.epilogue.bias, (size_t)size);
+    row.epilogue.bias = biases;
+  }
+  return row;
+}
+
 bool both_few(int64_t a, int64_t b) { return std::max(a, b) <= tuning::kFewSides; }
 
 }  // namespace
@@ -211,6 +233,7 @@ void gemm(DType dtype, Gemm g) {
     g.b = {g.b.data, 1, g.n, 0, 1};
     g.b_transposed = false;
   }
+  if (g.k > tuning::kFewSides && is_column_of_transposed(g)) g = as_row(dtype, g);
   const bool mixed = (g.wide_a || g.wide_c) && acc_dtype(dtype) != dtype;
   if (mixed || g.accumulate) return gemm_packed(dtype, g, thread_count());
   const GemmPath path = gemm_path(dtype, g);

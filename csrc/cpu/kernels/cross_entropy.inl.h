@@ -137,8 +137,8 @@ inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool nan,
 
 // Whether backward takes the exponentials that forward made: of loss, lse and logprob of a class alone, of logits as
 // they are.
-inline bool keeps_exponentials(const CrossEntropyArgs& a, bool entropy) {
-  return !a.probabilities && !entropy && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0;
+inline bool keeps_exponentials(const CrossEntropyArgs& a) {
+  return !a.probabilities && !a.row_entropy && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0;
 }
 
 // One row's loss and statistics; its exponentials too where `exponentials` is not null, with the maxima of blocks that
@@ -243,15 +243,14 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
   const T *x = (const T*)a.logits, *t = (const T*)a.probabilities;
   const bool direct = a.layout.class_stride == 1 && (!t || a.probability_layout.class_stride == 1);
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
-  const auto exponentials = [&](int64_t r) {
-    return exponentials_at<A>(a, keeps_exponentials(a, a.row_entropy != nullptr), r - begin);
-  };
+  const bool kept = keeps_exponentials(a);
   for (int64_t r = begin, rows; r < end; r += rows) {
     double loss;
     if (direct) {
       rows = 1;
       const T* probabilities = t ? t + a.probability_layout.offset(r) : nullptr;
-      weights.add(cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r, exponentials(r), &loss));
+      weights.add(cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r,
+                                    exponentials_at<A>(a, kept, r - begin), &loss));
       losses.add(loss);
       continue;
     }
@@ -260,8 +259,8 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     if (t) gather_tile(t, a.probability_layout, r, rows, a.classes, t_tile);
     for (int64_t i = 0; i < rows; ++i) {
       const A* probabilities = t ? t_tile + i * a.classes : nullptr;
-      weights.add(
-          cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i, exponentials(r + i), &loss));
+      weights.add(cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i,
+                                       exponentials_at<A>(a, kept, r + i - begin), &loss));
       losses.add(loss);
     }
   }

@@ -215,15 +215,14 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
                       (!dx || g.grad_layout.class_stride == 1) && (!dt || g.grad_probability_layout.class_stride == 1);
   A *x_tile = (A*)a.scratch, *t_tile = x_tile + tuning::kTileRows * a.classes;
   A* dt_tile = t_tile + tuning::kTileRows * a.classes;
-  const auto exponentials = [&](int64_t r) {
-    return exponentials_at<A>(a, keeps_exponentials(a, g.entropy != nullptr), r - begin);
-  };
+  const bool kept = keeps_exponentials(a);
   for (int64_t r = begin, rows; r < end; r += rows) {
     if (direct) {
       rows = 1;
       cross_entropy_backward_row(x + a.layout.offset(r), t ? t + a.probability_layout.offset(r) : nullptr,
                                  dx ? dx + g.grad_layout.offset(r) : nullptr,
-                                 dt ? dt + g.grad_probability_layout.offset(r) : nullptr, a, g, r, exponentials(r));
+                                 dt ? dt + g.grad_probability_layout.offset(r) : nullptr, a, g, r,
+                                 exponentials_at<A>(a, kept, r - begin));
       continue;
     }
     rows = tile_rows(a.layout, r, end);
@@ -234,7 +233,8 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
     for (int64_t i = 0; i < rows; ++i) {
       A* row = x_tile + i * a.classes;  // the logits' gradient takes their place
       cross_entropy_backward_row<A>(row, t ? t_tile + i * a.classes : nullptr, dx ? row : nullptr,
-                                    dt ? dt_tile + i * a.classes : nullptr, a, in_cache, r + i, exponentials(r + i));
+                                    dt ? dt_tile + i * a.classes : nullptr, a, in_cache, r + i,
+                                    exponentials_at<A>(a, kept, r + i - begin));
     }
     if (dx) scatter_tile(x_tile, dx, g.grad_layout, r, rows, a.classes);
     if (dt) scatter_tile(dt_tile, dt, g.grad_probability_layout, r, rows, a.classes);

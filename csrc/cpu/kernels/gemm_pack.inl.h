@@ -96,23 +96,22 @@ inline void pack_any(const PackArgs& a) {
   using A = acc_t<T>;
   constexpr int64_t kStage = 128;
   const int64_t step = a.from.col_stride;
-  const auto at = [&](int64_t row, int64_t column) {
-    return (const T*)a.from.data + a.from.row_offset(row) + column * step;
-  };
+  const T* const base = (const T*)a.from.data;
   A stage[P * kStage];
   for (int64_t panel = 0; panel < a.count; panel += P) {
     A* to = (A*)a.to + panel * a.k;
     const int64_t rows = std::min<int64_t>(P, a.count - panel);
     if (a.across) {
       for (int64_t j = 0; j < a.k; ++j, to += P) {
-        gather_row(at(a.k0 + j, a.i0 + panel), step, rows, to);
+        gather_row(base + a.from.row_offset(a.k0 + j) + (a.i0 + panel) * step, step, rows, to);
         for (int64_t i = rows; i < P; ++i) to[i] = A(0);
       }
       continue;
     }
     for (int64_t j = 0; j < a.k; j += kStage) {
       const int64_t n = std::min(kStage, a.k - j);
-      for (int64_t i = 0; i < rows; ++i) gather_row(at(a.i0 + panel + i, a.k0 + j), step, n, stage + i * kStage);
+      for (int64_t i = 0; i < rows; ++i)
+        gather_row(base + a.from.row_offset(a.i0 + panel + i) + (a.k0 + j) * step, step, n, stage + i * kStage);
       for (int64_t c = 0; c < n; ++c, to += P)
         for (int64_t i = 0; i < P; ++i) to[i] = i < rows ? stage[i * kStage + c] : A(0);
     }

@@ -18,6 +18,7 @@
 #include <optional>
 
 #include "cpu/ops/outputs.h"
+#include "cpu/platform.h"
 #include "cpu/tuning.h"
 
 namespace rf {
@@ -96,7 +97,7 @@ std::vector<int64_t> sizes_of_product(const Tensor& a, const Tensor& b) {
 }
 
 Tensor product(const Tensor& a, const Tensor& b) {
-  Tensor c = advised(at::empty(sizes_of_product(a, b), a.options()));
+  Tensor c = empty_result(sizes_of_product(a, b), a.options());
   multiply_any(a, b, c);
   return c;
 }
@@ -107,7 +108,7 @@ Tensor sum(const Tensor& self, const Tensor& a, const Tensor& b, const at::Scala
   if (plain && ignored) return product(a, b);
   if (plain && a.dim() == 2 && beta.toDouble() == 1 && self.numel() == b.size(1) && self.dim() > 0 &&
       self.size(-1) == b.size(1)) {
-    Tensor c = advised(at::empty(sizes_of_product(a, b), a.options()));
+    Tensor c = empty_result(sizes_of_product(a, b), a.options());
     multiply(a, b, c, self.reshape({b.size(1)}).contiguous(), false);
     return c;
   }
