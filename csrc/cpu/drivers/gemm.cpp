@@ -179,9 +179,11 @@ Gemm as_row(DType dtype, const Gemm& g) {
   row.b_transposed = false;
   row.epilogue.c_stride = g.m;
   if (g.epilogue.bias) {
-    const int64_t size = size_of(dtype);
-    char* const biases = (char*)scratch(Slot::tile, g.m * size);
-    for (int64_t i = 0; i < g.m; ++i) std::memcpy(biases + i * size, g.epilogue.bias, (size_t)size);
+    void* const biases = scratch(Slot::tile, g.m * size_of(dtype));
+    const auto fill = [&](auto* to) { std::fill(to, to + g.m, *(decltype(to))g.epilogue.bias); };
+    size_of(dtype) == 8   ? fill((uint64_t*)biases)
+    : size_of(dtype) == 4 ? fill((uint32_t*)biases)
+                          : fill((uint16_t*)biases);
     row.epilogue.bias = biases;
   }
   return row;

@@ -57,7 +57,8 @@ struct LikelihoodSums {
 // All of a linear model with a few outputs in one pass over x.
 struct FewOutputsArgs {
   const void* x;
-  int64_t x_stride, features;  // between rows; features are adjacent
+  int64_t x_stride, features;  // between rows
+  int64_t feature_stride = 1;  // 1 where there are more than tile_features of the kernels
   bool x_is_far;               // as many_are_far of DotArgs
   const void* weight;          // outputs x features, contiguous
   const void* bias;            // acc, one per output, or null

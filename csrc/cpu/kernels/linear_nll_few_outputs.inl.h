@@ -143,7 +143,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
   ColumnTile<A> x, grad_x;
   for (int64_t tile = begin; tile < end; tile += R) {
     const int64_t rows = std::min(R, end - tile);
-    load_tile((const T*)a.x, {1, a.x_stride, 0, 1}, tile, rows, features, x);
+    load_tile((const T*)a.x, {1, a.x_stride, 0, a.feature_stride}, tile, rows, features, x);
     for (int64_t i = 0; i < rows; i += V::size) {
       const int64_t row = tile + i, n = std::min<int64_t>(V::size, rows - i);
       V columns[F], dx[F];

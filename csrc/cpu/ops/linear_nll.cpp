@@ -143,13 +143,17 @@ double add_stirling(const Problem& p, const Outputs& to, int64_t begin, const Te
   return p.acc == at::kDouble ? add_stirling<double>(p, to, begin, target) : add_stirling<float>(p, to, begin, target);
 }
 
+// Features that may lie apart in one pass: one is a column however that lies.
+int64_t most_in_tiles(const Problem& p) { return std::max<int64_t>(1, kernels().tile_features[(int)p.dtype]); }
+
 double one_pass(const Problem& p, const Outputs& to) {
-  // Features that lie apart are copied once, where over chunks they would be gathered for each product.
-  const Tensor w = p.w.contiguous(), x = p.features <= 1 || p.x.stride(1) == 1 ? p.x : p.x.contiguous();
+  const bool in_place = p.features <= most_in_tiles(p) || p.x.stride(1) == 1;
+  const Tensor w = p.w.contiguous(), x = in_place ? p.x : p.x.contiguous();
   Tensor target;
   FewOutputsArgs a = {};
   a.x = x.const_data_ptr();
   a.x_stride = x.stride(0);
+  a.feature_stride = p.features <= 1 ? 1 : x.stride(1);
   a.features = p.features;
   a.weight = w.const_data_ptr();
   a.bias = data_or_null(p.bias);
@@ -204,7 +208,9 @@ double run(const Problem& p, const Outputs& to) {
     if (to.x.defined()) Tensor(to.x).zero_();
     return 0;
   }
-  return few_outputs_fit(p.dtype, p.features, p.outputs) ? one_pass(p, to) : over_chunks(p, to);
+  // Of transposed rows, the products' kernels have columns to read; a copy would take longer than they do.
+  const bool transposed = p.features > most_in_tiles(p) && p.x.stride(1) != 1 && p.x.stride(0) == 1;
+  return !transposed && few_outputs_fit(p.dtype, p.features, p.outputs) ? one_pass(p, to) : over_chunks(p, to);
 }
 
 void allocate_gradients(const Problem& p, at::ScalarType dx_type, std::array<bool, 4> mask, Outputs* to) {
