@@ -58,7 +58,7 @@ LINEAR = {
 
 # Products of torch itself, with products=True, by multiplications of one of them: from each number on, by dtype in the
 # kernels' order (float32, float64, bfloat16, float16), -1 never; what csrc/cpu/tuning.h leaves to ATen stays there.
-# Half types on CPUs without instructions for them, against ATen held to AVX2: 3 to 50x. float32 as for linear.
+# Half types on CPUs without instructions for them, with ATen kept from them: 3 to 50x. float32 as for linear.
 _PRODUCTS_FROM = [_PRODUCTS[_F32][0] if _F32 in _OURS_ALONE else -1, -1, 1 << 12, 1 << 12]
 
 # Calls with fewer elements are torch's in every table: nothing else is asked of them.

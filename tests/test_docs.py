@@ -24,7 +24,9 @@ def test_links_lead_to_files(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page):
     paths = re.findall(r"`((?:csrc|regfast|tests|bench|docs|examples)/[\w./]+)`", page.read_text())
-    assert not [path for path in paths if not (ROOT / path).exists() and path != "examples/figures" and "/build/" not in path]
+    assert not [
+        path for path in paths if not (ROOT / path).exists() and path != "examples/figures" and "/build/" not in path
+    ]
 
 
 def test_functions_of_the_walk_are_where_it_says():

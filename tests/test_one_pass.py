@@ -1,17 +1,17 @@
-"""A reduced cross-entropy writes its gradient in forward, for the upstream gradient that it expects: whatever it
-expected, and whoever computes the gradient in the end, loss and gradient have the same bits."""
+"""A reduced cross-entropy on the CPU writes its gradient in forward, for the upstream gradient that it expects:
+whatever it expected, and whoever computes the gradient in the end, loss and gradient have the same bits."""
 
 import itertools
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from util import DTYPES, class_targets, lay_out, probability_targets, spiky, with_all_kernels
+from util import DTYPES, class_targets, lay_out, probability_targets, spiky
 
 import regfast
 from regfast._paths import recorded
 
-pytestmark = [pytest.mark.kernels("cross_entropy"), with_all_kernels]
+pytestmark = pytest.mark.kernels("cross_entropy")
 
 # Few classes; a block of either vector length (tuning.h: kBlockVectors) less one, whole, and one more; several blocks;
 # more than L2 has room for, so that exponentials are computed again.
