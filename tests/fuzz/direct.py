@@ -99,6 +99,7 @@ def arguments(name: str, case: Case) -> dict[str, object]:
         "loss_dtype": dtype_of(options.get("loss_dtype")),
         "memory_budget": options.get("memory_budget"),
         "filter_eps": 0.0,
+        "upstream": r.choice((1.0, 1.0, 0.5, -3.0)),
         "family": reference.FAMILIES.index(case.get("family", "squared")),
         "variance": 1.0,
         "full": bool(options.get("full", False)),
@@ -145,7 +146,7 @@ def of_backward(name: str, base: str, given: dict, r: Draw, dtype: torch.dtype) 
     if base == "cross_entropy":
         grads |= {"stats": guard.place(found[-2]), "weight_sum": found[-1]}
     if name.endswith("unless_"):
-        grads |= {"grad": torch.zeros_like(given["input"]), "upstream": r.choice((1.0, 0.5))}
+        grads["grad"] = torch.zeros_like(given["input"])
     return grads
 
 
