@@ -57,18 +57,8 @@ class Record {
 void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& c) {
   const Tensor first_a = a.select(0, 0), first_b = b.select(0, 0);
   const DType dtype = dtype_of(a.scalar_type());
-  const int64_t m = c.size(1), n = c.size(2), k = a.size(2), batches = a.size(0);
-  Gemm g = {};
-  g.m = m;
-  g.n = n;
-  g.k = k;
-  g.a_transposed = first_a.stride(1) != 1 && first_a.stride(0) == 1;
-  g.a = view_of(g.a_transposed ? first_a.t() : first_a);
-  g.b_transposed = first_b.stride(1) != 1 && first_b.stride(0) == 1;
-  g.b = view_of(g.b_transposed ? first_b.t() : first_b);
-  g.wide_c = is_wide(c, a.scalar_type());
-  g.epilogue.c = c.mutable_data_ptr();
-  g.epilogue.c_stride = c.stride(1);
+  const Gemm g = gemm_of(first_a, first_b, c.select(0, 0));
+  const int64_t batches = a.size(0);
   const int64_t a_bytes = a.stride(0) * a.element_size(), b_bytes = b.stride(0) * b.element_size(),
                 c_bytes = c.stride(0) * c.element_size();
   const auto product = [&](int64_t i) {
@@ -79,7 +69,7 @@ void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& c) {
     gemm(dtype, mine);
   };
   const int64_t threads = thread_count();
-  if (batches < threads || double(batches) * m * n * k < 2 * tuning::kProductsPerThread) {
+  if (batches < threads || double(batches) * g.m * g.n * g.k < 2 * tuning::kProductsPerThread) {
     for (int64_t i = 0; i < batches; ++i) product(i);
     return;
   }

@@ -36,17 +36,33 @@ struct Factor {
 };
 inline Factor transpose(const Tensor& t) { return {t, true}; }
 
+// c = a b by our GEMM, of matrices that fit.
+inline Gemm gemm_of(const Factor& a, const Factor& b, const Tensor& c) {
+  const auto type = b.t.scalar_type();
+  Gemm g = {};
+  g.m = c.size(0);
+  g.n = c.size(1);
+  g.k = b.size(0);
+  g.a_transposed = a.stored_by_columns();
+  g.a = a.view();
+  g.b_transposed = b.stored_by_columns();
+  g.b = b.view();
+  g.wide_a = is_wide(a.t, type);
+  g.wide_c = is_wide(c, type);
+  g.epilogue.c = c.mutable_data_ptr();
+  g.epilogue.c_stride = c.stride(0);
+  return g;
+}
+
 // c = a b + bias, or c += a b, by whichever GEMM the table names. a may have the accumulator's type beside a b of a
 // half type, and so may c.
 inline void multiply(const Factor& a, const Factor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
   const auto type = b.t.scalar_type();
-  const DType dtype = dtype_of(type);
   const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
-  const bool wide_a = is_wide(a.t, type), wide_c = is_wide(c, type);
   TORCH_INTERNAL_ASSERT(a.size(0) == m && a.size(1) == k && b.size(1) == n && (n <= 1 || c.stride(1) == 1) &&
                         (!bias.defined() || (bias.scalar_type() == c.scalar_type() && bias.dim() == 1 &&
                                              bias.size(0) == n && bias.is_contiguous())));
-  if (!wide_a && !wide_c && product_by_aten(type, m, n, k)) {
+  if (!is_wide(a.t, type) && !is_wide(c, type) && product_by_aten(type, m, n, k)) {
     Tensor out = c;
     if (accumulate)
       out.addmm_(a.tensor(), b.tensor());
@@ -56,21 +72,10 @@ inline void multiply(const Factor& a, const Factor& b, const Tensor& c, const Te
       at::mm_out(out, a.tensor(), b.tensor());
     return;
   }
-  Gemm g = {};
-  g.m = m;
-  g.n = n;
-  g.k = k;
-  g.a_transposed = a.stored_by_columns();
-  g.a = a.view();
-  g.b_transposed = b.stored_by_columns();
-  g.b = b.view();
-  g.wide_a = wide_a;
-  g.wide_c = wide_c;
+  Gemm g = gemm_of(a, b, c);
   g.accumulate = accumulate;
-  g.epilogue.c = c.mutable_data_ptr();
-  g.epilogue.c_stride = c.stride(0);
   g.epilogue.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-  gemm(dtype, g);
+  gemm(dtype_of(type), g);
 }
 
 }  // namespace rf
