@@ -166,10 +166,11 @@ void lane_sums(DType dtype, const Gemm& g) {
 }
 
 // One output of rows that are adjacent across k: a row of C transposed, to which A is a matrix with adjacent columns.
-// The output's bias becomes one for each column.
+// The output's bias becomes one for each column. Types that differ would have to change places with the factors.
 bool is_column_of_transposed(const Gemm& g) {
-  return g.n == 1 && g.m > 1 && !g.a_transposed && g.a.inner == 1 && g.a.outer_stride == 1 && g.a.col_stride != 1 &&
-         g.b_transposed && g.b.col_stride == 1 && g.epilogue.c_stride == 1 && g.epilogue.bias_rows == 1;
+  return g.n == 1 && g.m > 1 && !g.wide_a && !g.wide_c && !g.a_transposed && g.a.inner == 1 && g.a.outer_stride == 1 &&
+         g.a.col_stride != 1 && g.b_transposed && g.b.col_stride == 1 && g.epilogue.c_stride == 1 &&
+         g.epilogue.bias_rows == 1;
 }
 Gemm as_row(DType dtype, const Gemm& g) {
   Gemm row = g;
