@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
       return at::mm(dz_transposed ? left.t() : left, right).view(sizes);
     }
     Tensor c = empty_result(sizes, grad.options());
-    const Operand left = operand(dz), right = operand(gathered(other, n));
+    const Operand left = operand(dz), right = operand(gathered(other, rows));
     gemm(dtype, {.m = rows,
                  .n = columns,
                  .k = inner,
