@@ -54,7 +54,8 @@ cuda_on_host: $(VENV)/torch
 
 # Under the address and undefined-behaviour sanitizers: the kernels alone, then the Python tests in a tree of their own,
 # so that theirs is the extension that is found. Python itself is not built with the sanitizer, whose library therefore
-# comes first, with that of C++, whose exceptions it watches. TESTS= are pytest's arguments.
+# comes first, with that of C++, whose exceptions it watches. Large results are the allocator's, which it watches too, and
+# none is kept. TESTS= are pytest's arguments.
 #: make asan          kernel tests and Python tests under the address and undefined-behaviour sanitizers
 ASAN_TREE := build/asan
 TESTS ?= -m "not slow"
@@ -64,7 +65,7 @@ asan: $(VENV)/built
 	rm -rf $(ASAN_TREE)/tests && cp -r tests examples pyproject.toml $(ASAN_TREE) && rm -rf $(ASAN_TREE)/tests/*/build
 	cd $(ASAN_TREE) && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:$(ASAN_OPTIONS) UBSAN_OPTIONS=print_stacktrace=1:$(UBSAN_OPTIONS) PYTHONPATH=$$PWD \
-		pytest --numprocesses=$(JOBS) --dist=worksteal $(TESTS)
+		REGFAST_POOL=0 pytest --numprocesses=$(JOBS) --dist=worksteal $(TESTS)
 
 # Only where the sanitizer sees every thread's steps: not through torch, whose OpenMP it does not know.
 #: make tsan          kernel tests, whose threads are their own, under the thread sanitizer
