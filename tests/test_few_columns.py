@@ -136,6 +136,19 @@ def test_linear(how, activation, dtype, pool):
             check_linear(x, w, b, activation, what=f"{rows} {features} {outputs}", pool=pool)
 
 
+# An input whose elements lie apart, or down its columns, beside a weight that is stored by rows: features beside the
+# last of the few sides (32); outputs beside one, and beside the last skinny number (32); rows beside the last few (8).
+@pytest.mark.parametrize("how", ("strided", "transposed"))
+def test_linear_of_an_input_that_is_gathered(how, dtype, pool):
+    for features in (31, 32, 33, 300):
+        for outputs in (1, 2, 32, 33):
+            for rows in (1, 2, 8, 9, 130):
+                x = lay_out(spiky(rows, features, dtype=dtype), how).requires_grad_()
+                w = spiky(outputs, features, dtype=dtype).requires_grad_()
+                b = spiky(outputs, dtype=dtype).requires_grad_()
+                check_linear(x, w, b, what=f"{rows} {features} {outputs}", pool=pool)
+
+
 def test_linear_of_further_dimensions(dtype, pool):
     for shape in ((3, 33, 2), (2, 5, 7, 3), (4, 20, 9)):
         for x in (spiky(*shape, dtype=dtype), spiky(*shape[::-1], dtype=dtype).permute(*range(len(shape) - 1, -1, -1))):

@@ -275,6 +275,32 @@ def test_layouts_of_more_dimensions_and_of_scales(layout):
     pool.check()
 
 
+# Features beside those that become columns of tiles (tile_features: 4, 8 and 16 on NEON, AVX2 and AVX-512, none of
+# float64), and more than those; outputs of one pass, and one more (kFewOutputs: 8).
+@each_family
+@pytest.mark.parametrize("layout", ["transposed", "strided"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_features_that_lie_apart(dtype, layout, family):
+    pool = Pool(dtype)
+    for d, v in itertools.product((1, 2, 4, 5, 8, 9, 16, 17, 40), (1, 3, 9)):
+        x, w, b = operands((130,), d, v, dtype)
+        x = lay_out(x.detach(), layout).requires_grad_()
+        for mode in REDUCTIONS:
+            check_nll(
+                x,
+                w,
+                targets(family, 130, v),
+                b,
+                family=family,
+                reduction=mode,
+                terms=100.0,
+                pool=pool,
+                what=f"{d} {v} {mode}",
+                theirs=references if dtype in HALF else torchs,
+            )
+    pool.check()
+
+
 @each_family
 def test_grad_outputs_of_any_layout(family):
     # Random, each of them another; stride 0 in all, the first or the last dimension; strided and transposed.
