@@ -567,7 +567,7 @@ class LazyHead(Linear):
 class AutoLazyHead(LazyHead):
     """What ``regfast.replace(model, head="auto")`` makes of a head: lazy where that is not slower.
 
-    It is slower in half types that the CPU has instructions for: linear_cross_entropy multiplies in float32 there
+    It is slower in half types that torch's library multiplies faster: linear_cross_entropy's products are ours
     (small GPT-2, bfloat16, Sapphire Rapids with AMX, one core: a step takes 1.25 times as long). ``head`` by name is
     lazy there too.
     """

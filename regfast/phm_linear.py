@@ -15,12 +15,13 @@ _phm_linear = kinds.op("phm_linear")
 
 
 def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
-    """``activation(input @ w.T + bias)``, ``w`` the sum over i of ``torch.kron(a[i], s[i])``, which is never stored.
+    """``activation(input @ w.T + bias)``, ``w`` the sum over i of ``torch.kron(a[i], s[i])``, never stored whole.
 
     Args:
         input: ``(*, in_features)``, any strides. float32, float64, bfloat16 and float16 have kernels; half types are
-            accumulated in float32. On the CPU they are multiplied in it and rounded once; the CUDA kernels, where they
-            are enabled, round the mixed rows to input's dtype for the tensor cores.
+            accumulated in float32. On the CPU few rows (up to out_features / n) are mixed in it; beside more of them an
+            n-th of w at a time is; both are rounded where bfloat16 is multiplied in pairs (AVX512-BF16). The CUDA
+            kernels, where they are enabled, round the mixed rows for the tensor cores.
         a: ``(n, n, n)``, input's dtype: the multiplication table.
         s: ``(n, out_features / n, in_features / n)``, input's dtype. Each call copies it unless its memory is that of
             a contiguous ``(out_features / n, n, in_features / n)``, as it is where s is :attr:`PHMLinear.matrices`.

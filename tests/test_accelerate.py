@@ -77,7 +77,7 @@ def test_takes_ours(name, monkeypatch):
     with regfast.accelerate():
         assert {o.split("_forward")[0] for o in ops(call)} == {op}
         torch.manual_seed(0)
-        torch.testing.assert_close(call(), true, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(call(), true, rtol=1e-5, atol=1e-4)
     assert ops(call) == set()
 
 

@@ -28,6 +28,7 @@ from util import (
     HALF,
     INF,
     LAYOUTS,
+    MULTIPLIES_PAIRS,
     Pool,
     class_targets,
     evaluate,
@@ -59,7 +60,10 @@ def test_values_and_gradients(mode, probabilities, dtype, pool):
 @each_target
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_half_types_are_computed_in_float32_and_rounded_once(half, mode, probabilities):
-    # F.linear rounds its logits; this one is as good as float32 operators whose results alone are rounded.
+    # F.linear rounds its logits; this one is as good as float32 operators whose results alone are rounded. Where pairs
+    # of bfloat16 are multiplied, the logits' gradient is rounded too, which the gradients show.
+    pairs = half is torch.bfloat16 and MULTIPLIES_PAIRS
+    theirs = torchs if pairs else references
     pool = Pool(half)
     for (n, d, v), budget in itertools.product([(37, 30, 129), (70, 9, 515)], BUDGETS):
         x, w, b = operands(n, d, v, half)
@@ -69,10 +73,11 @@ def test_half_types_are_computed_in_float32_and_rounded_once(half, mode, probabi
         true_out, true_grads, _ = evaluate(
             lambda *t: torchs(*t, reduction=mode), [x, w, target, b], seeds, dtype=torch.float64
         )
-        for got, true in zip((*out, *grads), (*true_out, *true_grads), strict=True):
+        for i, (got, true) in enumerate(zip((*out, *grads), (*true_out, *true_grads), strict=True)):
             error = (got.double() - true).abs().max() / true.abs().max() / torch.finfo(half).eps
-            assert error <= 0.51, f"{tuple(got.shape)} at {budget}: {error:.3g} epsilons"
-        check_lce(x, w, target, b, budget=budget, theirs=references, pool=pool, reduction=mode)
+            allowed = 1.0 if pairs and i >= len(out) else 0.51
+            assert error <= allowed, f"{tuple(got.shape)} at {budget}: {error:.3g} epsilons"
+        check_lce(x, w, target, b, budget=budget, theirs=theirs, pool=pool, reduction=mode)
     pool.check()
 
 

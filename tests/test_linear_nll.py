@@ -22,7 +22,7 @@ from linear_nll_cases import (
     torchs,
 )
 from torch.testing import assert_close
-from util import DTYPES, HALF, LAYOUTS, Pool, evaluate, lay_out, spiky
+from util import DTYPES, HALF, LAYOUTS, MULTIPLIES_PAIRS, Pool, evaluate, lay_out, spiky
 
 import regfast
 
@@ -62,7 +62,10 @@ def test_options_together(family, mode, dtype, pool):
 @each_reduction
 @pytest.mark.parametrize("half", HALF, ids=str)
 def test_half_types_are_computed_in_float32_and_rounded_once(half, mode, family):
-    # F.linear rounds its predictions; this one is as good as float32 operators whose results alone are rounded.
+    # F.linear rounds its predictions; this one is as good as float32 operators whose results alone are rounded. Where
+    # pairs of bfloat16 are multiplied, the residuals of more outputs than one pass takes are rounded too.
+    pairs = half is torch.bfloat16 and MULTIPLIES_PAIRS
+    theirs = torchs if pairs else references
     pool = Pool(half)
     for lead, d, v in [((70,), 9, 5), ((40,), 33, 2), ((37,), 30, 129)]:
         x, w, b = operands(lead, d, v, half)
@@ -70,11 +73,12 @@ def test_half_types_are_computed_in_float32_and_rounded_once(half, mode, family)
         fns = [lambda *t, fn=fn: fn(*t, family=family, reduction=mode) for fn in (ours, torchs)]
         out, grads, seeds = evaluate(fns[0], [x, w, t, b, None, weights], None)
         true_out, true_grads, _ = evaluate(fns[1], [x, w, t, b, None, weights], seeds, dtype=torch.float64)
-        for got, true in zip((*out, *grads), (*true_out, *true_grads), strict=True):
+        for i, (got, true) in enumerate(zip((*out, *grads), (*true_out, *true_grads), strict=True)):
             finite = true.to(half).isfinite()
             error = (got.double() - true)[finite].abs().max() / true[finite].abs().max() / torch.finfo(half).eps
-            assert error <= 0.51, f"{lead} {d} {v} {tuple(got.shape)}: {error:.3g} epsilons"
-        check_nll(x, w, t, b, None, weights, theirs=references, pool=pool, family=family, reduction=mode)
+            allowed = 1.0 if pairs and i >= len(out) else 0.51
+            assert error <= allowed, f"{lead} {d} {v} {tuple(got.shape)}: {error:.3g} epsilons"
+        check_nll(x, w, t, b, None, weights, theirs=theirs, pool=pool, family=family, reduction=mode)
     pool.check()
 
 

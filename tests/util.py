@@ -18,6 +18,8 @@ from regfast import _C
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = tuple(getattr(torch, name) for name in _C.DTYPES)
 HALF = (torch.bfloat16, torch.float16)
+# Whether products of bfloat16 are those of pairs, whose factors are all rounded to it.
+MULTIPLIES_PAIRS = _C.isa() == "avx512_bf16"
 LAYOUTS = ("contiguous", "transposed", "strided", "padded", "expanded", "misaligned")
 INF, NAN = float("inf"), float("nan")
 # Runs a test that makes CPU tensors and nothing else with the kernels of the CPU and, emulated, with those of CUDA.

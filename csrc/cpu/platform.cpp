@@ -26,10 +26,10 @@ const Caches& caches() {
   return found;
 }
 
-bool library_gemm_wins(DType dtype) {
+bool library_gemm_wins(DType dtype, bool pairs) {
 #if defined(__x86_64__)
   struct Features {
-    bool intel_avx512, bf16, f16;
+    bool intel_avx512, avx512_bf16, amx_bf16, f16;
   };
   static const Features cpu = [] {
     unsigned a = 0, b = 0, c = 0, d = 0, a1 = 0, unused;
@@ -37,14 +37,13 @@ bool library_gemm_wins(DType dtype) {
     if (a >= 1) __get_cpuid_count(7, 1, &a1, &unused, &unused, &unused);
     __builtin_cpu_init();
     const bool avx512_bf16 = a1 >> 5 & 1, amx_bf16 = d >> 22 & 1, avx512_fp16 = d >> 23 & 1;
-    return Features{__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f"), avx512_bf16 || amx_bf16,
-                    avx512_fp16};
+    return Features{__builtin_cpu_is("intel") && __builtin_cpu_supports("avx512f"), avx512_bf16, amx_bf16, avx512_fp16};
   }();
   if (dtype == DType::f32) return cpu.intel_avx512;
-  if (dtype == DType::bf16) return cpu.bf16;
+  if (dtype == DType::bf16) return cpu.amx_bf16 || (cpu.avx512_bf16 && !pairs);
   if (dtype == DType::f16) return cpu.f16;
 #endif
-  (void)dtype;
+  (void)dtype, (void)pairs;
   return false;
 }
 

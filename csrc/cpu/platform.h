@@ -76,7 +76,8 @@ struct Caches {
 };
 const Caches& caches();
 
-// Whether the library under ATen's GEMM was measured to be faster than ours on CPUs like this one.
-bool library_gemm_wins(DType dtype);
+// Whether the library under ATen's GEMM was measured to be faster than ours on CPUs like this one; `pairs`: ours
+// multiplies pairs of bf16 by AVX512-BF16.
+bool library_gemm_wins(DType dtype, bool pairs);
 
 }  // namespace rf

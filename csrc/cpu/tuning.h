@@ -87,6 +87,10 @@ constexpr int64_t kKeptShareOfMemory = 8, kKeptSeconds = 30, kBufferSlack = 4;
 // Outputs from this size on are written past the caches. Smaller ones are likely to be read from them next.
 constexpr int64_t kStreamBytes = 64 << 20;
 
+// Products of pairs of bf16 take subnormal numbers for zero and round factors that are not bf16. ATen's take the
+// library that does so beyond as many multiplications, and so do we; fewer take no time either way.
+constexpr int64_t kFewPairs = 16 * 16 * 16;
+
 // Register tiles of the GEMM: rows x vectors accumulators, one row of B and a broadcast of A fill the registers (16 on
 // AVX2; 32 on AVX-512 and NEON). The scalar tile only bounds the loop overhead.
 // dot_rows: rows of the longer side that a dot product of unpacked rows keeps in registers, times 4 of the shorter one.
@@ -102,6 +106,8 @@ constexpr double kProductsPerThread = 400e3;
 // (16 KiB on AVX2) stays in L1 while rows of A pass by from L2. On Zen 3, 192 to 1024 are within 2% of each other; a
 // chain costs 25 ns beside its 500.
 constexpr int64_t kGemmChain = 256;
+// Up to so many slots of K, storing C takes longer than multiplying: its tiles do not wait for the rest of their block.
+constexpr int64_t kShortK = 64;
 // Rows of A and of B's panels that are multiplied at a time: one chain of both and their tiles' sums take 280 KiB of
 // L2.
 constexpr int64_t kBlockRows = 96, kGroupColumns = 128;
@@ -141,6 +147,9 @@ constexpr int64_t kPackDepth = 4, kPackAhead = 8;
 // place.
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
+// The same of pairs of bf16, whose dot products take a load and an instruction for 32 numbers: a core of Zen 4 takes 24
+// x 512 -> 512 in 73 us, packed in 81; and 4 x 512 -> 512's gradient of x with widened rows in place in 71, packed 59.
+constexpr int64_t kFewRowsOfPairs = 24;
 // Rows of fewer bytes are read in order before their dot products, if they come from memory: 200,000 x 100 -> 4
 // took 2.8 instead of 6.3 ms (Zen 5). Prefetchers follow rows of a page and more side by side.
 constexpr int64_t kShortRow = 4096;
@@ -151,7 +160,7 @@ constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 // Products that are left to ATen's GEMM, from this many multiplications on (below, the call costs more than it saves)
 // and where neither side is skinny. On Sapphire Rapids, 2 cores, ours as a multiple of PyTorch's speed:
 //   float32, Intel with AVX-512 (MKL)     2048 x 1024 x 4096 forward 0.83, 1024^3 0.91
-//   bf16, AVX512-BF16 or AMX (oneDNN)     1024^3 forward 0.25
+//   bf16, AMX, or AVX512-BF16 without our kernels for pairs (oneDNN)      1024^3 forward 0.25
 //   fp16, AVX512-FP16 (oneDNN)            1024^3 forward 0.94, forward + backward 0.90
 // Elsewhere ours was measured faster (bf16 without instructions: 4 to 60 times) or there is no measurement.
 constexpr int64_t kLibraryProducts = 1 << 20;

@@ -10,6 +10,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// Neighbours along K, which some CPUs multiply with one instruction.
+struct bf16x2 {
+  bf16 first, second;
+};
 
 // The dtypes that have kernels: our name, an element's type, Python's name and torch's. This list and those below are
 // the only ones: whatever there is for each, Python's regfast._C.DTYPES among it, is made from them.

@@ -18,15 +18,15 @@ struct EngineCall {
   bool a_transposed, b_transposed, accumulate, bias, padded;
 };
 
-// A of type A beside B of T, and C of type C, as linear_cross_entropy, linear_nll and phm_linear multiply.
-template <class T, class A, class C>
+// A of type A and B of type B beside T, and C of type C, as linear_cross_entropy, linear_nll and phm_linear multiply.
+template <class T, class A, class C, class B = T>
 void engine_product(const EngineCall& c, Random& random) {
-  constexpr bool wide_a = !std::is_same_v<A, T>, wide_c = !std::is_same_v<C, T>;
+  constexpr bool wide_a = !std::is_same_v<A, T>, wide_b = !std::is_same_v<B, T>, wide_c = !std::is_same_v<C, T>;
   const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
   const Operand arrangement = c.padded ? Operand::padded : Operand::contiguous;
   const auto value = [&] { return random.spiky() / 2; };
   const Matrix<A> a(arrangement, c.a_transposed ? c.k : c.m, c.a_transposed ? c.m : c.k, guard, value);
-  const Matrix<T> b(arrangement, c.b_transposed ? c.n : c.k, c.b_transposed ? c.k : c.n, guard, value);
+  const Matrix<B> b(arrangement, c.b_transposed ? c.n : c.k, c.b_transposed ? c.k : c.n, guard, value);
   const Buffer<C> bias = input<C>(c.n, value, guard);
   const int64_t stride = c.n + (c.padded ? 3 : 0), size = (c.m - 1) * stride + c.n;
   std::vector<C> before(size);
@@ -40,24 +40,28 @@ void engine_product(const EngineCall& c, Random& random) {
                 .b_transposed = c.b_transposed,
                 .epilogue = {},
                 .wide_a = wide_a,
+                .wide_b = wide_b,
                 .wide_c = wide_c,
                 .accumulate = c.accumulate};
   g.epilogue.c_stride = stride;
   g.epilogue.bias = c.bias ? bias.data() : nullptr;
 
+  // Beside pairs of bf16 a factor of floats is rounded to them.
+  const bool rounds = rf::pair_kernels(Format<T>::dtype, g);
+  const auto factor = [&](double x) { return rounds ? rounded<bf16>(x) : x; };
   std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
   for (int64_t i = 0; i < c.m; ++i)
-    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = c.a_transposed ? a.value(k, i) : a.value(i, k);
+    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = factor(c.a_transposed ? a.value(k, i) : a.value(i, k));
   for (int64_t j = 0; j < c.n; ++j)
-    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = c.b_transposed ? b.value(j, k) : b.value(k, j);
+    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = factor(c.b_transposed ? b.value(j, k) : b.value(k, j));
 
   std::vector<C> first;
   for (int64_t n : {1, 3}) {
     threads = n;
-    describe("gemm engine, B %s, A %s, C %s%s, %lld x %lld x %lld%s%s%s, %lld threads", Format<T>::name,
-             Format<A>::name, Format<C>::name, c.accumulate ? " +=" : "", (long long)c.m, (long long)c.n,
-             (long long)c.k, c.a_transposed ? ", A^T" : "", c.b_transposed ? ", B^T" : "", c.padded ? ", padded" : "",
-             (long long)n);
+    describe("gemm engine of %s, B %s, A %s, C %s%s, %lld x %lld x %lld%s%s%s, %lld threads", Format<T>::name,
+             Format<B>::name, Format<A>::name, Format<C>::name, c.accumulate ? " +=" : "", (long long)c.m,
+             (long long)c.n, (long long)c.k, c.a_transposed ? ", A^T" : "", c.b_transposed ? ", B^T" : "",
+             c.padded ? ", padded" : "", (long long)n);
     Buffer<C> y(size, guard, random.integer(0, 3));
     for (int64_t i = 0; c.accumulate && i < c.m; ++i)
       std::copy_n(before.data() + i * stride, c.n, y.data() + i * stride);
@@ -92,13 +96,13 @@ void engine_product(const EngineCall& c, Random& random) {
   threads = 2;
 }
 
-template <class T, class A, class C>
+template <class T, class A, class C, class B = T>
 void each_size(bool accumulate, Random& random) {
   // Rows times columns: either side the longer one, one of them beyond what is packed for all threads at a time, few
   // and many register tiles.
   constexpr int64_t kSides[][2] = {
       {37, 70}, {70, 37}, {9, rf::tuning::kPackedColumns + 40}, {rf::tuning::kPackedColumns + 40, 9}};
-  constexpr int64_t kDepths[] = {1,
+  std::vector<int64_t> depths = {1,
                                  rf::tuning::kGemmChain,
                                  rf::tuning::kBlockK + 1,
                                  rf::tuning::kDeepBlockK,
@@ -106,33 +110,35 @@ void each_size(bool accumulate, Random& random) {
                                  rf::tuning::kBlockKInPlace,
                                  rf::tuning::kBlockKInPlace + 1,
                                  2 * rf::tuning::kBlockKInPlace + 3};
+  if (std::is_same_v<T, bf16> && rf::kernels().pairs)
+    depths.insert(depths.end(), {2 * rf::tuning::kBlockK + 1, 2 * rf::tuning::kDeepBlockK + 3});
   for (bool a_transposed : {false, true})
     for (bool b_transposed : {false, true})
       for (const auto& side : kSides)
-        for (int64_t k : kDepths) {
+        for (int64_t k : depths) {
           // Millions of random numbers are what takes the time.
           const bool large = std::max(side[0], side[1]) * k > 100 * rf::tuning::kBlockKInPlace;
           if (random.chance(quick ? 0.9 : large ? 0.8 : 0.0)) continue;
-          engine_product<T, A, C>({.m = side[0],
-                                   .n = side[1],
-                                   .k = k,
-                                   .a_transposed = a_transposed,
-                                   .b_transposed = b_transposed,
-                                   .accumulate = accumulate,
-                                   .bias = random.chance(0.5),
-                                   .padded = random.chance(0.3)},
-                                  random);
+          engine_product<T, A, C, B>({.m = side[0],
+                                      .n = side[1],
+                                      .k = k,
+                                      .a_transposed = a_transposed,
+                                      .b_transposed = b_transposed,
+                                      .accumulate = accumulate,
+                                      .bias = random.chance(0.5),
+                                      .padded = random.chance(0.3)},
+                                     random);
         }
   for (int64_t m : {1, 100})  // C as it is, or zero
-    engine_product<T, A, C>({.m = m,
-                             .n = 40,
-                             .k = 0,
-                             .a_transposed = false,
-                             .b_transposed = true,
-                             .accumulate = accumulate,
-                             .bias = true,
-                             .padded = false},
-                            random);
+    engine_product<T, A, C, B>({.m = m,
+                                .n = 40,
+                                .k = 0,
+                                .a_transposed = false,
+                                .b_transposed = true,
+                                .accumulate = accumulate,
+                                .bias = true,
+                                .padded = false},
+                               random);
 }
 
 template <class T>
@@ -145,6 +151,8 @@ void each_type(Random& random) {
     each_size<T, A, T>(false, random);
     each_size<T, T, A>(false, random);
     each_size<T, T, A>(true, random);
+    each_size<T, T, T, A>(false, random);
+    each_size<T, T, A, A>(true, random);
   }
 }
 

@@ -51,6 +51,52 @@ void widen(Random& random) {
   }
 }
 
+// Slots of two numbers of bf16, the last one's second zero where K is odd; T is float where the operand is rounded.
+template <class T>
+void pack_pairs(Random& random) {
+  const rf::PairKernels& kernels = *rf::kernels().pairs;
+  const bool wide = std::is_same_v<T, float>;
+  const int t = (int)rf::DType::bf16;
+  for (int i = 0; i < 900; ++i) {
+    const int way = (int)random.integer(0, 2);  // A's panels, B's panels, A's rows along K
+    const bool along = way == 2, across = !along && random.chance(0.5);
+    const int64_t width = along ? 1 : way == 0 ? rf::kernels().mr[t] : rf::kernels().nr[t];
+    const int64_t i0 = random.integer(0, 5), count = random.integer(1, along ? 9 : 3 * width),
+                  k0 = random.integer(0, 5);
+    const int64_t k = random.pick({1, 2, 3, 4, 7, 15, 16, 17, 31, 32, 33, 64, 65, 130});
+    const int64_t rows = across ? k0 + k : i0 + count, columns = across ? i0 + count : k0 + k;
+    const rf::MatrixView views[] = {{nullptr, 1, columns, 0, 1},
+                                    {nullptr, 3, 3 * columns, columns, 1},
+                                    {nullptr, 1, 1, 0, rows},
+                                    {nullptr, 1, 2 * columns, 0, 2}};
+    rf::MatrixView view = views[random.integer(0, along ? 1 : 3)];
+    describe("pack pairs of %s, way %d%s, [%lld, +%lld) x [%lld, +%lld)", Format<T>::name, way, across ? " across" : "",
+             (long long)i0, (long long)count, (long long)k0, (long long)k);
+    const Buffer<T> from =
+        input<T>(view.row_offset(rows - 1) + (columns - 1) * view.col_stride + 1, [&] { return random.spiky(); });
+    view.data = from.data();
+    const int64_t panels = (count + width - 1) / width, slots = (k + 1) / 2;
+    Buffer<bf16> to(2 * panels * slots * width, random.chance(0.5) ? Guard::behind : Guard::before);
+    (along  ? kernels.lay_out_a
+     : !way ? kernels.pack_a
+            : kernels.pack_b)[wide](
+        {.from = view, .across = across, .i0 = i0, .count = count, .k0 = k0, .k = k, .to = to.data()});
+    bool right = true;
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t j = 0; j < 2 * slots; ++j)
+        for (int64_t w = 0; w < width; ++w) {
+          const int64_t index = p * width + w, row = across ? k0 + j : i0 + index,
+                        column = across ? i0 + index : k0 + j;
+          const bool there = index < count && j < k;
+          const double expected =
+              there ? rounded<bf16>(from.value(view.row_offset(row) + column * view.col_stride)) : 0;
+          right = right && to.result(2 * ((p * slots + j / 2) * width + w) + j % 2) == expected;
+        }
+    CHECK(right);
+    CHECK(to.rest_untouched());
+  }
+}
+
 template <class T>
 void all() {
   Random random(1400 + (int)Format<T>::dtype);
@@ -82,6 +128,10 @@ void all() {
 
 TEST(packing) {
   each_dtype([](auto element) { all<decltype(element)>(); });
+  Random random(1500);
+  if (!rf::kernels().pairs) return;
+  pack_pairs<bf16>(random);
+  pack_pairs<float>(random);
 }
 
 }  // namespace test

@@ -68,6 +68,7 @@ struct Gemm {
   bool b_transposed;        // true: rows of memory are B's columns, as in X W^T
   Epilogue epilogue;        // partial is filled in by gemm()
   bool wide_a = false;      // A has the accumulator's type
+  bool wide_b = false;      // B has it
   bool wide_c = false;      // C, bias and pre-activation have it
   bool accumulate = false;  // the product is added to C, which has the accumulator's type
 };

@@ -68,16 +68,18 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
   const int64_t many = few_rows ? g.n : g.m, few = few_rows ? g.m : g.n;
   const int64_t grain = tuning::kParallelElements / (few * g.k / 8 + tuning::kRowElements) + 1;
   const bool far = short_and_far(g.k * size_of(dtype), many);
+  const PairKernels* const pairs = pair_kernels(dtype, g);
   parallel_for(many, grain, [&](int64_t begin, int64_t end) {
-    kernels().gemm_dot[(int)dtype]({.many = few_rows ? g.b : g.a,
-                                    .few = few_rows ? g.a : g.b,
-                                    .begin = begin,
-                                    .end = end,
-                                    .few_rows = few,
-                                    .k = g.k,
-                                    .many_are_columns = few_rows,
-                                    .many_are_far = far,
-                                    .epilogue = g.epilogue});
+    const DotArgs args = {.many = few_rows ? g.b : g.a,
+                          .few = few_rows ? g.a : g.b,
+                          .begin = begin,
+                          .end = end,
+                          .few_rows = few,
+                          .k = g.k,
+                          .many_are_columns = few_rows,
+                          .many_are_far = far,
+                          .epilogue = g.epilogue};
+    pairs ? pairs->gemm_dot(args) : kernels().gemm_dot[(int)dtype](args);
   });
 }
 
@@ -168,9 +170,9 @@ void lane_sums(DType dtype, const Gemm& g) {
 // One output of rows that are adjacent across k: a row of C transposed, to which A is a matrix with adjacent columns.
 // The output's bias becomes one for each column. Types that differ would have to change places with the factors.
 bool is_column_of_transposed(const Gemm& g) {
-  return g.n == 1 && g.m > 1 && !g.wide_a && !g.wide_c && !g.a_transposed && g.a.inner == 1 && g.a.outer_stride == 1 &&
-         g.a.col_stride != 1 && g.b_transposed && g.b.col_stride == 1 && g.epilogue.c_stride == 1 &&
-         g.epilogue.bias_rows == 1;
+  return g.n == 1 && g.m > 1 && !g.wide_a && !g.wide_b && !g.wide_c && !g.a_transposed && g.a.inner == 1 &&
+         g.a.outer_stride == 1 && g.a.col_stride != 1 && g.b_transposed && g.b.col_stride == 1 &&
+         g.epilogue.c_stride == 1 && g.epilogue.bias_rows == 1;
 }
 Gemm as_row(DType dtype, const Gemm& g) {
   Gemm row = g;
@@ -194,6 +196,10 @@ bool both_few(int64_t a, int64_t b) { return std::max(a, b) <= tuning::kFewSides
 
 }  // namespace
 
+const PairKernels* pair_kernels(DType dtype, const Gemm& g) {
+  return dtype == DType::bf16 && g.m * g.n * g.k > tuning::kFewPairs ? kernels().pairs : nullptr;
+}
+
 bool short_and_far(int64_t row_bytes, int64_t rows) {
   return row_bytes < tuning::kShortRow && rows * row_bytes > 2 * caches().l2;
 }
@@ -206,11 +212,13 @@ GemmPath gemm_path(DType dtype, const Gemm& g) {
       g.epilogue.bias_rows == 1)
     return GemmPath::lanes;
   if (both_few(g.m, g.n) && g.k >= tuning::kLeastLanes && g.a_transposed && !g.b_transposed) return GemmPath::lane_sums;
+  const bool pairs = pair_kernels(dtype, g);
   if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
-  if (along_k && g.m <= tuning::kFewRows) return GemmPath::dot_few_rows;
+  if (along_k && g.m <= (pairs ? tuning::kFewRowsOfPairs : tuning::kFewRows)) return GemmPath::dot_few_rows;
   const bool half = size_of(dtype) != acc_size(dtype);
   const bool readable = g.b.col_stride == 1 && g.b.inner == 1 && (half ? g.a.col_stride == 1 : g.a.inner == 1);
-  if (!g.b_transposed && readable && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny)) return GemmPath::direct;
+  if (!g.b_transposed && readable && !pairs && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny))
+    return GemmPath::direct;
   return GemmPath::packed;
 }
 
@@ -225,7 +233,7 @@ const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k) {
   }();
   if (force != Force::neither) return force == Force::aten ? "REGFAST_GEMM=aten" : nullptr;
   if (n <= tuning::kSkinny || m <= tuning::kFewRows || k <= tuning::kSkinny) return nullptr;
-  const bool wins = m * n * k >= tuning::kLibraryProducts && library_gemm_wins(dtype);
+  const bool wins = m * n * k >= tuning::kLibraryProducts && library_gemm_wins(dtype, kernels().pairs);
   return wins ? "measured to be faster on CPUs like this one" : nullptr;
 }
 
@@ -237,7 +245,7 @@ void gemm(DType dtype, Gemm g) {
     g.b_transposed = false;
   }
   if (g.k > tuning::kFewSides && is_column_of_transposed(g)) g = as_row(dtype, g);
-  const bool mixed = (g.wide_a || g.wide_c) && acc_dtype(dtype) != dtype;
+  const bool mixed = (g.wide_a || g.wide_b || g.wide_c) && acc_dtype(dtype) != dtype;
   if (mixed || g.accumulate) return gemm_packed(dtype, g, thread_count());
   const GemmPath path = gemm_path(dtype, g);
   const int64_t parts = path == GemmPath::lane_sums ? 1 : k_parts(g);

@@ -11,14 +11,27 @@
 namespace rf {
 namespace {
 
+// The slots of the accumulator's size in which K is counted: a number to each, or two where the CPU multiplies pairs of
+// bf16.
+struct Slots {
+  const PairKernels* pairs;  // or null
+  int64_t numbers;           // of K
+
+  Slots(DType dtype, const Gemm& g) : pairs(pair_kernels(dtype, g)), numbers(g.k) {}
+  int64_t width() const { return pairs ? 2 : 1; }
+  int64_t count() const { return ceil_div(numbers, width()); }
+};
+
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
 struct Side {
   DType type;
   MatrixView view;
   bool across;
   int64_t count;
+  Slots slots;
 
-  Side(DType t, const MatrixView& v, bool rows_are_k, int64_t n) : type(t), view(v), across(rows_are_k), count(n) {
+  Side(DType t, const MatrixView& v, bool rows_are_k, int64_t n, const Slots& s)
+      : type(t), view(v), across(rows_are_k), count(n), slots(s) {
     // Columns of memory that are adjacent down them are rows of the transposed matrix.
     if (v.inner == 1 && v.outer_stride == 1 && v.col_stride != 1) {
       view = {v.data, 1, v.col_stride, 0, 1};
@@ -26,8 +39,45 @@ struct Side {
     }
   }
   bool along_k() const { return !across && view.col_stride == 1; }
-  // Whether its elements can be broadcast from where they lie.
-  bool in_place() const { return along_k() && view.inner == 1 && size_of(type) == acc_size(type); }
+  // Whether its slots can be broadcast from where they lie.
+  bool in_place() const {
+    const int64_t width = slots.width();
+    return along_k() && view.inner == 1 && size_of(type) * width == acc_size(type) && slots.numbers % width == 0 &&
+           view.outer_stride % width == 0;
+  }
+  // Lays out rows [i, i + n) of it as panels of the micro-kernel's A or B, of `k` slots from k0 on.
+  void pack_as_a(int64_t i, int64_t n, int64_t k0, int64_t k, void* to) const {
+    const PackArgs args = part(i, n, k0, k, to);
+    if (slots.pairs)
+      (along_k() ? slots.pairs->lay_out_a : slots.pairs->pack_a)[type == DType::f32](args);
+    else
+      (along_k() ? kernels().widen_a : kernels().pack_a)[(int)type](args);
+  }
+  void pack_as_b(int64_t i, int64_t n, int64_t k0, int64_t k, void* to) const {
+    const PackArgs args = part(i, n, k0, k, to);
+    slots.pairs ? slots.pairs->pack_b[type == DType::f32](args) : kernels().pack_b[(int)type](args);
+  }
+  // Its memory that packing will read; none if its layout is another.
+  Region memory_of(Range rows, int64_t k0, int64_t k) const {
+    const PackArgs a = part(rows.begin, rows.size(), k0, k, nullptr);
+    const int64_t size = size_of(type), stride = view.outer_stride * size;
+    if (view.col_stride != 1 || view.inner != 1 || k <= 0) return {};
+    const char* data = (const char*)view.data;
+    return across ? Region{data + a.k0 * stride + a.i0 * size, a.k, stride, a.count * size}
+                  : Region{data + a.i0 * stride + a.k0 * size, a.count, stride, a.k * size};
+  }
+
+ private:
+  PackArgs part(int64_t i, int64_t n, int64_t k0, int64_t k, void* to) const {
+    const int64_t first = k0 * slots.width();
+    return {.from = view,
+            .across = across,
+            .i0 = i,
+            .count = n,
+            .k0 = first,
+            .k = std::min(k * slots.width(), slots.numbers - first),
+            .to = to};
+  }
 };
 
 // Where the sums of a K block wait for the next one.
@@ -45,7 +95,8 @@ struct Plan {
   Side a, b;
   bool transposed;  // A's rows are C's columns
   bool a_is_longer;
-  DType c;  // type of C, its bias and its pre-activation
+  DType c;    // type of C, its bias and its pre-activation
+  int64_t k;  // slots, as all of K below
   int64_t threads = 1;
   int64_t kc = 1, chain = 1;         // K block, and the additions in a row within it
   int64_t k_count = 1;               // of K, at a time, of the side that is laid out for all; whole K blocks
@@ -57,7 +108,7 @@ struct Plan {
   bool stays_in_tiles = false;
 
   // Of the side that is laid out for all threads.
-  int64_t depth(int64_t k) const { return std::min(k_count, round_up(k, kc)); }
+  int64_t depth() const { return std::min(k_count, round_up(k, kc)); }
   int64_t a_task(int64_t mr) const { return ceil_div(ceil_div(a.count, mr), a_parts) * mr; }
   int64_t b_task(int64_t nr) const { return ceil_div(ceil_div(b_count, nr), b_parts) * nr; }
 };
@@ -78,22 +129,28 @@ void check_plan(DType dtype, const Gemm& g, const Plan& p) {
   require(!p.a_is_longer || p.a.in_place(), "A, which is not laid out, can be read in place");
   require(p.kc >= 1 && p.k_count >= p.kc && p.k_count % p.kc == 0, "K is laid out in whole blocks");
   require(p.chain >= 1 && p.a_parts >= 1 && p.b_parts >= 1 && p.threads >= 1, "the plan has tasks");
-  const bool wait = g.accumulate || (g.k > p.kc && !p.stays_in_tiles);
+  const bool wait = g.accumulate || (p.k > p.kc && !p.stays_in_tiles);
   require(wait == (p.waiting != Waiting::nowhere), "sums that wait have a place");
   require(p.waiting != Waiting::c || p.c == acc_dtype(dtype), "sums that wait in C have its type");
-  require(p.waiting != Waiting::task || p.k_count >= g.k, "a task whose sums wait with it sees all of K");
-  require(!p.stays_in_tiles || p.k_count >= g.k, "a task whose sums stay in tiles sees all of K");
+  require(p.waiting != Waiting::task || p.k_count >= p.k, "a task whose sums wait with it sees all of K");
+  require(!p.stays_in_tiles || p.k_count >= p.k, "a task whose sums stay in tiles sees all of K");
 }
 
 Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  const Side x(g.wide_a ? acc_dtype(dtype) : dtype, g.a, g.a_transposed, g.m), w(dtype, g.b, !g.b_transposed, g.n);
+  const Slots slots(dtype, g);
+  const int64_t k = slots.count();
+  const Side x(g.wide_a ? acc_dtype(dtype) : dtype, g.a, g.a_transposed, g.m, slots);
+  const Side w(g.wide_b ? acc_dtype(dtype) : dtype, g.b, !g.b_transposed, g.n, slots);
   // Few columns of a W across K: it costs less to pack than X, a task's rows of which are read again for each part of
   // W.
   const bool narrow = w.across && x.in_place() && g.n <= tuning::kNarrowColumns;
-  const bool w_is_longer = g.n >= g.m || (narrow && 2 * g.n >= g.m), a_is_longer = (w_is_longer ? w : x).in_place();
+  // Nor does packing W for a K that is over before storing C is, which wants C as it is.
+  const bool short_k = k <= tuning::kShortK && x.in_place();
+  const bool w_is_longer = !short_k && (g.n >= g.m || (narrow && 2 * g.n >= g.m));
+  const bool a_is_longer = (w_is_longer ? w : x).in_place();
   const bool transposed = w_is_longer == a_is_longer;
-  Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g)};
+  Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g), k};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
   p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));
   // K in equal parts, so that the last is not a sliver.
@@ -101,18 +158,18 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
     return std::max<int64_t>(1, ceil_div(whole, std::max<int64_t>(1, ceil_div(whole, part))));
   };
   const bool deep = !a_is_longer && !p.b.across;
-  p.kc = parts(g.k, a_is_longer ? tuning::kBlockKInPlace : deep ? tuning::kDeepBlockK : tuning::kBlockK);
+  p.kc = parts(k, a_is_longer ? tuning::kBlockKInPlace : deep ? tuning::kDeepBlockK : tuning::kBlockK);
   p.chain = parts(p.kc, tuning::kGemmChain);
   p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
   const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc, budget = caches().last / tuning::kCacheShare;
-  const int64_t blocks = std::max<int64_t>(1, ceil_div(g.k, p.kc));
+  const int64_t blocks = std::max<int64_t>(1, ceil_div(k, p.kc));
   p.k_count = p.kc * std::max<int64_t>(1, std::min(blocks, budget / (for_all * p.kc)));
   // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
   const bool half = size_of(p.c) != acc;
-  if (!a_is_longer && (p.a.in_place() || (half && g.k <= p.b.count))) p.k_count = p.kc * blocks;
-  p.stays_in_tiles = deep && g.k > p.kc && p.k_count >= g.k && p.a.count < tuning::kTallestPiece;
-  if (g.accumulate || (g.k > p.kc && !p.stays_in_tiles))
-    p.waiting = !half ? Waiting::c : p.k_count >= g.k ? Waiting::task : Waiting::all;
+  if (!a_is_longer && (p.a.in_place() || (half && k <= p.b.count))) p.k_count = p.kc * blocks;
+  p.stays_in_tiles = deep && k > p.kc && p.k_count >= k && p.a.count < tuning::kTallestPiece;
+  if (g.accumulate || (k > p.kc && !p.stays_in_tiles))
+    p.waiting = !half ? Waiting::c : p.k_count >= k ? Waiting::task : Waiting::all;
   // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
   const int64_t tiles = ceil_div(p.a.count, mr), panels = ceil_div(p.b_count, nr);
   const int64_t wanted = p.threads == 1 ? 1 : p.threads * tuning::kTasksPerThread;
@@ -151,7 +208,7 @@ void place_sums(Epilogue& e, DType dtype, const Plan& p, Range i, Range j) {
 
 // Where a block's A is read from: rows from i on, K from k0 on, where they lie.
 void read_in_place(GemmBlockArgs& block, DType dtype, const Side& a, int64_t i, int64_t k0) {
-  const int64_t stride = a.view.outer_stride;
+  const int64_t stride = a.view.outer_stride / a.slots.width();
   block.a = (const char*)a.view.data + (i * stride + k0) * acc_size(dtype);
   block.a_row = stride;
   block.a_k = 1;
@@ -166,14 +223,6 @@ void read_laid_out(GemmBlockArgs& block, DType dtype, const Side& a, const char*
   block.a_panel = mr * k;
 }
 
-// Rows of a side as memory that packing will read; none if its layout is another.
-Region memory_of(const Side& s, Range rows, int64_t k0, int64_t k) {
-  const int64_t size = size_of(s.type), stride = s.view.outer_stride * size;
-  if (s.view.col_stride != 1 || s.view.inner != 1 || k <= 0) return {};
-  const char* data = (const char*)s.view.data;
-  return s.across ? Region{data + k0 * stride + rows.begin * size, k, stride, rows.size() * size}
-                  : Region{data + rows.begin * stride + k0 * size, rows.size(), stride, k * size};
-}
 Region region_part(const Region& r, int64_t i, int64_t n) {
   const Range rows = part_of(r.rows, 1, i, n);
   return {(const char*)r.from + rows.begin * r.stride, rows.size(), r.stride, r.bytes};
@@ -181,8 +230,8 @@ Region region_part(const Region& r, int64_t i, int64_t n) {
 
 // Rows i of A, from where `block` reads them, times the packed rows j of B, in pieces that fit the caches. `block`
 // holds the epilogue too.
-void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan& p, Range i, const char* b, Range j,
-                     int64_t k0, int64_t k) {
+void multiply_pieces(GemmBlockArgs block, DType dtype, const Plan& p, Range i, const char* b, Range j, int64_t k0,
+                     int64_t k) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
   // Equal parts of about kBlockRows: a sliver of rows would read all of B again for itself.
   const int64_t parts = std::max<int64_t>(1, (i.size() + tuning::kBlockRows / 2) / tuning::kBlockRows);
@@ -193,7 +242,7 @@ void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan
   block.k = k;
   block.chain = p.chain;
   block.transposed = p.transposed;
-  block.last = k0 + k == g.k;
+  block.last = k0 + k == p.k;
   const bool adds = !block.first && !block.continues, keeps = !block.last && !block.continued;
   require(!(adds || keeps) || block.epilogue.partial, "sums that wait have a place");
   block.b_is_far = group * k * acc > caches().l2;
@@ -208,33 +257,28 @@ void multiply_pieces(GemmBlockArgs block, DType dtype, const Gemm& g, const Plan
       block.b = b + (t - j.begin) * k * acc;
       block.b_index = t;
       block.b_count = std::min(group, j.end - t);
-      kernels().gemm_block[(int)c_type(dtype, g)](block);
+      p.a.slots.pairs ? p.a.slots.pairs->gemm_block[p.c == DType::f32](block) : kernels().gemm_block[(int)p.c](block);
     }
   }
 }
 
 // Lays out rows and K of a side for all threads: K blocks one behind another.
-void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width, void (*pack)(const PackArgs&), Range rows,
-             Range depth, char* to) {
+void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width,
+             void (Side::*pack)(int64_t, int64_t, int64_t, int64_t, void*) const, Range rows, Range depth, char* to) {
   const int64_t acc = acc_size(dtype), padded = round_up(rows.size(), width), blocks = ceil_div(depth.size(), p.kc);
   const int64_t step = std::max<int64_t>(1, tuning::kPackTask / (p.kc * width)) * width;
   const int64_t parts = ceil_div(padded, step);
   take_tasks(parts * blocks, p.threads, [&](int64_t task) {
     const int64_t block = task / parts * p.kc, k = std::min(p.kc, depth.size() - block), i = task % parts * step;
-    pack({.from = side.view,
-          .across = side.across,
-          .i0 = rows.begin + i,
-          .count = std::min(step, rows.size() - i),
-          .k0 = depth.begin + block,
-          .k = k,
-          .to = to + (block * padded + i * k) * acc});
+    (side.*pack)(rows.begin + i, std::min(step, rows.size() - i), depth.begin + block, k,
+                 to + (block * padded + i * k) * acc);
   });
 }
 
 // The longer side in place.
 void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
-  char* packed = (char*)scratch(Slot::packed_b, p.b_count * p.depth(g.k) * acc);
+  char* packed = (char*)scratch(Slot::packed_b, p.b_count * p.depth() * acc);
   for (int64_t j0 = 0; j0 < p.b.count; j0 += p.b_count) {
     const Range rows = {j0, std::min(j0 + p.b_count, p.b.count)};
     const int64_t padded = round_up(rows.size(), nr);
@@ -242,8 +286,8 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
     if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, rows);
     int64_t k0 = 0;
     do {  // once for an empty K too: C is written all the same
-      const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
-      lay_out(dtype, p, p.b, nr, kernels().pack_b[(int)p.b.type], rows, depth, packed);
+      const Range depth = {k0, std::min(k0 + p.k_count, p.k)};
+      lay_out(dtype, p, p.b, nr, &Side::pack_as_b, rows, depth, packed);
       take_tasks(p.a_parts * p.b_parts, p.threads, [&](int64_t task) {
         const Range i = part_of(p.a.count, mr, task / p.b_parts, p.a_parts);
         const Range part = part_of(rows.size(), nr, task % p.b_parts, p.b_parts);
@@ -257,12 +301,12 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
           const char* b = packed + ((at - k0) * padded + part.begin * k) * acc;
           read_in_place(block, dtype, p.a, i.begin, at);
           block.first = at == 0 && !g.accumulate;
-          multiply_pieces(block, dtype, g, p, i, b, j, at, k);
+          multiply_pieces(block, dtype, p, i, b, j, at, k);
           at += p.kc;
         } while (at < depth.end);
       });
       k0 += p.k_count;
-    } while (k0 < g.k);
+    } while (k0 < p.k);
   }
 }
 
@@ -271,15 +315,13 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
   const bool in_place = p.a.in_place();
   const int64_t rows = round_up(p.a.count, mr);
-  char* laid_out = in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * p.depth(g.k) * acc);
+  char* laid_out = in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * p.depth() * acc);
   Epilogue e = g.epilogue;
   if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, {0, p.b.count});
   int64_t k0 = 0;
   do {  // once for an empty K too
-    const Range depth = {k0, std::min(k0 + p.k_count, g.k)};
-    if (!in_place)
-      lay_out(dtype, p, p.a, mr, (p.a.along_k() ? kernels().widen_a : kernels().pack_a)[(int)p.a.type], {0, p.a.count},
-              depth, laid_out);
+    const Range depth = {k0, std::min(k0 + p.k_count, p.k)};
+    if (!in_place) lay_out(dtype, p, p.a, mr, &Side::pack_as_a, {0, p.a.count}, depth, laid_out);
     take_tasks(p.b_parts * p.a_parts, p.threads, [&](int64_t task) {
       const Range j = part_of(p.b.count, nr, task / p.a_parts, p.b_parts);
       const Range i = part_of(p.a.count, mr, task % p.a_parts, p.a_parts);
@@ -287,7 +329,7 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       const bool few = i.size() < tuning::kPackingDecides;
       // All K blocks in the same tiles: also where that is the same order of sums, block after block in any place.
       const bool one_piece =
-          p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= g.k &&
+          p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= p.k &&
                                i.size() < tuning::kTallestPiece && j.size() <= tuning::kGroupColumns);
       GemmBlockArgs block = {};
       block.epilogue = e;
@@ -296,21 +338,20 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
       do {
         const int64_t k = std::min(p.kc, depth.end - at);
         char* b = (char*)scratch(Slot::packed_b, round_up(j.size(), nr) * k * acc);
-        kernels().pack_b[(int)p.b.type](
-            {.from = p.b.view, .across = p.b.across, .i0 = j.begin, .count = j.size(), .k0 = at, .k = k, .to = b});
+        p.b.pack_as_b(j.begin, j.size(), at, k, b);
         in_place ? read_in_place(block, dtype, p.a, i.begin, at)
                  : read_laid_out(block, dtype, p.a, laid_out + (at - k0) * rows * acc, i.begin, k);
         const int64_t then = std::min(p.kc, depth.end - at - k);
-        if (few) block.next = memory_of(p.b, j, at + k, then);
+        if (few) block.next = p.b.memory_of(j, at + k, then);
         block.first = (one_piece || at == 0) && !g.accumulate;
         block.continues = one_piece && at > 0;
         block.continued = one_piece && then > 0;
-        multiply_pieces(block, dtype, g, p, i, b, j, at, k);
+        multiply_pieces(block, dtype, p, i, b, j, at, k);
         at += p.kc;
       } while (at < depth.end);
     });
     k0 += p.k_count;
-  } while (k0 < g.k);
+  } while (k0 < p.k);
 }
 
 }  // namespace
@@ -330,7 +371,7 @@ int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)
                           : p.waiting == Waiting::all ? p.a.count * std::min(p.b_count, p.b.count)
                                                       : 0;
-  return (tiles + for_all * p.depth(g.k) + panels + waiting) * acc;
+  return (tiles + for_all * p.depth() + panels + waiting) * acc;
 }
 
 }  // namespace rf

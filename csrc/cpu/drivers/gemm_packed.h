@@ -6,6 +6,9 @@ namespace rf {
 
 inline DType c_type(DType operands, const Gemm& g) { return g.wide_c ? acc_dtype(operands) : operands; }
 
+// The kernels for pairs of bf16, if they multiply this product, or null.
+const PairKernels* pair_kernels(DType dtype, const Gemm& g);
+
 // Whether rows come from memory and are shorter than what its prefetchers follow side by side.
 bool short_and_far(int64_t row_bytes, int64_t rows);
 

@@ -20,6 +20,9 @@ extern const Kernels table;
 namespace avx512 {
 extern const Kernels table;
 }
+namespace avx512_bf16 {
+extern const Kernels table;
+}
 #elif defined(__aarch64__)
 namespace neon {
 extern const Kernels table;
@@ -29,7 +32,7 @@ extern const Kernels table;
 namespace {
 
 struct Available {
-  const Kernels* best_first[4] = {};
+  const Kernels* best_first[5] = {};
   Available() {
     int n = 0;
 #if defined(__x86_64__)
@@ -37,9 +40,10 @@ struct Available {
     unsigned a = 0, b = 0, c = 0, d = 0;  // clang's __builtin_cpu_supports does not know f16c
     const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
-    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      best_first[n++] = &avx512::table;
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) best_first[n++] = &avx512_bf16::table;
+    if (avx512) best_first[n++] = &avx512::table;
     if (avx2) best_first[n++] = &avx2::table;
 #elif defined(__aarch64__)
     best_first[n++] = &neon::table;  // part of the architecture

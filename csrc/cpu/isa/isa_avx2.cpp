@@ -19,6 +19,6 @@ RF_END_TARGET
 namespace rf::avx2 {
 #include "cpu/isa/table.inl.h"
 extern const Kernels table;
-constexpr Kernels table = make_table("avx2");
+constexpr Kernels table = make_table("avx2", nullptr);
 }  // namespace rf::avx2
 #endif

@@ -1,4 +1,6 @@
-// AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4 and later).
+// AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4 and later); and the same with products of bf16 pairs (Cooper Lake, Zen 4 and
+// later). The compiler uses AVX512-BF16 for its intrinsics alone, and they stand in gemm_pairs.inl.h alone: a test
+// disassembles this file and looks.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -10,12 +12,13 @@
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #endif
-RF_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+RF_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
 
 namespace rf::avx512 {
 constexpr tuning::RegisterTile kTile = tuning::kTileAvx512;
 #include "cpu/isa/simd_avx512.h"
 #include "cpu/isa/algorithms.inl.h"
+#include "cpu/kernels/gemm_pairs.inl.h"
 }  // namespace rf::avx512
 
 RF_END_TARGET
@@ -23,6 +26,17 @@ RF_END_TARGET
 namespace rf::avx512 {
 #include "cpu/isa/table.inl.h"
 extern const Kernels table;
-constexpr Kernels table = make_table("avx512");
+constexpr Kernels table = make_table("avx512", nullptr);
 }  // namespace rf::avx512
+
+namespace rf::avx512_bf16 {
+using namespace avx512;
+constexpr PairKernels pairs = {{pack_a_pairs<bf16>, pack_a_pairs<float>},
+                               {pack_b_pairs<bf16>, pack_b_pairs<float>},
+                               {lay_out_a_pairs<bf16>, lay_out_a_pairs<float>},
+                               {gemm_block_pairs<flushed_bf16>, gemm_block_pairs<float>},
+                               gemm_dot_pairs};
+extern const Kernels table;
+constexpr Kernels table = make_table("avx512_bf16", &pairs);
+}  // namespace rf::avx512_bf16
 #endif

@@ -14,6 +14,6 @@ constexpr tuning::RegisterTile kTile = tuning::kTileNeon;
 namespace rf::neon {
 #include "cpu/isa/table.inl.h"
 extern const Kernels table;
-constexpr Kernels table = make_table("neon");
+constexpr Kernels table = make_table("neon", nullptr);
 }  // namespace rf::neon
 #endif

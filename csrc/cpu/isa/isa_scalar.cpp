@@ -11,5 +11,5 @@ constexpr tuning::RegisterTile kTile = tuning::kTileScalar;
 namespace rf::scalar {
 #include "cpu/isa/table.inl.h"
 extern const Kernels table;
-constexpr Kernels table = make_table("scalar");
+constexpr Kernels table = make_table("scalar", nullptr);
 }  // namespace rf::scalar

@@ -5,6 +5,16 @@
 
 namespace rf {
 
+// The GEMM engine's for pairs of bf16: of operands or a C of bf16 and of float. Packing is told numbers of K and writes
+// slots of two.
+struct PairKernels {
+  void (*pack_a[2])(const PackArgs&);
+  void (*pack_b[2])(const PackArgs&);
+  void (*lay_out_a[2])(const PackArgs&);  // rows along k, adjacent along it
+  void (*gemm_block[2])(const GemmBlockArgs&);
+  void (*gemm_dot)(const DotArgs&);
+};
+
 struct Kernels {
   const char* isa;
   int64_t mr[kDTypes], nr[kDTypes];  // register tile of the GEMM
@@ -51,6 +61,8 @@ struct Kernels {
   void (*part_products[kDTypes])(const PartProductsArgs&, int64_t row_begin, int64_t row_end);
 
   double (*fma_gflops)(double seconds);  // this core's float32 peak, measured for about so long
+
+  const PairKernels* pairs;  // or null
 };
 
 // The table in use, chosen once: REGFAST_ISA, else the best that the CPU runs.

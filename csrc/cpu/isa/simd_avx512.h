@@ -25,12 +25,12 @@ inline f32v widen(__m256i h, const f16*) { return {_mm512_cvtph_ps(h)}; }
 
 // Round to nearest even; a NaN keeps its sign and becomes quiet.
 inline __m256i narrow(f32v x, const bf16*) {
-  __m512i u = _mm512_castps_si512(x.v);
-  __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  __m512i quiet = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
-  __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_blend_epi32(nan, rounded, quiet));
+  const __m512i u = _mm512_castps_si512(x.v);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __m512i quiet = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(quiet, 16));
 }
 inline __m256i narrow(f32v x, const f16*) { return _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT); }
 
@@ -225,4 +225,63 @@ inline f32v load_pair(const T* low, int64_t low_n, const T* high, int64_t high_n
     r[j].v = _mm512_castpd_ps(_mm512_permutex2var_pd(low, even, high));
     r[4 + j].v = _mm512_castpd_ps(_mm512_permutex2var_pd(low, odd, high));
   }
+}
+
+// ---- pairs of bf16 (AVX512-BF16) -----------------------------------------------------------------------------------
+
+struct bf16x2v {
+  __m512i v;
+  static constexpr int size = 16;
+  using scalar = bf16x2;
+};
+inline bf16x2v set1(bf16x2 x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return {_mm512_set1_epi32(bits)};
+}
+inline bf16x2v load(const bf16x2* p) { return {_mm512_loadu_si512(p)}; }
+inline void store(bf16x2* p, bf16x2v x) { _mm512_storeu_si512(p, x.v); }
+inline void store_n(bf16x2* p, bf16x2v x, int64_t n) { _mm512_mask_storeu_ps(p, lanes16(n), _mm512_castsi512_ps(x.v)); }
+inline f32v as_floats(bf16x2v x) { return {_mm512_castsi512_ps(x.v)}; }
+inline bf16x2v as_pairs(f32v x) { return {_mm512_castps_si512(x.v)}; }
+
+// c plus both products of a pair, each addition rounded.
+inline f32v fma(bf16x2v a, bf16x2v b, f32v c) { return {_mm512_dpbf16_ps(c.v, (__m512bh)a.v, (__m512bh)b.v)}; }
+
+// Rounded to nearest even; subnormal numbers to zero.
+inline bf16x2v narrow_pairs(f32v low, f32v high) { return {(__m512i)_mm512_cvtne2ps_pbh(high.v, low.v)}; }
+
+// Numbers that follow one another, two to a lane; n of them, 0 <= n < 32, and zeros.
+inline bf16x2v load_pairs(const bf16* p) { return {_mm512_loadu_si512(p)}; }
+inline bf16x2v load_pairs(const float* p) { return narrow_pairs(load(p), load(p + 16)); }
+inline bf16x2v load_pairs_n(const bf16* p, int64_t n) {
+  return {_mm512_maskz_loadu_epi16((__mmask32)((1u << n) - 1), p)};
+}
+inline bf16x2v load_pairs_n(const float* p, int64_t n) {
+  return n >= 16 ? narrow_pairs(load(p), load_n(p + 16, n - 16)) : narrow_pairs(load_n(p, n), set1(0.0f));
+}
+// n numbers of each of two rows side by side, 0 < n <= 16; a row that is null is zero.
+inline __m512i load_16(const bf16* p, int64_t n) {
+  if (!p) return _mm512_setzero_si512();
+  return _mm512_cvtepu16_epi32(n == 16 ? _mm256_loadu_si256((const __m256i*)p)
+                                       : _mm256_maskz_loadu_epi16(lanes16(n), p));
+}
+inline bf16x2v interleave(const bf16* first, const bf16* second, int64_t n) {
+  return {_mm512_or_si512(load_16(first, n), _mm512_slli_epi32(load_16(second, n), 16))};
+}
+inline bf16x2v interleave(const float* first, const float* second, int64_t n) {
+  const f32v a = load_n(first, n), b = second ? load_n(second, n) : set1(0.0f);
+  const __m512i step = _mm512_set1_epi32(0x00100000);  // lane i takes numbers i and 16 + i
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i order = _mm512_add_epi32(step, _mm512_or_si512(lane, _mm512_slli_epi32(lane, 16)));
+  return {_mm512_permutexvar_epi16(order, narrow_pairs(a, b).v)};
+}
+
+// The C of products of pairs: rounded by one instruction instead of eight, which takes subnormal results for zero.
+struct flushed_bf16 : bf16 {};
+inline f32v load(const flushed_bf16* p) { return load((const bf16*)p); }
+inline f32v load_n(const flushed_bf16* p, int64_t n) { return load_n((const bf16*)p, n); }
+inline void store(flushed_bf16* p, f32v x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x.v)); }
+inline void store_n(flushed_bf16* p, f32v x, int64_t n) {
+  _mm256_mask_storeu_epi16(p, lanes16(n), (__m256i)_mm512_cvtneps_pbh(x.v));
 }

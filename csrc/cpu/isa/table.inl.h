@@ -5,7 +5,7 @@
 #endif
 #define RF_KERNEL(kernel) {RF_EACH_DTYPE(RF_INSTANCE, kernel)}
 
-constexpr Kernels make_table(const char* isa) {
+constexpr Kernels make_table(const char* isa, const PairKernels* pairs) {
   constexpr int64_t f32_columns = kTileColumns<f32v>, f64_columns = kTileColumns<f64v>;
   constexpr int64_t features = f32v::size > 1 ? f32v::size : 0;
   return {
@@ -40,6 +40,7 @@ constexpr Kernels make_table(const char* isa) {
       RF_KERNEL(unmix_parts),
       RF_KERNEL(part_products),
       fma_gflops,
+      pairs,
   };
 }
 

@@ -19,6 +19,17 @@ inline void finish_tile(const acc_t<T>* tile, int64_t tile_stride, int64_t rows,
   using A = acc_t<T>;
   using V = vec_t<T>;
   const T* bias = e.bias ? (const T*)e.bias + col : nullptr;
+  // A whole tile, and nothing to ask for each vector of it: what most are.
+  if (cols == kTileColumns<V> && first && !e.preactivation && e.bias_rows == 1) {
+    V b[kTile.vectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile.vectors; ++j) b[j] = bias ? load(bias + j * V::size) : set1(A(0));
+    T* c = (T*)e.c + row * e.c_stride + col;
+    for (int64_t i = 0; i < rows; ++i, tile += tile_stride, c += e.c_stride)
+#pragma GCC unroll 4
+      for (int j = 0; j < kTile.vectors; ++j) store(c + j * V::size, activate<act>(load(tile + j * V::size) + b[j]));
+    return;
+  }
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride) {
     if (bias && e.bias_rows > 1) bias = (const T*)e.bias + (row + i) % e.bias_rows * e.bias_stride + col;
     T* c = (T*)e.c + (row + i) * e.c_stride + col;
@@ -76,10 +87,11 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
 // ---- packed product ------------------------------------------------------------------------------------------------
 
 // R rows of A times a panel of B, for one chain of additions, all of it in registers. Element (i, k) of A is
-// a[i * a_row + k * a_k], row k of the panel b + k * b_k. A function of its own: inlined, its pointers would be spilled
-// inside of the loop.
-template <class V, int R>
-[[gnu::noinline]] void micro_kernel(int64_t k, const scalar_t<V>* a, int64_t a_row, int64_t a_k, const scalar_t<V>* b,
+// a[i * a_row + k * a_k], row k of the panel b + k * b_k. P is a vector of factors, V of sums: the same type, or pairs
+// of bf16 and floats (gemm_pairs.inl.h). A function of its own: inlined, its pointers would be spilled inside of the
+// loop.
+template <class P, class V, int R>
+[[gnu::noinline]] void micro_kernel(int64_t k, const scalar_t<P>* a, int64_t a_row, int64_t a_k, const scalar_t<P>* b,
                                     int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
   constexpr int N = kTile.vectors, kQuads = (R + 3) / 4;
   V acc[R][N];
@@ -88,16 +100,16 @@ template <class V, int R>
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) acc[i][j] = set1(scalar_t<V>(0));
   // Four rows to a pointer: their distances fit addressing modes.
-  const scalar_t<V>* quad[kQuads];
+  const scalar_t<P>* quad[kQuads];
 #pragma GCC unroll 4
   for (int q = 0; q < kQuads; ++q) quad[q] = a + 4 * q * a_row;
   for (; k > 0; --k, b += b_k) {
-    V row[N];
+    P row[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) row[j] = load(b + j * V::size);
+    for (int j = 0; j < N; ++j) row[j] = load(b + j * P::size);
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i) {
-      V x = set1(quad[i / 4][i % 4 * a_row]);
+      P x = set1(quad[i / 4][i % 4 * a_row]);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) acc[i][j] = fma(x, row[j], acc[i][j]);
     }
@@ -114,13 +126,13 @@ template <class V, int R>
 }
 
 // The tile of exactly `rows` rows.
-template <class V, int R>
-inline void multiply_tile(int64_t rows, int64_t k, const scalar_t<V>* a, int64_t a_row, int64_t a_k,
-                          const scalar_t<V>* b, int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
+template <class P, class V, int R>
+inline void multiply_tile(int64_t rows, int64_t k, const scalar_t<P>* a, int64_t a_row, int64_t a_k,
+                          const scalar_t<P>* b, int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
   if constexpr (R > 1) {
-    if (rows < R) return multiply_tile<V, R - 1>(rows, k, a, a_row, a_k, b, b_k, tile, tile_row, add);
+    if (rows < R) return multiply_tile<P, V, R - 1>(rows, k, a, a_row, a_k, b, b_k, tile, tile_row, add);
   }
-  micro_kernel<V, R>(k, a, a_row, a_k, b, b_k, tile, tile_row, add);
+  micro_kernel<P, V, R>(k, a, a_row, a_k, b, b_k, tile, tile_row, add);
 }
 
 // Columns of a tile become rows of a strip, which has room for whole vectors beyond its last column.
@@ -184,14 +196,36 @@ struct Ahead {
   }
 };
 
+// A block of C whose K is so short that storing C takes longer than multiplying: a tile's rows at a time, all along the
+// block, from the registers through L1 to C.
+template <class T, class P>
+inline void gemm_block_short(const GemmBlockArgs& g) {
+  using V = vec_t<T>;
+  using F = scalar_t<P>;
+  constexpr int64_t R = kTile.rows, N = kTileColumns<V>;
+  acc_t<T>* tiles = (acc_t<T>*)g.tiles;
+  for (int64_t i = 0; i < g.a_count; i += R) {
+    const int64_t rows = std::min(R, g.a_count - i);
+    for (int64_t j = 0; j < g.b_count; j += N)
+      multiply_tile<P, V, R>(rows, g.k, (const F*)g.a + i / R * g.a_panel, g.a_row, g.a_k, (const F*)g.b + j * g.k, N,
+                             tiles + j * R, N, false);
+    for (int64_t j = 0; j < g.b_count; j += N)
+      epilogue<T>(tiles + j * R, N, rows, std::min(N, g.b_count - j), g.a_index + i, g.b_index + j, g.first, g.last,
+                  g.epilogue);
+  }
+}
+
 // A block of C, or of C transposed. One chain of a panel of B stays in L1 while A's rows pass by from L2; the tiles'
 // sums wait in scratch until the last chain, since tiles of C itself would lie on as many pages as they have rows.
-template <class T>
+template <class T, class P = vec_t<T>>
 inline void gemm_block(const GemmBlockArgs& g) {
   using A = acc_t<T>;
   using V = vec_t<T>;
+  using F = scalar_t<P>;
+  static_assert(P::size == V::size && sizeof(F) == sizeof(A), "a vector of factors is as wide as one of sums");
   constexpr int64_t R = kTile.rows, N = kTileColumns<V>;
-  const A *a = (const A*)g.a, *b = (const A*)g.b;
+  if (g.k <= tuning::kShortK && !g.transposed && !g.continues && !g.continued) return gemm_block_short<T, P>(g);
+  const F *a = (const F*)g.a, *b = (const F*)g.b;
   A* tiles = (A*)g.tiles;
   const int64_t down = (g.a_count + R - 1) / R;
   const auto& e = g.epilogue;
@@ -199,10 +233,10 @@ inline void gemm_block(const GemmBlockArgs& g) {
   for (int64_t k = 0; k == 0 || k < g.k; k += g.chain) {
     const int64_t depth = std::min(g.chain, g.k - k);
     for (int64_t j = 0; j < g.b_count; j += N) {
-      const A* panel = b + j * g.k + k * N;
+      const F* panel = b + j * g.k + k * N;
       const int64_t cols = std::min(N, g.b_count - j);
       const int64_t next_j = j + N < g.b_count ? j + N : 0, next_k = next_j ? k : k + g.chain;
-      const A* next = g.b_is_far && next_k < g.k ? b + next_j * g.k + next_k * N : nullptr;
+      const F* next = g.b_is_far && next_k < g.k ? b + next_j * g.k + next_k * N : nullptr;
       for (int64_t i = 0; i < down; ++i) {
         const int64_t rows = std::min(R, g.a_count - i * R);
         if (!g.continued && k + g.chain >= g.k)
@@ -210,8 +244,8 @@ inline void gemm_block(const GemmBlockArgs& g) {
                        : prefetch_tile<T>(e, g.a_index + i * R, g.b_index + j, rows, cols);
         if (next) prefetch_part(next, std::min(g.chain, g.k - next_k) * N, i, down);
         ahead.ask();
-        multiply_tile<V, R>(rows, depth, a + i * g.a_panel + k * g.a_k, g.a_row, g.a_k, panel, N,
-                            tiles + (j / N * down + i) * R * N, N, g.continues || k > 0);
+        multiply_tile<P, V, R>(rows, depth, a + i * g.a_panel + k * g.a_k, g.a_row, g.a_k, panel, N,
+                               tiles + (j / N * down + i) * R * N, N, g.continues || k > 0);
       }
     }
   }

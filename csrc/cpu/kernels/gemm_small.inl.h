@@ -7,39 +7,64 @@
 
 // ---- a few rows against many, both adjacent along K ----------------------------------------------------------------
 
+// A vector of factors along K: widened numbers of T, or pairs of bf16 (gemm_pairs.inl.h).
+template <class T, class F>
+constexpr bool kPairs = !std::is_same_v<F, vec_t<T>>;
+template <class T, class F>
+constexpr int64_t kNumbers = kPairs<T, F> ? 2 * F::size : F::size;
+template <class T, class F>
+inline F load_factors(const T* p) {
+  if constexpr (kPairs<T, F>)
+    return load_pairs(p);
+  else
+    return load(p);
+}
+template <class T, class F>
+inline F load_factors_n(const T* p, int64_t n) {
+  if constexpr (kPairs<T, F>)
+    return load_pairs_n(p, n);
+  else
+    return load_n(p, n);
+}
+
 // out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q
 // times. `readable`: many's rows may be read beyond k to a whole vector.
-template <class T, int R, int Q>
+template <class T, class F, int R, int Q>
 [[gnu::noinline]] void dot_tile(const T* const* many, const T* const* few, int64_t k, bool readable, acc_t<T>* out,
                                 int64_t out_many, int64_t out_few) {
   using V = vec_t<T>;
-  for (int64_t begin = 0; begin == 0 || begin < k; begin += tuning::kChain * V::size) {
-    const int64_t end = std::min<int64_t>(k, begin + tuning::kChain * V::size);
+  constexpr int64_t W = kNumbers<T, F>;
+  for (int64_t begin = 0; begin == 0 || begin < k; begin += tuning::kChain * W) {
+    const int64_t end = std::min<int64_t>(k, begin + tuning::kChain * W);
     V acc[R][Q];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) acc[r][q] = set1(acc_t<T>(0));
     int64_t j = begin;
-    for (; j + V::size <= end; j += V::size) {
-      V x[R];
+    for (; j + W <= end; j += W) {
+      F x[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) x[r] = load(many[r] + j);
+      for (int r = 0; r < R; ++r) x[r] = load_factors<T, F>(many[r] + j);
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
-        V w = load(few[q] + j);
+        F w = load_factors<T, F>(few[q] + j);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r][q] = fma(x[r], w, acc[r][q]);
       }
     }
     if (j < end) {
-      V x[R];
+      F x[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r)
-        x[r] = readable ? first_n(load(many[r] + j), end - j, set1(acc_t<T>(0))) : load_n(many[r] + j, end - j);
+      for (int r = 0; r < R; ++r) {
+        if constexpr (kPairs<T, F>)
+          x[r] = load_pairs_n(many[r] + j, end - j);
+        else
+          x[r] = readable ? first_n(load(many[r] + j), end - j, set1(acc_t<T>(0))) : load_n(many[r] + j, end - j);
+      }
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
-        V w = load_n(few[q] + j, end - j);
+        F w = load_factors_n<T, F>(few[q] + j, end - j);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) acc[r][q] = fma(x[r], w, acc[r][q]);
       }
@@ -65,18 +90,19 @@ template <class T, int R, int Q>
   }
 }
 
-template <class T, int R>
+template <class T, class F, int R>
 inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows, int64_t k, bool readable,
                      acc_t<T>* out, int64_t out_many, int64_t out_few) {
   int64_t q = 0;
-  for (; q + 4 <= few_rows; q += 4) dot_tile<T, R, 4>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
+  for (; q + 4 <= few_rows; q += 4)
+    dot_tile<T, F, R, 4>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
   switch (few_rows - q) {
     case 3:
-      return dot_tile<T, R, 3>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
+      return dot_tile<T, F, R, 3>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
     case 2:
-      return dot_tile<T, R, 2>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
+      return dot_tile<T, F, R, 2>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
     case 1:
-      return dot_tile<T, R, 1>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
+      return dot_tile<T, F, R, 1>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
   }
 }
 
@@ -97,7 +123,7 @@ inline void add_to_column(A* column, int64_t rows, A x) {
   for (int64_t r = 0; r < rows; r += V::size) store(column + r, load(column + r) + set1(x));
 }
 
-template <class T, int R>
+template <class T, class F, int R>
 inline void dot_strips(const DotArgs& d) {
   using A = acc_t<T>;
   constexpr int64_t kStrip = tuning::kLaneRows;
@@ -112,7 +138,7 @@ inline void dot_strips(const DotArgs& d) {
   const bool by_column = d.many_are_columns || lanes;
   // Only rows of one distance tell what lies behind them.
   const int64_t whole =
-      d.many.inner == 1 ? readable_rows(d.end, d.many.outer_stride, d.k, round_up(d.k, vec_t<T>::size)) : 0;
+      d.many.inner == 1 ? readable_rows(d.end, d.many.outer_stride, d.k, round_up(d.k, kNumbers<T, F>)) : 0;
   const int64_t along_many = by_column ? 1 : d.few_rows, along_few = by_column ? kStrip : 1;
   for (int64_t s = d.begin; s < d.end; s += kStrip) {
     const int64_t count = std::min<int64_t>(kStrip, d.end - s);
@@ -123,10 +149,10 @@ inline void dot_strips(const DotArgs& d) {
       A* out = strip + i * along_many;
       if (d.many_are_far) read_in_order(many, rows, d.k);
       if (rows == R)
-        dot_rows<T, R>(many, few, d.few_rows, d.k, s + i + R <= whole, out, along_many, along_few);
+        dot_rows<T, F, R>(many, few, d.few_rows, d.k, s + i + R <= whole, out, along_many, along_few);
       else
         for (int64_t r = 0; r < rows; ++r)
-          dot_rows<T, 1>(many + r, few, d.few_rows, d.k, false, out + r * along_many, along_many, along_few);
+          dot_rows<T, F, 1>(many + r, few, d.few_rows, d.k, false, out + r * along_many, along_many, along_few);
     }
     if (lanes) {
       if (d.epilogue.bias)
@@ -141,14 +167,14 @@ inline void dot_strips(const DotArgs& d) {
 }
 
 // As many accumulators as hide the latency of fma: a single row takes more of the many at a time.
-template <class T>
+template <class T, class F = vec_t<T>>
 inline void gemm_dot(const DotArgs& d) {
   if (d.few_rows == 1)
-    dot_strips<T, 8>(d);
+    dot_strips<T, F, 8>(d);
   else if (d.few_rows == 2)
-    dot_strips<T, 4>(d);
+    dot_strips<T, F, 4>(d);
   else
-    dot_strips<T, kTile.dot_rows>(d);
+    dot_strips<T, F, kTile.dot_rows>(d);
 }
 
 // ---- B in place, adjacent along the columns of C -------------------------------------------------------------------
@@ -188,9 +214,9 @@ inline void gemm_direct(const DirectArgs& d) {
         for (int64_t j = j0; j < j1; j += N) {
           const bool in_place = j < whole, to_c = plain && d.k <= block && j + N <= j1;
           A* tile = to_c ? (A*)e.c + i * e.c_stride + j : waiting + (j - j0) * R;
-          multiply_tile<V, R>(rows, depth, a, d.a_row, d.a_k,
-                              in_place ? (const A*)(const void*)(from + j) : packed + (j - whole) * depth,
-                              in_place ? d.b_k : N, tile, to_c ? e.c_stride : N, k > 0);
+          multiply_tile<V, V, R>(rows, depth, a, d.a_row, d.a_k,
+                                 in_place ? (const A*)(const void*)(from + j) : packed + (j - whole) * depth,
+                                 in_place ? d.b_k : N, tile, to_c ? e.c_stride : N, k > 0);
           if (!to_c && k + depth == d.k) epilogue<T>(tile, N, rows, std::min(N, j1 - j), i, j, true, true, e);
         }
       }

@@ -199,9 +199,9 @@ inline void predict_rows(const T* const* x, int64_t rows, const T* const* weight
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
     if (far) read_in_order(x + r, R, features);
-    dot_rows<T, R>(x + r, weight, outputs, features, false, to + r, 1, kPassRows);
+    dot_rows<T, vec_t<T>, R>(x + r, weight, outputs, features, false, to + r, 1, kPassRows);
   }
-  for (; r < rows; ++r) dot_rows<T, 1>(x + r, weight, outputs, features, false, to + r, 1, kPassRows);
+  for (; r < rows; ++r) dot_rows<T, vec_t<T>, 1>(x + r, weight, outputs, features, false, to + r, 1, kPassRows);
 }
 template <class T>
 inline void predict_block(const T* const* x, int64_t rows, const T* const* weight, int64_t outputs, int64_t features,

@@ -1,7 +1,13 @@
 // phm_linear on the CPU: x W^T with W[u q' + v, p d' + r] = sum over m of a[m, u, p] s[m, v, r], n x n blocks of q' x
-// d', without W. A chunk of rows is mixed, Z[(row, u), (m, r)] = sum over p of a[m, u, p] x[row, (p, r)], and
-// multiplied by S = s seen as q' x d: the arithmetic of the dense layer on n times the rows and an n-th of the weights.
-// Backward makes the same two products that the dense layer does, of Z's gradient with S and of Z with the output's.
+// d', without W; with the arithmetic of the dense layer, in one of two ways.
+//
+// Few rows (fewer than q') are mixed, a chunk at a time: Z[(row, u), (m, r)] = sum over p of a[m, u, p] x[row, (p, r)],
+// multiplied by S = s seen as q' x d. Backward makes the same two products that the dense layer does, of Z's gradient
+// with S and of Z with the output's.
+//
+// For many rows, whose Z would be the larger, W is made an n-th at a time, as large as S: the rows of outputs u for
+// products with x, the columns of inputs p for those with the output's gradient. W's own gradient, an n-th at a time
+// too, is contracted with a and s.
 #include "cpu/drivers/gemm_packed.h"
 #include "cpu/ops/activation_gradient.h"
 #include "cpu/ops/outputs.h"
@@ -32,7 +38,80 @@ struct PhmProblem : PhmTensors {
   void mix(const Tensor& coefficients, int64_t begin, int64_t count, const Tensor& z) const {
     mix_parts(dtype, {x_rows(begin), n, n * n, from_part, coefficients.const_data_ptr(), z.mutable_data_ptr()}, count);
   }
+
+  bool many_rows() const { return rows > to_part; }
+  Tensor part_of_weight() const { return at::empty({to_part, inputs}, s.options().dtype(acc)); }
+  // Parts of S's rows combined into those of an n-th of W, (v, (p, r)) for one u or (v, (u, r)) for one p.
+  void combine(const Tensor& coefficients, int64_t which, const Tensor& w) const {
+    mix_parts(dtype,
+              {view_of(s), n, n, from_part, (char*)coefficients.const_data_ptr() + which * n * n * acc_size(dtype),
+               w.mutable_data_ptr()},
+              to_part);
+  }
 };
+
+// Y of many rows, and what was before the activation where that is kept.
+void forward_by_weights(const PhmProblem& p, const Tensor& bias, Activation activation, const Tensor& y,
+                        const Tensor& preactivation) {
+  const Tensor coefficients = p.a.permute({1, 2, 0}).contiguous(), w = p.part_of_weight();  // u, p, m
+  const auto type = p.x.scalar_type();
+  const bool by_aten = product_by_aten(type, p.rows, p.to_part, p.inputs);
+  const Tensor sums = by_aten && preactivation.defined() ? preactivation : y;
+  for (int64_t u = 0; u < p.n; ++u) {
+    p.combine(coefficients, u, w);
+    const auto part = [&](const Tensor& t) { return t.narrow(-1, u * p.to_part, p.to_part); };
+    const Tensor c = part(sums), b = bias.defined() ? part(bias) : bias;
+    if (by_aten) {
+      multiply(p.x, transpose(as_type(w, type)), c, b, false);
+      continue;
+    }
+    Gemm g = gemm_of(p.x, transpose(w), c);
+    g.epilogue.bias = b.defined() ? b.const_data_ptr() : nullptr;
+    g.epilogue.activation = activation;
+    g.epilogue.preactivation = preactivation.defined() ? part(preactivation).mutable_data_ptr() : nullptr;
+    gemm(p.dtype, g);
+  }
+  if (by_aten && activation != Activation::none)
+    activation_forward(p.dtype, sums.const_data_ptr(), y.mutable_data_ptr(), y.numel(), activation);
+}
+
+// Gradients of many rows, of x, of S (acc) and of a (u, m, p); undefined or null where not wanted.
+void backward_by_weights(const PhmProblem& p, const Tensor& dy, const Tensor& dx, const Tensor& ds, double* da) {
+  if (dx.defined()) {
+    const Tensor coefficients = p.unmixing(), w = p.part_of_weight();  // p, u, m
+    const bool by_aten = product_by_aten(dy.scalar_type(), p.rows, p.from_part, p.outputs);
+    for (int64_t i = 0; i < p.n; ++i) {
+      p.combine(coefficients, i, w);
+      const Tensor parts = by_aten ? as_type(w, dy.scalar_type()) : w;
+      const Tensor columns =
+          parts.view({p.to_part, p.n, p.from_part}).permute({1, 0, 2}).reshape({p.outputs, p.from_part});
+      multiply(dy, columns, dx.narrow(1, i * p.from_part, p.from_part), Tensor(), false);
+    }
+  }
+  if (!ds.defined() && !da) return;
+  const auto options = p.s.options().dtype(p.acc);
+  const Tensor coefficients = p.a.permute({1, 0, 2}).contiguous();  // u, m, p
+  const Tensor dw = at::empty({p.to_part, p.inputs}, options), term = ds.defined() ? at::empty_like(dw) : Tensor();
+  std::vector<double> products(p.n * p.n);
+  for (int64_t u = 0; u < p.n; ++u) {
+    multiply(transpose(dy.narrow(1, u * p.to_part, p.to_part)), p.x, dw, Tensor(), false);
+    if (ds.defined()) {
+      const Tensor& to = u == 0 ? ds : term;
+      mix_parts(acc_dtype(p.dtype),
+                {view_of(dw), p.n, p.n, p.from_part,
+                 (char*)coefficients.const_data_ptr() + u * p.n * p.n * acc_size(p.dtype), to.mutable_data_ptr()},
+                p.to_part);
+      if (u > 0) Tensor(ds).add_(term);
+    }
+    if (da) {  // of part p of dW's rows with part m of S's
+      std::fill(products.begin(), products.end(), 0.0);
+      add_part_products(p.dtype, {dw.const_data_ptr(), view_of(p.s), p.n, p.n, p.from_part, nullptr}, p.to_part,
+                        products.data());
+      for (int64_t i = 0; i < p.n; ++i)
+        for (int64_t m = 0; m < p.n; ++m) da[(u * p.n + m) * p.n + i] = products[i * p.n + m];
+    }
+  }
+}
 
 std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor& a, const Tensor& s,
                                               const OptionalTensor& bias, string_view activation,
@@ -46,6 +125,11 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
   if (y.numel() == 0) return {y, pre};
   p.set_input(input);
   const Tensor b = bias.has_value() ? bias->contiguous() : Tensor();
+  if (p.many_rows()) {
+    const std::array<int64_t, 2> matrix = {p.rows, p.outputs};
+    forward_by_weights(p, b, act, y.view(matrix), save_preactivation ? pre.view(matrix) : Tensor());
+    return {y, pre};
+  }
   const Tensor coefficients = p.mixing(), z = p.mixed_rows();
   const bool wide = p.dtype != acc_dtype(p.dtype);
   const int64_t step = p.chunk_rows(), size = size_of(p.dtype);
@@ -93,17 +177,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   Tensor ds = mask[2] ? empty_result({p.to_part, p.inputs}, acc_options) : none();
   if (mask[2] && p.rows == 0) ds.zero_();
   std::vector<double> da(mask[1] ? p.n * p.n * p.n : 0);
-  if (p.rows > 0 && (mask[0] || mask[1] || mask[2])) {
+  if (p.many_rows()) {
+    backward_by_weights(p, dy.view({p.rows, p.outputs}), mask[0] ? dx.view({p.rows, p.inputs}) : Tensor(),
+                        mask[2] ? ds : Tensor(), mask[1] ? da.data() : nullptr);
+  } else if (p.rows > 0 && (mask[0] || mask[1] || mask[2])) {
     const int64_t step = p.chunk_rows();
     const Tensor z = p.mixed_rows(), mixing = p.mixing(), unmixing = p.unmixing(),
                  all = dy.view({p.rows * p.n, p.to_part});
-    // Z and its gradient have the accumulator's type, which the other side of a product has to share.
-    const Tensor wide = p.acc == grad.scalar_type() ? Tensor() : at::empty({z.size(0), p.to_part}, acc_options);
     for (int64_t begin = 0; begin < p.rows; begin += step) {
       const int64_t count = std::min(step, p.rows - begin);
       const Tensor mixed = z.narrow(0, 0, count * p.n);
-      Tensor g = all.narrow(0, begin * p.n, count * p.n);
-      if (wide.defined()) g = wide.narrow(0, 0, count * p.n).copy_(g);
+      const Tensor g = all.narrow(0, begin * p.n, count * p.n);
       if (mask[2]) {
         p.mix(mixing, begin, count, mixed);
         multiply(transpose(g), mixed, ds, Tensor(), begin > 0);

@@ -9,6 +9,10 @@ namespace rf {
 
 inline MatrixView view_of(const Tensor& t) { return {t.const_data_ptr(), 1, t.stride(0), 0, t.stride(1)}; }
 
+// The type of a product: its factors', of which one may have the accumulator's type beside a half type.
+inline at::ScalarType product_type(const Tensor& a, const Tensor& b) {
+  return a.element_size() < b.element_size() ? a.scalar_type() : b.scalar_type();
+}
 // Whether a factor or a result of a product has the accumulator's type beside a half type's. Nothing but these two is
 // multiplied.
 inline bool is_wide(const Tensor& t, at::ScalarType type) {
@@ -38,7 +42,7 @@ inline Factor transpose(const Tensor& t) { return {t, true}; }
 
 // c = a b by our GEMM, of matrices that fit.
 inline Gemm gemm_of(const Factor& a, const Factor& b, const Tensor& c) {
-  const auto type = b.t.scalar_type();
+  const auto type = product_type(a.t, b.t);
   Gemm g = {};
   g.m = c.size(0);
   g.n = c.size(1);
@@ -48,21 +52,22 @@ inline Gemm gemm_of(const Factor& a, const Factor& b, const Tensor& c) {
   g.b_transposed = b.stored_by_columns();
   g.b = b.view();
   g.wide_a = is_wide(a.t, type);
+  g.wide_b = is_wide(b.t, type);
   g.wide_c = is_wide(c, type);
   g.epilogue.c = c.mutable_data_ptr();
   g.epilogue.c_stride = c.stride(0);
   return g;
 }
 
-// c = a b + bias, or c += a b, by whichever GEMM the table names. a may have the accumulator's type beside a b of a
-// half type, and so may c.
+// c = a b + bias, or c += a b, by whichever GEMM the table names. One factor may have the accumulator's type beside one
+// of a half type, and so may c.
 inline void multiply(const Factor& a, const Factor& b, const Tensor& c, const Tensor& bias, bool accumulate) {
-  const auto type = b.t.scalar_type();
+  const auto type = product_type(a.t, b.t);
   const int64_t m = c.size(0), n = c.size(1), k = b.size(0);
   TORCH_INTERNAL_ASSERT(a.size(0) == m && a.size(1) == k && b.size(1) == n && (n <= 1 || c.stride(1) == 1) &&
                         (!bias.defined() || (bias.scalar_type() == c.scalar_type() && bias.dim() == 1 &&
                                              bias.size(0) == n && bias.is_contiguous())));
-  if (!is_wide(a.t, type) && !is_wide(c, type) && product_by_aten(type, m, n, k)) {
+  if (a.t.scalar_type() == b.t.scalar_type() && !is_wide(c, type) && product_by_aten(type, m, n, k)) {
     Tensor out = c;
     if (accumulate)
       out.addmm_(a.tensor(), b.tensor());

@@ -16,6 +16,7 @@
 
 typedef uint8_t __mmask8;
 typedef uint16_t __mmask16;
+typedef uint32_t __mmask32;
 
 namespace lane_by_lane {
 
@@ -80,6 +81,9 @@ inline __m512 _mm512_getexp_ps(__m512 x) { return lane_by_lane::exponent<float, 
 inline __m512d _mm512_maskz_loadu_pd(__mmask8 k, const void* p) { return lane_by_lane::load<__m512d, double, 8>(k, p); }
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
   return lane_by_lane::load<__m256i, uint16_t, 16>(k, p);
+}
+inline __m512i _mm512_maskz_loadu_epi16(__mmask32 k, const void* p) {
+  return lane_by_lane::load<__m512i, uint16_t, 32>(k, p);
 }
 inline void _mm512_mask_storeu_ps(void* p, __mmask16 k, __m512 v) { lane_by_lane::store<float, 16>(p, k, v); }
 inline void _mm512_mask_storeu_pd(void* p, __mmask8 k, __m512d v) { lane_by_lane::store<double, 8>(p, k, v); }
@@ -150,3 +154,45 @@ inline __m512d _mm512_scalef_pd(__m512d x, __m512d n) {
 #if !defined(_mm512_shuffle_f32x4)
 #define _mm512_shuffle_f32x4(a, b, imm8) simde_mm512_shuffle_f32x4(a, b, imm8)
 #endif
+
+// AVX512-BF16: numbers of float32 rounded to nearest even, subnormal ones to zero; products of pairs added one after
+// the other, each addition rounded.
+namespace lane_by_lane {
+
+inline uint16_t to_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
+  if ((u & 0x7f800000) == 0) return (uint16_t)(u >> 16 & 0x8000);
+  return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+inline float from_bf16(uint16_t bits) {
+  const uint32_t u = (bits & 0x7f80) == 0 ? (uint32_t)(bits & 0x8000) << 16 : (uint32_t)bits << 16;
+  float x;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+}  // namespace lane_by_lane
+inline __m256bh _mm512_cvtneps_pbh(__m512 x) {
+  const lane_by_lane::Lanes<float, 16> from(x);
+  lane_by_lane::Lanes<uint16_t, 16> to;
+  for (int i = 0; i < 16; ++i) to.lane[i] = lane_by_lane::to_bf16(from.lane[i]);
+  return to.as<__m256bh>();
+}
+inline __m512bh _mm512_cvtne2ps_pbh(__m512 high, __m512 low) {
+  const lane_by_lane::Lanes<float, 16> l(low), h(high);
+  lane_by_lane::Lanes<uint16_t, 32> to;
+  for (int i = 0; i < 32; ++i) to.lane[i] = lane_by_lane::to_bf16(i < 16 ? l.lane[i] : h.lane[i - 16]);
+  return to.as<__m512bh>();
+}
+#undef _mm512_dpbf16_ps
+inline __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
+  lane_by_lane::Lanes<float, 16> sum(c);
+  const lane_by_lane::Lanes<uint16_t, 32> x(a), y(b);
+  using lane_by_lane::from_bf16;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 1; j >= 0; --j)
+      sum.lane[i] = std::fma(from_bf16(x.lane[2 * i + j]), from_bf16(y.lane[2 * i + j]), sum.lane[i]);
+  return sum.as<__m512>();
+}

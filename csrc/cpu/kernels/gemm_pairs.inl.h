@@ -1,0 +1,133 @@
+// The GEMM engine's operands as pairs of bf16 that are neighbours along K: a slot of the panels, as large as a float,
+// holds two of them, and one instruction adds both products to a float32 sum. Half as many slots, so twice the rate of
+// widened operands, and half the bytes. A factor of the accumulator's type is rounded to bf16 on the way. K's last slot
+// ends with a zero where K is odd. Subnormal bf16 count as zero (VDPBF16PS does not know them).
+#pragma once
+#include "cpu/kernels/gemm.inl.h"
+#include "cpu/kernels/gemm_pack.inl.h"
+#include "cpu/kernels/gemm_small.inl.h"
+#include "cpu/kernels/prelude.h"
+
+constexpr int64_t kPairColumns = kTileColumns<bf16x2v>;
+
+// Slots of a row that lies along K, of which `numbers` are there to be read.
+template <class T>
+inline bf16x2v load_slots(const T* p, int64_t numbers) {
+  return numbers >= 2 * bf16x2v::size ? load_pairs(p) : load_pairs_n(p, std::max<int64_t>(0, numbers));
+}
+
+// Panels of rows along K: squares of slots are transposed in registers, as floats whose bits nobody looks at.
+template <class T>
+inline void pack_pairs_along_k(const PackArgs& a) {
+  constexpr int64_t W = bf16x2v::size, P = kPairColumns;
+  static_assert(P % W == 0, "a panel is made of whole squares");
+  const T* base = (const T*)a.from.data + a.k0;
+  const int64_t slots = ceil_div(a.k, 2);
+  bf16x2* to = (bf16x2*)a.to;
+  for (int64_t panel = 0; panel < a.count; panel += P, to += P * slots) {
+    const T* row[P];
+    for (int64_t i = 0; i < P; ++i) row[i] = panel + i < a.count ? base + a.from.row_offset(a.i0 + panel + i) : nullptr;
+    for (int64_t j = 0; j < slots; j += W) {
+      const int64_t n = std::min<int64_t>(W, slots - j);
+      for (int64_t i = 0; i < P; i += W) {
+        f32v square[W];
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < W; ++r)
+          square[r] = row[i + r] ? as_floats(load_slots(row[i + r] + 2 * j, a.k - 2 * j)) : set1(0.0f);
+        transpose(square);
+        bf16x2* q = to + j * P + i;
+        for (int64_t c = 0; c < n; ++c) store(q + c * P, as_pairs(square[c]));
+      }
+    }
+  }
+}
+
+// Panels of rows across K: two rows are interleaved. As pack_rows_across_k, a few slots at a time, later rows asked for
+// early.
+template <class T, int P>
+inline void pack_pairs_across_k(const PackArgs& a) {
+  constexpr int64_t kDepth = tuning::kPackDepth, kAhead = tuning::kPackAhead, kLine = 64 / sizeof(T), W = bf16x2v::size;
+  const int64_t slots = ceil_div(a.k, 2);
+  const auto* const base = (const T*)a.from.data + a.i0;
+  bf16x2* to = (bf16x2*)a.to;
+  for (int64_t j = 0; j < slots; j += kDepth / 2) {
+    const int64_t rows = std::min(kDepth, a.k - 2 * j);
+    const T *row[kDepth], *later[kDepth];
+    for (int64_t d = 0; d < kDepth; ++d) {
+      const int64_t k = a.k0 + 2 * j + d, last = a.k0 + a.k - 1;
+      row[d] = d < rows ? base + a.from.row_offset(k) : nullptr;
+      later[d] = base + a.from.row_offset(std::min(k + kAhead, last));
+    }
+    for (int64_t i = 0; i < a.count; i += P)
+      for (int64_t d = 0; d < rows; d += 2) {
+        for (int64_t line = 0; line < P; line += kLine) {
+          __builtin_prefetch(later[d] + i + line);
+          __builtin_prefetch(later[d + 1] + i + line);
+        }
+        bf16x2* const slot = to + i * slots + (j + d / 2) * P;
+        for (int64_t c = 0; c < P; c += W) {
+          const int64_t there = std::min<int64_t>(W, a.count - i - c), wide = std::min<int64_t>(W, P - c);
+          const bf16x2v x = there > 0 ? interleave(row[d] + i + c, row[d + 1] ? row[d + 1] + i + c : nullptr, there)
+                                      : as_pairs(set1(0.0f));
+          wide == W ? store(slot + c, x) : store_n(slot + c, x, wide);
+        }
+      }
+  }
+}
+
+// Elements that lie apart: gathered as floats, some of all rows of a panel at a time.
+template <class T, int P>
+inline void pack_pairs_any(const PackArgs& a) {
+  constexpr int64_t kStage = 128;
+  const int64_t step = a.from.col_stride, slots = ceil_div(a.k, 2);
+  const T* const base = (const T*)a.from.data;
+  float stage[P * kStage];
+  for (int64_t panel = 0; panel < a.count; panel += P) {
+    bf16x2* to = (bf16x2*)a.to + panel * slots;
+    const int64_t rows = std::min<int64_t>(P, a.count - panel);
+    for (int64_t j = 0; j < a.k; j += kStage) {
+      const int64_t n = std::min(kStage, a.k - j), columns = round_up(n, 2);
+      std::fill(stage, stage + P * kStage, 0.0f);
+      for (int64_t i = 0; i < rows && !a.across; ++i)
+        gather_row(base + a.from.row_offset(a.i0 + panel + i) + (a.k0 + j) * step, step, n, stage + i * kStage);
+      for (int64_t c = 0; c < n && a.across; ++c) {
+        const T* const row = base + a.from.row_offset(a.k0 + j + c) + (a.i0 + panel) * step;
+        for (int64_t i = 0; i < rows; ++i) stage[i * kStage + c] = load_one(row + i * step);
+      }
+      for (int64_t c = 0; c < columns; c += 2, to += P)
+        for (int64_t i = 0; i < P; ++i) {
+          store_one(&to[i].first, stage[i * kStage + c]);
+          store_one(&to[i].second, stage[i * kStage + c + 1]);
+        }
+    }
+  }
+}
+
+template <class T>
+inline void pack_a_pairs(const PackArgs& a) {
+  a.across&& a.from.col_stride == 1 ? pack_pairs_across_k<T, kTile.rows>(a) : pack_pairs_any<T, kTile.rows>(a);
+}
+template <class T>
+inline void pack_b_pairs(const PackArgs& a) {
+  if (a.from.col_stride != 1) return pack_pairs_any<T, kPairColumns>(a);
+  a.across ? pack_pairs_across_k<T, kPairColumns>(a) : pack_pairs_along_k<T>(a);
+}
+
+// Rows along K, slot after slot.
+template <class T>
+inline void lay_out_a_pairs(const PackArgs& a) {
+  const int64_t slots = ceil_div(a.k, 2);
+  bf16x2* to = (bf16x2*)a.to;
+  for (int64_t i = 0; i < a.count; ++i, to += slots) {
+    const T* const from = (const T*)a.from.data + a.from.row_offset(a.i0 + i) + a.k0;
+    for (int64_t j = 0; j < slots; j += bf16x2v::size)
+      store_n(to + j, load_slots(from + 2 * j, a.k - 2 * j), std::min<int64_t>(bf16x2v::size, slots - j));
+  }
+}
+
+inline void gemm_dot_pairs(const DotArgs& d) { gemm_dot<bf16, bf16x2v>(d); }
+
+template <class T>
+inline void gemm_block_pairs(const GemmBlockArgs& g) {
+  gemm_block<T, bf16x2v>(g);
+}
