@@ -145,7 +145,8 @@ def of_backward(name: str, base: str, given: dict, r: Draw, dtype: torch.dtype) 
     grads = {f"grad_{n}": like(o) for n, o in zip(wanted, found, strict=False) if n != "argmax" and r.chance(0.9)}
     if base == "cross_entropy":
         grads |= {"stats": guard.place(found[-2]), "weight_sum": found[-1]}
-    if name.endswith("unless_"):
+    if name.endswith("unless_"):  # the loss's alone, which there always is
+        grads.setdefault("grad_loss", like(found[0]))
         grads["grad"] = torch.zeros_like(given["input"])
     return grads
 

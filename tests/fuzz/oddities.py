@@ -126,6 +126,11 @@ def _all_of_logsumexp(case: Case, problem: str) -> bool:
     return case["op"] == "logsumexp" and case["options"]["dim"] == [] and problem.startswith("only PyTorch raised")
 
 
+def _one_class_for_no_rows(case: Case, problem: str) -> bool:
+    flat = case.get("mismatch") == ["target", "flatter"] and case["sizes"].get("n") == 0
+    return flat and "target: expected batch size 0" in problem and "PyTorch IndexError" in problem
+
+
 def _slope_at_infinity(case: Case, problem: str) -> bool:
     return (
         case["options"].get("activation") in INFINITE_SLOPES
@@ -225,6 +230,7 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
     "sums of equal terms round in one direction, for as long as a chain of additions is": _equal_terms,
     "torch ignores a negative label_smoothing, which is refused": _negative_smoothing,
     "torch's logsumexp over no dimension means all, but fails beside keepdim=False": _all_of_logsumexp,
+    "a class without dimensions beside no rows: torch looks for its first dimension": _one_class_for_no_rows,
     "the slope of gelu or silu at infinity is its limit; torch multiplies infinity by zero": _slope_at_infinity,
     "phm_linear multiplies by a before s: infinities meet other numbers than in a stored weight": _other_order,
     "rows that are ignored take no part; torch multiplies their zero gradient by what is infinite there": _ignored_rows,
