@@ -2,6 +2,8 @@
 // d', without W. A chunk of rows is mixed, Z[(row, u), (m, r)] = sum over p of a[m, u, p] x[row, (p, r)], and
 // multiplied by S = s seen as q' x d: the arithmetic of the dense layer on n times the rows and an n-th of the weights.
 // Backward makes the same two products that the dense layer does, of Z's gradient with S and of Z with the output's.
+#include "shared/torch_api.h"
+
 #include "cpu/drivers/gemm_packed.h"
 #include "cpu/ops/activation_gradient.h"
 #include "cpu/ops/outputs.h"
@@ -11,7 +13,6 @@
 #include "shared/layouts.h"
 #include "shared/op_checks.h"
 #include "shared/phm_linear_tensors.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {
