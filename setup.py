@@ -20,7 +20,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 # No -m flags: each ISA file opens its own target region, so that one binary runs everywhere.
 CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
 # Of warnings about torch's headers, a pragma says which are none; precompiled headers lose it.
-CXX_FLAGS += [f"-isystem{path}" for path in include_paths()]
+CXX_FLAGS += [flag for path in include_paths() for flag in ("-isystem", path)]
 SANITIZE = os.environ.get("REGFAST_SANITIZE", "")
 # Type information of torch's classes, which vptr asks for, is hidden. With every report the process ends.
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
