@@ -18,7 +18,7 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # No -m flags: each ISA file opens its own target region, so that one binary runs everywhere.
-CXX_FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
+CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall", "-std=c++20"]
 # Of warnings about torch's headers, a pragma says which are none; precompiled headers lose it.
 CXX_FLAGS += [flag for path in include_paths() for flag in ("-isystem", path)]
 SANITIZE = os.environ.get("REGFAST_SANITIZE", "")
@@ -78,19 +78,21 @@ class Build(BuildExtension):
         folder = os.path.abspath(f"{self.build_temp}/precompiled")
         self.extensions[0].include_dirs.insert(0, folder)
         header, compiled = f"{folder}/shared/torch_api.h", f"{folder}/shared/torch_api.h.gch"
+        os.makedirs(os.path.dirname(header), exist_ok=True)
+        if os.path.lexists(header):
+            os.remove(header)
+        os.symlink(os.path.abspath("csrc/shared/torch_api.h"), header)
         newest = max(map(os.path.getmtime, ["setup.py", *glob.glob("csrc/shared/*.h"), torch.version.__file__]))
         if os.path.exists(compiled) and os.path.getmtime(compiled) > newest:
             return
-        os.makedirs(os.path.dirname(header), exist_ok=True)
-        if not os.path.lexists(header):
-            os.symlink(os.path.abspath("csrc/shared/torch_api.h"), header)
         flags = [*self.compiler.compiler_so[1:], *CXX_FLAGS]
         flags += [f"-I{path}" for path in (*self.extensions[0].include_dirs, *self.compiler.include_dirs)]
-        command = [*compiler, *flags, "-x", "c++-header", header, "-o", compiled]
+        command = [*compiler, *flags, "-x", "c++-header", header, "-o", f"{compiled}.part"]
         print(" ".join(command), flush=True)
         done = subprocess.run(command, capture_output=True, text=True)  # that it is a header is worth a warning to g++
         if done.returncode != 0:
             raise SystemExit(f"{done.stderr}\nregfast: torch's headers are not compiled")
+        os.replace(f"{compiled}.part", compiled)
 
 
 ROOMS = ["", "shared", "autograd", "cpu", "cpu/ops", "cpu/drivers", "cpu/isa"] + (["cuda/ops"] if CUDA else [])
