@@ -49,8 +49,7 @@ kernel:
 # The CUDA kernels on the CPU: alone, then as a module through which pytest runs the ops' tests on one more device.
 #: make cuda_on_host  the CUDA kernels on the CPU, without nvcc or GPU; then the module that pytest needs for them
 cuda_on_host: $(VENV)/torch
-	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync test
-	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync extension PYTHON=$(BIN)/python
+	$(MAKE) -C tests/cuda_on_host -j$(JOBS) --output-sync test extension PYTHON=$(BIN)/python
 
 # Under the address and undefined-behaviour sanitizers: the kernels alone, then the Python tests in a tree of their own,
 # so that theirs is the extension that is found. Python itself is not built with the sanitizer, whose library therefore

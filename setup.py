@@ -11,13 +11,16 @@ the extension has to load first; `make asan` does.
 import glob
 import importlib.util
 import os
+import subprocess
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # No -m flags: each ISA file opens its own target region, so that one binary runs everywhere.
-CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall"]
+CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall", "-std=c++20"]
+# Of warnings about torch's headers, a pragma says which are none; precompiled headers lose it.
+CXX_FLAGS += [flag for path in include_paths() for flag in ("-isystem", path)]
 SANITIZE = os.environ.get("REGFAST_SANITIZE", "")
 # Type information of torch's classes, which vptr asks for, is hidden. With every report the process ends.
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
@@ -61,7 +64,35 @@ class Build(BuildExtension):
         if CUDA:
             kernels, toolkit = CUDA
             self.extensions[0].extra_objects = kernels.build(toolkit, self.build_temp, JOBS)
+        self.precompile()
         super().build_extensions()
+
+    def precompile(self):
+        """torch's headers, which take g++ longer to read than our files to compile: it finds torch_api.h here first.
+
+        Another compiler, or a g++ that would not take what it wrote, reads the header itself, as if this were not here.
+        """
+        compiler = os.environ.get("CXX", "c++").split()
+        if "Free Software Foundation" not in subprocess.check_output([*compiler, "--version"], text=True):
+            return
+        folder = os.path.abspath(f"{self.build_temp}/precompiled")
+        self.extensions[0].include_dirs.insert(0, folder)
+        header, compiled = f"{folder}/shared/torch_api.h", f"{folder}/shared/torch_api.h.gch"
+        os.makedirs(os.path.dirname(header), exist_ok=True)
+        if os.path.lexists(header):
+            os.remove(header)
+        os.symlink(os.path.abspath("csrc/shared/torch_api.h"), header)
+        newest = max(map(os.path.getmtime, ["setup.py", *glob.glob("csrc/shared/*.h"), torch.version.__file__]))
+        if os.path.exists(compiled) and os.path.getmtime(compiled) > newest:
+            return
+        flags = [*self.compiler.compiler_so[1:], *CXX_FLAGS]
+        flags += [f"-I{path}" for path in (*self.extensions[0].include_dirs, *self.compiler.include_dirs)]
+        command = [*compiler, *flags, "-x", "c++-header", header, "-o", f"{compiled}.part"]
+        print(" ".join(command), flush=True)
+        done = subprocess.run(command, capture_output=True, text=True)  # that it is a header is worth a warning to g++
+        if done.returncode != 0:
+            raise SystemExit(f"{done.stderr}\nregfast: torch's headers are not compiled")
+        os.replace(f"{compiled}.part", compiled)
 
 
 ROOMS = ["", "shared", "autograd", "cpu", "cpu/ops", "cpu/drivers", "cpu/isa"] + (["cuda/ops"] if CUDA else [])

@@ -2,6 +2,8 @@
 // has its op's arguments as C++ has them. It answers None where anything is not plain (a subclass or another kind of
 // number among the arguments, a __torch_function__ mode, a trace of torch.jit), and torch.ops is asked then, which
 // knows what to do, or what to say. Modes and transforms that the dispatcher has are met there.
+#include "shared/torch_api.h"
+
 #include "direct_calls.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>

@@ -1,5 +1,7 @@
 // Every op's schema, one line each. Ops named composite_* are implemented in Python by reference.py and serve the
 // derivatives that have no kernel.
+#include "shared/torch_api.h"
+
 #include <torch/library.h>
 
 #define RF_CROSS_ENTROPY_OPTIONS \

@@ -1,4 +1,6 @@
 // The Python module regfast._C: what was built, what runs here, and how linear_cross_entropy is divided.
+#include "shared/torch_api.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -10,7 +12,6 @@
 #include "cpu/platform.h"
 #include "direct_calls.h"
 #include "shared/chunks.h"
-#include "shared/torch_api.h"
 #include "shared/trace_module.h"
 
 namespace {

@@ -1,4 +1,4 @@
-"""Calls of one op whose tensors lie against unmapped pages: run by test_guard_pages.py, as guarded_calls.py OP.
+"""Calls of ops whose tensors lie against unmapped pages: run by test_guard_pages.py, as guarded_calls.py OP...
 
 Prints each call before it is made, so that the last line names the one that did not come back. Results have to be those
 of the same call on ordinary memory. Sizes lie around vectors, tiles and blocks of every instruction set; every tensor,
@@ -209,15 +209,16 @@ def run(op: str, draw: Draw) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=500 * eps * max(1, size), equal_nan=True)
 
 
-def main(op: str) -> None:
+def main(ops: list[str]) -> None:
     torch.set_num_threads(3)
-    torch.manual_seed(0)
-    draw = Draw(op)
-    for dtype in DTYPES:
-        draw.dtype = dtype
-        for _ in range(CALLS):
-            run(op, draw)
+    for op in ops:
+        torch.manual_seed(0)
+        draw = Draw(op)
+        for dtype in DTYPES:
+            draw.dtype = dtype
+            for _ in range(CALLS):
+                run(op, draw)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -43,10 +43,13 @@ def logits(shape, classes, how, dtype):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("how", HOW)
 def test_cross_entropy(how, options, probabilities, dtype, pool):
+    # With each options every number of classes and every shape, but a third of their pairs: each pair, of every layout
+    # and dtype, meets others of the five.
+    part = OPTIONS.index(options)
     options = dict(options)
     weighted = options.pop("weight", False)
-    for classes in CLASSES:
-        for shape in SHAPES:
+    for i, classes in enumerate(CLASSES):
+        for shape in SHAPES[(part + i) % 3 :: 3]:
             x = logits(shape, classes, how, dtype)
             if probabilities:
                 target = arrange(probability_targets(*x.shape, dtype=dtype), how).requires_grad_()

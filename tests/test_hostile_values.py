@@ -133,7 +133,10 @@ def outputs_and_gradients(f, leaves):
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_patterns_of_cross_entropy(kind, layout, probabilities, dtype, kernels):
-    for v, options in itertools.product((5, 40, 2500), ({}, {"label_smoothing": 0.1}, {"logit_scale": 0.5})):
+    # Each width and each option, paired in another way for the next kind.
+    every = ({}, {"label_smoothing": 0.1}, {"logit_scale": 0.5})
+    for i, v in enumerate((5, 40, 2500)):
+        options = every[(i + KINDS.index(kind)) % 3]
         target = torch.randint(v, (3,))
         x = spiky(3, v, dtype=dtype)
         for r in (1, 2):
@@ -219,14 +222,17 @@ def off_by(value: Tensor, exact: float) -> float:
 @with_all_kernels
 @pytest.mark.parametrize("count", COUNTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_sums_of_equal_terms(count, dtype):
+def test_sums_of_equal_terms(count, dtype, kernels):
     # Each addition of equal terms may err to the same side, so that a plain sum's error grows with their number.
     row = torch.tensor([[0.1, 0.7, -0.3, 0.2, 1.3]], dtype=dtype)
     target = torch.zeros(count, dtype=torch.int64)
     for v in (5, 50):
+        # A mean is the sum, divided; and wide rows are slow where the CPU plays the GPU.
+        if v == 50 and count > 65535 and kernels != "cpu":
+            continue
         x = row.repeat(1, v // 5).expand(count, v)
         one = F.cross_entropy(x[:1].double(), target[:1]).item()
-        for mode, factor in (("mean", 1), ("sum", count)):
+        for mode, factor in (("mean", 1), ("sum", count))[v // 50 :]:
             assert off_by(regfast.cross_entropy(x, target, reduction=mode), factor * one) < 6
     tenth = torch.tensor(0.1, dtype=dtype)
     exact = tenth.double().item()

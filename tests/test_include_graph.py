@@ -18,6 +18,8 @@ TORCH = re.compile(r"(ATen|c10|torch|pybind11)/|Python\.h")
 # Included inside a target region; what else they need comes before it opens.
 INSIDE = re.compile(r".*\.inl\.h|cpu/isa/simd_\w+\.h")
 PRELUDE = "cpu/kernels/prelude.h"
+# torch's headers, which g++ finds precompiled only where they are a file's first include.
+PRECOMPILED = "shared/torch_api.h"
 
 
 class Graph:
@@ -27,9 +29,11 @@ class Graph:
         self.top = top
         self.own: dict[str, list[str]] = {}
         self.system: dict[str, list[str]] = {}
+        self.first: dict[str, str] = {}
         for path in sorted(p for p in top.rglob("*") if p.suffix in SOURCES):
             found = INCLUDE.findall(path.read_text())
             name = path.relative_to(top).as_posix()
+            self.first[name] = found[0][1] if found else ""
             self.own[name] = [what for mark, what in found if mark == '"']
             self.system[name] = [what for mark, what in found if mark == "<"]
 
@@ -122,6 +126,15 @@ def headers_opened_in_a_region(graph: Graph, plan) -> list[str]:
     return wrong
 
 
+def torch_that_is_not_precompiled(graph: Graph, plan) -> list[str]:
+    return [
+        f"{name} sees torch and includes {graph.first[name]} before {PRECOMPILED}"
+        for name in graph.own
+        if name.endswith(".cpp") and plan[room_of(name, plan)][0] and graph.first[name] != PRECOMPILED
+        if any(TORCH.match(header) for other in graph.reachable(name) for header in graph.system[other])
+    ]
+
+
 def needed_arrows(plan) -> list[tuple[str, str]]:
     """The plan's arrows that do not follow from others: those whose ends no other way connects."""
 
@@ -163,6 +176,7 @@ CHECKS = [
     circles_of_files_or_rooms,
     torch_below_its_side,
     headers_opened_in_a_region,
+    torch_that_is_not_precompiled,
 ]
 
 
@@ -185,6 +199,7 @@ def test_csrc_is_as_planned(check):
         (torch_below_its_side, "cuda/launch.h", '#include "shared/torch_api.h"', "cuda/softmax.cu sees <ATen/"),
         (headers_opened_in_a_region, "cpu/kernels/math.inl.h", "#include <cmath>", "includes <cmath>"),
         (headers_opened_in_a_region, "cpu/isa/simd_avx2.h", '#include "cpu/tuning.h"', "includes cpu/tuning.h"),
+        (torch_that_is_not_precompiled, "autograd/softmax.cpp", "#include <cmath>", "includes cmath before shared/"),
     ],
 )
 def test_a_fault_is_found(tmp_path, check, file, line, words):

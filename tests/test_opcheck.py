@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.library import opcheck
-from util import class_targets, lay_out, probability_targets, spiky
+from util import DTYPES, class_targets, lay_out, probability_targets, spiky
 
 import regfast
 
@@ -13,6 +13,10 @@ ops = torch.ops.regfast
 LOSS, LSE, ENTROPY, LOGPROB, ARGMAX = (1 << bit for bit in range(5))
 ACTIVATIONS = regfast._C.ACTIVATIONS
 gradients = pytest.mark.parametrize("requires_grad", [False, True], ids=["plain", "grad"])
+# Each activation with a dtype, and each dtype with an activation: what is checked does not depend on both at once.
+activations = pytest.mark.parametrize(
+    "activation, dtype", [(name, DTYPES[i % len(DTYPES)]) for i, name in enumerate(ACTIVATIONS)]
+)
 
 
 def cross_entropy_arguments(target, weight, mode, outputs, loss_dtype, softcap=None):
@@ -21,7 +25,7 @@ def cross_entropy_arguments(target, weight, mode, outputs, loss_dtype, softcap=N
 
 
 @gradients
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@activations
 def test_linear(activation, requires_grad, dtype):
     w, b = spiky(5, 7, dtype=dtype).requires_grad_(requires_grad), spiky(5, dtype=dtype).requires_grad_(requires_grad)
     for x, bias in ((spiky(4, 7, dtype=dtype), b), (lay_out(spiky(2, 3, 7, dtype=dtype), "strided"), None)):
@@ -29,7 +33,7 @@ def test_linear(activation, requires_grad, dtype):
 
 
 @gradients
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@activations
 def test_phm_linear(activation, requires_grad, dtype):
     a, s, b = (spiky(*shape, dtype=dtype).requires_grad_(requires_grad) for shape in ((2, 2, 2), (2, 5, 3), (10,)))
     for x, bias in ((spiky(4, 6, dtype=dtype), b), (lay_out(spiky(2, 3, 6, dtype=dtype), "strided"), None)):

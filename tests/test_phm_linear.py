@@ -27,9 +27,9 @@ SHAPES = [
     (9, 40, 24, 8),  # 72: beyond the dot products
     (5, 34, 66, 2),  # parts with tails
     (33, 48, 32, 16),  # n * n = 256 combinations
-    (6, 66, 33, 33),  # n beyond a group of dot products; one output to a part
     (70, 60, 100, 5),  # blocks of rows in a's gradient
 ]
+MANY_PARTS = (6, 66, 33, 33)  # n beyond a group of dot products; one output to a part
 LARGE = (1500, 512, 256, 4)  # 12 MB of mixed rows: chunks, with caches of up to 32 MB
 
 
@@ -69,6 +69,13 @@ def check_phm(x, a, s, b, activation="none", grads=None, what="", pool=None):
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
 def test_values_and_gradients(shape, bias, dtype, device):
     check_phm(*(t if t is None else t.detach().to(device).requires_grad_() for t in operands(*shape, dtype, bias)))
+
+
+@with_all_kernels
+def test_many_parts(dtype):
+    # Slow where the CPU plays the GPU, whose tiles of parts are smaller and have all orders of the threads above: one
+    # order, and a bias with two of the dtypes.
+    check_phm(*operands(*MANY_PARTS, dtype, bias=dtype in (torch.float32, torch.bfloat16)))
 
 
 def test_chunks_of_rows(dtype):

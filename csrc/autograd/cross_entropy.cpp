@@ -1,5 +1,7 @@
 // regfast::cross_entropy: saves input, target, class weights and two to five numbers per row, never probabilities, and
 // of a reduced loss the gradient itself, which the pass that gives the loss can write.
+#include "shared/torch_api.h"
+
 #include <atomic>
 
 #include "autograd/cross_entropy_options.h"
@@ -7,7 +9,6 @@
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "shared/op_checks.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

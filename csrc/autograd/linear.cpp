@@ -1,9 +1,10 @@
 // regfast::linear: saves the operands that a derivative needs and what the activation's derivative is computed from
 // (nothing, the output or the pre-activation); computes only the gradients that are asked for.
+#include "shared/torch_api.h"
+
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

@@ -1,12 +1,13 @@
 // regfast::linear_cross_entropy: a reduced loss has its gradients computed in forward, chunk by chunk while the logits
 // are there, and saves them; anything else saves its inputs alone and computes the logits again in backward, and so
 // does a reduced loss whose saved tensors are packed away.
+#include "shared/torch_api.h"
+
 #include "autograd/cross_entropy_options.h"
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "shared/op_checks.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

@@ -1,11 +1,12 @@
 // regfast::linear_nll: a reduced loss has its gradients computed in forward, while the residuals are there, and saves
 // them; a loss per element, or one whose saved tensors are packed away, saves its inputs alone and computes the
 // predictions again in backward.
+#include "shared/torch_api.h"
+
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "shared/op_checks.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

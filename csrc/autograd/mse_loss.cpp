@@ -1,8 +1,9 @@
 // regfast::mse_loss saves input and target; the residual is recomputed in backward.
+#include "shared/torch_api.h"
+
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

@@ -1,9 +1,10 @@
 // regfast::phm_linear: saves its operands and what the activation's derivative is computed from, never the weight that
 // they stand for; computes only the gradients that are asked for.
+#include "shared/torch_api.h"
+
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

@@ -1,8 +1,9 @@
 // regfast::softmax saves its output alone; regfast::logsumexp saves input and result.
+#include "shared/torch_api.h"
+
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

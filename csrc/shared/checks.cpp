@@ -1,4 +1,6 @@
 // See checks.h. Compiled once, as op_checks.cpp is.
+#include "shared/torch_api.h"
+
 #include "shared/checks.h"
 
 namespace rf {

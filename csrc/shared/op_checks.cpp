@@ -1,4 +1,6 @@
 // See op_checks.h. Compiled once: the words of the messages take longer to compile than the ops.
+#include "shared/torch_api.h"
+
 #include "shared/op_checks.h"
 
 namespace rf {

@@ -1,4 +1,6 @@
-// torch, as the ops of each device and the autograd files see it. trace.h, which it brings along, has the rest.
+// torch, as the ops of each device and the autograd files see it. trace.h, which it brings along, has the rest. It is
+// the first include of each .cpp that sees torch, since g++ takes a header that is compiled before (setup.py) only
+// there.
 #pragma once
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>

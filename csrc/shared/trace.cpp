@@ -1,3 +1,5 @@
+#include "shared/torch_api.h"
+
 #include "shared/trace.h"
 
 #include <cstdio>

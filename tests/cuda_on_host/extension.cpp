@@ -1,6 +1,8 @@
 // A Python module that lets the tests of the ops run the CUDA kernels: while it is enabled, calls with CPU tensors
 // reach csrc/cuda/ops in place of csrc/cpu/ops, and torch's CPU memory is the device's: each tensor a buffer of
 // its own, filled with NaNs.
+#include "shared/torch_api.h"
+
 #include <c10/core/CPUAllocator.h>
 #include <pybind11/pybind11.h>
 #include <torch/library.h>

@@ -1,4 +1,6 @@
 // cross_entropy on the CPU: tensors to plain structs and allocation.
+#include "shared/torch_api.h"
+
 #include "cpu/drivers/drivers.h"
 #include "cpu/ops/ordered_sum.h"
 #include "cpu/ops/outputs.h"

@@ -1,4 +1,6 @@
 // linear on the CPU: tensors to plain structs and allocation; products are regfast's or ATen's.
+#include "shared/torch_api.h"
+
 #include "cpu/drivers/drivers.h"
 #include "cpu/ops/activation_gradient.h"
 #include "cpu/ops/outputs.h"

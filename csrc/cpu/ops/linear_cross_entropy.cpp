@@ -1,6 +1,8 @@
 // linear_cross_entropy on the CPU. A chunk of rows at a time: their logits into one panel that is used again and again,
 // the panel turned into loss and gradient in place, the gradient multiplied into dX and dW, whose sums over the chunks
 // stay in the accumulator's type. Nothing else has the size of the logits.
+#include "shared/torch_api.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -1,6 +1,8 @@
 // linear_nll on the CPU. A chunk of rows at a time: their predictions into one panel that is used again and again, the
 // panel turned into losses and slopes in place, the slopes multiplied into dX and dW, whose sums over the chunks stay
 // in the accumulator's type. A few outputs take one pass over x instead, and no panel.
+#include "shared/torch_api.h"
+
 #include <algorithm>
 #include <cmath>
 #include <vector>

@@ -1,4 +1,6 @@
 // mse_loss on the CPU: tensors to plain structs and allocation.
+#include "shared/torch_api.h"
+
 #include "cpu/drivers/drivers.h"
 #include "cpu/ops/outputs.h"
 #include "cpu/ops/traced.h"

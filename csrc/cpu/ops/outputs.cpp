@@ -1,4 +1,6 @@
 // Memory of large results, behind the interface that storages of torch have: they may be resized and moved.
+#include "shared/torch_api.h"
+
 #include "cpu/ops/outputs.h"
 
 #include <ATen/EmptyTensor.h>

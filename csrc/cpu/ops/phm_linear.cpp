@@ -8,6 +8,8 @@
 // For many rows, whose Z would be the larger, W is made an n-th at a time, as large as S: the rows of outputs u for
 // products with x, the columns of inputs p for those with the output's gradient. W's own gradient, an n-th at a time
 // too, is contracted with a and s.
+#include "shared/torch_api.h"
+
 #include "cpu/drivers/gemm_packed.h"
 #include "cpu/ops/activation_gradient.h"
 #include "cpu/ops/outputs.h"
@@ -17,7 +19,6 @@
 #include "shared/layouts.h"
 #include "shared/op_checks.h"
 #include "shared/phm_linear_tensors.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 namespace {

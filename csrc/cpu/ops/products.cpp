@@ -1,6 +1,8 @@
 // torch's own products on the CPU, aten::mm, addmm, bmm and baddbmm, by our GEMM: kernels that are put in the place of
 // ATen's in torch's dispatcher, and taken out again, by accelerate(products=True). What is not ours, by its type, by
 // its size or by tuning.h's table, goes on to ATen's kernels.
+#include "shared/torch_api.h"
+
 #include "cpu/ops/products.h"
 
 #include <ATen/ExpandUtils.h>

@@ -1,4 +1,6 @@
 // softmax, log_softmax and logsumexp on the CPU.
+#include "shared/torch_api.h"
+
 #include "cpu/drivers/drivers.h"
 #include "cpu/ops/outputs.h"
 #include "cpu/ops/traced.h"

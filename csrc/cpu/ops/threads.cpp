@@ -1,8 +1,9 @@
 // The threads that platform.h asks for are torch's.
+#include "shared/torch_api.h"
+
 #include <torch/csrc/stable/c/shim.h>
 
 #include "cpu/platform.h"
-#include "shared/torch_api.h"
 
 namespace rf {
 

@@ -1,5 +1,7 @@
 // cross_entropy on a CUDA device: tensors to plain structs, allocation, the current stream. Nothing here waits for the
 // device.
+#include "shared/torch_api.h"
+
 #include "cuda/ops/ops.h"
 #include "shared/cross_entropy_tensors.h"
 #include "shared/op_checks.h"

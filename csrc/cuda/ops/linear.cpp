@@ -1,5 +1,7 @@
 // linear on a CUDA device, and the products of the ops that are made of it: tensors to plain structs, allocation, the
 // current stream. Nothing here waits for the device.
+#include "shared/torch_api.h"
+
 #include "cuda/ops/ops.h"
 #include "shared/layouts.h"
 #include "shared/op_checks.h"

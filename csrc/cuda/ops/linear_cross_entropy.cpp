@@ -2,6 +2,8 @@
 // again and again, the panel turned into its gradient in place, the gradient multiplied into dX and dW, whose sums over
 // the chunks stay in the accumulator's type. Nothing here waits for the device, so ignored rows are multiplied like the
 // others: to gather the rest, the host would have to know how many there are.
+#include "shared/torch_api.h"
+
 #include "cuda/ops/ops.h"
 #include "shared/chunks.h"
 #include "shared/cross_entropy_tensors.h"

@@ -2,6 +2,8 @@
 // in their place, or beside them in a half type, the slopes multiplied into dX and dW, whose sums over the chunks stay
 // in the accumulator's type. Products of half types stay in float32 until then: what is left over of a prediction may
 // be less than its last digit. Nothing here waits for the device.
+#include "shared/torch_api.h"
+
 #include <cmath>
 
 #include "cuda/ops/ops.h"

@@ -1,4 +1,6 @@
 // mse_loss on a CUDA device: tensors to plain structs and allocation.
+#include "shared/torch_api.h"
+
 #include "cuda/ops/ops.h"
 #include "shared/layouts.h"
 #include "shared/op_checks.h"

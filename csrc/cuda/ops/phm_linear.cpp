@@ -1,6 +1,8 @@
 // phm_linear on CUDA, as csrc/cpu/ops/phm_linear.cpp has it: a chunk of rows is mixed, in their own type for the tensor
 // cores, and multiplied by S; backward multiplies the output's gradient by S, in the accumulator's type, and by the
 // mixed rows. W is never stored. Products are ATen's; nothing here waits for the device.
+#include "shared/torch_api.h"
+
 #include "cuda/ops/ops.h"
 #include "cuda/tuning.h"
 #include "shared/op_checks.h"

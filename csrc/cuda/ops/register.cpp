@@ -1,4 +1,6 @@
 // Every op of a CUDA device, and whether its kernels are used.
+#include "shared/torch_api.h"
+
 #include <cstdlib>
 #include <cstring>
 

@@ -1,4 +1,6 @@
 // softmax, log_softmax and logsumexp on a CUDA device.
+#include "shared/torch_api.h"
+
 #include "cuda/ops/ops.h"
 #include "shared/softmax_ops.h"
 
