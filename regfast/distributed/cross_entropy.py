@@ -71,11 +71,8 @@ def mean_of(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count == 0, torch.nan, total / count)
 
 
-def reduced(losses: Tensor, counts: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    """The losses of rows as the caller wants them."""
-    if reduction == "none":
-        return losses
-    total = losses.sum(dtype=torch.float64)
+def reduced(total: Tensor, counts: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
+    """The sum of the losses as the caller wants it."""
     if reduction == "sum":
         return total
     return mean_of(total, counts.sum(dtype=torch.float64)) if normalizer is None else total / normalizer
@@ -211,12 +208,12 @@ def vocab_parallel_cross_entropy(
             not fit, or are not the same on all ranks; and where a collective fails or reaches the group's timeout.
         NotImplementedError: for second derivatives, forward mode, torch.func, and devices without our kernels.
 
-    Sent for each row, in float32 (float64 for float64): its maximum; then the sum of exponentials and, if loss or logprob
-    is wanted, the logit of the target: 4 and 8 bytes of float32. One number more for each of class weights, entropy,
-    logprob beside a loss that is smoothed or weighted, and probabilities (two with logprob). argmax widens the maximum
-    to 8 bytes, and of float64 takes a third collective of 8. Each message ends in a few numbers for each rank, which
-    tell how many classes it has, whether it makes the same call, and whether its targets are classes. On a GPU the host
-    waits for them.
+    Sent for each row, in float32 (float64 for float64): its maximum; then the sum of exponentials and, if loss or
+    logprob is wanted, the logit of the target: 4 and 8 bytes of float32. One number more for each of class weights,
+    entropy, logprob beside a loss that is smoothed or weighted, and probabilities (two with logprob). argmax widens the
+    maximum to 8 bytes, and of float64 takes a third collective of 8. Each message ends in a few numbers for each rank,
+    which tell how many classes it has, whether it makes the same call, and whether its targets are classes. On a GPU
+    the host waits for them.
 
     Saved for backward: input, probabilities and weight, and per row the statistics of the whole row, its class here and
     the weight of it. Nothing of input's size is allocated but its gradient. Compiled code breaks its graph here.
@@ -245,7 +242,12 @@ def vocab_parallel_cross_entropy(
             "whose data its gradient would replace"
         )
     options = Options(
-        kinds.integer(_OP, "ignore_index", ignore_index), label_smoothing, z_loss, softcap, logit_scale, frozenset(names)
+        kinds.integer(_OP, "ignore_index", ignore_index),
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+        frozenset(names),
     )
     of_group = Group(_OP, group)
     whole = tuple("classes" if d == dim else size for d, size in enumerate(input.shape))
@@ -254,10 +256,12 @@ def vocab_parallel_cross_entropy(
     types = result_types(input, target, weight)
     logits, target = in_one_type(input, target, weight)
     *tensors, counts = _Rows.apply(logits, target, weight, of_group, options, call, inplace_backward)
-    if "loss" in names:
-        tensors[0] = reduced(tensors[0], counts, reduction, normalizer)
+    if "loss" in names and reduction != "none":
+        tensors[0] = reduced(tensors[0].sum(dtype=torch.float64), counts, reduction, normalizer)
     loss_dtype = kinds.dtype(_OP, "loss_dtype", loss_dtype)
-    tensors = [t if name == "argmax" else t.to(loss_dtype or types[name]) for name, t in zip(names, tensors, strict=True)]
+    tensors = [
+        t if name == "argmax" else t.to(loss_dtype or types[name]) for name, t in zip(names, tensors, strict=True)
+    ]
     return tensors[0] if result is None else result(*(tensors[i] for i in places))
 
 

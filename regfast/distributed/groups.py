@@ -11,6 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Their names since torch 2.13, which warns of the former ones.
+_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # Messages carry counts as digits, each of which float32 holds exactly.
 _BASE = 1 << 20
 
@@ -34,7 +38,7 @@ class Group:
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise RuntimeError(
-                f"regfast.{op}: group: expected one that this process is in, got one without global rank {dist.get_rank()}"
+                f"regfast.{op}: group: expected one that this process is in, got one without rank {dist.get_rank()}"
             )
 
     def names(self, ranks: list[int]) -> str:
@@ -69,16 +73,12 @@ class Group:
         """The rows of all ranks, as many on each, in the order of ranks."""
         whole = rows.new_empty((self.size * rows.shape[0], *rows.shape[1:]))
         rows = rows.contiguous()
-        return self._start(
-            what, lambda: (dist.all_gather_into_tensor(whole, rows, group=self.group, async_op=True), whole)
-        )
+        return self._start(what, lambda: (_gather(whole, rows, group=self.group, async_op=True), whole))
 
     def scatter_rows(self, rows: Tensor, what: str) -> Callable[[], Tensor]:
         """Of the sum of all ranks' rows, this rank's part."""
         part = rows.new_empty((rows.shape[0] // self.size, *rows.shape[1:]))
-        return self._start(
-            what, lambda: (dist.reduce_scatter_tensor(part, rows, group=self.group, async_op=True), part)
-        )
+        return self._start(what, lambda: (_reduce_scatter(part, rows, group=self.group, async_op=True), part))
 
     def compare(self, call: dict[str, object]) -> None:
         """With TORCH_DISTRIBUTED_DEBUG=DETAIL, an error on every rank that says how the calls of two ranks differ."""

@@ -330,7 +330,9 @@ def slice_gradient(
     stats = saved.stats
     if probabilities is None:
         # Of each row its class's weight of p - [class], wherever that class is.
-        hot = zero if loss is None else (1 - smoothing) * loss * (1 if saved.class_weight is None else saved.class_weight)
+        hot = (
+            zero if loss is None else (1 - smoothing) * loss * (1 if saved.class_weight is None else saved.class_weight)
+        )
         if logprob is not None:
             hot = hot - torch.where(saved.valid, logprob, 0)
         mine = saved.classes >= 0
