@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import kinds
 from .._extension import not_a_tensor, reduction_number
 from ..outputs import LOSS, select_outputs
-from ..reference import HALF, OUTPUTS, _autocast
+from ..reference import HALF, OUTPUTS, divided, require_normalizer, result_types
 from .groups import Group, Vocabulary, refuse_second_derivatives, refuse_transforms, require_kernels
 from .slices import Options, Saved, Slice, class_dim, row_shape, slice_gradient
 
@@ -75,20 +75,7 @@ def reduced(total: Tensor, counts: Tensor, reduction: str, normalizer: float | T
     """The sum of the losses as the caller wants it."""
     if reduction == "sum":
         return total
-    return mean_of(total, counts.sum(dtype=torch.float64)) if normalizer is None else total / normalizer
-
-
-def require_normalizer(op: str, normalizer: float | Tensor | None, reduction: str) -> None:
-    """A sum is divided by it, and nothing else."""
-    if normalizer is None:
-        return
-    number = isinstance(normalizer, (int, float)) and not isinstance(normalizer, bool)
-    if not number and not isinstance(normalizer, Tensor):
-        raise TypeError(f"regfast.{op}: normalizer: expected a number or a Tensor, got {type(normalizer).__name__}")
-    if isinstance(normalizer, Tensor) and normalizer.numel() != 1:
-        raise RuntimeError(f"regfast.{op}: normalizer: expected one number, got shape {tuple(normalizer.shape)}")
-    if reduction != "mean":
-        raise ValueError(f"regfast.{op}: normalizer: expected None unless reduction is mean, got {normalizer!r}")
+    return mean_of(total, counts.sum(dtype=torch.float64)) if normalizer is None else divided(total, normalizer)
 
 
 def require_options(op: str, smoothing: float, softcap: float | None) -> None:
@@ -141,16 +128,6 @@ def debug_call(target: Tensor, call: dict[str, object], like: Tensor) -> dict[st
         return call
     place = torch.arange(1, target.numel() + 1, device=target.device)
     return {**call, "classes of target, a checksum": int((target.reshape(-1).long() * place).sum())}
-
-
-def result_types(input: Tensor, target: Tensor, weight: Tensor | None) -> dict[str, torch.dtype]:
-    """As cross_entropy's: input's, float32 at least under autocast, wider with wider probabilities or their weights."""
-    row = torch.promote_types(input.dtype, torch.float32) if _autocast(input) else input.dtype
-    loss = row
-    if target.is_floating_point():
-        loss = torch.promote_types(row, target.dtype)
-        loss = loss if weight is None else torch.promote_types(loss, weight.dtype)
-    return {"loss": loss, "logprob": loss, "lse": row, "entropy": row}
 
 
 def in_one_type(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -224,7 +201,8 @@ def vocab_parallel_cross_entropy(
     reduction_number(_OP, reduction)
     bits, result, places = select_outputs(_OP, outputs)
     names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
-    require_normalizer(_OP, normalizer, reduction)
+    if normalizer is not None:
+        require_normalizer(_OP, normalizer, reduction)
     require_options(_OP, label_smoothing, softcap)
     refuse_transforms(_OP, input, target, weight)
     if input.dtype not in FLOATING or input.dim() == 0:

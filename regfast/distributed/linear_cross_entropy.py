@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .. import kinds
 from .._extension import not_a_tensor, reduction_number
 from ..outputs import LOSS, select_outputs
-from ..reference import OUTPUTS, _autocast
+from ..reference import OUTPUTS, _autocast, require_normalizer, result_types
 from .cross_entropy import (
     FLOATING,
     bad_targets,
@@ -22,10 +22,8 @@ from .cross_entropy import (
     debug_call,
     reduced,
     require_class_weight,
-    require_normalizer,
     require_options,
     require_target,
-    result_types,
     row_weights,
 )
 from .groups import Group, Vocabulary, refuse_second_derivatives, refuse_transforms, require_kernels
@@ -401,7 +399,8 @@ def vocab_parallel_linear_cross_entropy(
     reduction_number(_OP, reduction)
     bits, result, output_places = select_outputs(_OP, outputs)
     names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
-    require_normalizer(_OP, normalizer, reduction)
+    if normalizer is not None:
+        require_normalizer(_OP, normalizer, reduction)
     require_options(_OP, label_smoothing, softcap)
     refuse_transforms(_OP, input, linear_weight, linear_bias, target, weight)
     if memory_budget is not None and memory_budget <= 0:
