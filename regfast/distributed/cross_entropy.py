@@ -9,7 +9,7 @@ from .. import kinds
 from .._extension import not_a_tensor, reduction_number
 from ..outputs import LOSS, select_outputs
 from ..reference import HALF, OUTPUTS, divided, require_normalizer, result_types
-from .groups import Group, Vocabulary, refuse_second_derivatives, refuse_transforms, require_kernels
+from .groups import Group, Vocabulary, outside_of_graphs, refuse_second_derivatives, refuse_transforms, require_kernels
 from .slices import Options, Saved, Slice, class_dim, row_shape, slice_gradient
 
 _OP = "vocab_parallel_cross_entropy"
@@ -140,7 +140,7 @@ def in_one_type(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[T
     return input.to(wide), target.to(wide)
 
 
-@torch._disable_dynamo
+@outside_of_graphs
 def vocab_parallel_cross_entropy(
     input: Tensor,
     target: Tensor,

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from functools import wraps
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 # Their names since torch 2.13, which warns of the former ones.
 _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -167,9 +169,25 @@ def refuse_second_derivatives(op: str) -> None:
 
 def require_kernels(op: str, logits: Tensor) -> None:
     """The kernels of slices have no composite in plain torch."""
-    kind = logits.device.type.upper()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("regfast::cross_entropy_backward", kind):
+    kind = logits.device.type
+    if kind == "cuda":
+        has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("regfast::cross_entropy_backward", "CUDA")
+    else:
+        has_kernels = kind == "cpu"
+    if not has_kernels:
         raise NotImplementedError(
             f"regfast.{op}: input: expected a device with kernels of regfast, a CPU or with REGFAST_CUDA_KERNELS=1 a "
             f"CUDA device, got {logits.device}"
         )
+
+
+def outside_of_graphs(function: Callable) -> Callable:
+    """Compilers break their graph at a call, which waits for what other processes say. torch.compiler.disable does no
+    more, but takes seconds to be imported by programs that compile nothing."""
+    disabled = torch._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        return (disabled if is_dynamo_compiling() else function)(*args, **kwargs)
+
+    return call

@@ -26,7 +26,7 @@ from .cross_entropy import (
     require_target,
     row_weights,
 )
-from .groups import Group, Vocabulary, refuse_second_derivatives, refuse_transforms, require_kernels
+from .groups import Group, Vocabulary, outside_of_graphs, refuse_second_derivatives, refuse_transforms, require_kernels
 from .slices import Options, Saved, Slice, slice_gradient, sum_type
 
 _OP = "vocab_parallel_linear_cross_entropy"
@@ -219,7 +219,11 @@ class _SumOfLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, bias, p: _Problem, wants: tuple[bool, ...]):
         results, _, counts, g = _forward(p, wants)
-        ctx.save_for_backward(g.x, g.w, None if g.bias is None else g.bias.to(p.type))
+        # Without a row that counts, the mean has NaN for an upstream gradient, and every gradient is 0.
+        counted = torch.ones((), dtype=torch.bool, device=x.device)
+        if not p.target.is_floating_point():
+            counted = (p.target != p.options.ignore_index).any()
+        ctx.save_for_backward(counted, g.x, g.w, None if g.bias is None else g.bias.to(p.type))
         ctx.types, ctx.op = [None if t is None else t.dtype for t in (x, w, bias)], p.group.op
         ctx.set_materialize_grads(False)
         outputs = [r.sum(dtype=torch.float64) if name == "loss" else r for name, r in results.items()]
@@ -232,8 +236,10 @@ class _SumOfLosses(torch.autograd.Function):
         if grad is None:
             return None, None, None, None, None
         once = not torch._C._autograd._get_current_graph_task_keep_graph()
+        counted, *gradients = ctx.saved_tensors
+        grad = torch.where(counted, grad, 0)
         result = []
-        for saved, type in zip(ctx.saved_tensors, ctx.types, strict=True):
+        for saved, type in zip(gradients, ctx.types, strict=True):
             if saved is None:
                 result.append(None)
                 continue
@@ -338,7 +344,7 @@ def _saved_tensors_are_packed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
-@torch._disable_dynamo
+@outside_of_graphs
 def vocab_parallel_linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
