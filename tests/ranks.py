@@ -39,7 +39,8 @@ class Ranks:
             self.pipes.append(here)
             self.processes.append(process)
 
-    def __call__(self, function: Callable, *arguments: object) -> list:
+    def ask(self, function: Callable, *arguments: object) -> list[tuple[bool, object]]:
+        """Of each rank whether it went well, and the result or what went wrong."""
         if not self.processes:
             self._start()
         for pipe in self.pipes:
@@ -52,7 +53,12 @@ class Ranks:
                 answers.append((False, f"rank {rank} has died"))
         if not all(well for well, _ in answers):
             self.close()
-            wrong = [f"rank {rank}: {text}" for rank, (well, text) in enumerate(answers) if not well]
+        return answers
+
+    def __call__(self, function: Callable, *arguments: object) -> list:
+        answers = self.ask(function, *arguments)
+        wrong = [f"rank {rank}: {text}" for rank, (well, text) in enumerate(answers) if not well]
+        if wrong:
             raise AssertionError("\n".join(wrong))
         return [result for _, result in answers]
 

@@ -453,7 +453,8 @@ def vocab_parallel_linear_cross_entropy(
     }
     call = call_of(input, tuple(input.shape), target, weight, options, **further)
     of_group.compare(debug_call(target, call, x))
-    header = of_group.header(classes, call, x.new_empty(0, dtype=sum_type(x.dtype)))
+    # Of one size and dtype whatever the call is, so that calls which differ can be told apart.
+    header = of_group.header(classes, call, x.new_empty(0, dtype=torch.float64))
     header = of_group.reduce(header, dist.ReduceOp.MAX, "all_reduce of sizes")
     vocabulary = of_group.read_header(header())
     if vocabulary.total == 0:
