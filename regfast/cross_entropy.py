@@ -11,6 +11,7 @@ from torch.jit import is_scripting
 from torch.nn import _reduction
 
 from . import _C, kinds
+from ._dtensor import is_sharded
 from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
 from .outputs import LOSS, LOSS_BIT, require_one_for_scripts, select_outputs
 from .reference import normalized
@@ -125,6 +126,24 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if is_sharded(input):
+        from .distributed import dtensor
+
+        return dtensor.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=outputs,
+            inplace_backward=inplace_backward,
+            loss_dtype=loss_dtype,
+            normalizer=normalizer,
+        )
     if normalizer is not None:
         options = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
         call = partial(

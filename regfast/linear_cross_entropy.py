@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import _C, kinds
+from ._dtensor import is_sharded
 from ._extension import REDUCTION_NUMBERS, are_tensors, reduction_number, refuse_scripts, without_tensors
 from .cross_entropy import cross_entropy
 from .linear import is_product
@@ -147,6 +148,27 @@ def linear_cross_entropy(
             options=options,
             normalizer=normalizer,
         )
+    if is_sharded(input, linear_weight):
+        from .distributed import dtensor
+
+        return dtensor.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=outputs,
+            memory_budget=memory_budget,
+            filter_eps=filter_eps,
+            loss_dtype=loss_dtype,
+            normalizer=normalizer,
+        )
     if normalizer is not None:
         given = {
             "linear_bias": linear_bias,
@@ -264,7 +286,8 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
 
     def forward(self, input: Tensor, target: Tensor):
         shape = (self.num_classes, *self.out_features)
-        if not is_product(self.linear):
+        # What parallelize_module hooks to a layer would gather its logits, or leave each rank with its own.
+        if not is_product(self.linear) and not is_sharded(self.linear.weight):
             rows, classes, batch = as_batch(input, self.num_classes, target)
             result = self._of_logits(self.linear(rows).unflatten(-1, shape), classes)
             if batch is None:

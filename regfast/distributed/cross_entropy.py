@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import kinds
@@ -71,11 +74,18 @@ def mean_of(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count == 0, torch.nan, total / count)
 
 
-def reduced(total: Tensor, counts: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    """The sum of the losses as the caller wants it."""
+def reduced(
+    total: Tensor, counts: Tensor, reduction: str, normalizer: float | Tensor | None, row_groups: Sequence[object]
+) -> Tensor:
+    """The sum of the losses as the caller wants it; the rows of a mean are those of all ranks of these groups."""
     if reduction == "sum":
         return total
-    return mean_of(total, counts.sum(dtype=torch.float64)) if normalizer is None else divided(total, normalizer)
+    if normalizer is not None:
+        return divided(total, normalizer)
+    count = counts.sum(dtype=torch.float64)
+    for group in row_groups:
+        dist.all_reduce(count, group=group)
+    return mean_of(total, count)
 
 
 def require_options(op: str, smoothing: float, softcap: float | None) -> None:
@@ -124,7 +134,7 @@ def call_of(
 
 def debug_call(target: Tensor, call: dict[str, object], like: Tensor) -> dict[str, object]:
     """And the classes themselves, where debug mode compares all."""
-    if target.is_floating_point() or torch.distributed.get_debug_level() != torch.distributed.DebugLevel.DETAIL:
+    if target.is_floating_point() or dist.get_debug_level() != dist.DebugLevel.DETAIL:
         return call
     place = torch.arange(1, target.numel() + 1, device=target.device)
     return {**call, "classes of target, a checksum": int((target.reshape(-1).long() * place).sum())}
@@ -195,6 +205,44 @@ def vocab_parallel_cross_entropy(
     Saved for backward: input, probabilities and weight, and per row the statistics of the whole row, its class here and
     the weight of it. Nothing of input's size is allocated but its gradient. Compiled code breaks its graph here.
     """
+    return losses_of_slices(
+        input,
+        target,
+        weight,
+        group=group,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        outputs=outputs,
+        inplace_backward=inplace_backward,
+        loss_dtype=loss_dtype,
+        normalizer=normalizer,
+    )
+
+
+def losses_of_slices(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    group: object,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    outputs: str | tuple[str, ...],
+    inplace_backward: bool,
+    loss_dtype: torch.dtype | None,
+    normalizer: float | Tensor | None,
+    row_groups: Sequence[object] = (),
+):
+    """:func:`vocab_parallel_cross_entropy` of a part of the rows, of which each rank of ``row_groups`` has another: a
+    mean is this part's share of that over all."""
     for name, value in {"input": input, "target": target}.items():
         if not isinstance(value, Tensor):
             raise not_a_tensor(_OP, **{name: value})
@@ -235,7 +283,7 @@ def vocab_parallel_cross_entropy(
     logits, target = in_one_type(input, target, weight)
     *tensors, counts = _Rows.apply(logits, target, weight, of_group, options, call, inplace_backward)
     if "loss" in names and reduction != "none":
-        tensors[0] = reduced(tensors[0].sum(dtype=torch.float64), counts, reduction, normalizer)
+        tensors[0] = reduced(tensors[0].sum(dtype=torch.float64), counts, reduction, normalizer, row_groups)
     loss_dtype = kinds.dtype(_OP, "loss_dtype", loss_dtype)
     tensors = [
         t if name == "argmax" else t.to(loss_dtype or types[name]) for name, t in zip(names, tensors, strict=True)

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-# Their names since torch 2.13, which warns of the former ones.
-_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+# Their names since torch 2.13, which warns of the former ones; builds without torch.distributed have neither.
+_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
 # Messages carry counts as digits, each of which float32 holds exactly.
 _BASE = 1 << 20

@@ -4,7 +4,7 @@ rows: while one chunk's statistics travel, the next one's logits and the last on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -399,6 +399,50 @@ def vocab_parallel_linear_cross_entropy(
     weight is converted a few classes at a time. Beside the messages of :func:`vocab_parallel_cross_entropy`, whose
     header goes ahead once for all chunks, dX is all that is sent.
     """
+    return losses_of_slices(
+        input,
+        linear_weight,
+        target,
+        group=group,
+        linear_bias=linear_bias,
+        weight=weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        outputs=outputs,
+        memory_budget=memory_budget,
+        loss_dtype=loss_dtype,
+        sequence_parallel=sequence_parallel,
+        normalizer=normalizer,
+    )
+
+
+def losses_of_slices(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    group: object,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    outputs: str | tuple[str, ...],
+    memory_budget: int | None,
+    loss_dtype: torch.dtype | None,
+    sequence_parallel: bool,
+    normalizer: float | Tensor | None,
+    row_groups: Sequence[object] = (),
+):
+    """:func:`vocab_parallel_linear_cross_entropy` of a part of the rows, of which each rank of ``row_groups`` has
+    another: a mean is this part's share of that over all."""
     for name, value in {"input": input, "linear_weight": linear_weight, "target": target}.items():
         if not isinstance(value, Tensor):
             raise not_a_tensor(_OP, **{name: value})
@@ -470,7 +514,7 @@ def vocab_parallel_linear_cross_entropy(
         *tensors, counts = _Rows.apply(x, w, bias, target, p)
         total = tensors[0].sum(dtype=torch.float64) if "loss" in names and reduction != "none" else None
     if total is not None:
-        tensors[0] = reduced(total, counts, reduction, normalizer)
+        tensors[0] = reduced(total, counts, reduction, normalizer, row_groups)
     tensors = [t if t.dim() == 0 else t.reshape(rows_shape) for t in tensors]
     loss_dtype = kinds.dtype(_OP, "loss_dtype", loss_dtype)
     tensors = [
