@@ -2,15 +2,17 @@
 
 import itertools
 import random
+import re
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import ranks as here
 import torch
 import torch.distributed as dist
-from util import INF, NAN, assert_as_good, class_targets, lay_out, probability_targets, spiky
+from util import INF, NAN, assert_as_good, class_targets, lay_out, measures_memory, probability_targets, spiky
 
 import regfast
 from regfast import reference
@@ -238,6 +240,45 @@ def traffic_case() -> None:
         loss.backward()
     assert {name for name, _ in sent} == {"all_reduce"}
     assert sum(nbytes for _, nbytes in sent) // rows == 4 + 8 + 4 * features, sent
+
+
+def sequence_parallel_traffic_case() -> None:
+    """Input is gathered once, dX scattered: each rank gives and gets parts."""
+    rows, features, classes = 256, 8, 32
+    hidden, weight = leaf(torch.randn(rows // 4, features)), leaf(torch.randn(classes, features))
+    with counted() as sent:
+        loss = vocab_parallel_linear_cross_entropy(
+            hidden, weight, class_targets((rows,), 4 * classes), memory_budget=1, sequence_parallel=True
+        )
+        loss.backward()
+    of_each = {name: sum(nbytes for n, nbytes in sent if n == name) for name, _ in sent}
+    assert of_each.keys() == {"all_reduce", "_gather", "_reduce_scatter"}
+    # What the collectives write: all rows of input, and this rank's of dX.
+    assert of_each["_gather"] == 4 * features * rows and of_each["_reduce_scatter"] == 4 * features * rows // 4
+
+
+def resident(key: str) -> int:
+    return 1024 * int(re.search(rf"{key}:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def memory_case() -> None:
+    """Nothing of the size of a rank's logits beyond their gradient, and not even that where they are multiplied."""
+    group = here.groups[4]
+    classes, target = 16384, class_targets((256,), 4 * 16384)
+    logits = torch.randn(256, classes)
+    hidden, weight = torch.randn(256, 16), torch.randn(classes, 16)
+    for call, inputs, most in (
+        (vocab_parallel_cross_entropy, [logits], 1.25),
+        (partial(vocab_parallel_linear_cross_entropy, memory_budget=1 << 20), [hidden, weight], 0.4),
+    ):
+        for count in (16, 256):  # once for what a first call loads
+            leaves = [leaf(inputs[0][:count]), *map(leaf, inputs[1:])]
+            regfast.memory.release()
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again from here
+            before = resident("VmRSS")
+            call(*leaves, target[:count], group=group, label_smoothing=0.1, z_loss=0.1).backward()
+            peak = resident("VmHWM") - before
+        assert peak < most * logits.nbytes, (peak, logits.nbytes)
 
 
 def hostile_cases() -> None:
@@ -471,6 +512,8 @@ def error_cases() -> None:
     raises(RuntimeError, linear(w=weight.double()), "linear_weight", "float32", "float64")
     raises(RuntimeError, linear(linear_bias=torch.ones(4)), "linear_bias", "(5,)", "(4,)")
     raises(ValueError, linear(memory_budget=0), "memory_budget", "0")
+    raises(RuntimeError, linear(sequence_parallel=True), "target", "(24,)", "(6,)")
+    raises(RuntimeError, linear(hidden[0], sequence_parallel=True, target=target[0]), "one row")
     raises(RuntimeError, logits(x[:, :0]), "a class on some rank")
     raises(RuntimeError, linear(w=weight[:0]), "a class on some rank")
     if rank:
@@ -540,10 +583,25 @@ def test_linear(ranks, size):
 
 @pytest.mark.parametrize(
     "case",
-    [traffic_case, hostile_cases, half_cases, options_cases, compiled_case, kernels_case, error_cases, mesh_case],
+    [
+        traffic_case,
+        sequence_parallel_traffic_case,
+        hostile_cases,
+        half_cases,
+        options_cases,
+        compiled_case,
+        kernels_case,
+        error_cases,
+        mesh_case,
+    ],
 )
 def test_on_four_ranks(ranks, case):
     ranks(case)
+
+
+@measures_memory
+def test_memory(ranks):
+    ranks(memory_case)
 
 
 def test_bits_are_the_same_on_all_ranks(ranks):

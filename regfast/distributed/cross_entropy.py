@@ -277,7 +277,7 @@ def losses_of_slices(
     )
     of_group = Group(_OP, group)
     whole = tuple("classes" if d == dim else size for d, size in enumerate(input.shape))
-    call = call_of(input, whole, target, weight, options)
+    call = call_of(input, whole, target, weight, options, reduction=reduction)
     of_group.compare(debug_call(target, call, input))
     types = result_types(input, target, weight)
     logits, target = in_one_type(input, target, weight)

@@ -489,6 +489,7 @@ def losses_of_slices(
     one_pass = one_pass and any(wants) and not wants[3] and not _saved_tensors_are_packed()
     budget = memory_budget or _default_budget()
     further = {
+        "reduction": reduction,
         "memory_budget": budget,
         "sequence_parallel": sequence_parallel,
         "rows that take part": len(target) if kept is None else len(kept),
