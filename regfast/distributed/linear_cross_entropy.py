@@ -116,6 +116,9 @@ class _Problem:
             dx.addmm_(g[:, place], w)
         return dx
 
+    def add_weight_gradient(self, g: Tensor, x: Tensor, dw: Tensor) -> None:
+        dw.addmm_(g.t(), x.to(self.type))
+
 
 class _Gradients:
     """Gradients of a call, to which each chunk adds."""
@@ -142,7 +145,7 @@ class _Gradients:
             else:
                 waits = p.group.reduce(dx, dist.ReduceOp.SUM, "all_reduce of the gradient of input")
         if self.w is not None:
-            self.w.addmm_(g.t(), x.to(p.type))
+            p.add_weight_gradient(g, x, self.w)
         if self.bias is not None:
             self.bias += g.sum(0, dtype=torch.float64)
         places = p.places(begin, end)
