@@ -24,8 +24,7 @@ _NONE, _MEAN, _SUM = range(3)  # torch's numbers of reductions
 def is_sharded(*tensors: object) -> bool:
     """Whether a cross-entropy of these is :mod:`regfast.distributed.dtensor`'s: one of them is a DTensor, of which each
     process has a part. Compilers trace the ops, whose rules are below."""
-    module = sys.modules.get(_MODULE)
-    if module is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (module := sys.modules.get(_MODULE)) is None:
         return False
     return any(isinstance(t, module.DTensor) and any(p.is_shard() for p in t.placements) for t in tensors)
 

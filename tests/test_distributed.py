@@ -528,6 +528,8 @@ def error_cases() -> None:
         total = call(needs, reduction="none")().sum()
         again = partial(torch.autograd.grad, total, needs, create_graph=True)
         raises(NotImplementedError, again, "create_graph=True")
+        batch = torch.ones(2, dtype=tensor.dtype)
+        raises(NotImplementedError, partial(torch.autograd.grad, total, needs, batch, is_grads_batched=True), "a batch")
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(tensor, torch.ones_like(tensor))
             raises(NotImplementedError, call(dual), "forward mode")

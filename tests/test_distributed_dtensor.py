@@ -203,6 +203,10 @@ def errors_case() -> None:
     with pytest.raises(RuntimeError, match=r"regfast\.cross_entropy: target: expected a DTensor on .*, got one on"):
         regfast.cross_entropy(logits, distribute_tensor(target, mesh_of(4), [R]))
     raises(IndexError, lambda: regfast.cross_entropy(logits, target + 8), "classes from 0 to 7")
+    # As a weight is that fully_shard has divided, outside of its module's forward: every rank has rows of its own.
+    weight, own = distribute_tensor(torch.randn(8, 3), mesh_of(4), [S0]), (target + dist.get_rank()) % 8
+    words = "target: expected the same classes on all ranks", "ranks 1, 2, 3 than on rank 0"
+    raises(RuntimeError, lambda: regfast.linear_cross_entropy(torch.randn(4, 3), weight, own), *words)
     with pytest.raises(ValueError, match=r"regfast\.cross_entropy: reduction: expected one of"):
         regfast.cross_entropy(logits, target, reduction="max")
 

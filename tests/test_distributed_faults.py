@@ -55,7 +55,7 @@ DISAGREEMENTS = [
     ({"dtype": torch.float64}, "input: expected the same on all ranks, got torch.float32", "torch.float64"),
     ({"label_smoothing": 0.1}, "label_smoothing: expected the same on all ranks, got 0.0 on rank 0", "0.1 on rank 1"),
     ({"outputs": ("lse",)}, "outputs: expected the same on all ranks, got ('loss',) on rank 0", "('lse',) on rank 1"),
-    ({"seed": 1}, "classes of target, a checksum: expected the same on all ranks", "on rank 1"),
+    ({"seed": 1}, "target: expected the same classes on all ranks, got others on rank 1 than on rank 0"),
 ]
 
 
@@ -85,6 +85,12 @@ def test_without_it_each_rank_has_an_error_from_the_header(pair, options):
     for message in pair(undebugged_case, linear, options):
         assert "regfast.vocab_parallel_linear_cross_entropy: group: expected the same shapes, dtypes and" in message
         assert "got others on rank 1 than on rank 0; TORCH_DISTRIBUTED_DEBUG=DETAIL tells which" in message
+
+
+@pytest.mark.parametrize("call", [logits, linear])
+def test_without_it_other_targets_are_an_error_too(pair, call):
+    for message in pair(undebugged_case, call, {"seed": 1}):
+        assert "cross_entropy: target: expected the same classes on all ranks, got others on rank 1" in message
 
 
 @pytest.mark.parametrize("options", [{"rows": 4000}, {"dtype": torch.float64}], ids=str)

@@ -102,23 +102,27 @@ class Group:
                         f"and {other.get(name)} on {self.names([rank])}"
                     )
 
-    def header(self, classes: int, call: dict[str, object], like: Tensor) -> Tensor:
-        """What a message of maxima says besides: each rank's number of classes, and a checksum of its call."""
-        header = like.new_zeros((self.size, 3))
+    def header(self, classes: int, call: dict[str, object], target: Tensor | None, like: Tensor) -> Tensor:
+        """What a message of maxima says besides: each rank's number of classes, and checksums of its call and of the
+        rows' classes, if these are not probabilities."""
+        header = like.new_zeros((self.size, 4))
         checksum = zlib.crc32(repr((self.op, sorted(call.items()))).encode()) % _BASE
-        header[self.rank] = header.new_tensor((*_digits(classes), checksum))
+        header[self.rank, :3] = header.new_tensor((*_digits(classes), checksum))
+        if target is not None:
+            place = torch.arange(1, target.numel() + 1, device=target.device)
+            header[self.rank, 3] = ((target + 1) * place).sum() % _BASE
         return header.flatten()
 
     def read_header(self, header: Tensor) -> Vocabulary:
         """Which classes this rank has, once all calls were found to be the same."""
-        ranks = [[int(number) for number in rank] for rank in header.view(self.size, 3).tolist()]
-        others = [rank for rank, (*_, checksum) in enumerate(ranks) if checksum != ranks[0][2]]
-        if others:
+        ranks = [[int(number) for number in rank] for rank in header.view(self.size, 4).tolist()]
+        if others := [rank for rank, numbers in enumerate(ranks) if numbers[2] != ranks[0][2]]:
             raise RuntimeError(
                 f"regfast.{self.op}: group: expected the same shapes, dtypes and options on all ranks, got others on "
                 f"{self.names(others)} than on {self.names([0])}; TORCH_DISTRIBUTED_DEBUG=DETAIL tells which"
             )
-        return Vocabulary(self.rank, [low + _BASE * high for low, high, _ in ranks])
+        sizes = [low + _BASE * high for low, high, *_ in ranks]
+        return Vocabulary(self.rank, sizes, [rank for rank, numbers in enumerate(ranks) if numbers[3] != ranks[0][3]])
 
     def first_bad(self, bad: Tensor | None, like: Tensor) -> Tensor:
         """What a message of sums says besides: for each rank the first of its rows whose target is no class."""
@@ -128,7 +132,7 @@ class Group:
         return tail.flatten()
 
     def check_targets(self, tail: Tensor, vocabulary: Vocabulary) -> None:
-        """The same error on all ranks if any of them has a target that is no class."""
+        """The same error on all ranks if any of them has a target that is no class, or other targets than the first."""
         rows = [int(low) + _BASE * int(high) - 1 for low, high in tail.view(self.size, 2).tolist()]
         bad = [rank for rank, row in enumerate(rows) if row >= 0]
         if bad:
@@ -136,13 +140,18 @@ class Group:
                 f"regfast.{self.op}: target: expected classes from 0 to {vocabulary.total - 1}, got another one on "
                 f"{self.names(bad)}, first in row {rows[bad[0]]}"
             )
+        if vocabulary.other_targets:
+            raise RuntimeError(
+                f"regfast.{self.op}: target: expected the same classes on all ranks, got others on "
+                f"{self.names(vocabulary.other_targets)} than on {self.names([0])}"
+            )
 
 
 class Vocabulary:
     """How the classes lie on the ranks: in their order, any number on each."""
 
-    def __init__(self, rank: int, sizes: list[int]) -> None:
-        self.sizes, self.total = sizes, sum(sizes)
+    def __init__(self, rank: int, sizes: list[int], other_targets: list[int]) -> None:
+        self.sizes, self.total, self.other_targets = sizes, sum(sizes), other_targets
         self.begins = [0, *accumulate(sizes)][:-1]
         self.begin, self.size = self.begins[rank], sizes[rank]
 
@@ -159,8 +168,11 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
         )
 
 
-def refuse_second_derivatives(op: str) -> None:
-    """Called by backward: it records nothing that could be differentiated again."""
+def refuse_second_derivatives(op: str, *grads: Tensor | None) -> None:
+    """Called by backward: it records nothing that could be differentiated again, and takes one upstream gradient."""
+    batched = torch._C._functorch.is_batchedtensor, torch._C._functorch.is_legacy_batchedtensor
+    if any(grad is not None and is_batch(grad) for grad in grads for is_batch in batched):
+        raise NotImplementedError(f"regfast.{op}: expected one upstream gradient, got a batch of them")
     if torch.is_grad_enabled():
         raise NotImplementedError(
             f"regfast.{op}: expected a backward without create_graph=True, got one with it; it has first derivatives"

@@ -19,7 +19,6 @@ from .cross_entropy import (
     FLOATING,
     bad_targets,
     call_of,
-    debug_call,
     reduced,
     require_class_weight,
     require_options,
@@ -235,7 +234,7 @@ class _SumOfLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, *_):
-        refuse_second_derivatives(ctx.op)
+        refuse_second_derivatives(ctx.op, grad)
         if grad is None:
             return None, None, None, None, None
         once = not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -266,7 +265,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        refuse_second_derivatives(ctx.group.op)
+        refuse_second_derivatives(ctx.group.op, *grads)
         x, w, bias, target, kept, weight, *saved = ctx.saved_tensors
         saved = Saved(*saved)
         p = _Problem(ctx.group, ctx.vocabulary, ctx.options, x, w, bias, target, weight, kept, *ctx.how)
@@ -500,9 +499,10 @@ def losses_of_slices(
         "gradients in forward": one_pass,
     }
     call = call_of(input, tuple(input.shape), target, weight, options, **further)
-    of_group.compare(debug_call(target, call, x))
+    of_group.compare(call)
     # Of one size and dtype whatever the call is, so that calls which differ can be told apart.
-    header = of_group.header(classes, call, x.new_empty(0, dtype=torch.float64))
+    of_classes = None if probabilities else target.long()
+    header = of_group.header(classes, call, of_classes, x.new_empty(0, dtype=torch.float64))
     header = of_group.reduce(header, dist.ReduceOp.MAX, "all_reduce of sizes")
     vocabulary = of_group.read_header(header())
     if vocabulary.total == 0:
@@ -532,7 +532,8 @@ class VocabParallelLinearCrossEntropyLoss(nn.Module):
 
     ``num_classes`` are those of the whole vocabulary; each rank has an equal part of them, the last ones less, as
     DTensor divides them. Assign another Parameter to ``linear.weight`` to tie weights or for another division.
-    ``weight`` is that of this rank's classes.
+    ``weight`` is that of this rank's classes. Each rank draws its own initial weights, the same as the others if its
+    seed is the same: give them different seeds, or load a state.
     """
 
     def __init__(
