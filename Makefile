@@ -29,6 +29,7 @@ demo: $(VENV)/built
 	python examples/linear_regression.py
 	python examples/softmax_regression.py
 	python examples/next_token.py
+	python examples/vocab_parallel.py
 	python examples/unmodified_llama.py --steps 5
 	@echo "The pictures are in $(CURDIR)/examples/figures:" && ls examples/figures
 

@@ -1,6 +1,6 @@
 """regfast: fast drop-in PyTorch operators for fully connected layers and the losses on top of them."""
 
-from . import _decompositions, _dtensor, _flops, memory, reference  # noqa: F401
+from . import _decompositions, _dtensor, _flops, distributed, memory, reference  # noqa: F401
 from ._extension import build_info, isa, isas
 from .accelerate import accelerate, restore
 from .cross_entropy import CrossEntropyLoss, cross_entropy
@@ -29,6 +29,7 @@ __all__ = [
     "accelerate",
     "build_info",
     "cross_entropy",
+    "distributed",
     "isa",
     "isas",
     "lazy_logits",

@@ -1,5 +1,6 @@
 """How DTensors may be sharded for each op that their dispatcher meets, registered once torch.distributed.tensor is
-imported: importing it costs as much as importing torch, so regfast does not.
+imported: importing it costs as much as importing torch, so regfast does not. Cross-entropies of parts of the rows or
+classes come from regfast/distributed/dtensor.py; their ops meet the rules when they are called by themselves.
 
 Each rule lists what one dimension of the mesh may do: placements of the outputs, then of the tensors that are given.
 The means of rows are computed from whole tensors: those of shards would have to be weighted by what is not ignored."""
@@ -18,6 +19,14 @@ from . import _extension  # noqa: F401  registers the ops
 
 _MODULE = "torch.distributed.tensor"
 _NONE, _MEAN, _SUM = range(3)  # torch's numbers of reductions
+
+
+def is_sharded(*tensors: object) -> bool:
+    """Whether a cross-entropy of these is :mod:`regfast.distributed.dtensor`'s: one of them is a DTensor, of which each
+    process has a part. Compilers trace the ops, whose rules are below."""
+    if torch.compiler.is_compiling() or (module := sys.modules.get(_MODULE)) is None:
+        return False
+    return any(isinstance(t, module.DTensor) and any(p.is_shard() for p in t.placements) for t in tensors)
 
 
 def _rules() -> dict[str, Callable]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -9,8 +11,10 @@ from torch.jit import is_scripting
 from torch.nn import _reduction
 
 from . import _C, kinds
+from ._dtensor import is_sharded
 from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
 from .outputs import LOSS, LOSS_BIT, require_one_for_scripts, select_outputs
+from .reference import normalized
 
 _cross_entropy = kinds.op("cross_entropy")
 
@@ -31,6 +35,7 @@ def cross_entropy(
     outputs: str | tuple[str, ...] = LOSS,
     inplace_backward: bool = False,
     loss_dtype: torch.dtype | None = None,
+    normalizer: float | Tensor | None = None,
 ):
     """Softmax cross-entropy of logits, as :func:`torch.nn.functional.cross_entropy`, and more from the same pass.
 
@@ -58,6 +63,8 @@ def cross_entropy(
             needs no second buffer of input's size. input must not be a leaf that requires grad. Compiled code ignores
             it.
         loss_dtype: of all floating outputs; input's dtype by default. Half types are computed in float32 either way.
+        normalizer: what a mean's sum is divided by in place of its rows' weights: a number, or a tensor of one, such as
+            the count of all micro-batches whose gradients are accumulated, or of all ranks' rows.
 
     Returns:
         The tensor for one name, a named tuple for several.
@@ -76,7 +83,7 @@ def cross_entropy(
     is not told of (a write through ``.data``, or through the array of ``input.detach().numpy()``, by a metric, say) may
     make its gradient wrong: do that to a clone, or after backward.
     """
-    if outputs is LOSS and size_average is None and reduce is None and not is_dynamo_compiling():
+    if outputs is LOSS and size_average is None and reduce is None and normalizer is None and not is_dynamo_compiling():
         number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
         result = _C.cross_entropy(
             input,
@@ -115,9 +122,41 @@ def cross_entropy(
             outputs=outputs,
             inplace_backward=inplace_backward,
             loss_dtype=loss_dtype,
+            normalizer=normalizer,
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
+    if is_sharded(input):
+        from .distributed import dtensor
+
+        return dtensor.cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=outputs,
+            inplace_backward=inplace_backward,
+            loss_dtype=loss_dtype,
+            normalizer=normalizer,
+        )
+    if normalizer is not None:
+        options = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
+        call = partial(
+            cross_entropy,
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            inplace_backward=inplace_backward,
+            **options,
+        )
+        return normalized("cross_entropy", call, input, target, weight, reduction, outputs, loss_dtype, normalizer)
     bits, result, places = select_outputs("cross_entropy", outputs)
     tensors = _cross_entropy(
         input,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import _C, kinds
+from ._dtensor import is_sharded
 from ._extension import REDUCTION_NUMBERS, are_tensors, reduction_number, refuse_scripts, without_tensors
 from .cross_entropy import cross_entropy
 from .linear import is_product
 from .outputs import LOSS, LOSS_BIT, select_outputs
-from .reference import as_batch, unbatched
+from .reference import as_batch, normalized, unbatched
 
 _linear_cross_entropy = kinds.op("linear_cross_entropy")
 
@@ -43,6 +45,7 @@ def linear_cross_entropy(
     filter_eps: float = 0.0,
     loss_dtype: torch.dtype | None = None,
     options: object = None,
+    normalizer: float | Tensor | None = None,
 ):
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` in chunks of rows.
 
@@ -81,6 +84,7 @@ def linear_cross_entropy(
             each row of linear_weight by at most ``filter_eps * sum(g * abs(input), 0)`` (the idea is from Wijmans et
             al., "Cut your losses in large-vocabulary language models", 2025, who leave out whole tiles). The CUDA
             kernels leave out none.
+        normalizer: as in :func:`regfast.cross_entropy`.
         options: a ``torch.nn.LinearCrossEntropyOptions``. Its batch_chunk_size sets the budget; its accumulation
             policies make no difference, since sums have full precision.
 
@@ -99,7 +103,8 @@ def linear_cross_entropy(
     CUDA kernels are not enabled.
     """
     # A matrix of rows and a class for each, as plain as they come.
-    if outputs is LOSS and ignore_index is None and options is None and not is_dynamo_compiling():
+    plain = outputs is LOSS and ignore_index is None and options is None and normalizer is None
+    if plain and not is_dynamo_compiling():
         number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
         if isinstance(input, Tensor) and input.ndim == 2:
             result = _C.linear_cross_entropy(
@@ -142,6 +147,46 @@ def linear_cross_entropy(
             filter_eps=filter_eps,
             loss_dtype=loss_dtype,
             options=options,
+            normalizer=normalizer,
+        )
+    if is_sharded(input, linear_weight):
+        from .distributed import dtensor
+
+        return dtensor.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            outputs=outputs,
+            memory_budget=memory_budget,
+            filter_eps=filter_eps,
+            loss_dtype=loss_dtype,
+            normalizer=normalizer,
+        )
+    if normalizer is not None:
+        given = {
+            "linear_bias": linear_bias,
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "outputs": outputs,
+            "memory_budget": memory_budget,
+            "filter_eps": filter_eps,
+            "options": options,
+        }
+        call = partial(linear_cross_entropy, input, linear_weight, target, **given)
+        return normalized(
+            "linear_cross_entropy", call, input, target, weight, reduction, outputs, loss_dtype, normalizer
         )
     if ignore_index is not None and torch.is_floating_point(target):
         raise RuntimeError(
@@ -242,7 +287,8 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
 
     def forward(self, input: Tensor, target: Tensor):
         shape = (self.num_classes, *self.out_features)
-        if not is_product(self.linear):
+        # What parallelize_module hooks to a layer would gather its logits, or leave each rank with its own.
+        if not is_product(self.linear) and not is_sharded(self.linear.weight):
             rows, classes, batch = as_batch(input, self.num_classes, target)
             result = self._of_logits(self.linear(rows).unflatten(-1, shape), classes)
             if batch is None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from functools import reduce as fold
 
 import torch
@@ -77,6 +78,55 @@ def _autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of x, and so chooses dtypes; some devices know no autocast at all."""
     device = x.device.type
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def result_types(input: Tensor, target: Tensor | None, weight: Tensor | None) -> dict[str, torch.dtype]:
+    """Of a cross-entropy's outputs: input's, float32 at least under autocast, as torch's. Wider probabilities (target;
+    classes count for nothing) or weights of them make a wider loss."""
+    row = torch.promote_types(input.dtype, torch.float32) if _autocast(input) else input.dtype
+    probabilities = target is not None and target.is_floating_point()
+    loss = torch.promote_types(row, _promoted(target, weight)) if probabilities else row
+    return {"loss": loss, "logprob": loss, "lse": row, "entropy": row}
+
+
+def require_normalizer(op: str, normalizer: object, reduction: str) -> None:
+    """A mean's sum is divided by it, and nothing else is."""
+    number = isinstance(normalizer, (int, float, Tensor)) and not isinstance(normalizer, bool)
+    _require(number, TypeError, f"{op}: normalizer", "a number or a Tensor", type(normalizer).__name__)
+    one = not isinstance(normalizer, Tensor) or normalizer.numel() == 1
+    _require(one, RuntimeError, f"{op}: normalizer", "one number", f"shape {tuple(getattr(normalizer, 'shape', ()))}")
+    _require(reduction == "mean", ValueError, f"{op}: reduction", "mean with a normalizer", repr(reduction))
+
+
+def divided(total: Tensor, normalizer: float | Tensor) -> Tensor:
+    """A sum of losses by a normalizer, which may be a tensor of any dtype and of one element."""
+    return total / (normalizer.reshape(()) if isinstance(normalizer, Tensor) else normalizer)
+
+
+def normalized(
+    op: str,
+    call: Callable[..., Tensor | tuple[Tensor, ...]],
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    outputs: str | tuple[str, ...],
+    loss_dtype: torch.dtype | None,
+    normalizer: float | Tensor,
+):
+    """What ``call(reduction=, loss_dtype=)`` gives with a loss that is its sum divided by the normalizer. The sum of
+    half types is divided in float32, since it may be beyond their range, and then rounded once."""
+    require_normalizer(op, normalizer, reduction)
+    types = {name: loss_dtype or type for name, type in result_types(input, target, weight).items()}
+    wide = torch.float32 if any(type in HALF for type in types.values()) else loss_dtype
+    result = call(reduction="sum", loss_dtype=wide)
+    values = [result] if isinstance(result, Tensor) else list(result)
+    for i, name in enumerate((outputs,) if isinstance(outputs, str) else outputs):
+        if name == "loss":
+            values[i] = divided(values[i], normalizer)
+        if name in types:
+            values[i] = values[i].to(types[name])
+    return values[0] if isinstance(result, Tensor) else type(result)(values)
 
 
 def _require(condition: bool, error: type[Exception], what: str, expected: object, got: object) -> None:
@@ -208,6 +258,7 @@ def cross_entropy(
     outputs: str | tuple[str, ...] = ("loss",),
     inplace_backward: bool = False,
     loss_dtype: torch.dtype | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Cross-entropy of logits: the tensor for one name in ``outputs``, a plain tuple for several.
 
@@ -215,6 +266,12 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
+    if normalizer is not None:
+        options = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
+        call = partial(
+            cross_entropy, input, target, weight, None, ignore_index, label_smoothing=label_smoothing, **options
+        )
+        return normalized("cross_entropy", call, input, target, weight, reduction, outputs, loss_dtype, normalizer)
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
     _require(known, ValueError, "cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
@@ -251,15 +308,11 @@ def cross_entropy_outputs(
     _require(reduction in REDUCTIONS, ValueError, "cross_entropy: reduction", f"one of {names}", repr(reduction))
     _require(input.dtype.is_floating_point, NotImplementedError, "cross_entropy: input", FLOATING, input.dtype)
     probabilities = target.shape == input.shape
-    autocast = _autocast(input)  # torch's loss is float32 there
     if weight is not None and not probabilities:
         frozen = not (weight.requires_grad and torch.is_grad_enabled())
         _require(frozen, RuntimeError, "cross_entropy: weight", "one without gradient for class targets", "one with it")
 
-    # Wider probabilities or weights make a wider loss, as in torch; other outputs keep input's dtype.
-    row = torch.promote_types(input.dtype, torch.float32) if autocast else input.dtype
-    dtype = torch.promote_types(row, _promoted(target, weight)) if probabilities else row
-    dtypes = {"loss": dtype, "logprob": dtype, "lse": row, "entropy": row}
+    dtypes = result_types(input, target if probabilities else None, weight)
 
     class_dim = 1 if input.dim() > 1 else 0
     z = _up(input)
@@ -325,11 +378,20 @@ def linear_cross_entropy(
     filter_eps: float = 0.0,
     loss_dtype: torch.dtype | None = None,
     options: object = None,
+    normalizer: float | Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Cross-entropy of ``linear(input, linear_weight, linear_bias)``, which here is stored.
 
     ``memory_budget``, ``filter_eps`` and ``options`` are accepted and have no effect.
     """
+    if normalizer is not None:
+        further = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
+        given = {"linear_bias": linear_bias, "weight": weight, "ignore_index": ignore_index, **further}
+        given["label_smoothing"] = label_smoothing
+        call = partial(linear_cross_entropy, input, linear_weight, target, **given)
+        return normalized(
+            "linear_cross_entropy", call, input, target, weight, reduction, outputs, loss_dtype, normalizer
+        )
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     known = set(names) <= set(OUTPUTS) and len(set(names)) == len(names) > 0
     _require(known, ValueError, "linear_cross_entropy: outputs", f"names among {', '.join(OUTPUTS)}", repr(outputs))
@@ -384,9 +446,7 @@ def linear_cross_entropy_outputs(
     results = cross_entropy_outputs(
         logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, outputs, None
     )
-    row = torch.promote_types(input.dtype, torch.float32) if _autocast(input) else input.dtype
-    dtype = torch.promote_types(row, _promoted(target, weight)) if probabilities else row
-    dtypes = {"loss": dtype, "logprob": dtype, "lse": row, "entropy": row}
+    dtypes = result_types(input, target if probabilities else None, weight)
     return [
         result if name == "argmax" else result.to(loss_dtype or dtypes[name])
         for name, result in zip(outputs, results, strict=True)

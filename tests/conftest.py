@@ -16,6 +16,7 @@ os.environ.setdefault("REGFAST_GEMM", "own")
 
 import torch
 from hypothesis import HealthCheck, settings
+from ranks import Ranks
 from util import DTYPES, Pool
 
 import regfast
@@ -154,3 +155,11 @@ def threads():
     count = torch.get_num_threads()
     yield count
     torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Four processes of one group, for all tests of one of pytest's processes."""
+    processes = Ranks()
+    yield processes
+    processes.close()

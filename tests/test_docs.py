@@ -51,6 +51,19 @@ def test_lists_of_what_a_new_one_touches_are_whole(word, section):
     assert listed == named
 
 
+def test_the_prediction_for_many_ranks_is_what_its_code_computes():
+    page = (DOCS / "distributed.md").read_text()
+    (code,) = re.findall(r"```python\n(from math.*?)```", page, re.DOTALL)
+    names = {}
+    exec(code, names)
+    rows = re.findall(r"^\| (\d+) \| ([\d.]+) \| ([\d.]+) \| (\d+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert [int(row[0]) for row in rows] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    for ranks, *printed in rows:
+        products, traffic, sent, step = names["predict"](int(ranks), 8192, 4096, 131072, 400e12, 50e9, 1e-5, 8)
+        computed = (f"{1e3 * products:.2f}", f"{1e3 * traffic:.2f}", f"{sent / 1e6:.0f}", f"{1e3 * step:.2f}")
+        assert tuple(printed) == computed
+
+
 def test_make_help_explains_every_target():
     text = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()) - {"help", "FORCE"}

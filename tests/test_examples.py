@@ -104,6 +104,17 @@ def test_next_token(tmp_path, options):
     assert re.search(r"^│ memory of a step.* \d+ │$", output, re.MULTILINE), output
 
 
+def test_vocab_parallel(tmp_path):
+    small = ("--tokens", 20000, "--vocabulary", 1001, "--batch-size", 64, "--steps", 5, "--budget", 100_000)
+    output = train("vocab_parallel.py", tmp_path / "figure.png", *small)
+    _, one, two = re.findall(r"^│ +5 .*│.*│$", output, re.MULTILINE)[-1].strip("│").split("│")
+    assert float(two) == pytest.approx(float(one), rel=1e-4)
+    assert float(two) < math.log(1001), "no better than a guess"
+    assert re.search(r"^│ one step, median \(s\) .*\d+\.\d+ +│ +\d+\.\d+ +│ +\d+\.\d+ +│$", output, re.MULTILINE), (
+        output
+    )
+
+
 def test_unmodified_llama(tmp_path):
     small = ("--tokens", 5000, "--vocabulary", 500, "--length", 32, "--features", 32, "--steps", 3)
     output = train("unmodified_llama.py", tmp_path / "figure.png", *small)
