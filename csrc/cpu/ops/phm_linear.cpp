@@ -1,7 +1,7 @@
 // phm_linear on the CPU: x W^T with W[u q' + v, p d' + r] = sum over m of a[m, u, p] s[m, v, r], n x n blocks of q' x
 // d', without W; with the arithmetic of the dense layer, in one of two ways.
 //
-// Few rows (fewer than q') are mixed, a chunk at a time: Z[(row, u), (m, r)] = sum over p of a[m, u, p] x[row, (p, r)],
+// Few rows (up to q') are mixed, a chunk at a time: Z[(row, u), (m, r)] = sum over p of a[m, u, p] x[row, (p, r)],
 // multiplied by S = s seen as q' x d. Backward makes the same two products that the dense layer does, of Z's gradient
 // with S and of Z with the output's.
 //
