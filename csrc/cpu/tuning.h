@@ -57,6 +57,10 @@ constexpr int64_t kRowElements = 16;
 // to exponentiate twice than to read back.
 constexpr int64_t kCachedRowBytes = 256 * 1024;
 
+// mse_loss copies elements that are not adjacent together by itself, block by block: runs of so many at least, and no
+// further apart than so many numbers, that lines of memory are used.
+constexpr int64_t kGatherRun = 16, kGatherStep = 4;
+
 // Elements below which a second thread costs more than it brings (a fork and join of the pool is about 3 us, and a
 // core does about four exponentials a nanosecond).
 constexpr int64_t kParallelElements = 16 * 1024;

@@ -139,6 +139,8 @@ class LinearNLL(Op):
         else:  # forward computes them, undivided
             undivided = terms.of_products(terms.linear_of, tensors, terms.beyond(slope * share, acc))
             found.grads = {k: terms.beyond(size, acc) * g for k, size in undivided.items()}
+        for name in ("input", "weight"):
+            found.grads[name] = terms.rounded_factors(found.grads[name], dtype_of(case["dtype"]))
         if not error.isfinite().all():  # terms of predictions that overflow together: nothing is known of slopes
             found.grads = {k: torch.full_like(size, torch.inf) for k, size in found.grads.items()}
         found.grads["target"] = by_target * share * g

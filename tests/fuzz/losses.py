@@ -283,7 +283,10 @@ class LinearCrossEntropy(Op):
             z, error, target, t.get("weight"), options, given, accumulator(dtype_of(case["dtype"]))
         )
         tensors = {"input": x, "linear_weight": w, "linear_bias": b}
-        found = Terms([sizes.get(n) for n in names], terms.of_products(product, tensors, dz * scale))
+        grads = terms.of_products(product, tensors, dz * scale)
+        for name in ("input", "linear_weight"):
+            grads[name] = terms.rounded_factors(grads[name], dtype_of(case["dtype"]))
+        found = Terms([sizes.get(n) for n in names], grads)
         if case["probabilities"]:
             found.grads["target"] = dt
         found.scores = (z, error)

@@ -158,6 +158,9 @@ class PHMLinear(Op):
         tensors = {k: t.get(k) for k in ("input", "a", "s", "bias")}
         found = terms.of_layer(terms.phm_of, tensors, case["options"]["activation"], ups[0], dtype_of(case["dtype"]))
         found.rounds |= case["sizes"]["parts"] == 1  # input times a number comes first
+        found.outputs = [terms.rounded_factors(size, dtype_of(case["dtype"])) for size in found.outputs]
+        for name in found.grads.keys() & {"input", "a", "s"}:
+            found.grads[name] = terms.rounded_factors(found.grads[name], dtype_of(case["dtype"]))
         return found
 
 

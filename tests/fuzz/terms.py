@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regfast import reference
+from regfast import isa, reference
 
 from .compare import EPSILONS, accumulator
 
@@ -37,6 +37,13 @@ def clean(x: Tensor) -> Tensor:
 def beyond(size: Tensor, acc: torch.dtype) -> Tensor:
     """Infinite where finite terms may leave the accumulators' range: what follows is anything, by the order of sums."""
     return torch.where(size * 4 <= torch.finfo(acc).max, size, torch.inf)
+
+
+def rounded_factors(size: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of products one of whose factors is rounded to bfloat16 where pairs of them are multiplied."""
+    if dtype != torch.bfloat16 or isa() != "avx512_bf16":
+        return size
+    return size * (1 + torch.finfo(dtype).eps / 2 / (EPSILONS * torch.finfo(torch.float32).eps))
 
 
 def largest(x: Tensor, dim: int) -> Tensor:

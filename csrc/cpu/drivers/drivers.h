@@ -43,9 +43,19 @@ void round_totals(DType acc, const CompensatedSum* totals, int64_t columns, void
 
 // ---- mse_loss.cpp --------------------------------------------------------------------------------------------------
 
-double mse_loss(DType dtype, const void* x, const void* y, void* each, int64_t n);
-void mse_loss_backward(DType dtype, const void* x, const void* y, const void* grad, bool each_grad, double scale,
-                       void* dx, void* dy, int64_t n);
+// Elements of an operand in the order in which results lie: adjacent where there are no runs, else an outermost one of
+// runs of runs, each as many numbers of the next as its size and so far apart as its stride.
+struct Run {
+  int64_t size, stride;
+};
+struct Elements {
+  const void* data;
+  std::vector<Run> runs = {};
+};
+double mse_loss(DType dtype, const Elements& x, const Elements& y, void* each, int64_t n);
+// grad: of each element, or one for all.
+void mse_loss_backward(DType dtype, const Elements& x, const Elements& y, const Elements& grad, bool each_grad,
+                       double scale, void* dx, void* dy, int64_t n);
 
 // ---- linear_nll.cpp ------------------------------------------------------------------------------------------------
 
