@@ -24,6 +24,9 @@ constexpr int64_t kTileRows = 16;
 // Room for a tile each of logits, probabilities and the probabilities' gradient, in either accumulator type.
 constexpr int64_t tile_scratch_bytes(int64_t classes) { return 3 * kTileRows * classes * 8; }
 
+// So few rows of a tile are gathered and scattered one by one: squares of vectors would be empty but for a few lanes.
+constexpr int64_t kRowByRow = 2;
+
 // Classes that are not adjacent in memory, while rows are: up to this many, softmax takes a vector of rows at a time
 // where they lie; more would be read again from memory, and tiles are transposed into scratch instead.
 constexpr int64_t kLaneClasses = 512;

@@ -111,8 +111,9 @@ inline void scatter_row(const acc_t<T>* from, T* p, int64_t step, int64_t classe
 template <class T>
 inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t rows, int64_t classes, acc_t<T>* to) {
   const T* p = base + l.offset(row);
+  const bool row_by_row = rows <= tuning::kRowByRow || std::abs(l.class_stride) < std::abs(l.inner_stride);
   if constexpr (!std::is_same_v<T, double>) {
-    if (l.inner_stride == 1 && f32v::size > 1) {
+    if (l.inner_stride == 1 && f32v::size > 1 && rows > tuning::kRowByRow) {
       constexpr int64_t W = f32v::size;
       for (int64_t r0 = 0; r0 < rows; r0 += W) {
         const int64_t lanes = std::min<int64_t>(W, rows - r0);
@@ -136,7 +137,7 @@ inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t 
       return;
     }
   }
-  if (std::abs(l.class_stride) < std::abs(l.inner_stride)) {
+  if (row_by_row) {
     for (int64_t r = 0; r < rows; ++r) gather_row(p + r * l.inner_stride, l.class_stride, classes, to + r * classes);
     return;
   }
@@ -148,8 +149,9 @@ template <class T>
 inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int64_t row, int64_t rows,
                          int64_t classes) {
   T* p = base + l.offset(row);
+  const bool row_by_row = rows <= tuning::kRowByRow || std::abs(l.class_stride) < std::abs(l.inner_stride);
   if constexpr (!std::is_same_v<T, double>) {
-    if (l.inner_stride == 1 && f32v::size > 1) {
+    if (l.inner_stride == 1 && f32v::size > 1 && rows > tuning::kRowByRow) {
       constexpr int64_t W = f32v::size;
       for (int64_t r0 = 0; r0 < rows; r0 += W) {
         const int64_t lanes = std::min<int64_t>(W, rows - r0);
@@ -173,7 +175,7 @@ inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int6
       return;
     }
   }
-  if (std::abs(l.class_stride) < std::abs(l.inner_stride)) {
+  if (row_by_row) {
     for (int64_t r = 0; r < rows; ++r) scatter_row(from + r * classes, p + r * l.inner_stride, l.class_stride, classes);
     return;
   }
