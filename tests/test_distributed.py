@@ -331,6 +331,9 @@ def hostile_cases() -> None:
         assert fn(logits).isnan() and fn(logits, reduction="sum") == 0
         fn(logits).backward()
         assert not logits.grad.any()
+    hidden, weight = leaf(torch.randn(0, 5)), leaf(torch.randn(16, 5))  # no rows at all
+    vocab_parallel_linear_cross_entropy(hidden, weight, torch.randn(0, 16), group=group).backward()
+    assert not weight.grad.any()
 
 
 def half_cases() -> None:

@@ -222,7 +222,7 @@ class _SumOfLosses(torch.autograd.Function):
     def forward(ctx, x, w, bias, p: _Problem, wants: tuple[bool, ...]):
         results, _, counts, g = _forward(p, wants)
         # Without a row that counts, the mean has NaN for an upstream gradient, and every gradient is 0.
-        counted = torch.ones((), dtype=torch.bool, device=x.device)
+        counted = torch.full((), len(p.target) > 0, device=x.device)
         if not p.target.is_floating_point():
             counted = (p.target != p.options.ignore_index).any()
         ctx.save_for_backward(counted, g.x, g.w, None if g.bias is None else g.bias.to(p.type))
