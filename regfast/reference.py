@@ -93,6 +93,8 @@ def require_normalizer(op: str, normalizer: object, reduction: str) -> None:
     """A mean's sum is divided by it, and nothing else is."""
     number = isinstance(normalizer, (int, float, Tensor)) and not isinstance(normalizer, bool)
     _require(number, TypeError, f"{op}: normalizer", "a number or a Tensor", type(normalizer).__name__)
+    real = not isinstance(normalizer, Tensor) or not normalizer.is_complex()
+    _require(real, TypeError, f"{op}: normalizer", "a real number", getattr(normalizer, "dtype", None))
     one = not isinstance(normalizer, Tensor) or normalizer.numel() == 1
     _require(one, RuntimeError, f"{op}: normalizer", "one number", f"shape {tuple(getattr(normalizer, 'shape', ()))}")
     _require(reduction == "mean", ValueError, f"{op}: reduction", "mean with a normalizer", repr(reduction))

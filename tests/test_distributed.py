@@ -495,6 +495,21 @@ def error_cases() -> None:
         raises(
             RuntimeError, call(outputs="loss" if rank else ("loss", "lse")), "others on ranks 1, 2, 3 than on rank 0"
         )
+        differing = {"normalizer": (2, torch.tensor(3)), "loss_dtype": (None, torch.float64), "z_loss": (0.0, 0.5)}
+        for name, values in differing.items():
+            raises(RuntimeError, call(**{name: values[rank == 1]}), "others on rank 1 than on rank 0")
+        # Of the same sum, also of each multiplied by its row's number.
+        classes = target.clone()
+        classes[0], classes[1] = (3, 5) if rank else (5, 4)
+        raises(RuntimeError, call(target=classes), "target: expected the same classes", "ranks 1, 2, 3 than on rank 0")
+        # Of one value, whatever kind of number.
+        call(z_loss=(1, 1.0, torch.tensor(1.0), True)[rank], normalizer=(2, torch.tensor(2))[rank % 2])()
+        for name in ("label_smoothing", "z_loss", "softcap", "logit_scale"):
+            raises(TypeError, call(**{name: "1"}), name, "str")
+        raises(TypeError, call(z_loss=None), "z_loss", "NoneType")
+        raises(TypeError, call(weight=[1.0]), "weight", "list")
+        raises(RuntimeError, call(loss_dtype=torch.int64), "loss_dtype", "int64")
+        raises(TypeError, call(normalizer=torch.tensor(1j)), "normalizer", "complex64")
         raises(ValueError, call(reduction="max"), "reduction", "'max'")
         raises(ValueError, call(outputs=("loss", "loss")), "outputs")
         raises(ValueError, call(normalizer=3, reduction="sum"), "reduction", "'sum'")
@@ -515,6 +530,10 @@ def error_cases() -> None:
     raises(RuntimeError, linear(w=weight.double()), "linear_weight", "float32", "float64")
     raises(RuntimeError, linear(linear_bias=torch.ones(4)), "linear_bias", "(5,)", "(4,)")
     raises(ValueError, linear(memory_budget=0), "memory_budget", "0")
+    raises(TypeError, linear(memory_budget=1.5), "memory_budget", "float")
+    raises(TypeError, linear(sequence_parallel=1), "sequence_parallel", "int")
+    raises(TypeError, linear(linear_bias=3), "linear_bias", "int")
+    raises(TypeError, logits(inplace_backward=1), "inplace_backward", "int")
     raises(RuntimeError, linear(sequence_parallel=True), "target", "(24,)", "(6,)")
     raises(RuntimeError, linear(hidden[0], sequence_parallel=True, target=target[0]), "one row")
     raises(RuntimeError, logits(x[:, :0]), "a class on some rank")

@@ -96,6 +96,8 @@ def test_what_is_no_normalizer(call):
     for value in ("3", True, [3]):
         with pytest.raises(TypeError, match=r"regfast\.\w+: normalizer: expected a number or a Tensor, got"):
             call(normalizer=value)
+    with pytest.raises(TypeError, match=r"regfast\.\w+: normalizer: expected a real number, got torch.complex64"):
+        call(normalizer=torch.tensor(1j))
     with pytest.raises(RuntimeError, match=r"regfast\.\w+: normalizer: expected one number, got shape \(2,\)"):
         call(normalizer=torch.ones(2))
 

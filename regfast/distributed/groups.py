@@ -96,7 +96,7 @@ class Group:
                     f"and {op} on {self.names([rank])}"
                 )
             for name, value in calls[0][1].items():
-                if other.get(name) != value:
+                if repr(other.get(name)) != repr(value):  # NaN is the same as NaN
                     raise RuntimeError(
                         f"regfast.{self.op}: {name}: expected the same on all ranks, got {value} on {self.names([0])} "
                         f"and {other.get(name)} on {self.names([rank])}"
@@ -109,8 +109,10 @@ class Group:
         checksum = zlib.crc32(repr((self.op, sorted(call.items()))).encode()) % _BASE
         header[self.rank, :3] = header.new_tensor((*_digits(classes), checksum))
         if target is not None:
-            place = torch.arange(1, target.numel() + 1, device=target.device)
-            header[self.rank, 3] = ((target + 1) * place).sum() % _BASE
+            # Multiplied by odd constants (of splitmix64), with the upper half of the product in the lower one.
+            place = torch.arange(target.numel(), device=target.device)
+            mixed = (target + place * -7046029254386353131) * -4658895280553007687
+            header[self.rank, 3] = (mixed ^ (mixed >> 31)).sum() % _BASE
         return header.flatten()
 
     def read_header(self, header: Tensor) -> Vocabulary:
@@ -162,7 +164,7 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(
             f"regfast.{op}: expected no transform of torch.func around it, got one; use reverse mode (backward)"
         )
-    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if any(isinstance(t, Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             f"regfast.{op}: expected tensors without tangents, got some of forward mode; use reverse mode (backward)"
         )
