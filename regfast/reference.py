@@ -116,11 +116,13 @@ def normalized(
     loss_dtype: torch.dtype | None,
     normalizer: float | Tensor,
 ):
-    """What ``call(reduction=, loss_dtype=)`` gives with a loss that is its sum divided by the normalizer. The sum of
-    half types is divided in float32, since it may be beyond their range, and then rounded once."""
+    """What ``call(reduction=, loss_dtype=)`` gives with a loss that is its sum divided by the normalizer. The sum is
+    divided in float32 at least, since it may be beyond the range of half types, and then rounded once; gradients of
+    float64 logits are divided in float64."""
     require_normalizer(op, normalizer, reduction)
-    types = {name: loss_dtype or type for name, type in result_types(input, target, weight).items()}
-    wide = torch.float32 if any(type in HALF for type in types.values()) else loss_dtype
+    own = result_types(input, target, weight)
+    types = {name: loss_dtype or type for name, type in own.items()}
+    wide = fold(torch.promote_types, (*own.values(), *types.values()), torch.float32)
     result = call(reduction="sum", loss_dtype=wide)
     values = [result] if isinstance(result, Tensor) else list(result)
     for i, name in enumerate((outputs,) if isinstance(outputs, str) else outputs):
