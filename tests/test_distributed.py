@@ -1,5 +1,6 @@
 """Vocabulary-parallel losses on real processes, against a single process in float64 (regfast.reference)."""
 
+import copy
 import itertools
 import random
 import re
@@ -406,6 +407,12 @@ def options_cases() -> None:
         ours = vocab_parallel_linear_cross_entropy(hidden, weight[places], target, group=group)
         torch.testing.assert_close(ours, regfast.linear_cross_entropy(hidden, weight, target), rtol=2e-2, atol=2e-2)
         assert ours.dtype == torch.float32
+
+    # Copies, of an averaged model say, share the group.
+    module = VocabParallelCrossEntropyLoss(torch.rand(10), group=group)
+    other = copy.deepcopy(torch.nn.Sequential(module))[0]
+    assert other.group is group and other.weight is not module.weight
+    assert torch.equal(other(logits, target), module(logits, target))
 
     # A head as a module: its state is this rank's part of a whole head's. Twice backward, or through a checkpoint.
     whole = regfast.LinearCrossEntropyLoss(5, 20, bias=True)

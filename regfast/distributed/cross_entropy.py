@@ -6,13 +6,21 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kinds
 from .._extension import not_a_tensor, reduction_number
 from ..outputs import LOSS, select_outputs
 from ..reference import HALF, OUTPUTS, divided, require_normalizer, result_types
-from .groups import Group, Vocabulary, outside_of_graphs, refuse_second_derivatives, refuse_transforms, require_kernels
+from .groups import (
+    Group,
+    OfGroup,
+    Vocabulary,
+    outside_of_graphs,
+    refuse_second_derivatives,
+    refuse_transforms,
+    require_kernels,
+)
 from .slices import Options, Saved, Slice, class_dim, row_shape, slice_gradient
 
 _OP = "vocab_parallel_cross_entropy"
@@ -312,7 +320,7 @@ def losses_of_slices(
     return tensors[0] if result is None else result(*(tensors[i] for i in places))
 
 
-class VocabParallelCrossEntropyLoss(nn.Module):
+class VocabParallelCrossEntropyLoss(OfGroup):
     """:func:`vocab_parallel_cross_entropy` with its options; ``weight`` is that of this rank's classes."""
 
     weight: Tensor | None

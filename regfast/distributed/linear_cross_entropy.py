@@ -26,7 +26,15 @@ from .cross_entropy import (
     require_target,
     row_weights,
 )
-from .groups import Group, Vocabulary, outside_of_graphs, refuse_second_derivatives, refuse_transforms, require_kernels
+from .groups import (
+    Group,
+    OfGroup,
+    Vocabulary,
+    outside_of_graphs,
+    refuse_second_derivatives,
+    refuse_transforms,
+    require_kernels,
+)
 from .slices import Options, Saved, Slice, slice_gradient, sum_type
 
 _OP = "vocab_parallel_linear_cross_entropy"
@@ -530,7 +538,7 @@ def losses_of_slices(
     return tensors[0] if result is None else result(*(tensors[i] for i in output_places))
 
 
-class VocabParallelLinearCrossEntropyLoss(nn.Module):
+class VocabParallelLinearCrossEntropyLoss(OfGroup):
     """:func:`vocab_parallel_linear_cross_entropy` with its options, of a ``linear`` with this rank's classes.
 
     ``num_classes`` are those of the whole vocabulary; each rank has an equal part of them, the last ones less, as
