@@ -318,6 +318,17 @@ def hostile_cases() -> None:
                 for i, (a, b) in enumerate(zip(*results, strict=True)):
                     what = f"{name} {dtype} {options} {i}: "
                     torch.testing.assert_close(b, a, equal_nan=True, msg=lambda m, what=what: what + m)
+    # Smoothed over classes at -inf, which a softcap makes finite and to which no target need give anything.
+    masked[:, 0] = -INF
+    chances = probability_targets(6, classes, dtype=torch.float64)
+    chances[:, :40] = 0
+    for options in ({}, {"softcap": 4.0}, {"softcap": 4.0, "logit_scale": -0.5}):
+        for t in (target, chances):
+            part = t if t is target else t[:, places]
+            expected = regfast.cross_entropy(masked, t, label_smoothing=0.1, **options)
+            got = vocab_parallel_cross_entropy(masked[:, places], part, group=group, label_smoothing=0.1, **options)
+            torch.testing.assert_close(got, expected)
+            assert got.isfinite() == bool(options)
     none = torch.full((6,), -100)
     for fn, x in (
         (lambda x, **options: vocab_parallel_cross_entropy(x, none, group=group, **options), base[:, places]),
