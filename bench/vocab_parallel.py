@@ -222,6 +222,8 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=5)
     options.add_argument("--json", type=Path, help="where the figures go as well")
     args = options.parse_args()
+    if any(args.classes % ranks for ranks in args.ranks):
+        options.error(f"--classes: expected a multiple of each number of ranks, got {args.classes} and {args.ranks}")
     if "RANK" in os.environ:
         worker(args)
         return

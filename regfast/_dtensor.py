@@ -21,12 +21,17 @@ _MODULE = "torch.distributed.tensor"
 _NONE, _MEAN, _SUM = range(3)  # torch's numbers of reductions
 
 
-def is_sharded(*tensors: object) -> bool:
-    """Whether a cross-entropy of these is :mod:`regfast.distributed.dtensor`'s: one of them is a DTensor, of which each
-    process has a part. Compilers trace the ops, whose rules are below."""
+def is_dtensor(t: object) -> bool:
+    """Whether a cross-entropy of it is :mod:`regfast.distributed.dtensor`'s. Compilers trace the ops, whose rules are
+    below."""
     if torch.compiler.is_compiling() or (module := sys.modules.get(_MODULE)) is None:
         return False
-    return any(isinstance(t, module.DTensor) and any(p.is_shard() for p in t.placements) for t in tensors)
+    return isinstance(t, module.DTensor)
+
+
+def is_sharded(t: object) -> bool:
+    """Whether it is a DTensor of which each process has a part."""
+    return is_dtensor(t) and any(p.is_shard() for p in t.placements)
 
 
 def _rules() -> dict[str, Callable]:

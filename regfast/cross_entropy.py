@@ -11,7 +11,7 @@ from torch.jit import is_scripting
 from torch.nn import _reduction
 
 from . import _C, kinds
-from ._dtensor import is_sharded
+from ._dtensor import is_dtensor
 from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
 from .outputs import LOSS, LOSS_BIT, require_one_for_scripts, select_outputs
 from .reference import normalized
@@ -126,7 +126,7 @@ def cross_entropy(
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
-    if is_sharded(input):
+    if is_dtensor(input):
         from .distributed import dtensor
 
         return dtensor.cross_entropy(

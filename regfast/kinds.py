@@ -53,6 +53,16 @@ def integer(function: str, name: str, value: object) -> int:
     raise TypeError(f"regfast.{function}: {name}: expected an int, got {type(value).__name__}")
 
 
+def number(function: str, name: str, value: object) -> float:
+    """A float, or what is one: an int, numpy's or a tensor of one; a string is none."""
+    if not isinstance(value, (str, bytes)):
+        try:
+            return float(value.detach() if isinstance(value, torch.Tensor) else value)
+        except (TypeError, ValueError, RuntimeError):
+            pass
+    raise TypeError(f"regfast.{function}: {name}: expected float, got {type(value).__name__}")
+
+
 def boolean(function: str, name: str, value: object) -> bool:
     """A bool; a number is none."""
     if isinstance(value, (bool, torch.SymBool)):

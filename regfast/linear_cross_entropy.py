@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from . import _C, kinds
-from ._dtensor import is_sharded
+from ._dtensor import is_dtensor, is_sharded
 from ._extension import REDUCTION_NUMBERS, are_tensors, reduction_number, refuse_scripts, without_tensors
 from .cross_entropy import cross_entropy
 from .linear import is_product
@@ -149,7 +149,7 @@ def linear_cross_entropy(
             options=options,
             normalizer=normalizer,
         )
-    if is_sharded(input, linear_weight):
+    if is_dtensor(input) or is_sharded(linear_weight):
         from .distributed import dtensor
 
         return dtensor.linear_cross_entropy(

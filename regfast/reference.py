@@ -93,6 +93,8 @@ def require_normalizer(op: str, normalizer: object, reduction: str) -> None:
     """A mean's sum is divided by it, and nothing else is."""
     number = isinstance(normalizer, (int, float, Tensor)) and not isinstance(normalizer, bool)
     _require(number, TypeError, f"{op}: normalizer", "a number or a Tensor", type(normalizer).__name__)
+    real = not isinstance(normalizer, Tensor) or not normalizer.is_complex()
+    _require(real, TypeError, f"{op}: normalizer", "a real number", getattr(normalizer, "dtype", None))
     one = not isinstance(normalizer, Tensor) or normalizer.numel() == 1
     _require(one, RuntimeError, f"{op}: normalizer", "one number", f"shape {tuple(getattr(normalizer, 'shape', ()))}")
     _require(reduction == "mean", ValueError, f"{op}: reduction", "mean with a normalizer", repr(reduction))
@@ -114,11 +116,13 @@ def normalized(
     loss_dtype: torch.dtype | None,
     normalizer: float | Tensor,
 ):
-    """What ``call(reduction=, loss_dtype=)`` gives with a loss that is its sum divided by the normalizer. The sum of
-    half types is divided in float32, since it may be beyond their range, and then rounded once."""
+    """What ``call(reduction=, loss_dtype=)`` gives with a loss that is its sum divided by the normalizer. The sum is
+    divided in float32 at least, since it may be beyond the range of half types, and then rounded once; gradients of
+    float64 logits are divided in float64."""
     require_normalizer(op, normalizer, reduction)
-    types = {name: loss_dtype or type for name, type in result_types(input, target, weight).items()}
-    wide = torch.float32 if any(type in HALF for type in types.values()) else loss_dtype
+    own = result_types(input, target, weight)
+    types = {name: loss_dtype or type for name, type in own.items()}
+    wide = fold(torch.promote_types, (*own.values(), *types.values()), torch.float32)
     result = call(reduction="sum", loss_dtype=wide)
     values = [result] if isinstance(result, Tensor) else list(result)
     for i, name in enumerate((outputs,) if isinstance(outputs, str) else outputs):

@@ -1,5 +1,6 @@
 """Vocabulary-parallel losses on real processes, against a single process in float64 (regfast.reference)."""
 
+import copy
 import itertools
 import random
 import re
@@ -317,6 +318,17 @@ def hostile_cases() -> None:
                 for i, (a, b) in enumerate(zip(*results, strict=True)):
                     what = f"{name} {dtype} {options} {i}: "
                     torch.testing.assert_close(b, a, equal_nan=True, msg=lambda m, what=what: what + m)
+    # Smoothed over classes at -inf, which a softcap makes finite and to which no target need give anything.
+    masked[:, 0] = -INF
+    chances = probability_targets(6, classes, dtype=torch.float64)
+    chances[:, :40] = 0
+    for options in ({}, {"softcap": 4.0}, {"softcap": 4.0, "logit_scale": -0.5}):
+        for t in (target, chances):
+            part = t if t is target else t[:, places]
+            expected = regfast.cross_entropy(masked, t, label_smoothing=0.1, **options)
+            got = vocab_parallel_cross_entropy(masked[:, places], part, group=group, label_smoothing=0.1, **options)
+            torch.testing.assert_close(got, expected)
+            assert got.isfinite() == bool(options)
     none = torch.full((6,), -100)
     for fn, x in (
         (lambda x, **options: vocab_parallel_cross_entropy(x, none, group=group, **options), base[:, places]),
@@ -331,6 +343,9 @@ def hostile_cases() -> None:
         assert fn(logits).isnan() and fn(logits, reduction="sum") == 0
         fn(logits).backward()
         assert not logits.grad.any()
+    hidden, weight = leaf(torch.randn(0, 5)), leaf(torch.randn(16, 5))  # no rows at all
+    vocab_parallel_linear_cross_entropy(hidden, weight, torch.randn(0, 16), group=group).backward()
+    assert not weight.grad.any()
 
 
 def half_cases() -> None:
@@ -403,6 +418,12 @@ def options_cases() -> None:
         ours = vocab_parallel_linear_cross_entropy(hidden, weight[places], target, group=group)
         torch.testing.assert_close(ours, regfast.linear_cross_entropy(hidden, weight, target), rtol=2e-2, atol=2e-2)
         assert ours.dtype == torch.float32
+
+    # Copies, of an averaged model say, share the group.
+    module = VocabParallelCrossEntropyLoss(torch.rand(10), group=group)
+    other = copy.deepcopy(torch.nn.Sequential(module))[0]
+    assert other.group is group and other.weight is not module.weight
+    assert torch.equal(other(logits, target), module(logits, target))
 
     # A head as a module: its state is this rank's part of a whole head's. Twice backward, or through a checkpoint.
     whole = regfast.LinearCrossEntropyLoss(5, 20, bias=True)
@@ -492,6 +513,21 @@ def error_cases() -> None:
         raises(
             RuntimeError, call(outputs="loss" if rank else ("loss", "lse")), "others on ranks 1, 2, 3 than on rank 0"
         )
+        differing = {"normalizer": (2, torch.tensor(3)), "loss_dtype": (None, torch.float64), "z_loss": (0.0, 0.5)}
+        for name, values in differing.items():
+            raises(RuntimeError, call(**{name: values[rank == 1]}), "others on rank 1 than on rank 0")
+        # Of the same sum, also of each multiplied by its row's number.
+        classes = target.clone()
+        classes[0], classes[1] = (3, 5) if rank else (5, 4)
+        raises(RuntimeError, call(target=classes), "target: expected the same classes", "ranks 1, 2, 3 than on rank 0")
+        # Of one value, whatever kind of number.
+        call(z_loss=(1, 1.0, torch.tensor(1.0), True)[rank], normalizer=(2, torch.tensor(2))[rank % 2])()
+        for name in ("label_smoothing", "z_loss", "softcap", "logit_scale"):
+            raises(TypeError, call(**{name: "1"}), name, "str")
+        raises(TypeError, call(z_loss=None), "z_loss", "NoneType")
+        raises(TypeError, call(weight=[1.0]), "weight", "list")
+        raises(RuntimeError, call(loss_dtype=torch.int64), "loss_dtype", "int64")
+        raises(TypeError, call(normalizer=torch.tensor(1j)), "normalizer", "complex64")
         raises(ValueError, call(reduction="max"), "reduction", "'max'")
         raises(ValueError, call(outputs=("loss", "loss")), "outputs")
         raises(ValueError, call(normalizer=3, reduction="sum"), "reduction", "'sum'")
@@ -512,6 +548,10 @@ def error_cases() -> None:
     raises(RuntimeError, linear(w=weight.double()), "linear_weight", "float32", "float64")
     raises(RuntimeError, linear(linear_bias=torch.ones(4)), "linear_bias", "(5,)", "(4,)")
     raises(ValueError, linear(memory_budget=0), "memory_budget", "0")
+    raises(TypeError, linear(memory_budget=1.5), "memory_budget", "float")
+    raises(TypeError, linear(sequence_parallel=1), "sequence_parallel", "int")
+    raises(TypeError, linear(linear_bias=3), "linear_bias", "int")
+    raises(TypeError, logits(inplace_backward=1), "inplace_backward", "int")
     raises(RuntimeError, linear(sequence_parallel=True), "target", "(24,)", "(6,)")
     raises(RuntimeError, linear(hidden[0], sequence_parallel=True, target=target[0]), "one row")
     raises(RuntimeError, logits(x[:, :0]), "a class on some rank")

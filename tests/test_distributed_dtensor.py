@@ -189,6 +189,22 @@ def plans_case() -> None:
         torch.testing.assert_close(whole(a.grad), b.grad)
 
 
+def replicated_case() -> None:
+    """Nothing is divided: what each process has is whole, and so is a plain target beside it."""
+    mesh = mesh_of(4)
+    x, w, target = spiky(6, 5, dtype=torch.float64), spiky(11, 5, dtype=torch.float64), class_targets((6,), 11, 0.3)
+    for of_target in (target, distribute_tensor(target, mesh, [S0])):
+        for linear in (True, False):
+            true = [leaf(x), leaf(w)]
+            ours = [distribute_tensor(t, mesh, [R]).requires_grad_() for t in (x, w)]
+            theirs = reference.linear_cross_entropy(*true, target)
+            if linear:
+                loss = regfast.linear_cross_entropy(*ours, of_target)
+            else:
+                loss = regfast.cross_entropy(ours[0] @ ours[1].T, of_target)
+            check(f"{linear}", [loss], ours, [theirs], true)
+
+
 def errors_case() -> None:
     mesh = mesh_of(2, 2)
     x, target = distribute_tensor(torch.randn(4, 8), mesh, [S1, S1]), torch.randint(8, (4,))
@@ -198,6 +214,9 @@ def errors_case() -> None:
         regfast.cross_entropy(x, target)
     weight = distribute_tensor(torch.randn(8, 3), mesh, [R, S0])
     with pytest.raises(NotImplementedError, match=r"regfast\.linear_cross_entropy: input: expected a DTensor beside"):
+        regfast.linear_cross_entropy(torch.randn(4, 3), weight, target)
+    weight = distribute_tensor(torch.randn(8, 3), mesh_of(4), [S1])  # of each process's rows it would have a gradient
+    with pytest.raises(NotImplementedError, match=r"linear_cross_entropy: input: expected a DTensor beside .* classes"):
         regfast.linear_cross_entropy(torch.randn(4, 3), weight, target)
     logits = distribute_tensor(torch.randn(4, 8), mesh, [R, S1])
     with pytest.raises(RuntimeError, match=r"regfast\.cross_entropy: target: expected a DTensor on .*, got one on"):
@@ -211,6 +230,6 @@ def errors_case() -> None:
         regfast.cross_entropy(logits, target, reduction="max")
 
 
-@pytest.mark.parametrize("case", [logits_case, linear_case, traffic_case, plans_case, errors_case])
+@pytest.mark.parametrize("case", [logits_case, linear_case, replicated_case, traffic_case, plans_case, errors_case])
 def test_on_four_ranks(ranks, case):
     ranks(case)

@@ -61,6 +61,19 @@ def test_a_sum_beyond_float16_is_divided_before_it_is_rounded():
     assert_as_good(loss, (exact / 1000).half(), exact / 1000)
 
 
+def test_of_float64_nothing_is_divided_in_float32():
+    x, target = spiky(9, 30).half(), probability_targets(9, 30, dtype=torch.float64)
+    loss = regfast.cross_entropy(x, target, normalizer=7)
+    torch.testing.assert_close(loss, regfast.cross_entropy(x, target, reduction="sum") / 7, rtol=1e-14, atol=0)
+    z, target = spiky(9, 30, dtype=torch.float64), class_targets((9,), 30)
+    grads = []
+    for options in ({}, {"normalizer": 9}):
+        logits = z.clone().requires_grad_()
+        regfast.cross_entropy(logits, target, loss_dtype=torch.float32, **options).backward()
+        grads.append(logits.grad)
+    torch.testing.assert_close(*grads, rtol=1e-14, atol=1e-16)
+
+
 @pytest.mark.parametrize("wide", [None, torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_other_outputs_and_options_are_as_without(dtype, wide):
     z, target = spiky(6, 12, dtype=dtype), class_targets((6,), 12, 0.3)
@@ -96,6 +109,8 @@ def test_what_is_no_normalizer(call):
     for value in ("3", True, [3]):
         with pytest.raises(TypeError, match=r"regfast\.\w+: normalizer: expected a number or a Tensor, got"):
             call(normalizer=value)
+    with pytest.raises(TypeError, match=r"regfast\.\w+: normalizer: expected a real number, got torch.complex64"):
+        call(normalizer=torch.tensor(1j))
     with pytest.raises(RuntimeError, match=r"regfast\.\w+: normalizer: expected one number, got shape \(2,\)"):
         call(normalizer=torch.ones(2))
 

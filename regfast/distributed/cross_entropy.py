@@ -6,13 +6,21 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import kinds
 from .._extension import not_a_tensor, reduction_number
 from ..outputs import LOSS, select_outputs
 from ..reference import HALF, OUTPUTS, divided, require_normalizer, result_types
-from .groups import Group, Vocabulary, outside_of_graphs, refuse_second_derivatives, refuse_transforms, require_kernels
+from .groups import (
+    Group,
+    OfGroup,
+    Vocabulary,
+    outside_of_graphs,
+    refuse_second_derivatives,
+    refuse_transforms,
+    require_kernels,
+)
 from .slices import Options, Saved, Slice, class_dim, row_shape, slice_gradient
 
 _OP = "vocab_parallel_cross_entropy"
@@ -88,11 +96,36 @@ def reduced(
     return mean_of(total, count)
 
 
-def require_options(op: str, smoothing: float, softcap: float | None) -> None:
-    if not 0 <= smoothing <= 1:
-        raise RuntimeError(f"regfast.{op}: label_smoothing: expected a number from 0 to 1, got {smoothing}")
-    if softcap is not None and not softcap > 0:
-        raise RuntimeError(f"regfast.{op}: softcap: expected a positive number or None, got {softcap}")
+def options_of(
+    op: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    names: Sequence[str],
+) -> Options:
+    """Numbers of one kind, whatever they were given as, since those of all ranks are compared."""
+    o = Options(
+        kinds.integer(op, "ignore_index", ignore_index),
+        kinds.number(op, "label_smoothing", label_smoothing),
+        kinds.number(op, "z_loss", z_loss),
+        None if softcap is None else kinds.number(op, "softcap", softcap),
+        None if logit_scale is None else kinds.number(op, "logit_scale", logit_scale),
+        frozenset(names),
+    )
+    if not 0 <= o.label_smoothing <= 1:
+        raise RuntimeError(f"regfast.{op}: label_smoothing: expected a number from 0 to 1, got {o.label_smoothing}")
+    if o.softcap is not None and not o.softcap > 0:
+        raise RuntimeError(f"regfast.{op}: softcap: expected a positive number or None, got {o.softcap}")
+    return o
+
+
+def require_loss_dtype(op: str, dtype: torch.dtype | None) -> None:
+    if kinds.dtype(op, "loss_dtype", dtype) not in (None, *FLOATING):
+        raise RuntimeError(
+            f"regfast.{op}: loss_dtype: expected float32, float64, bfloat16, float16 or None, got {dtype}"
+        )
 
 
 def require_target(op: str, shape: torch.Size, logits_shape: torch.Size, target: Tensor) -> bool:
@@ -110,6 +143,8 @@ def require_target(op: str, shape: torch.Size, logits_shape: torch.Size, target:
 def require_class_weight(op: str, weight: Tensor | None, classes: int, like: Tensor) -> None:
     if weight is None:
         return
+    if not isinstance(weight, Tensor):
+        raise not_a_tensor(op, weight=weight)
     if weight.requires_grad:
         raise RuntimeError(f"regfast.{op}: weight: expected one without gradient, got one with it")
     if weight.shape != (classes,) or not weight.is_floating_point() or weight.device != like.device:
@@ -120,7 +155,14 @@ def require_class_weight(op: str, weight: Tensor | None, classes: int, like: Ten
 
 
 def call_of(
-    input: Tensor, shape: tuple, target: Tensor, weight: Tensor | None, options: Options, **others: object
+    op: str,
+    input: Tensor,
+    shape: tuple,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    normalizer: float | Tensor | None,
+    **others: object,
 ) -> dict[str, object]:
     """What has to be the same on all ranks."""
     return {
@@ -128,6 +170,7 @@ def call_of(
         "target": "probabilities" if target.is_floating_point() else "classes",
         "weight": weight is not None,
         **options._replace(outputs=tuple(sorted(options.outputs)))._asdict(),
+        "normalizer": None if normalizer is None else kinds.number(op, "normalizer", normalizer),
         **others,
     }
 
@@ -243,7 +286,9 @@ def losses_of_slices(
     names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
     if normalizer is not None:
         require_normalizer(_OP, normalizer, reduction)
-    require_options(_OP, label_smoothing, softcap)
+    options = options_of(_OP, ignore_index, label_smoothing, z_loss, softcap, logit_scale, names)
+    require_loss_dtype(_OP, loss_dtype)
+    kinds.boolean(_OP, "inplace_backward", inplace_backward)
     refuse_transforms(_OP, input, target, weight)
     if input.dtype not in FLOATING or input.dim() == 0:
         raise NotImplementedError(
@@ -259,31 +304,23 @@ def losses_of_slices(
             f"regfast.{_OP}: inplace_backward: expected an input that is not a leaf, got a leaf that requires grad, "
             "whose data its gradient would replace"
         )
-    options = Options(
-        kinds.integer(_OP, "ignore_index", ignore_index),
-        label_smoothing,
-        z_loss,
-        softcap,
-        logit_scale,
-        frozenset(names),
-    )
     of_group = Group(_OP, group)
     whole = tuple("classes" if d == dim else size for d, size in enumerate(input.shape))
-    call = call_of(input, whole, target, weight, options, reduction=reduction)
+    further = {"reduction": reduction, "loss_dtype": loss_dtype}
+    call = call_of(_OP, input, whole, target, weight, options, normalizer, **further)
     of_group.compare(call)
     types = result_types(input, target, weight)
     logits, target = in_one_type(input, target, weight)
     *tensors, counts = _Rows.apply(logits, target, weight, of_group, options, call, inplace_backward)
     if "loss" in names and reduction != "none":
         tensors[0] = reduced(tensors[0].sum(dtype=torch.float64), counts, reduction, normalizer, row_groups)
-    loss_dtype = kinds.dtype(_OP, "loss_dtype", loss_dtype)
     tensors = [
         t if name == "argmax" else t.to(loss_dtype or types[name]) for name, t in zip(names, tensors, strict=True)
     ]
     return tensors[0] if result is None else result(*(tensors[i] for i in places))
 
 
-class VocabParallelCrossEntropyLoss(nn.Module):
+class VocabParallelCrossEntropyLoss(OfGroup):
     """:func:`vocab_parallel_cross_entropy` with its options; ``weight`` is that of this rank's classes."""
 
     weight: Tensor | None

@@ -155,6 +155,12 @@ def linear_cross_entropy(
         by_class = [p.is_shard(0) for p in linear_weight.placements]
         placements = [Shard(last) if own else p for own, p in zip(by_class, placements, strict=True)]
     layout = _Layout(op, mesh, placements, last)
+    if plain and layout.class_axis is None:
+        # Each process may have rows of its own, whose gradients of a whole weight nothing would add up.
+        raise NotImplementedError(
+            f"regfast.{op}: input: expected a DTensor beside a linear_weight whose classes are not sharded, got a "
+            f"plain tensor and {linear_weight.placements}"
+        )
     x = layout.local("input", input, layout.rows, None if plain else torch.Size(), layout.rows)
     w = layout.local("linear_weight", linear_weight, layout.by_class(), None, layout.parameters())
     classes = w.shape[:1]

@@ -3,6 +3,7 @@ that all ranks make the same call."""
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable
 from functools import wraps
@@ -10,7 +11,7 @@ from itertools import accumulate
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 # Their names since torch 2.13, which warns of the former ones; builds without torch.distributed have neither.
@@ -96,7 +97,7 @@ class Group:
                     f"and {op} on {self.names([rank])}"
                 )
             for name, value in calls[0][1].items():
-                if other.get(name) != value:
+                if repr(other.get(name)) != repr(value):  # NaN is the same as NaN
                     raise RuntimeError(
                         f"regfast.{self.op}: {name}: expected the same on all ranks, got {value} on {self.names([0])} "
                         f"and {other.get(name)} on {self.names([rank])}"
@@ -109,8 +110,10 @@ class Group:
         checksum = zlib.crc32(repr((self.op, sorted(call.items()))).encode()) % _BASE
         header[self.rank, :3] = header.new_tensor((*_digits(classes), checksum))
         if target is not None:
-            place = torch.arange(1, target.numel() + 1, device=target.device)
-            header[self.rank, 3] = ((target + 1) * place).sum() % _BASE
+            # Multiplied by odd constants (of splitmix64), with the upper half of the product in the lower one.
+            place = torch.arange(target.numel(), device=target.device)
+            mixed = (target + place * -7046029254386353131) * -4658895280553007687
+            header[self.rank, 3] = (mixed ^ (mixed >> 31)).sum() % _BASE
         return header.flatten()
 
     def read_header(self, header: Tensor) -> Vocabulary:
@@ -147,6 +150,18 @@ class Group:
             )
 
 
+class OfGroup(nn.Module):
+    """A module of a process group, which its copies share: torch can copy none."""
+
+    group: object
+
+    def __deepcopy__(self, memo: dict) -> OfGroup:
+        memo[id(self.group)] = self.group
+        memo[id(self)] = other = type(self).__new__(type(self))
+        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return other
+
+
 class Vocabulary:
     """How the classes lie on the ranks: in their order, any number on each."""
 
@@ -162,7 +177,7 @@ def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
         raise NotImplementedError(
             f"regfast.{op}: expected no transform of torch.func around it, got one; use reverse mode (backward)"
         )
-    if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+    if any(isinstance(t, Tensor) and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise NotImplementedError(
             f"regfast.{op}: expected tensors without tangents, got some of forward mode; use reverse mode (backward)"
         )

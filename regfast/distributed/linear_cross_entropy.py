@@ -19,13 +19,22 @@ from .cross_entropy import (
     FLOATING,
     bad_targets,
     call_of,
+    options_of,
     reduced,
     require_class_weight,
-    require_options,
+    require_loss_dtype,
     require_target,
     row_weights,
 )
-from .groups import Group, Vocabulary, outside_of_graphs, refuse_second_derivatives, refuse_transforms, require_kernels
+from .groups import (
+    Group,
+    OfGroup,
+    Vocabulary,
+    outside_of_graphs,
+    refuse_second_derivatives,
+    refuse_transforms,
+    require_kernels,
+)
 from .slices import Options, Saved, Slice, slice_gradient, sum_type
 
 _OP = "vocab_parallel_linear_cross_entropy"
@@ -222,7 +231,7 @@ class _SumOfLosses(torch.autograd.Function):
     def forward(ctx, x, w, bias, p: _Problem, wants: tuple[bool, ...]):
         results, _, counts, g = _forward(p, wants)
         # Without a row that counts, the mean has NaN for an upstream gradient, and every gradient is 0.
-        counted = torch.ones((), dtype=torch.bool, device=x.device)
+        counted = torch.full((), len(p.target) > 0, device=x.device)
         if not p.target.is_floating_point():
             counted = (p.target != p.options.ignore_index).any()
         ctx.save_for_backward(counted, g.x, g.w, None if g.bias is None else g.bias.to(p.type))
@@ -331,9 +340,11 @@ def _require_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | 
             f"regfast.{_OP}: linear_weight: expected shape (C, {features}), got {tuple(linear_weight.shape)}"
         )
     classes = linear_weight.shape[0]
-    if linear_bias is not None and linear_bias.shape != (classes,):
+    if isinstance(linear_bias, Tensor) and linear_bias.shape != (classes,):
         raise RuntimeError(f"regfast.{_OP}: linear_bias: expected shape {(classes,)}, got {tuple(linear_bias.shape)}")
     for name, t in {"linear_weight": linear_weight, "linear_bias": linear_bias}.items():
+        if t is not None and not isinstance(t, Tensor):
+            raise not_a_tensor(_OP, **{name: t})
         if t is not None and (t.device != input.device or (t.dtype != input.dtype and not _autocast(input))):
             raise RuntimeError(
                 f"regfast.{_OP}: {name}: expected {input.dtype} on {input.device}, got {t.dtype} on {t.device}"
@@ -453,9 +464,11 @@ def losses_of_slices(
     names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
     if normalizer is not None:
         require_normalizer(_OP, normalizer, reduction)
-    require_options(_OP, label_smoothing, softcap)
+    options = options_of(_OP, ignore_index, label_smoothing, z_loss, softcap, logit_scale, names)
+    require_loss_dtype(_OP, loss_dtype)
+    kinds.boolean(_OP, "sequence_parallel", sequence_parallel)
     refuse_transforms(_OP, input, linear_weight, linear_bias, target, weight)
-    if memory_budget is not None and memory_budget <= 0:
+    if memory_budget is not None and kinds.integer(_OP, "memory_budget", memory_budget) <= 0:
         raise ValueError(f"regfast.{_OP}: memory_budget: expected a positive number of bytes, got {memory_budget}")
     of_group = Group(_OP, group)
     classes = _require_shapes(input, linear_weight, linear_bias)
@@ -479,11 +492,9 @@ def losses_of_slices(
     x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     target = target.reshape(rows_shape.numel(), classes) if probabilities else target.reshape(-1)
 
-    ignore_index = kinds.integer(_OP, "ignore_index", ignore_index)
-    options = Options(ignore_index, label_smoothing, z_loss, softcap, logit_scale, frozenset(names))
     kept = None
     if not probabilities and not sequence_parallel and set(names) <= {"loss", "logprob"}:
-        kept = (target != ignore_index).nonzero().squeeze(1)
+        kept = (target != options.ignore_index).nonzero().squeeze(1)
         kept = None if len(kept) == len(target) else kept
     grad = torch.is_grad_enabled()
     wants = [grad and t is not None and t.requires_grad for t in (x, w, bias, target)]
@@ -492,13 +503,14 @@ def losses_of_slices(
     budget = memory_budget or _default_budget()
     further = {
         "reduction": reduction,
+        "loss_dtype": loss_dtype,
         "memory_budget": budget,
         "sequence_parallel": sequence_parallel,
         "rows that take part": len(target) if kept is None else len(kept),
         "gradient of input": wants[0],
         "gradients in forward": one_pass,
     }
-    call = call_of(input, tuple(input.shape), target, weight, options, **further)
+    call = call_of(_OP, input, tuple(input.shape), target, weight, options, normalizer, **further)
     of_group.compare(call)
     # Of one size and dtype whatever the call is, so that calls which differ can be told apart.
     of_classes = None if probabilities else target.long()
@@ -520,14 +532,13 @@ def losses_of_slices(
     if total is not None:
         tensors[0] = reduced(total, counts, reduction, normalizer, row_groups)
     tensors = [t if t.dim() == 0 else t.reshape(rows_shape) for t in tensors]
-    loss_dtype = kinds.dtype(_OP, "loss_dtype", loss_dtype)
     tensors = [
         t if name == "argmax" else t.to(loss_dtype or types[name]) for name, t in zip(names, tensors, strict=True)
     ]
     return tensors[0] if result is None else result(*(tensors[i] for i in output_places))
 
 
-class VocabParallelLinearCrossEntropyLoss(nn.Module):
+class VocabParallelLinearCrossEntropyLoss(OfGroup):
     """:func:`vocab_parallel_linear_cross_entropy` with its options, of a ``linear`` with this rank's classes.
 
     ``num_classes`` are those of the whole vocabulary; each rank has an equal part of them, the last ones less, as

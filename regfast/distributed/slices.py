@@ -123,8 +123,9 @@ class Slice:
         if self.smoothed:
             dot = self.weight_sum * self.log_sum - self.classes * got["loss"]  # sum w (z - max)
             # The loss of the class that stood for any was 0 times -inf there.
-            first = self.logits.select(self.dim, 0).reshape(-1)
-            self.even_dot = torch.where(first == -_INF, -_INF, dot)
+            first = self._transformed(self.logits.select(self.dim, 0).reshape(-1))
+            of_first = -_INF if self.weight is None else -_INF * self.weight[0]  # NaN where that is 0, as elsewhere
+            self.even_dot = torch.where(first == -_INF, of_first, dot)
 
     # ---- the message of maxima
 
@@ -201,7 +202,12 @@ class Slice:
             if "loss" in wanted:
                 keep = 1 - o.label_smoothing
                 mass = 0.0 if none else keep * self.mass + smooth * self.weight_sum
-                dot = 0.0 if none else keep * (self.target_dot + self.mass * shift) + even
+                dot = 0.0
+                if not none:
+                    dot = self.target_dot + self.mass * shift
+                    if self.smoothed:  # then no class has a share of 0, which times -inf were NaN
+                        dot = torch.where((even == -_INF) & ~self.mass.isnan(), 0, dot)
+                    dot = keep * dot + even
                 words |= {"mass": self._rows(0) + mass, "dot": self._rows(0) + dot}
             if "logprob" in wanted:
                 words["plain_mass"] = self._rows(0) if none else self.target_mass
@@ -223,12 +229,16 @@ class Slice:
         if self.classes == 0:
             return self._rows(0)
         index = self.local.clamp(min=0).view(self.shape).unsqueeze(self.dim)
-        z = self.logits.gather(self.dim, index).reshape(-1).to(self.type)
+        z = self._transformed(self.logits.gather(self.dim, index).reshape(-1))
+        return torch.where(self.mine, z - self.top, 0)
+
+    def _transformed(self, logits: Tensor) -> Tensor:
+        z = logits.to(self.type)
         if self.options.logit_scale is not None:
             z = z * self.options.logit_scale
         if self.options.softcap is not None:
             z = self.options.softcap * torch.tanh(z / self.options.softcap)
-        return torch.where(self.mine, z - self.top, 0)
+        return z
 
     def _place(self) -> Tensor:
         """Of float64, whose maxima fill a word: the place where this rank has the row's maximum, else a large number;
