@@ -578,7 +578,7 @@ def error_cases() -> None:
 
 def mesh_case() -> None:
     """Data parallel on one dimension of a mesh, vocabulary parallel on the other."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "vocabulary"))
     data, vocabulary = (mesh.get_local_rank(name) for name in mesh.mesh_dim_names)
@@ -605,6 +605,8 @@ def mesh_case() -> None:
         torch.testing.assert_close(mine[0].grad, true[0].grad[rows], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(mine[1].grad, true[1].grad[places], rtol=1e-12, atol=1e-12)
     raises(ValueError, lambda: vocab_parallel_cross_entropy(x, target, group=mesh), "group", "one dimension")
+    turned = DeviceMesh("cpu", [1, 0, 2, 3])
+    raises(ValueError, lambda: vocab_parallel_cross_entropy(x, target, group=turned), "group", "ascend")
 
 
 # What pytest runs

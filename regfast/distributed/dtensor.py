@@ -19,6 +19,7 @@ from ..linear_cross_entropy import linear_cross_entropy as whole_linear_cross_en
 from ..outputs import select_outputs
 from . import cross_entropy as logits_of_slices
 from . import linear_cross_entropy as linear_of_slices
+from .groups import group_of_mesh
 from .slices import class_dim
 
 
@@ -44,7 +45,7 @@ class _Layout:
 
     @property
     def class_group(self):
-        return None if self.class_axis is None else self.mesh.get_group(self.class_axis)
+        return None if self.class_axis is None else group_of_mesh(self.op, self.mesh, self.class_axis)
 
     @property
     def row_groups(self) -> list:

@@ -26,6 +26,16 @@ def _digits(count: int) -> tuple[int, int]:
     return count % _BASE, count // _BASE
 
 
+def group_of_mesh(op: str, mesh, axis: int = 0):
+    """The process group of a mesh's dimension. torch numbers its ranks in ascending order, whatever order the mesh has,
+    and the parts of a vocabulary would be taken for each other's."""
+    here = mesh.get_coordinate()
+    along = mesh.mesh[tuple(slice(None) if i == axis else at for i, at in enumerate(here or [0] * mesh.ndim))].tolist()
+    if along != sorted(along):
+        raise ValueError(f"regfast.{op}: group: expected a mesh whose ranks ascend along its dimension, got {along}")
+    return mesh.get_group(axis)
+
+
 class Group:
     """The ranks that share a vocabulary, for one call of an op."""
 
@@ -36,7 +46,7 @@ class Group:
         if hasattr(group, "get_group"):  # a DeviceMesh
             if group.ndim != 1:
                 raise ValueError(f"regfast.{op}: group: expected a mesh of one dimension, got {group.ndim}: {group}")
-            group = group.get_group()
+            group = group_of_mesh(op, group)
         self.group = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:

@@ -16,7 +16,7 @@ VEX = re.compile(r"\tv(?!err|erw|mcall|mlaunch|mresume|mxon|mxoff)[a-z0-9]+\s")
 OWN_NAMESPACE = {"isa_avx2.o": "rf::avx2::", "isa_avx512.o": "rf::avx512::"}
 # AVX-512's file may use AVX512-BF16 in the kernels that are in the table for CPUs that have it, and nowhere else.
 BF16 = re.compile(r"\tv(dpbf16ps|cvtne2?ps2bf16)\w*\s")
-BF16_KERNELS = re.compile(r"pairs|bf16x2v")
+BF16_KERNELS = re.compile(r"pairs|bf16x2v|flushed_bf16")
 
 
 def output(*command: str) -> str:
