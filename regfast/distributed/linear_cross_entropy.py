@@ -398,7 +398,8 @@ def vocab_parallel_linear_cross_entropy(
         memory_budget: bytes for chunks on this rank, of which there are two at a time, the same on all ranks; by
             default 32 MiB for each core of the machine, and 1 GiB at most. At least 16 rows are computed at a time.
         sequence_parallel: input is this rank's part of dimension 0 of the rows, as many rows on all ranks, in the order
-            of ranks; target is whole. Chunks of input are gathered, those of dX reduced and scattered.
+            of ranks; target is whole. Chunks of input are gathered, those of dX reduced and scattered. Ignored rows
+            take part in the products then: NaN in one makes the weight's gradient NaN, as in torch.
 
     Returns:
         The tensor for one name, a named tuple for several, for all rows; each as on a single process.

@@ -145,7 +145,7 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   // Few columns of a W across K: it costs less to pack than X, a task's rows of which are read again for each part of
   // W.
   const bool narrow = w.across && x.in_place() && g.n <= tuning::kNarrowColumns;
-  // Nor does packing W for a K that is over before storing C is, which wants C as it is.
+  // Storing C takes longer than so short a K: W is packed, however long it is, so that C is computed as it lies.
   const bool short_k = k <= tuning::kShortK && x.in_place();
   const bool w_is_longer = !short_k && (g.n >= g.m || (narrow && 2 * g.n >= g.m));
   const bool a_is_longer = (w_is_longer ? w : x).in_place();
