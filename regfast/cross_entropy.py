@@ -101,6 +101,13 @@ def cross_entropy(
         )
         if result is not None:
             return result[0]
+    further = {
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "outputs": outputs,
+        "inplace_backward": inplace_backward,
+    }
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
     ):
@@ -116,13 +123,9 @@ def cross_entropy(
             reduce,
             reduction,
             label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            outputs=outputs,
-            inplace_backward=inplace_backward,
             loss_dtype=loss_dtype,
             normalizer=normalizer,
+            **further,
         )
     if size_average is not None or reduce is not None:
         reduction = _reduction.legacy_get_string(size_average, reduce)
@@ -136,16 +139,11 @@ def cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            outputs=outputs,
-            inplace_backward=inplace_backward,
             loss_dtype=loss_dtype,
             normalizer=normalizer,
+            **further,
         )
     if normalizer is not None:
-        options = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
         call = partial(
             cross_entropy,
             input,
@@ -153,8 +151,7 @@ def cross_entropy(
             weight,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
-            inplace_backward=inplace_backward,
-            **options,
+            **further,
         )
         return normalized("cross_entropy", call, input, target, weight, reduction, outputs, loss_dtype, normalizer)
     bits, result, places = select_outputs("cross_entropy", outputs)

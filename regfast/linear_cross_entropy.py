@@ -126,6 +126,18 @@ def linear_cross_entropy(
             )
             if result is not None:
                 return result[0]
+    further = {
+        "linear_bias": linear_bias,
+        "weight": weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "outputs": outputs,
+        "memory_budget": memory_budget,
+        "filter_eps": filter_eps,
+    }
     if not are_tensors(input, linear_weight, target, linear_bias, weight):
         return without_tensors(
             linear_cross_entropy,
@@ -134,20 +146,11 @@ def linear_cross_entropy(
             input,
             linear_weight,
             target,
-            linear_bias=linear_bias,
-            weight=weight,
             reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            outputs=outputs,
-            memory_budget=memory_budget,
-            filter_eps=filter_eps,
             loss_dtype=loss_dtype,
             options=options,
             normalizer=normalizer,
+            **further,
         )
     if is_dtensor(input) or is_sharded(linear_weight):
         from .distributed import dtensor
@@ -156,35 +159,13 @@ def linear_cross_entropy(
             input,
             linear_weight,
             target,
-            linear_bias=linear_bias,
-            weight=weight,
             reduction=reduction,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            outputs=outputs,
-            memory_budget=memory_budget,
-            filter_eps=filter_eps,
             loss_dtype=loss_dtype,
             normalizer=normalizer,
+            **further,
         )
     if normalizer is not None:
-        given = {
-            "linear_bias": linear_bias,
-            "weight": weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "outputs": outputs,
-            "memory_budget": memory_budget,
-            "filter_eps": filter_eps,
-            "options": options,
-        }
-        call = partial(linear_cross_entropy, input, linear_weight, target, **given)
+        call = partial(linear_cross_entropy, input, linear_weight, target, options=options, **further)
         return normalized(
             "linear_cross_entropy", call, input, target, weight, reduction, outputs, loss_dtype, normalizer
         )
