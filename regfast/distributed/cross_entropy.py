@@ -185,6 +185,30 @@ def in_one_type(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[T
     return input.to(wide), target.to(wide)
 
 
+def checked_options(
+    op: str,
+    tensors: dict[str, object],
+    reduction: str,
+    outputs: str | tuple[str, ...],
+    normalizer: float | Tensor | None,
+    loss_dtype: torch.dtype | None,
+    *numbers: object,
+) -> tuple[list[str], Options, object, object]:
+    """What both losses ask of their arguments before they look at shapes: the outputs' names in the kernels' order, the
+    options of ``numbers``, and what :func:`select_outputs` tells of the result."""
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise not_a_tensor(op, **{name: value})
+    reduction_number(op, reduction)
+    bits, result, places = select_outputs(op, outputs)
+    names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
+    if normalizer is not None:
+        require_normalizer(op, normalizer, reduction)
+    options = options_of(op, *numbers, names)
+    require_loss_dtype(op, loss_dtype)
+    return names, options, result, places
+
+
 @outside_of_graphs
 def vocab_parallel_cross_entropy(
     input: Tensor,
@@ -278,16 +302,10 @@ def losses_of_slices(
 ):
     """:func:`vocab_parallel_cross_entropy` of a part of the rows, of which each rank of ``row_groups`` has another: a
     mean is this part's share of that over all."""
-    for name, value in {"input": input, "target": target}.items():
-        if not isinstance(value, Tensor):
-            raise not_a_tensor(_OP, **{name: value})
-    reduction_number(_OP, reduction)
-    bits, result, places = select_outputs(_OP, outputs)
-    names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
-    if normalizer is not None:
-        require_normalizer(_OP, normalizer, reduction)
-    options = options_of(_OP, ignore_index, label_smoothing, z_loss, softcap, logit_scale, names)
-    require_loss_dtype(_OP, loss_dtype)
+    names, options, result, places = checked_options(
+        _OP, {"input": input, "target": target}, reduction, outputs, normalizer, loss_dtype,
+        ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+    )  # fmt: skip
     kinds.boolean(_OP, "inplace_backward", inplace_backward)
     refuse_transforms(_OP, input, target, weight)
     if input.dtype not in FLOATING or input.dim() == 0:

@@ -12,17 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import kinds
-from .._extension import not_a_tensor, reduction_number
-from ..outputs import LOSS, select_outputs
-from ..reference import OUTPUTS, _autocast, require_normalizer, result_types
+from .._extension import not_a_tensor
+from ..outputs import LOSS
+from ..reference import _autocast, result_types
 from .cross_entropy import (
     FLOATING,
     bad_targets,
     call_of,
-    options_of,
+    checked_options,
     reduced,
     require_class_weight,
-    require_loss_dtype,
     require_target,
     row_weights,
 )
@@ -457,16 +456,10 @@ def losses_of_slices(
 ):
     """:func:`vocab_parallel_linear_cross_entropy` of a part of the rows, of which each rank of ``row_groups`` has
     another: a mean is this part's share of that over all."""
-    for name, value in {"input": input, "linear_weight": linear_weight, "target": target}.items():
-        if not isinstance(value, Tensor):
-            raise not_a_tensor(_OP, **{name: value})
-    reduction_number(_OP, reduction)
-    bits, result, output_places = select_outputs(_OP, outputs)
-    names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
-    if normalizer is not None:
-        require_normalizer(_OP, normalizer, reduction)
-    options = options_of(_OP, ignore_index, label_smoothing, z_loss, softcap, logit_scale, names)
-    require_loss_dtype(_OP, loss_dtype)
+    names, options, result, output_places = checked_options(
+        _OP, {"input": input, "linear_weight": linear_weight, "target": target}, reduction, outputs, normalizer,
+        loss_dtype, ignore_index, label_smoothing, z_loss, softcap, logit_scale,
+    )  # fmt: skip
     kinds.boolean(_OP, "sequence_parallel", sequence_parallel)
     refuse_transforms(_OP, input, linear_weight, linear_bias, target, weight)
     if memory_budget is not None and kinds.integer(_OP, "memory_budget", memory_budget) <= 0:
