@@ -58,10 +58,13 @@ inline Tensor as_strided_rows(const Tensor& t, int64_t dim) { return row_layout(
 inline Tensor without_gaps(const Tensor& t) {
   return t.is_non_overlapping_and_dense() ? t : at::empty_like(t).copy_(t);
 }
-inline Tensor in_order_of(const Tensor& other, const Tensor& t) {
+inline bool is_in_order_of(const Tensor& other, const Tensor& t) {
   bool same = true;
   for (int64_t d = 0; d < t.dim(); ++d) same &= t.size(d) == 1 || t.stride(d) == other.stride(d);
-  return same ? t : at::empty_like(other, t.options()).copy_(t);
+  return same;
+}
+inline Tensor in_order_of(const Tensor& other, const Tensor& t) {
+  return is_in_order_of(other, t) ? t : at::empty_like(other, t.options()).copy_(t);
 }
 
 // With null for its data where no strides describe the matrix, and where it is empty.

@@ -1,5 +1,5 @@
 // AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4 and later); and the same with products of bf16 pairs (Cooper Lake, Zen 4 and
-// later). The compiler uses AVX512-BF16 for its intrinsics alone, and they stand in gemm_pairs.inl.h alone: a test
+// later). The compiler uses AVX512-BF16 for its intrinsics alone, which only the kernels for pairs call: a test
 // disassembles this file and looks.
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -107,13 +107,21 @@ inline void scatter_row(const acc_t<T>* from, T* p, int64_t step, int64_t classe
   for (; c < classes; ++c) store_one(p + c * step, from[c]);
 }
 
+// Whether a tile is gathered and scattered along its rows, which are few or whose classes are closer than rows are.
+inline bool row_by_row(const RowLayout& l, int64_t rows) {
+  return rows <= tuning::kRowByRow || std::abs(l.class_stride) < std::abs(l.inner_stride);
+}
+
 // Tile from memory: to[row][class], rows adjacent in memory along `inner` with inner_stride.
 template <class T>
 inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t rows, int64_t classes, acc_t<T>* to) {
   const T* p = base + l.offset(row);
-  const bool row_by_row = rows <= tuning::kRowByRow || std::abs(l.class_stride) < std::abs(l.inner_stride);
+  if (row_by_row(l, rows)) {
+    for (int64_t r = 0; r < rows; ++r) gather_row(p + r * l.inner_stride, l.class_stride, classes, to + r * classes);
+    return;
+  }
   if constexpr (!std::is_same_v<T, double>) {
-    if (l.inner_stride == 1 && f32v::size > 1 && rows > tuning::kRowByRow) {
+    if (l.inner_stride == 1 && f32v::size > 1) {
       constexpr int64_t W = f32v::size;
       for (int64_t r0 = 0; r0 < rows; r0 += W) {
         const int64_t lanes = std::min<int64_t>(W, rows - r0);
@@ -137,10 +145,6 @@ inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t 
       return;
     }
   }
-  if (row_by_row) {
-    for (int64_t r = 0; r < rows; ++r) gather_row(p + r * l.inner_stride, l.class_stride, classes, to + r * classes);
-    return;
-  }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t r = 0; r < rows; ++r) to[r * classes + c] = load_one(p + c * l.class_stride + r * l.inner_stride);
 }
@@ -149,9 +153,12 @@ template <class T>
 inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int64_t row, int64_t rows,
                          int64_t classes) {
   T* p = base + l.offset(row);
-  const bool row_by_row = rows <= tuning::kRowByRow || std::abs(l.class_stride) < std::abs(l.inner_stride);
+  if (row_by_row(l, rows)) {
+    for (int64_t r = 0; r < rows; ++r) scatter_row(from + r * classes, p + r * l.inner_stride, l.class_stride, classes);
+    return;
+  }
   if constexpr (!std::is_same_v<T, double>) {
-    if (l.inner_stride == 1 && f32v::size > 1 && rows > tuning::kRowByRow) {
+    if (l.inner_stride == 1 && f32v::size > 1) {
       constexpr int64_t W = f32v::size;
       for (int64_t r0 = 0; r0 < rows; r0 += W) {
         const int64_t lanes = std::min<int64_t>(W, rows - r0);
@@ -174,10 +181,6 @@ inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int6
       }
       return;
     }
-  }
-  if (row_by_row) {
-    for (int64_t r = 0; r < rows; ++r) scatter_row(from + r * classes, p + r * l.inner_stride, l.class_stride, classes);
-    return;
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t r = 0; r < rows; ++r) store_one(p + c * l.class_stride + r * l.inner_stride, from[r * classes + c]);

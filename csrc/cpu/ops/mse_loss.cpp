@@ -28,13 +28,9 @@ std::vector<int64_t> order_of_results(const Tensor& x) {
 // A tensor's elements in the order of results like x: where they lie, but for those that no line of memory brings
 // together, which torch's transposition copies.
 Elements elements(const Tensor& x, const Tensor& t, Tensor* keep) {
-  const auto in_order = [&](const Tensor& o) {
-    for (int64_t d = 0; d < o.dim(); ++d)
-      if (o.size(d) != 1 && o.stride(d) != x.stride(d)) return false;
-    return x.is_non_overlapping_and_dense();
-  };
   *keep = t;
-  if (in_order(t) || t.numel() <= 1) return {t.const_data_ptr()};
+  const bool as_results = x.is_non_overlapping_and_dense() && is_in_order_of(x, t);
+  if (as_results || t.numel() <= 1) return {t.const_data_ptr()};
   std::vector<Run> runs;
   for (int64_t d : order_of_results(x)) {
     if (!runs.empty() && runs.back().stride == t.size(d) * t.stride(d))
