@@ -103,6 +103,8 @@ void each_size(bool accumulate, Random& random) {
   constexpr int64_t kSides[][2] = {
       {37, 70}, {70, 37}, {9, rf::tuning::kPackedColumns + 40}, {rf::tuning::kPackedColumns + 40, 9}};
   std::vector<int64_t> depths = {1,
+                                 rf::tuning::kShortK,
+                                 rf::tuning::kShortK + 1,
                                  rf::tuning::kGemmChain,
                                  rf::tuning::kBlockK + 1,
                                  rf::tuning::kDeepBlockK,
@@ -111,7 +113,8 @@ void each_size(bool accumulate, Random& random) {
                                  rf::tuning::kBlockKInPlace + 1,
                                  2 * rf::tuning::kBlockKInPlace + 3};
   if (std::is_same_v<T, bf16> && rf::kernels().pairs)
-    depths.insert(depths.end(), {2 * rf::tuning::kBlockK + 1, 2 * rf::tuning::kDeepBlockK + 3});
+    depths.insert(depths.end(), {2 * rf::tuning::kShortK, 2 * rf::tuning::kShortK + 1, 2 * rf::tuning::kBlockK + 1,
+                                 2 * rf::tuning::kDeepBlockK + 3});
   for (bool a_transposed : {false, true})
     for (bool b_transposed : {false, true})
       for (const auto& side : kSides)
