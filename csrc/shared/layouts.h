@@ -43,6 +43,10 @@ inline std::vector<int64_t> reduced_sizes(const Tensor& t, int64_t dim, bool kee
 // nothing in them to find: any layout is right, whatever its strides say.
 inline std::optional<RowLayout> row_layout(const Tensor& t, int64_t dim) {
   if (t.numel() == 0) return RowLayout{1, 0, 0, 1};
+  if (t.dim() > 0 && t.is_contiguous()) {
+    const int64_t classes = t.size(dim), inner = product(t.sizes(), dim + 1, t.dim());
+    return RowLayout{inner, classes * inner, 1, classes == 1 ? 1 : inner};
+  }
   const auto outer = collapsed_stride(t, 0, dim), inner = collapsed_stride(t, dim + 1, t.dim());
   if (!outer || !inner) return std::nullopt;
   const int64_t classes = t.dim() ? t.size(dim) : 1;

@@ -11,7 +11,7 @@ Tensor empty_result_like(const Tensor& t);
 
 // A tensor of one number, without the dispatch of a fill.
 inline Tensor number(double value, at::ScalarType type) {
-  Tensor t = at::empty({}, at::TensorOptions(type));
+  Tensor t = empty_result({}, at::TensorOptions(type));
   switch (type) {
     case at::kDouble:
       *t.mutable_data_ptr<double>() = value;
