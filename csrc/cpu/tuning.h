@@ -28,8 +28,9 @@ constexpr int64_t tile_scratch_bytes(int64_t classes) { return 3 * kTileRows * c
 constexpr int64_t kRowByRow = 2;
 
 // Classes that are not adjacent in memory, while rows are: up to this many, softmax takes a vector of rows at a time
-// where they lie; more would be read again from memory, and tiles are transposed into scratch instead.
-constexpr int64_t kLaneClasses = 512;
+// where they lie; more would be read again from memory, and it goes through tiles of kFewColumns classes, twice. Where
+// each class goes on is asked for so many vectors ahead: (2, 32, 171, 115), Zen 4, one core: 1.33 ms without, 0.60.
+constexpr int64_t kLaneClasses = 512, kLaneAhead = 4;
 
 // Rows of up to kFewColumns classes, or features and outputs of a layer, are handled a vector of rows at a time: one of
 // 10 classes would leave a vector's lanes idle and pay for two reductions (37 ns a row, against 12). They are
@@ -38,10 +39,11 @@ constexpr int64_t kLaneClasses = 512;
 // 21, 128, 128), Zen 5, one core: 754 us in tiles of 32 rows, 457 of 64, 528 of 128. Products have both sides short up
 // to kFewSides.
 constexpr int64_t kFewColumns = 64, kFewSides = 32, kLaneRows = 64;
-// Of adjacent classes, softmax has a lane to a row up to so many: 40,000 rows of 64 take 0.68 ms so and 0.41 row by
-// row, of 48 0.36 both; backward, which reads two matrices and has no maximum to find, of 32 0.20 and 0.11, of 24 0.13
-// and 0.14 (float32, Zen 5, 2 cores).
-constexpr int64_t kLaneForward = 48, kLaneBackward = 24;
+// Of adjacent classes, softmax has a lane to a row up to so many, longer rows are held in registers or read by blocks:
+// 2000 rows of 17 take 26 us so and 29 in registers, of 24 28 both, of 32 36 and 29; log-softmax of 24 31 and 44, of 48
+// 57 and 53 (float32, Zen 4, one core). Backward, which has no maximum to find, of 32 0.20 ms so and 0.11 row by row,
+// of 24 0.13 and 0.14 (40,000 rows, Zen 5, 2 cores).
+constexpr int64_t kLaneForward = 24, kLaneBackward = 24;
 // From so many classes on, rows of adjacent classes are transposed by squares of vectors, below by single numbers.
 constexpr int64_t kLoadSquares = 3, kStoreSquares = 5;
 // Up to so many classes, or with planes that are not whole pages apart, a vector's classes stay in L1 where they lie.
@@ -59,6 +61,9 @@ constexpr int64_t kRowElements = 16;
 // A row up to this many accumulator bytes is exponentiated once and scaled while still in L2; longer rows are cheaper
 // to exponentiate twice than to read back.
 constexpr int64_t kCachedRowBytes = 256 * 1024;
+
+// Rows whose sums' logarithms are taken together are read again after that, from L1.
+constexpr int64_t kRowGroupBytes = 16 * 1024;
 
 // mse_loss copies elements that are not adjacent together by itself, block by block: runs of so many at least, and no
 // further apart than so many numbers, that lines of memory are used.

@@ -8,6 +8,7 @@
 namespace rf {
 
 void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows) {
+  args.rows = rows;
   const Kernels& k = kernels();
   const auto* entry = op == SoftmaxOp::forward             ? k.softmax_forward
                       : op == SoftmaxOp::backward          ? k.softmax_backward
@@ -18,10 +19,16 @@ void softmax(SoftmaxOp op, DType dtype, SoftmaxArgs args, int64_t rows) {
   // Tiles are transposed from rows that are neighbours in memory (as_inner_rows), kTileRows of them at a time.
   if (tiles)
     for (RowLayout* l : {&args.in, &args.grad_in, &args.out}) *l = as_inner_rows(*l, rows);
+  // Of rows of a half type whose exponentials stay in L2, those of one at a time.
+  const bool keep = op == SoftmaxOp::forward && size_of(dtype) < acc_size(dtype) &&
+                    args.classes * acc_size(dtype) <= tuning::kCachedRowBytes;
   const int64_t grain = tuning::kParallelElements / (args.classes + tuning::kRowElements) + 1;
   parallel_for(rows, tiles && grain < tuning::kTileRows ? tuning::kTileRows : grain, [&](int64_t begin, int64_t end) {
     SoftmaxArgs mine = args;
-    if (tiles) mine.scratch = scratch(Slot::tile, tuning::tile_scratch_bytes(args.classes));
+    if (tiles)
+      mine.scratch = scratch(Slot::tile, tuning::tile_scratch_bytes(args.classes));
+    else if (keep)
+      mine.scratch = scratch(Slot::tile, args.classes * acc_size(dtype));
     kernel(mine, begin, end);
   });
 }

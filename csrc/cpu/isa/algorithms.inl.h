@@ -17,4 +17,5 @@
 #include "cpu/kernels/phm_linear.inl.h"
 #include "cpu/kernels/softmax.inl.h"
 #include "cpu/kernels/softmax_lanes.inl.h"
+#include "cpu/kernels/softmax_rows.inl.h"
 #include "cpu/kernels/sparse.inl.h"

@@ -78,10 +78,18 @@ inline void store_n(bf16* p, f32v x, int64_t n) { store_tail16(p, narrow(x, p), 
 inline void store_n(f16* p, f32v x, int64_t n) { store_tail16(p, narrow(x, p), n); }
 
 // Non-temporal: p is aligned to the bytes written.
-inline void stream(float* p, f32v x) { _mm256_stream_ps(p, x.v); }
-inline void stream(double* p, f64v x) { _mm256_stream_pd(p, x.v); }
-inline void stream(bf16* p, f32v x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
-inline void stream(f16* p, f32v x) { _mm_stream_si128((__m128i*)p, narrow(x, p)); }
+inline void stream(float* p, f32v x, f32v y) {
+  _mm256_stream_ps(p, x.v);
+  _mm256_stream_ps(p + 8, y.v);
+}
+inline void stream(double* p, f64v x, f64v y) {
+  _mm256_stream_pd(p, x.v);
+  _mm256_stream_pd(p + 4, y.v);
+}
+template <class T>
+inline void stream(T* p, f32v x, f32v y) {
+  _mm256_stream_si256((__m256i*)p, _mm256_set_m128i(narrow(y, p), narrow(x, p)));
+}
 inline void stream_fence() { _mm_sfence(); }
 
 inline f32v operator+(f32v a, f32v b) { return {_mm256_add_ps(a.v, b.v)}; }

@@ -59,10 +59,19 @@ inline void store_n(bf16* p, f32v x, int64_t n) { _mm256_mask_storeu_epi16(p, la
 inline void store_n(f16* p, f32v x, int64_t n) { _mm256_mask_storeu_epi16(p, lanes16(n), narrow(x, p)); }
 
 // Non-temporal: p is aligned to the bytes written.
-inline void stream(float* p, f32v x) { _mm512_stream_ps(p, x.v); }
-inline void stream(double* p, f64v x) { _mm512_stream_pd(p, x.v); }
-inline void stream(bf16* p, f32v x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
-inline void stream(f16* p, f32v x) { _mm256_stream_si256((__m256i*)p, narrow(x, p)); }
+inline void stream(float* p, f32v x, f32v y) {
+  _mm512_stream_ps(p, x.v);
+  _mm512_stream_ps(p + 16, y.v);
+}
+inline void stream(double* p, f64v x, f64v y) {
+  _mm512_stream_pd(p, x.v);
+  _mm512_stream_pd(p + 8, y.v);
+}
+template <class T>
+inline void stream(T* p, f32v x, f32v y) {
+  const __m512i first = _mm512_castsi256_si512(narrow(x, p));
+  _mm512_stream_si512((__m512i*)p, _mm512_inserti64x4(first, narrow(y, p), 1));
+}
 inline void stream_fence() { _mm_sfence(); }
 
 inline f32v operator+(f32v a, f32v b) { return {_mm512_add_ps(a.v, b.v)}; }

@@ -87,8 +87,9 @@ inline void store_n(f16* p, f32v x, int64_t n) { store_tail16(p, narrow(x, p), n
 
 // No intrinsic writes past the caches here: a plain store.
 template <class T, class V>
-inline void stream(T* p, V x) {
+inline void stream(T* p, V x, V y) {
   store(p, x);
+  store(p + V::size, y);
 }
 inline void stream_fence() {}
 

@@ -66,8 +66,9 @@ inline void store(f16* p, f32v x) {
   }
 }
 template <class T, class V>
-inline void stream(T* p, V x) {
+inline void stream(T* p, V x, V y) {
   store(p, x);
+  store(p + V::size, y);
 }
 inline void stream_fence() {}
 

@@ -142,8 +142,9 @@ inline bool keeps_exponentials(const CrossEntropyArgs& a) {
 }
 
 // One row's loss and statistics; its exponentials too where `exponentials` is not null, with the maxima of blocks that
-// they are relative to behind them. Returns the row's term of the mean's denominator, and its loss through `loss`.
-template <class T>
+// they are relative to behind them. Returns the row's term of the mean's denominator, and its loss through `loss`. E:
+// the logits' own type, of which a tile's rows are copies.
+template <class E, class T>
 inline double cross_entropy_row(const T* x, const T* probabilities, const CrossEntropyArgs& a,
                                 const CrossEntropyOutputs& out, int64_t row, acc_t<T>* exponentials, double* loss) {
   using A = acc_t<T>;
@@ -181,10 +182,10 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
     if (a.row_entropy) {
       block_entropy_sums(z, count, origin, &sum, &weighted);
     } else if (exponentials) {
-      sum += block_exp_sum<true>(z, count, origin, x + j + kBlock, exponentials + j);
+      sum += block_exp_sum<E, true>(z, count, origin, x + j + kBlock, exponentials + j);
       exponentials[a.classes + j / kBlock] = m;
     } else {
-      sum += block_exp_sum(z, count, origin, x + j + kBlock);
+      sum += block_exp_sum<E>(z, count, origin, x + j + kBlock);
     }
     if (smooth) {
       dot += block_dot(z, weight ? weight + j : nullptr, count, origin);
@@ -249,8 +250,8 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     if (direct) {
       rows = 1;
       const T* probabilities = t ? t + a.probability_layout.offset(r) : nullptr;
-      weights.add(cross_entropy_row(x + a.layout.offset(r), probabilities, a, out, r,
-                                    exponentials_at<A>(a, kept, r - begin), &loss));
+      weights.add(cross_entropy_row<T>(x + a.layout.offset(r), probabilities, a, out, r,
+                                       exponentials_at<A>(a, kept, r - begin), &loss));
       losses.add(loss);
       continue;
     }
@@ -259,7 +260,7 @@ inline CrossEntropyPartial cross_entropy_forward(const CrossEntropyArgs& a, cons
     if (t) gather_tile(t, a.probability_layout, r, rows, a.classes, t_tile);
     for (int64_t i = 0; i < rows; ++i) {
       const A* probabilities = t ? t_tile + i * a.classes : nullptr;
-      weights.add(cross_entropy_row<A>(x_tile + i * a.classes, probabilities, a, out, r + i,
+      weights.add(cross_entropy_row<T>(x_tile + i * a.classes, probabilities, a, out, r + i,
                                        exponentials_at<A>(a, kept, r + i - begin), &loss));
       losses.add(loss);
     }

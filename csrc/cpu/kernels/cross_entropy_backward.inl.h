@@ -45,7 +45,7 @@ struct LogitGradient {
 
 // The common case: class indices, no smoothing, no soft cap. dz = a p, where p is an exponential e relative to the
 // maximum of the blocks so far, times what that is to the row's sum: exactly so whether forward has kept e or not.
-template <class T, bool kept>
+template <class E, class T, bool kept>
 struct PlainGradient {
   using A = acc_t<T>;
   using V = vec_t<A>;
@@ -61,7 +61,7 @@ struct PlainGradient {
   template <bool full>
   V at(int64_t j, int64_t n) const {
     V e = full ? load(from + j) : load_n(from + j, n);
-    if constexpr (!kept) e = exp(e - set1(origin));
+    if constexpr (!kept) e = exp_for<E>(e - set1(origin));
     return select_lt(e, set1(least), set1(A(0)), e) * set1(factor);
   }
 };
@@ -101,16 +101,19 @@ inline void write_block(T* p, int64_t n, const F& f, bool past_caches) {
   using V = vec_t<T>;
   int64_t j = 0;
   if (past_caches) {
-    constexpr int64_t bytes = V::size * sizeof(T);
+    // A pair of vectors, which of half types makes a whole one: half a line at a time took twice as long (Zen 4).
+    constexpr int64_t bytes = 2 * V::size * sizeof(T);
     const int64_t head = std::min<int64_t>(n, (bytes - (int64_t)((uintptr_t)p % bytes)) % bytes / (int64_t)sizeof(T));
-    if (head) store_n(p, f.template at<false>(0, head), head);
-    for (j = head; j + V::size <= n; j += V::size) stream(p + j, f.template at<true>(j, V::size));
+    for (; j + V::size <= head; j += V::size) store(p + j, f.template at<true>(j, V::size));
+    if (j < head) store_n(p + j, f.template at<false>(j, head - j), head - j);
+    for (j = head; j + 2 * V::size <= n; j += 2 * V::size)
+      stream(p + j, f.template at<true>(j, V::size), f.template at<true>(j + V::size, V::size));
   }
   for (; j + V::size <= n; j += V::size) store(p + j, f.template at<true>(j, V::size));
   if (j < n) store_n(p + j, f.template at<false>(j, n - j), n - j);
 }
 
-template <class T>
+template <class E, class T>
 inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx, T* dt, const CrossEntropyArgs& a,
                                        const CrossEntropyGrads& g, int64_t row, const acc_t<T>* exponentials) {
   using A = acc_t<T>;
@@ -158,8 +161,8 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
     if (dt && !targets) std::memset((void*)(dt + j), 0, count * sizeof(T));
     if (kept) {
       const A zy = has_target ? load_one(x + y) : A(0);  // before dx, which may be x, is written
-      const PlainGradient<T, true> f(origin_of(exponentials[a.classes + j / kBlock]), m, log_sum, coefficient,
-                                     exponentials + j);
+      const PlainGradient<E, T, true> f(origin_of(exponentials[a.classes + j / kBlock]), m, log_sum, coefficient,
+                                        exponentials + j);
       write_block(dx + j, count, f, g.stream);
       if (has_target) store_one(dx + y, coefficient * exp_one(zy - m - log_sum) - hot);
       continue;
@@ -175,7 +178,7 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
     if (plain) {
       if (finite) {
         so_far = std::max(so_far, block_max(z, count));
-        write_block(dx + j, count, PlainGradient<T, false>(origin_of(so_far), m, log_sum, coefficient, z), g.stream);
+        write_block(dx + j, count, PlainGradient<E, T, false>(origin_of(so_far), m, log_sum, coefficient, z), g.stream);
       } else {
         write_block(dx + j, count, DegenerateGradient<T>{m, log_sum, coefficient, z}, g.stream);
       }
@@ -219,10 +222,10 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
   for (int64_t r = begin, rows; r < end; r += rows) {
     if (direct) {
       rows = 1;
-      cross_entropy_backward_row(x + a.layout.offset(r), t ? t + a.probability_layout.offset(r) : nullptr,
-                                 dx ? dx + g.grad_layout.offset(r) : nullptr,
-                                 dt ? dt + g.grad_probability_layout.offset(r) : nullptr, a, g, r,
-                                 exponentials_at<A>(a, kept, r - begin));
+      cross_entropy_backward_row<T>(x + a.layout.offset(r), t ? t + a.probability_layout.offset(r) : nullptr,
+                                    dx ? dx + g.grad_layout.offset(r) : nullptr,
+                                    dt ? dt + g.grad_probability_layout.offset(r) : nullptr, a, g, r,
+                                    exponentials_at<A>(a, kept, r - begin));
       continue;
     }
     rows = tile_rows(a.layout, r, end);
@@ -232,7 +235,7 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
     in_cache.stream = false;
     for (int64_t i = 0; i < rows; ++i) {
       A* row = x_tile + i * a.classes;  // the logits' gradient takes their place
-      cross_entropy_backward_row<A>(row, t ? t_tile + i * a.classes : nullptr, dx ? row : nullptr,
+      cross_entropy_backward_row<T>(row, t ? t_tile + i * a.classes : nullptr, dx ? row : nullptr,
                                     dt ? dt_tile + i * a.classes : nullptr, a, in_cache, r + i,
                                     exponentials_at<A>(a, kept, r + i - begin));
     }

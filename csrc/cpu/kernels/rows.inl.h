@@ -14,9 +14,10 @@ inline A minus_infinity() {
   return -std::numeric_limits<A>::infinity();
 }
 
-template <class A>
-inline A block_max(const A* z, int64_t n) {
-  using V = vec_t<A>;
+template <class T>
+inline acc_t<T> block_max(const T* z, int64_t n) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
   V m0 = set1(minus_infinity<A>()), m1 = m0;
   int64_t j = 0;
   for (; j + 2 * V::size <= n; j += 2 * V::size) {
@@ -30,9 +31,9 @@ inline A block_max(const A* z, int64_t n) {
 
 // Sum of exp(z - m). Lanes past the end count exp(-inf) = 0. Meanwhile what follows at `next` is fetched (past the
 // end of the row that is a hint without effect): memory would idle during this pass otherwise.
-// With `keep`, what is summed is also stored at `exponentials`.
-template <bool keep = false, class T, class A>
-inline A block_exp_sum(const A* z, int64_t n, A m, const T* next, A* exponentials = nullptr) {
+// With `keep`, what is summed is also stored at `exponentials`. E: the type of the results (exp_for).
+template <class E, bool keep = false, class S, class T, class A = acc_t<S>>
+inline A block_exp_sum(const S* z, int64_t n, A m, const T* next, A* exponentials = nullptr) {
   using V = vec_t<A>;
   constexpr int64_t line = 64 / sizeof(T);
   V vm = set1(m), s0 = set1(A(0)), s1 = s0;
@@ -40,7 +41,7 @@ inline A block_exp_sum(const A* z, int64_t n, A m, const T* next, A* exponential
   for (; j + 2 * V::size <= n; j += 2 * V::size) {
     __builtin_prefetch(next + j);
     if constexpr (line < 2 * V::size) __builtin_prefetch(next + j + line);
-    const V e0 = exp(load(z + j) - vm), e1 = exp(load(z + j + V::size) - vm);
+    const V e0 = exp_for<E>(load(z + j) - vm), e1 = exp_for<E>(load(z + j + V::size) - vm);
     if constexpr (keep) {
       store(exponentials + j, e0);
       store(exponentials + j + V::size, e1);
@@ -49,12 +50,12 @@ inline A block_exp_sum(const A* z, int64_t n, A m, const T* next, A* exponential
     s1 = s1 + e1;
   }
   for (; j + V::size <= n; j += V::size) {
-    const V e = exp(load(z + j) - vm);
+    const V e = exp_for<E>(load(z + j) - vm);
     if constexpr (keep) store(exponentials + j, e);
     s0 = s0 + e;
   }
   if (j < n) {
-    const V e = exp(first_n(load_n(z + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
+    const V e = exp_for<E>(first_n(load_n(z + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
     if constexpr (keep) store_n(exponentials + j, e, n - j);
     s1 = s1 + e;
   }

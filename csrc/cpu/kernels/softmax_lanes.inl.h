@@ -11,16 +11,22 @@ template <class T>
 inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes, bool log_of_it) {
   using A = acc_t<T>;
   using V = vec_t<T>;
+  // Of as many streams as there are classes the hardware does not see where each goes on.
+  constexpr int64_t ahead = tuning::kLaneAhead * V::size;
   // Exponentials are kept where y holds them exactly.
   constexpr bool keep = std::is_same_v<T, A>;
   const V zero = set1(A(0));
   V m = set1(minus_infinity<A>());
   ExpSum<V> sum = {zero, zero};
-  for (int64_t c = 0; c < n; ++c) m = max(load_up_to(x + c * x_step, lanes), m);
+  for (int64_t c = 0; c < n; ++c) {
+    __builtin_prefetch(x + c * x_step + ahead);
+    m = max(load_up_to(x + c * x_step, lanes), m);
+  }
   for (int64_t c = 0; c < n; c += tuning::kChain) {
     ExpSum<V> chain = {zero, zero};
     for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
-      const V z = load_up_to(x + i * x_step, lanes), t = z - m, e = exp(t);
+      const V z = load_up_to(x + i * x_step, lanes), t = z - m, e = exp_for<T>(t);
+      __builtin_prefetch(y + i * y_step + ahead, 1);
       if constexpr (keep) store_up_to(y + i * y_step, log_of_it ? t : e, lanes);
       chain.add(e, z, m);
     }
@@ -34,7 +40,7 @@ inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int6
       t = load_up_to(y + c * y_step, lanes);
     } else {
       t = load_up_to(x + c * x_step, lanes) - m;
-      if (!log_of_it) t = exp(t);
+      if (!log_of_it) t = exp_for<T>(t);
     }
     store_up_to(y + c * y_step, log_of_it ? t - finish : t * finish, lanes);
   }
@@ -45,10 +51,14 @@ inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64
                                    int64_t n, int64_t lanes, bool log_of_it) {
   using A = acc_t<T>;
   using V = vec_t<T>;
+  constexpr int64_t ahead = tuning::kLaneAhead * V::size;
   V sum = set1(A(0));
   for (int64_t c = 0; c < n; c += tuning::kChain) {
     V chain = set1(A(0));
     for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
+      __builtin_prefetch(g + i * g_step + ahead);
+      __builtin_prefetch(y + i * y_step + ahead);
+      __builtin_prefetch(dx + i * dx_step + ahead, 1);
       const V gc = load_up_to(g + i * g_step, lanes);
       chain = log_of_it ? chain + gc : fma(gc, load_up_to(y + i * y_step, lanes), chain);
     }
@@ -110,6 +120,112 @@ inline void softmax_backward_few_classes(const SoftmaxArgs& a, int64_t begin, in
     for (int64_t i = 0; i < rows; i += W)
       softmax_backward_lanes(g.at + i, R, y.at + i, R, g.at + i, R, a.classes, W, a.log);
     store_tile(g, (T*)a.output, a.out, row, rows, a.classes);
+  }
+}
+
+// Whether rows are closer to their neighbours than classes are, and enough of them for vectors.
+inline bool lie_by_columns(const RowLayout& l) {
+  return f32v::size > 1 && l.inner >= f32v::size && std::abs(l.inner_stride) < std::abs(l.class_stride);
+}
+
+// Any number of classes, of kLaneRows rows at a time, so many classes at a time as a tile holds: their maxima and sums,
+// the latter rescaled when a maximum grows, and then the results from a second read. Sums of tiles are put aside after
+// so many that no chain of additions is long.
+template <class T>
+inline void softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  constexpr int64_t R = tuning::kLaneRows, W = V::size, C = tuning::kFewColumns;
+  const V zero = set1(A(0)), lowest = set1(minus_infinity<A>());
+  ColumnTile<A> z;
+  A max_of[R], sum[R], total[R];
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    for (int64_t i = 0; i < R; i += W) {
+      store(max_of + i, lowest);
+      store(sum + i, zero);
+      store(total + i, zero);
+    }
+    const T* x = (const T*)a.input;
+    for (int64_t c = 0; c < a.classes; c += C) {
+      const int64_t classes = std::min(C, a.classes - c);
+      load_tile(x + c * a.in.class_stride, a.in, row, rows, classes, z);
+      const bool aside = c / C % tuning::kChain == tuning::kChain - 1;
+      for (int64_t i = 0; i < rows; i += W) {
+        const V before = load(max_of + i);
+        V m = before;
+        for (int64_t k = 0; k < classes; ++k) m = max(load(z.at + k * R + i), m);
+        store(max_of + i, m);
+        const V origin = select_eq(m, lowest, zero, m), scale = exp(before - origin);
+        V s = load(sum + i) * scale;
+        for (int64_t k = 0; k < classes; ++k) s = s + exp_for<T>(load(z.at + k * R + i) - origin);
+        const V t = load(total + i) * scale;
+        store(total + i, aside ? t + s : t);
+        store(sum + i, aside ? zero : s);
+      }
+    }
+    for (int64_t i = 0; i < rows; i += W) {
+      const V s = load(sum + i) + load(total + i);
+      store(sum + i, a.log ? log(s) : set1(A(1)) / s);
+    }
+    for (int64_t c = 0; c < a.classes; c += C) {
+      const int64_t classes = std::min(C, a.classes - c);
+      load_tile(x + c * a.in.class_stride, a.in, row, rows, classes, z);
+      for (int64_t i = 0; i < rows; i += W) {
+        const V m = load(max_of + i), finish = load(sum + i);
+        for (int64_t k = 0; k < classes; ++k) {
+          const V t = load(z.at + k * R + i) - m;
+          store(z.at + k * R + i, a.log ? t - finish : exp_for<T>(t) * finish);
+        }
+      }
+      store_tile(z, (T*)a.output + c * a.out.class_stride, a.out, row, rows, classes);
+    }
+  }
+}
+
+template <class T>
+inline void softmax_backward_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  constexpr int64_t R = tuning::kLaneRows, W = V::size, C = tuning::kFewColumns;
+  const V zero = set1(A(0));
+  ColumnTile<A> y, g;
+  A sum[R], total[R];
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    for (int64_t i = 0; i < R; i += W) {
+      store(sum + i, zero);
+      store(total + i, zero);
+    }
+    for (int64_t c = 0; c < a.classes; c += C) {
+      const int64_t classes = std::min(C, a.classes - c);
+      if (!a.log) load_tile((const T*)a.input + c * a.in.class_stride, a.in, row, rows, classes, y);
+      load_tile((const T*)a.grad + c * a.grad_in.class_stride, a.grad_in, row, rows, classes, g);
+      const bool aside = c / C % tuning::kChain == tuning::kChain - 1;
+      for (int64_t i = 0; i < rows; i += W) {
+        V s = zero;
+        for (int64_t k = 0; k < classes; ++k) {
+          const V gk = load(g.at + k * R + i);
+          s = a.log ? s + gk : fma(gk, load(y.at + k * R + i), s);
+        }
+        s = load(sum + i) + s;
+        store(sum + i, aside ? zero : s);
+        if (aside) store(total + i, load(total + i) + s);
+      }
+    }
+    for (int64_t c = 0; c < a.classes; c += C) {
+      const int64_t classes = std::min(C, a.classes - c);
+      load_tile((const T*)a.input + c * a.in.class_stride, a.in, row, rows, classes, y);
+      load_tile((const T*)a.grad + c * a.grad_in.class_stride, a.grad_in, row, rows, classes, g);
+      for (int64_t i = 0; i < rows; i += W) {
+        const V s = load(sum + i) + load(total + i);
+        for (int64_t k = 0; k < classes; ++k) {
+          const V gk = load(g.at + k * R + i), yk = load(y.at + k * R + i);
+          store(g.at + k * R + i, a.log ? gk - exp(yk) * s : yk * (gk - s));
+        }
+      }
+      store_tile(g, (T*)a.output + c * a.out.class_stride, a.out, row, rows, classes);
+    }
   }
 }
 

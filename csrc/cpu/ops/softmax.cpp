@@ -16,7 +16,7 @@ struct Cpu {
 
   explicit Cpu(const Tensor& t) : dtype(dtype_of(t.scalar_type())) {}
   Tensor empty(at::IntArrayRef sizes, at::TensorOptions options) const { return empty_result(sizes, options); }
-  void run(SoftmaxOp op, const SoftmaxProblem& p, int64_t rows) const { softmax(op, dtype, {p, nullptr}, rows); }
+  void run(SoftmaxOp op, const SoftmaxProblem& p, int64_t rows) const { softmax(op, dtype, {p}, rows); }
 
   DType dtype;
 };
