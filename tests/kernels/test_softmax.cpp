@@ -135,8 +135,26 @@ void all_softmax() {
         forward<T>(s, a, b, random.chance(0.5), random);
         backward<T>(s, a, g, b, random.chance(0.5), random);
       }
-  // Rows too long to be exponentiated once and scaled.
-  for (bool log : {false, true}) forward<T>({1, 2, 70001}, Arrangement::rows, Arrangement::rows, log, random);
+  for (const bool log : {false, true}) {
+    // Adjacent classes of up to four vectors, around the bounds between lanes, registers and blocks, of rows that fill
+    // fewer lanes than half a vector, and more than a vector's group.
+    for (const int64_t classes : {3, 8, 9, 24, 25, 32, 48, 49, 63, 64, 65, 80, 300})
+      for (const int64_t rows : {1, 7, 8, 37}) {
+        forward<T>({rows, 1, classes}, Arrangement::rows, Arrangement::rows, log, random);
+        backward<T>({rows, 1, classes}, Arrangement::rows, Arrangement::padded, Arrangement::rows, log, random);
+      }
+    // Rows closer than classes: lanes where they lie up to kLaneClasses, tiles of 64 rows and 64 classes beyond, whose
+    // sums are put aside after 128 of them.
+    for (const RowShape s : {RowShape{2, 100, 40}, {1, 130, 512}, {2, 65, 577}, {1, 64, 640}, {1, 19, 8300}})
+      for (const Arrangement from : {Arrangement::inner, Arrangement::gaps})
+        for (const Arrangement to : {Arrangement::inner, Arrangement::transposed}) {
+          forward<T>(s, from, to, log, random);
+          backward<T>(s, from, to, to, log, random);
+        }
+    // Rows whose exponentials are just few enough to be kept and scaled, and too many.
+    for (const int64_t classes : {65536, 65537, 70001})
+      forward<T>({1, 2, classes}, Arrangement::rows, Arrangement::rows, log, random);
+  }
 }
 
 template <class T>
