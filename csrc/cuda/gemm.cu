@@ -135,15 +135,20 @@ int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& g) {
   return plan.splits > 1 ? plan.splits * g.m * g.n * acc_size(dtype) : 0;
 }
 
-void launch_gemm(DType dtype, bool tf32, const Gemm& g, cudaStream_t stream) {
-  if (g.m == 0 || g.n == 0) return;
+GemmTask gemm_task(const Gemm& g) {
   GemmTask task = {};
   task.m = g.m;
   task.n = g.n;
-  task.k = g.k;
+  task.k = task.k_per_split = g.k;
   task.a = operand(g.a, g.a_transposed, g.m, g.k);
   task.b = operand(g.b, !g.b_transposed, g.n, g.k);
   task.out = {g.c, g.c_stride, g.bias, g.activation, g.preactivation};
+  return task;
+}
+
+void launch_gemm(DType dtype, bool tf32, const Gemm& g, cudaStream_t stream) {
+  if (g.m == 0 || g.n == 0) return;
+  GemmTask task = gemm_task(g);
   if (kernel_for(dtype, tf32, g.m, g.n, g.k) == GemmKernel::sm90 && launch_gemm_sm90(dtype, task, stream)) return;
 
   const GemmPlan plan = gemm_plan(dtype, tf32, g);

@@ -18,6 +18,9 @@ struct GemmPlan {
 };
 GemmPlan gemm_plan(DType dtype, bool tf32, const Gemm& gemm);
 
+// The product as its kernel is told of it, with K whole.
+GemmTask gemm_task(const Gemm& gemm);
+
 void launch_gemm_sm80(DType dtype, const GemmTask& task, const GemmPlan& plan, cudaStream_t stream);
 void launch_gemm_simt(DType dtype, const GemmTask& task, const GemmPlan& plan, cudaStream_t stream);
 

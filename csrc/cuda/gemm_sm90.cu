@@ -1,7 +1,6 @@
 // The matrix product on Hopper, for bf16 and fp16. A block stays on its SM and takes one 128 x 256 tile of C after
 // another: one thread has the copy engine bring stages of both operands, two warpgroups multiply them with wgmma, and
-// the stages of the next tile arrive while the sums of this one leave. Off until it has been measured (tuning.h): the
-// host cannot run it.
+// the stages of the next tile arrive while the sums of this one leave. Off until it has been measured (tuning.h).
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -64,10 +63,14 @@ __device__ __forceinline__ void copy_operand(char* to, const CUtensorMap* map, i
   }
 }
 
-// 16 of K in the operand's stage from `tile` on, 8 rows of whose memory are 1024 bytes.
+// 16 of K in the operand's stage from `tile` on, as wgmma is told of a matrix that is swizzled over 128 bytes: where it
+// begins, bytes from one block of 64 elements across K to the next (of no meaning where rows run along K), and from 8
+// rows of memory to the next 8.
 template <bool across>
 __device__ __forceinline__ uint64_t descriptor(const char* tile, int step) {
-  return ptx::wgmma_descriptor(tile + step * (across ? 16 * 128 : 32), across ? kBlockBytes : 16, 1024);
+  const auto field = [](uint64_t bytes) { return bytes >> 4 & 0x3fff; };
+  return field(ptx::shared_address(tile + step * (across ? 16 * 128 : 32))) | field(across ? kBlockBytes : 16) << 16 |
+         field(8 * 128) << 32 | uint64_t(1) << 62;
 }
 
 // What a warp of a consumer has summed, through its own part of shared memory, so that a lane holds neighbouring

@@ -49,6 +49,16 @@ RF_VECTORS(double, double)
 
 using cudaStream_t = struct CUstream_st*;
 
+// The architectures that code is there for.
+#define __CUDA_ARCH_LIST__ 800, 900
+
+// A function of the driver by its name: those of cuda.h.
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
+enum cudaDriverEntryPointFlags { cudaEnableDefault };
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned version, unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
+
 // ---- where a thread is ---------------------------------------------------------------------------------------------
 
 #define threadIdx (::cuda_on_host::thread_index())

@@ -53,6 +53,23 @@ void load_matrix(uint32_t* r, const void* row, int matrices, bool transposed, Si
 void multiply(float* d, const uint32_t* a, const uint32_t* b, Factors type, Site site);
 void multiply_f64(double* d, double a, double b, Site site);
 
+// Hopper's. An address in shared memory as instructions have it, of 32 bits.
+uint32_t shared_address(const void* p);
+constexpr int kNoBytes = -1;
+void mbarrier_init(void* barrier, int arrivals, Site site);
+void mbarrier_arrive(void* barrier, int expected_bytes, Site site);
+void mbarrier_wait(void* barrier, uint32_t parity, Site site);
+void fence_mbarrier_init();
+void fence_proxy_async();
+void prefetch_map(const void* map, Site site);
+void copy_box(void* shared, const void* map, int x, int y, void* barrier, Site site);
+void set_registers(int count, bool more, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int pending, Site site);
+// d[128] of each thread of a warpgroup: 64 x 256 of a product, k = 16.
+void wgmma(float* d, uint64_t a, uint64_t b, Factors type, bool a_across, bool b_across, bool add, Site site);
+
 [[noreturn]] void assertion(const char* text, const char* function, Site site);
 
 // The memory of an atomic operation, checked, for as long as the object lives.
@@ -71,13 +88,17 @@ enum class Kind {
   read_only,       // a write to an input
   misaligned,      // a vector access that a GPU refuses
   unwritten,       // shared memory read before anyone wrote it
-  copy_under_way,  // shared memory used before the wait for the asynchronous copy into it
+  copy_under_way,  // shared memory used before the wait for the asynchronous copy into it, or left so by a block
   race,            // shared memory used by two threads, one of them writing, with no barrier between
   divergence,      // threads at different barriers, or at one that others will never reach
   assertion,       // RF_DEVICE_ASSERT
   division,        // an integer by zero, of which a GPU makes some number and a CPU a signal
   hang,            // a loop without end
   launch,          // a configuration that a GPU refuses
+  mbarrier,        // one that is not initialised, has too many arrivals, or is used as memory
+  proxy,           // shared memory written by a thread and used by an asynchronous unit with no fence between
+  registers,       // of wgmma, used before they are waited for or without a fence; more than setmaxnreg can have
+  descriptor,      // a tensor map or the description of a matrix that the unit cannot take
 };
 
 // What a kernel did wrong, thrown by its launch: the first fault ends it.
@@ -100,7 +121,8 @@ void run(const Launch&);
 // ---- tests ---------------------------------------------------------------------------------------------------------
 
 // forward and reverse: the first (last) thread that can go on does so until it waits, the first (last) block first.
-// shuffled: at random, and threads may be interrupted at any access.
+// shuffled: at random, and threads may be interrupted at any access. Copies and products that go on beside the threads
+// are made as late as may be, at once, or at random.
 enum class Schedule { forward, reverse, shuffled };
 constexpr Schedule kSchedules[] = {Schedule::forward, Schedule::reverse, Schedule::shuffled};
 const char* name(Schedule);

@@ -1,6 +1,7 @@
 // The inside of the emulator: threads, blocks, what they know of one another's accesses, the launch under way.
 #pragma once
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <random>
 #include <type_traits>
@@ -11,16 +12,23 @@
 
 namespace cuda_on_host {
 
-// An access: by which thread of the cluster, at which of its times, after how many barriers of its block.
+// An access: by which thread of the cluster, at which of its times, after how many barriers of its block. Or by a unit
+// that works beside the threads: the copies that an mbarrier counts, whose time is its phase, and the products of a
+// warpgroup, whose time is their group. No barrier of threads tells how far a unit is: they know it from waiting for
+// it.
 struct Stamp {
   int32_t thread = -1;
   uint32_t time = 0, epoch = 0;
 };
+constexpr int32_t kFirstUnit = 1 << 20, kMostUnits = 1 << 12;  // numbers of units, of a block
+
+enum class Use : uint16_t { plain, copy_under_way, mbarrier };
 
 // One byte of shared memory. Everything in it is about the block whose generation it holds; others have not used it.
 struct Cell {
   uint32_t generation = 0;
-  uint16_t by_atomic = false, copy_under_way = false;
+  uint16_t by_atomic = false;
+  Use use = Use::plain;
   Stamp write, read;
   int32_t more_reads = -1;  // the last of further readers since the write, among machine.reads
 };
@@ -59,6 +67,12 @@ struct WarpCall {
 
 struct Block;
 
+// Sums of a thread that products under way may change.
+struct Sums {
+  const char* begin;
+  uint32_t group;
+};
+
 struct Thread {
   Block* block;
   int local, lane, number;  // within the block, the warp, the cluster
@@ -67,12 +81,19 @@ struct Thread {
   const char* waits_for;
   Site site;
   // Time advances when the thread tells others what it has done. seen[u] is the last time of thread u of the block that
-  // is known to lie before this thread's present, beyond what the block's epoch tells; empty where nothing is.
+  // is known to lie before this thread's present, beyond what the block's epoch tells; empty where nothing is. The
+  // block's units come after its threads.
   uint32_t time;
   std::vector<uint32_t> seen;
+  std::vector<Stamp> proxy_fences;
   std::vector<Copy> copies;         // asynchronous, in order of issue
   std::vector<size_t> copy_groups;  // how many copies each committed group has
-  int64_t steps;                    // accesses since it last waited
+  std::vector<Sums> sums;
+  // A bit for each word of its stack: used since its last fence of wgmma. Outside of [begin, end) they are 0.
+  std::vector<uint64_t> touched;
+  size_t touched_begin = 0, touched_end = 0;
+  bool watched, fenced;  // whether the above is kept; whether there was a fence
+  int64_t steps;         // accesses since it last waited
   WarpCall call;
   Fiber* fiber;
 };
@@ -86,11 +107,44 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
+// A barrier in shared memory, after the PTX manual: a phase is over when the arrivals that it is for have come and as
+// many bytes been copied as were expected.
+struct Mbarrier {
+  int expected, pending, unit;
+  int64_t bytes = 0;  // expected and not yet copied
+  uint32_t phase = 0, last_copied = 0;
+  Stamp made, announced;                 // by its initialisation, and the fence that tells the copying unit of it
+  std::vector<uint32_t> arriving, seen;  // what those knew who have arrived in this phase, and in the one before
+  std::vector<Thread*> waiting;
+};
+
+struct WarpgroupProduct {
+  float* d[128];
+  uint64_t a, b;
+  Factors type;
+  bool a_across, b_across, add;
+  uint32_t group;
+};
+
+struct Warpgroup {
+  int unit = -1, arrived = 0, registers = 0, wanted = 0;  // registers of a thread; more that it waits for
+  const char* what = nullptr;
+  Site site = {};
+  void* payloads[128];
+  uint32_t groups[4] = {};                 // that its warps have committed
+  std::vector<WarpgroupProduct> products;  // under way, in order
+};
+
 struct Block {
   uint3 index;
   int rank, live;
   uint32_t generation, epoch;  // epoch: barriers of all its threads so far
   uint32_t cluster_epoch;      // its epoch after the last barrier of the cluster
+  uint32_t reads_kept;         // the epoch since which lists of readers are kept
+  int units;
+  int free_registers;
+  std::map<uintptr_t, Mbarrier> mbarriers;
+  std::vector<Warpgroup> warpgroups;
   Thread* threads;
   Barrier barriers[16];
   SharedRange dynamic, fixed;    // fixed: the module's thread-local memory while this block is current
@@ -135,12 +189,67 @@ void finish_warp_calls_after_exit(Thread& t);
 void finish_barriers_after_exit(Block& b);
 std::string place(const Site& site);
 
+// A unit of the block by its number among them, as stamps and lists of what was seen have it.
+int add_unit(Block& b, Site site);
+inline size_t unit_index(int unit) { return (size_t)machine.block_threads + unit; }
+inline Stamp unit_stamp(const Block& b, int unit, uint32_t time) {
+  return {kFirstUnit + b.rank * kMostUnits + unit, time, b.epoch};
+}
+void merge(std::vector<uint32_t>& into, const std::vector<uint32_t>& from);
+void set_seen(std::vector<uint32_t>& seen, size_t index, uint32_t time);
+
+// From where accesses are judged: the present of a thread, or of several, which know what each of them does.
+struct View {
+  const Block* block;
+  int thread;  // whose own accesses are in order, or -1
+  const std::vector<uint32_t>* seen;
+};
+inline View view_of(const Thread& t) { return {t.block, t.number, &t.seen}; }
+inline Stamp now(const Thread& t) { return {t.number, t.time, t.block->epoch}; }
+// Whether an access lies before the present, whatever the order in which threads run.
+bool ordered(const View& view, const Stamp& s);
+
 enum class Access { read, write, atomic };
-// Checks an access of the running thread to any memory.
+// Checks an access of the running thread to any memory; to what is neither shared memory nor the thread's stack; notes
+// one to its stack.
 void check_access(const void* p, int64_t bytes, Access access, const void* address);
-// Marks shared memory as the destination of an asynchronous copy, or as written by it.
-void begin_copy(void* p, int64_t bytes, Site site);
-void end_copy(void* p, int64_t bytes);
+void check_global(const void* p, int64_t bytes, Access access, const void* address);
+void note_stack_access(Thread& t, const char* p, int64_t bytes, const void* address);
+void forget_stack_accesses(Thread& t);
+
+// An access to the block's shared memory, by a thread or a unit.
+struct SharedAccess {
+  View view;
+  Stamp stamp;
+  Access access;
+  const void* address;
+  Site site = {nullptr, 0};  // of the instruction that set a unit to work
+  // The last byte's, before and after: neighbours mostly have the same history.
+  Cell before = {}, after = {};
+  bool any = false;
+};
+void check_shared(SharedAccess& a, Block& owner, SharedRange& range, const char* p, int64_t bytes);
+
+// Shared memory as the destination of an asynchronous copy, or as written by it; as an mbarrier.
+void mark_shared(SharedRange& range, const char* p, int64_t bytes, Use use, const Stamp& writer);
+
+// The mbarrier of an instruction of the running thread; what a copy of so many bytes does to one.
+Mbarrier& mbarrier_at(const void* barrier, const char* what, Site site);
+void mbarrier_copied(Mbarrier& m, int64_t bytes);
+
+// Where chunks of 16 bytes lie that are swizzled over 128: the place among those of a row, by the row's number.
+inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
+
+// Work of units that may be done now or later: at once in one schedule, when nothing else can go on in another.
+bool at_once();
+size_t choose(size_t count);
+// Completes a copy by tensor map, if there is one; all have to be over, and waited for, when their block ends.
+bool finish_copy();
+void check_end_of_copies(Block& b);
+void forget_copies();
+void check_end_of_products(const Thread& t);
+void need_whole_warp(unsigned present, const char* what);
+
 void prepare_memory(int64_t shared_bytes, int cluster);
 void start_block_memory(Block& b);
 void load_fixed(Block& b);

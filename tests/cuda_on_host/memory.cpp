@@ -1,5 +1,4 @@
-// Every access of a kernel's thread is checked: which memory, whose, written before, ordered after the accesses of
-// others.
+// Every access of a kernel's thread is checked: which memory it is to, and whose.
 #include <link.h>
 
 #include <algorithm>
@@ -94,112 +93,6 @@ int look_at_module(dl_phdr_info* info, size_t, void*) {
   return 1;
 }
 
-// ---- shared memory -------------------------------------------------------------------------------------------------
-
-Stamp now(const Thread& t) { return {t.number, t.time, t.block->epoch}; }
-
-// Whether an access lies before the thread's present, whatever the order in which threads run.
-bool ordered(const Thread& t, const Stamp& s) {
-  if (s.thread < 0 || s.thread == t.number) return true;
-  const Block& b = *t.block;
-  const int local = s.thread - b.rank * machine.block_threads;
-  if (local < 0 || local >= machine.block_threads) {
-    const Block& other = machine.blocks[s.thread / machine.block_threads];
-    return s.epoch < other.cluster_epoch;
-  }
-  if (s.epoch < b.epoch) return true;
-  return local < (int)t.seen.size() && t.seen[local] >= s.time;
-}
-
-std::string whom(const Stamp& s) { return "thread " + std::to_string(s.thread % machine.block_threads); }
-
-[[noreturn]] void race(const Stamp& other, const char* mine, const char* theirs, int64_t offset, const void* address) {
-  fault(Kind::race,
-        std::string(mine) + " of shared memory (byte " + std::to_string(offset) + ") and a " + theirs + " by " +
-            whom(other) + " with no barrier between them",
-        address);
-}
-
-// One reader is kept in the cell; others that are not ordered with it in a list, which the next write has to be ordered
-// after as well.
-int32_t reads_with(int32_t list, const Stamp& mine) {
-  auto& reads = machine.reads;
-  if (list >= 0 && reads[list].stamp.thread == mine.thread) list = reads[list].earlier;
-  if (list >= 0 && reads[list].count >= 4 * (int)machine.threads.size()) {
-    // A thread's last read stands for its earlier ones.
-    std::vector<bool> known(machine.threads.size());
-    int32_t shorter = -1;
-    for (int32_t i = list; i >= 0; i = reads[i].earlier) {
-      if (known[reads[i].stamp.thread]) continue;
-      known[reads[i].stamp.thread] = true;
-      reads.push_back({reads[i].stamp, shorter, shorter < 0 ? 1 : reads[shorter].count + 1});
-      shorter = (int32_t)reads.size() - 1;
-    }
-    list = shorter;
-  }
-  reads.push_back({mine, list, list < 0 ? 1 : reads[list].count + 1});
-  return (int32_t)reads.size() - 1;
-}
-
-// Where the block's barriers order everything, readers from before the last one are of no interest: a cell's list is of
-// the same time as the reader in it.
-void forget_reads(const Thread& t, Cell& c) {
-  if (machine.blocks.size() == 1 && c.read.epoch < t.block->epoch) c.more_reads = -1;
-}
-
-void note_read(Thread& t, Cell& c) {
-  if (ordered(t, c.read))
-    c.read = now(t);
-  else
-    c.more_reads = reads_with(c.more_reads, now(t));
-}
-
-void check_shared(Thread& t, Block& owner, SharedRange& range, const char* p, int64_t bytes, Access access,
-                  const void* address) {
-  const int64_t offset = p - range.begin;
-  if (offset + bytes > range.bytes)
-    fault(Kind::out_of_bounds,
-          "shared memory: " + std::to_string(bytes) + " bytes at " + std::to_string(offset) + " of " +
-              std::to_string(range.bytes),
-          address);
-  const bool writes = access != Access::read, atomic = access == Access::atomic;
-  Cell before, after;  // the last byte's
-  for (int64_t i = offset; i < offset + bytes; ++i) {
-    Cell& c = range.cells[i];
-    if (i > offset && !std::memcmp(&c, &before, sizeof c)) {
-      c = after;
-      continue;
-    }
-    before = c;
-    forget_reads(t, c);
-    if (c.generation != owner.generation) {
-      c = Cell();
-      c.generation = owner.generation;
-    }
-    if (c.copy_under_way)
-      fault(Kind::copy_under_way,
-            "shared memory (byte " + std::to_string(i) + ") used before the wait for the copy of " + whom(c.write) +
-                " into it",
-            address);
-    if (access != Access::write && c.write.thread < 0)
-      fault(Kind::unwritten, "shared memory (byte " + std::to_string(i) + ") read before it was written", address);
-    const bool both_atomic = atomic && c.by_atomic;
-    if (!both_atomic && !ordered(t, c.write)) race(c.write, writes ? "write" : "read", "write", i, address);
-    if (writes) {
-      if (!ordered(t, c.read)) race(c.read, "write", "read", i, address);
-      for (int32_t r = c.more_reads; r >= 0; r = machine.reads[r].earlier)
-        if (!ordered(t, machine.reads[r].stamp)) race(machine.reads[r].stamp, "write", "read", i, address);
-      c.write = now(t);
-      c.by_atomic = atomic;
-      c.read = Stamp();
-      c.more_reads = -1;
-    } else {
-      note_read(t, c);
-    }
-    after = c;
-  }
-}
-
 bool inside_stack(const Thread& t, const void* p) {
   return (uintptr_t)p - (uintptr_t)t.fiber->stack < (uintptr_t)kStackBytes;
 }
@@ -208,11 +101,24 @@ bool inside_stack(const Thread& t, const void* p) {
 
 void check_access(const void* p, int64_t bytes, Access access, const void* address) {
   Thread& t = *machine.current;
-  if (inside_stack(t, p)) return;
+  if (inside_stack(t, p)) return note_stack_access(t, (const char*)p, bytes, address);
   step(t);
   Block& b = *t.block;
-  if (b.dynamic.contains(p)) return check_shared(t, b, b.dynamic, (const char*)p, bytes, access, address);
-  if (b.fixed.contains(p)) return check_shared(t, b, b.fixed, (const char*)p, bytes, access, address);
+  const auto check = [&](Block& owner, SharedRange& range) {
+    SharedAccess shared = {view_of(t), now(t), access, address};
+    check_shared(shared, owner, range, (const char*)p, bytes);
+  };
+  if (b.dynamic.contains(p)) return check(b, b.dynamic);
+  if (b.fixed.contains(p)) return check(b, b.fixed);
+  for (Block& other : machine.blocks)
+    if (other.dynamic.contains(p)) {
+      if (other.live == 0) fault(Kind::out_of_bounds, "shared memory of a block that has ended", address);
+      return check(other, other.dynamic);
+    }
+  check_global(p, bytes, access, address);
+}
+
+void check_global(const void* p, int64_t bytes, Access access, const void* address) {
   const uintptr_t at = (uintptr_t)p;
   Buffer found = {0, 0, false};
   {
@@ -224,11 +130,6 @@ void check_access(const void* p, int64_t bytes, Access access, const void* addre
     if (access == Access::read || found.writable) return;
     fault(Kind::read_only, "a write to an input, at byte " + std::to_string(at - found.begin), address);
   }
-  for (Block& other : machine.blocks)
-    if (other.dynamic.contains(p)) {
-      if (other.live == 0) fault(Kind::out_of_bounds, "shared memory of a block that has ended", address);
-      return check_shared(t, other, other.dynamic, (const char*)p, bytes, access, address);
-    }
   const Launch& l = *machine.launch;
   if (access == Access::read) {
     if (at - (uintptr_t)l.parameters < l.parameter_bytes) return;
@@ -293,57 +194,6 @@ void* cluster_map(void* shared, unsigned rank, Site site) {
   if (!b.dynamic.contains(shared))
     fault(Kind::out_of_bounds, "cluster_map: a pointer that is not to dynamic shared memory", site);
   return machine.blocks[rank].dynamic.begin + ((char*)shared - b.dynamic.begin);
-}
-
-// ---- asynchronous copies: made when they are waited for, so that whoever uses them earlier is found out ------------
-
-namespace {
-SharedRange& range_of(Block& b, const void* p, Site site) {
-  if (b.dynamic.contains(p)) return b.dynamic;
-  if (b.fixed.contains(p)) return b.fixed;
-  fault(Kind::out_of_bounds, "cp.async: a destination that is not in shared memory", site);
-}
-void mark_copy(Thread& t, char* to, int64_t bytes, bool under_way, Site site) {
-  SharedRange& range = range_of(*t.block, to, site);
-  for (int64_t i = to - range.begin, end = i + bytes; i < end; ++i) {
-    range.cells[i].copy_under_way = under_way;
-    range.cells[i].write = now(t);
-  }
-}
-}  // namespace
-
-void copy_async(void* shared, const void* global, int bytes, int valid, Site site) {
-  Thread& t = *machine.current;
-  const void* address = __builtin_return_address(0);
-  if (valid < 0 || valid > bytes) fault(Kind::out_of_bounds, "cp.async: more valid bytes than bytes", site);
-  if ((uintptr_t)shared % (uintptr_t)bytes || (uintptr_t)global % (uintptr_t)bytes)
-    fault(Kind::misaligned, "cp.async: both addresses are aligned to the " + std::to_string(bytes) + " bytes", site);
-  range_of(*t.block, shared, site);
-  check_access(shared, bytes, Access::write, address);
-  if (valid) check_access(global, valid, Access::read, address);
-  mark_copy(t, (char*)shared, bytes, true, site);
-  t.copies.push_back({(char*)shared, (const char*)global, bytes, valid});
-}
-
-void copy_async_commit() {
-  Thread& t = *machine.current;
-  size_t grouped = 0;
-  for (size_t n : t.copy_groups) grouped += n;
-  t.copy_groups.push_back(t.copies.size() - grouped);
-}
-
-void copy_async_wait(int pending) {
-  Thread& t = *machine.current;
-  while ((int)t.copy_groups.size() > pending) {
-    const auto end = t.copies.begin() + (long)t.copy_groups.front();
-    for (auto c = t.copies.begin(); c != end; ++c) {
-      std::memcpy(c->to, c->from, (size_t)c->valid);
-      std::memset(c->to + c->valid, 0, (size_t)(c->bytes - c->valid));
-      mark_copy(t, c->to, c->bytes, false, Site::here());
-    }
-    t.copies.erase(t.copies.begin(), end);
-    t.copy_groups.erase(t.copy_groups.begin());
-  }
 }
 
 AtomicAccess::AtomicAccess(void* p, size_t size) : memory(p), size(size) {

@@ -1,4 +1,4 @@
-// Launches, blocks one after another (a cluster's together), their threads in the order of the schedule; barriers.
+// Launches, blocks one after another (a cluster's together), their threads in the order of the schedule.
 #include <dlfcn.h>
 #include <pthread.h>
 
@@ -15,9 +15,11 @@ Machine machine;
 
 namespace {
 
-constexpr int kMostThreads = 1024;                // of a block
-constexpr int64_t kMostSteps = int64_t(1) << 24;  // accesses of a thread between two waits: a loop without end
-constexpr int kInterruptionOdds = 48;             // one access in so many, where threads are interrupted
+constexpr int kMostThreads = 1024;                       // of a block
+constexpr int64_t kMostSteps = int64_t(1) << 24;         // accesses of a thread between two waits: a loop without end
+constexpr int kInterruptionOdds = 48;                    // one access in so many, where threads are interrupted
+constexpr int kCopyOdds = 16;                            // a copy is completed for one turn in so many, likewise
+constexpr int kRegisters = 65536, kMostRegisters = 255;  // of an SM, of a thread
 
 std::mutex one_launch;
 pthread_t owner;
@@ -72,6 +74,7 @@ void thread_body() {
   for (;;) {
     machine.launch->call(machine.launch->kernel, machine.launch->parameters);
     Thread& t = *machine.current;
+    check_end_of_products(t);
     t.state = State::done;
     --t.block->live;
     finish_warp_calls_after_exit(t);
@@ -121,6 +124,10 @@ std::string waiting_threads() {
   return text;
 }
 
+bool unfinished() {
+  return std::any_of(machine.blocks.begin(), machine.blocks.end(), [](const Block& b) { return b.live > 0; });
+}
+
 void run_cluster(int64_t first_block) {
   const Launch& l = *machine.launch;
   const int n = machine.block_threads;
@@ -128,13 +135,19 @@ void run_cluster(int64_t first_block) {
   std::fill(machine.ready.begin(), machine.ready.end(), 0);
   machine.reads.clear();
   machine.loaded = nullptr;
+  forget_copies();
   for (int rank = 0; rank < l.cluster; ++rank) {
     Block& b = machine.blocks[rank];
     const int64_t at = first_block + rank;
     b.index = {(unsigned)(at % l.grid.x), (unsigned)(at / l.grid.x % l.grid.y), (unsigned)(at / l.grid.x / l.grid.y)};
     b.rank = rank;
     b.live = n;
-    b.epoch = b.cluster_epoch = 0;
+    b.epoch = b.cluster_epoch = b.reads_kept = 0;
+    b.units = b.free_registers = 0;
+    b.mbarriers.clear();
+    b.warpgroups.assign((n + 127) / 128, {});
+    // What ptxas gives the threads of a block that has the SM to itself.
+    for (Warpgroup& g : b.warpgroups) g.registers = std::min(kRegisters / n, kMostRegisters) / 8 * 8;
     b.generation = ++machine.generations;
     b.threads = machine.threads.data() + rank * n;
     for (Barrier& barrier : b.barriers) barrier = {};
@@ -148,6 +161,11 @@ void run_cluster(int64_t first_block) {
       t.index = {i % l.block.x, i / l.block.x % l.block.y, i / l.block.x / l.block.y};
       t.time = 1;
       t.seen.clear();
+      t.proxy_fences.clear();
+      t.sums.clear();
+      forget_stack_accesses(t);
+      t.watched = device_arch >= 90;
+      t.fenced = false;
       t.copies.clear();
       t.copy_groups.clear();
       t.steps = 0;
@@ -157,7 +175,11 @@ void run_cluster(int64_t first_block) {
       make_ready(t);
     }
   }
-  while (Thread* t = next_thread()) {
+  for (;;) {
+    Thread* t = next_thread();
+    if (!t && unfinished() && finish_copy()) continue;
+    if (!t) break;
+    if (schedule == Schedule::shuffled && random_numbers() % kCopyOdds == 0) finish_copy();
     machine.current = t;
     load_fixed(*t->block);
     switch_fibers(machine.scheduler, t->fiber->context);
@@ -173,6 +195,7 @@ void run_cluster(int64_t first_block) {
     if (t.state != State::done)
       fault(Kind::divergence,
             "no thread can go on: " + waiting_threads() + ", in " + coordinates("block", t.block->index));
+  for (Block& b : machine.blocks) check_end_of_copies(b);
 }
 
 void check_launch(const Launch& l) {
@@ -265,115 +288,15 @@ void wait_for(const char* what, Site site) {
   switch_fibers(t.fiber->context, machine.scheduler);
 }
 
+bool at_once() {
+  return schedule == Schedule::reverse || (schedule == Schedule::shuffled && random_numbers() % 2 == 0);
+}
+size_t choose(size_t count) { return schedule == Schedule::shuffled ? random_numbers() % count : 0; }
+
 void step(Thread& t) {
   if (++t.steps > kMostSteps) fault(Kind::hang, "a loop that does not end");
   if (schedule == Schedule::shuffled && random_numbers() % kInterruptionOdds == 0)
     switch_fibers(t.fiber->context, machine.scheduler);
-}
-
-// ---- barriers ------------------------------------------------------------------------------------------------------
-
-namespace {
-
-// The waiting threads go on, knowing what all who arrived have done.
-void release(Block& b, Barrier& barrier, bool whole_block) {
-  if (whole_block) {
-    ++b.epoch;
-    if (machine.blocks.size() == 1) machine.reads.clear();  // nobody goes back to them: see forget_reads
-  } else {
-    std::vector<int> lanes((machine.block_threads + 31) / 32);
-    for (int i : barrier.arrivals) ++lanes[i / 32];
-    for (int i : barrier.arrivals) {
-      int present = 0;
-      const int first = i / 32 * 32, last = std::min(first + 32, machine.block_threads);
-      for (int j = first; j < last; ++j) present += b.threads[j].state != State::done;
-      if (lanes[i / 32] < present)
-        fault(Kind::divergence, std::string(barrier.what) + " by a part of a warp", barrier.site);
-    }
-    for (Thread* t : barrier.waiting) {
-      t->seen.resize(machine.block_threads);
-      for (int i = 0; i < machine.block_threads; ++i) t->seen[i] = std::max(t->seen[i], barrier.seen[i]);
-    }
-  }
-  const int value = barrier.value;
-  std::vector<Thread*> waiting;
-  waiting.swap(barrier.waiting);
-  barrier = {};
-  barrier.last_value = value;
-  for (Thread* t : waiting) make_ready(*t);
-}
-
-void release_cluster() {
-  for (Block& b : machine.blocks) b.cluster_epoch = ++b.epoch;
-  std::vector<Thread*> waiting;
-  waiting.swap(machine.cluster_barrier.waiting);
-  machine.cluster_barrier = {};
-  for (Thread* t : waiting) make_ready(*t);
-}
-
-int live_threads() {
-  int live = 0;
-  for (const Block& b : machine.blocks) live += b.live;
-  return live;
-}
-
-}  // namespace
-
-// Threads that have ended count as arrived at __syncthreads and at the barrier of a cluster, as on a GPU.
-void finish_barriers_after_exit(Block& b) {
-  Barrier& whole = b.barriers[0];
-  if (whole.arrived > 0 && whole.arrived == b.live) release(b, whole, true);
-  if (machine.cluster_barrier.arrived > 0 && machine.cluster_barrier.arrived == live_threads()) release_cluster();
-}
-
-int block_barrier(int id, int threads, bool waiting, int value, const char* what, Site site) {
-  Thread& t = *machine.current;
-  Block& b = *t.block;
-  const bool whole = threads == kWholeBlock;
-  if (id < 0 || id > 15 || (!whole && (threads <= 0 || threads % 32 != 0)))
-    fault(Kind::divergence, std::string(what) + ": barriers are 0 to 15, their threads whole warps", site);
-  Barrier& barrier = b.barriers[id];
-  if (barrier.arrived > 0) {
-    if (whole != (barrier.expected == kWholeBlock) || (!whole && threads != barrier.expected))
-      fault(Kind::divergence, std::string(what) + " with another number of threads than at " + place(barrier.site),
-            site);
-    if (whole && (std::strcmp(what, barrier.what) || site.line != barrier.site.line ||
-                  std::strcmp(site.file, barrier.site.file)))
-      fault(
-          Kind::divergence,
-          std::string(what) + " while other threads of the block wait at " + barrier.what + ", " + place(barrier.site),
-          site);
-  } else {
-    barrier.expected = threads;
-    barrier.what = what;
-    barrier.site = site;
-  }
-  ++barrier.arrived;
-  barrier.value += value;
-  if (!whole) {
-    barrier.arrivals.push_back(t.local);
-    barrier.seen.resize(machine.block_threads);
-    for (size_t i = 0; i < t.seen.size(); ++i) barrier.seen[i] = std::max(barrier.seen[i], t.seen[i]);
-    barrier.seen[t.local] = t.time++;
-    if (barrier.arrived > barrier.expected)
-      fault(Kind::divergence, std::string(what) + " by more threads than it is for", site);
-  }
-  if (waiting) barrier.waiting.push_back(&t);
-  const bool complete = barrier.arrived == (whole ? b.live : threads);
-  if (complete) release(b, barrier, whole);
-  if (waiting && !complete) wait_for(what, site);
-  return b.barriers[id].last_value;
-}
-
-void cluster_barrier(Site site) {
-  Thread& t = *machine.current;
-  Barrier& barrier = machine.cluster_barrier;
-  ++barrier.arrived;
-  barrier.waiting.push_back(&t);
-  if (barrier.arrived == live_threads())
-    release_cluster();
-  else
-    wait_for("the barrier of the cluster", site);
 }
 
 // ---- where a thread is ---------------------------------------------------------------------------------------------

@@ -75,7 +75,7 @@ struct Call {
   Layout a, b;
   bool a_transposed, b_transposed, bias, preactivation;
   Activation activation;
-  bool tf32;
+  bool tf32, hopper = false;  // hopper: by gemm_sm90, else as launch_gemm decides
 };
 
 // To 11 significant bits, ties away from zero, as operands become tf32.
@@ -113,19 +113,26 @@ void product(const Call& c, Random& random) {
   g.preactivation = c.preactivation ? z.data() : nullptr;
   const rf::DType dtype = Format<T>::dtype;
   const GemmPlan plan = rf::cuda::gemm_plan(dtype, c.tf32, g);
+  const rf::cuda::GemmTask task = rf::cuda::gemm_task(g);
   // Its first contents are NaN bits: a sum that is read before it is written would show.
   Buffer<char> workspace(rf::cuda::gemm_workspace(dtype, c.tf32, g));
   g.workspace = workspace.data();
   char name[80];
-  std::snprintf(name, sizeof name, "%s%s tile %d load %d %s", Format<T>::name, tf32 ? " tf32" : "", plan.tile_m,
-                plan.tensor_cores ? (int)plan.load : -1, plan.splits > 1 ? "split" : "whole");
+  if (c.hopper)
+    std::snprintf(name, sizeof name, "%s sm90 %d %d", Format<T>::name, task.a.across_k, task.b.across_k);
+  else
+    std::snprintf(name, sizeof name, "%s%s tile %d load %d %s", Format<T>::name, tf32 ? " tf32" : "", plan.tile_m,
+                  plan.tensor_cores ? (int)plan.load : -1, plan.splits > 1 ? "split" : "whole");
   kernels_run.insert(name);
   describe("gemm %s m=%lld n=%lld k=%lld a=%s%s b=%s%s bias=%d pre=%d %s: %s", Format<T>::name, (long long)c.m,
            (long long)c.n, (long long)c.k, kLayoutNames[(int)c.a], c.a_transposed ? "^T" : "", kLayoutNames[(int)c.b],
            c.b_transposed ? "^T" : "", c.bias, c.preactivation, name_of(c.activation), name);
   {
     Lent lent_bias(bias), lent_workspace(workspace), lent_y(y), lent_z(z);
-    rf::cuda::launch_gemm(dtype, c.tf32, g, nullptr);
+    if (!c.hopper)
+      rf::cuda::launch_gemm(dtype, c.tf32, g, nullptr);
+    else if (!CHECK(rf::cuda::launch_gemm_sm90(dtype, task, nullptr)))
+      return;
   }
 
   std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
@@ -223,13 +230,15 @@ void every_choice(Random& random, bool tf32) {
 
 // A block reads its operands' NaN as they are, and nothing of them where it pads.
 template <class T>
-void special_values(bool tf32) {
+void special_values(bool tf32, bool hopper = false) {
   for (bool b_transposed : {false, true})
     for (Layout layout : {Layout::aligned, Layout::contiguous}) {
+      if (hopper && layout != Layout::aligned) continue;
       constexpr int64_t m = 21, n = 37, k = 45, bad = 9;
       describe("gemm %s: NaN stays in its row", Format<T>::name);
-      int64_t at = 0;
-      Matrix<T> a(Layout::contiguous, m, k, [&] { return at++ == bad * k + 20 ? kNaN : 0.5; });
+      const int64_t at = arrange<T>(layout, m, k).row_offset(bad) + 20;
+      int64_t i = 0;
+      Matrix<T> a(layout, m, k, [&] { return i++ == at ? kNaN : 0.5; });
       Matrix<T> b(layout, b_transposed ? n : k, b_transposed ? k : n, [] { return 1.0; });
       Buffer<T> y(m * n);
       rf::cuda::Gemm g = {};
@@ -244,11 +253,14 @@ void special_values(bool tf32) {
       g.activation = Activation::relu;
       {
         Lent lent(y);
-        rf::cuda::launch_gemm(Format<T>::dtype, tf32, g, nullptr);
+        if (hopper)
+          CHECK(rf::cuda::launch_gemm_sm90(Format<T>::dtype, rf::cuda::gemm_task(g), nullptr));
+        else
+          rf::cuda::launch_gemm(Format<T>::dtype, tf32, g, nullptr);
       }
       bool right = true;
-      for (int64_t i = 0; i < m * n; ++i)
-        right = right && (i / n == bad ? std::isnan(y.value(i)) : y.value(i) == 0.5 * (double)k);
+      for (int64_t j = 0; j < m * n; ++j)
+        right = right && (j / n == bad ? std::isnan(y.value(j)) : y.value(j) == 0.5 * (double)k);
       CHECK(right);
     }
 }
@@ -260,6 +272,75 @@ void all(bool tf32) {
   chosen_products<T>(random, tf32);
   every_choice<T>(random, tf32);
   special_values<T>(tf32);
+}
+
+// ---- Hopper's kernel -----------------------------------------------------------------------------------------------
+
+// Tiles are 128 x 256 and 64 of K deep, with four stages; a block of the three that the emulated device has takes one
+// tile after another, and the stages go on from one to the next.
+template <class T>
+void hopper_products(Random& random) {
+  const auto run = [&](int64_t m, int64_t n, int64_t k, Layout a, Layout b, bool a_transposed, bool b_transposed,
+                       bool epilogue) {
+    const Activation activation = epilogue ? random.pick(kActivations) : Activation::none;
+    product<T>(
+        {m, n, k, a, b, a_transposed, b_transposed, epilogue, epilogue && random.chance(0.5), activation, false, true},
+        random);
+  };
+  for (Layout a : {Layout::aligned, Layout::aligned_columns})
+    for (Layout b : {Layout::aligned, Layout::aligned_columns})
+      for (bool a_transposed : {false, true})
+        for (bool b_transposed : {false, true}) run(37, 51, 75, a, b, a_transposed, b_transposed, false);
+  for (bool a_transposed : {false, true})
+    for (bool b_transposed : {false, true})
+      run(200, 300, 330, Layout::aligned, Layout::aligned, a_transposed, b_transposed, true);
+  struct Size {
+    int64_t m, n, k;
+  };
+  // Whole tiles; less than a tile of each; one more than a tile of each; more rows of tiles than are taken in a group.
+  for (const Size s :
+       {Size{128, 256, 64}, Size{2, 2, 2}, Size{9, 7, 3}, Size{129, 257, 65}, Size{63, 8, 300}, Size{1100, 17, 9}})
+    run(s.m, s.n, s.k, Layout::aligned, Layout::aligned, random.chance(0.5), random.chance(0.5), true);
+}
+
+// What the copy engine cannot be told of stays with the other kernels.
+template <class T>
+void hopper_refusals() {
+  const auto taken = [](Layout layout, int64_t m, int64_t n, int64_t k, int64_t shift, rf::DType dtype) {
+    const Matrix<T> a(layout, m, k + shift, [] { return 1.0; }), b(Layout::aligned, k, n, [] { return 1.0; });
+    rf::cuda::Gemm g = {};
+    g.m = m;
+    g.n = n;
+    g.k = k;
+    g.a = a.view;
+    g.a.data = (const T*)g.a.data + shift;
+    g.b = b.view;
+    Buffer<T> y(m * n);
+    const Lent lent(y);
+    g.c = y.data();
+    g.c_stride = n;
+    return rf::cuda::launch_gemm_sm90(dtype, rf::cuda::gemm_task(g), nullptr);
+  };
+  describe("gemm_sm90: operands that it takes, and that it leaves");
+  const rf::DType own = Format<T>::dtype;
+  CHECK(taken(Layout::aligned, 5, 6, 7, 0, own));
+  CHECK(taken(Layout::contiguous, 5, 6, 8, 0, own));
+  CHECK(!taken(Layout::contiguous, 5, 6, 7, 0, own));
+  CHECK(!taken(Layout::aligned, 5, 6, 7, 1, own));
+  CHECK(!taken(Layout::strided, 5, 6, 7, 0, own));
+  CHECK(!taken(Layout::collapsed, 5, 6, 7, 0, own));
+  CHECK(!taken(Layout::expanded, 5, 6, 7, 0, own));
+  CHECK(!taken(Layout::aligned, 5, 6, 0, 0, own));
+  CHECK(!taken(Layout::aligned, 1, 6, 7, 0, own));  // one row of memory, whose stride may be anything
+  CHECK(!taken(Layout::aligned, 5, 6, 7, 0, rf::DType::f32));
+}
+
+template <class T>
+void all_of_hopper(int seed) {
+  Random random(seed);
+  hopper_products<T>(random);
+  special_values<T>(false, true);
+  hopper_refusals<T>();
 }
 
 }  // namespace
@@ -275,6 +356,21 @@ TEST(gemm) {
   // Tensor cores: three types, whole and split; three ways to copy in two tiles, single elements in one. Without them:
   // float32 in two tiles, float64 in one.
   CHECK(kernels_run.size() == 3 * 2 * (3 * 2 + 1) + 2 * (2 + 1));
+}
+
+TEST(gemm_sm90) {
+  if (rf::cuda::device().arch != 90) {
+    describe("gemm_sm90 on another device");
+    rf::cuda::Gemm g = {};
+    g.m = g.n = g.k = 8;
+    CHECK(!rf::cuda::launch_gemm_sm90(rf::DType::bf16, rf::cuda::gemm_task(g), nullptr));
+    return;
+  }
+  kernels_run.clear();
+  all_of_hopper<bf16>(90);
+  all_of_hopper<f16>(91);
+  describe("gemm_sm90: kernels run");
+  CHECK(kernels_run.size() == 2 * 4);  // two types, operands along and across K
 }
 
 }  // namespace test

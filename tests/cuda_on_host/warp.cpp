@@ -76,12 +76,12 @@ void warp_barrier(unsigned mask, Site site) {
   warp_call(
       mask, "__syncwarp", machine.current,
       [](unsigned present, void** payloads) {
-        std::vector<uint32_t> seen(machine.block_threads);
+        std::vector<uint32_t> seen;
         for (int l = 0; l < 32; ++l) {
           if (!(present >> l & 1)) continue;
           Thread& t = *(Thread*)payloads[l];
-          for (size_t i = 0; i < t.seen.size(); ++i) seen[i] = std::max(seen[i], t.seen[i]);
-          seen[t.local] = t.time++;
+          merge(seen, t.seen);
+          set_seen(seen, t.local, t.time++);
         }
         for (int l = 0; l < 32; ++l)
           if (present >> l & 1) ((Thread*)payloads[l])->seen = seen;
@@ -203,11 +203,11 @@ float half_of(uint32_t r, int which, Factors type) {
   return type == Factors::bf16 ? __bfloat162float(__nv_bfloat16{bits}) : __half2float(__half{bits});
 }
 
+}  // namespace
+
 void need_whole_warp(unsigned present, const char* what) {
   if (present != kAllLanes) fault(Kind::divergence, std::string(what) + " by a part of a warp");
 }
-
-}  // namespace
 
 // Lane l gets, of each matrix, elements 2(l % 4) and one further of row l / 4; transposed, those of column l / 4.
 void load_matrix(uint32_t* r, const void* row, int matrices, bool transposed, Site site) {

@@ -1,5 +1,5 @@
-// Hopper's instructions for gemm_sm90.cu: barriers in memory, tensor maps, products of a warpgroup. They have no twin
-// on the host. The last exist in code for sm_90a alone; elsewhere kHopper is false and nothing here may be called.
+// Hopper's instructions for gemm_sm90.cu: barriers in memory, tensor maps, products of a warpgroup. The last exist in
+// code for sm_90a alone; elsewhere kHopper is false and nothing here may be called.
 #pragma once
 #include <cuda.h>
 
@@ -50,6 +50,8 @@ __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, i
       "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
       : "memory");
 }
+// What this thread has written to shared memory is there for copies and products that others start after it tells them.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -71,13 +73,6 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int pending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-
-// An operand in shared memory, swizzled over 128 bytes: strides in bytes between its blocks of 64 elements across K
-// (`leading`, unused where rows run along K), and of 8 rows of memory (`stride`).
-__device__ __forceinline__ uint64_t wgmma_descriptor(const void* tile, int leading, int stride) {
-  const auto field = [](uint64_t bytes) { return bytes >> 4 & 0x3fff; };
-  return field(shared_address(tile)) | field(leading) << 16 | field(stride) << 32 | uint64_t(1) << 62;
 }
 
 // d = a b (+ d where `add`) for a warpgroup's 64 x 256 tile, k = 16. A thread has d[4 j + 2 h + i] = element (16 w + 8

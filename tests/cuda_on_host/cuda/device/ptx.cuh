@@ -18,6 +18,8 @@ T* dynamic_shared() {
   return (T*)cuda_on_host::dynamic_shared();
 }
 
+inline uint32_t shared_address(const void* p) { return cuda_on_host::shared_address(p); }
+
 inline void cp_async16(void* shared, const void* global, int valid = 16, Site site = Site::here()) {
   cuda_on_host::copy_async(shared, global, 16, valid, site);
 }

@@ -1,0 +1,113 @@
+// Barriers in shared memory, which count arrivals of threads and bytes of copies, and the fences of asynchronous units.
+// After the PTX manual, from "mbarrier" on.
+#include "machine.h"
+
+namespace cuda_on_host {
+namespace {
+
+constexpr int kMbarrierBytes = 8, kMostArrivals = (1 << 20) - 1;
+constexpr int64_t kMostBytes = (1 << 20) - 1;
+
+std::string text(const Mbarrier& m) {
+  return "an mbarrier of " + std::to_string(m.expected) + " arrivals in phase " + std::to_string(m.phase);
+}
+
+void finish_phase(Mbarrier& m) {
+  if (m.pending > 0 || m.bytes != 0) return;
+  ++m.phase;
+  m.pending = m.expected;
+  m.seen.swap(m.arriving);
+  m.arriving.clear();
+  for (Thread* t : m.waiting) make_ready(*t);  // to look again: this phase too may be over by then
+  m.waiting.clear();
+}
+
+}  // namespace
+
+int add_unit(Block& b, Site site) {
+  if (b.units == kMostUnits) fault(Kind::mbarrier, "more mbarriers than the emulator counts on", site);
+  return b.units++;
+}
+
+void mbarrier_init(void* barrier, int arrivals, Site site) {
+  Thread& t = *machine.current;
+  Block& b = *t.block;
+  if ((uintptr_t)barrier % kMbarrierBytes) fault(Kind::misaligned, "an mbarrier is aligned to 8 bytes", site);
+  if (arrivals < 1 || arrivals > kMostArrivals)
+    fault(Kind::mbarrier, "mbarrier.init for " + std::to_string(arrivals) + " arrivals", site);
+  if (!b.dynamic.contains(barrier))
+    fault(Kind::out_of_bounds, "mbarrier.init: the emulator has them in dynamic shared memory only", site);
+  check_access(barrier, kMbarrierBytes, Access::write, __builtin_return_address(0));
+  mark_shared(b.dynamic, (const char*)barrier, kMbarrierBytes, Use::mbarrier, now(t));
+  Mbarrier m = {};
+  m.expected = m.pending = arrivals;
+  m.unit = add_unit(b, site);
+  m.made = now(t);
+  b.mbarriers[(uintptr_t)barrier] = m;
+}
+
+Mbarrier& mbarrier_at(const void* barrier, const char* what, Site site) {
+  Thread& t = *machine.current;
+  step(t);
+  const auto found = t.block->mbarriers.find((uintptr_t)barrier);
+  if (found == t.block->mbarriers.end())
+    fault(Kind::mbarrier, std::string(what) + " of an mbarrier that is not initialised", site);
+  if (!ordered(view_of(t), found->second.made))
+    fault(Kind::race, std::string(what) + " of an mbarrier with no barrier after its initialisation", site);
+  return found->second;
+}
+
+// The bytes are counted before the arrival.
+void mbarrier_arrive(void* barrier, int expected_bytes, Site site) {
+  Thread& t = *machine.current;
+  Mbarrier& m = mbarrier_at(barrier, "mbarrier.arrive", site);
+  if (m.pending == 0) fault(Kind::mbarrier, "one arrival more than there are to be at " + text(m), site);
+  if (expected_bytes != kNoBytes) {
+    m.bytes += expected_bytes;
+    if (expected_bytes < 0 || m.bytes > kMostBytes)
+      fault(Kind::mbarrier, "more bytes expected than it can count at " + text(m), site);
+  }
+  merge(m.arriving, t.seen);
+  set_seen(m.arriving, t.local, t.time++);
+  --m.pending;
+  finish_phase(m);
+}
+
+void mbarrier_copied(Mbarrier& m, int64_t bytes) {
+  m.bytes -= bytes;
+  if (m.bytes < -kMostBytes) fault(Kind::mbarrier, "more bytes copied than it can count at " + text(m));
+  m.last_copied = m.phase + 1;
+  set_seen(m.arriving, unit_index(m.unit), m.phase + 1);
+  finish_phase(m);
+}
+
+// Of this parity the current phase may be, and then it has to end, or the one before it.
+void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
+  Thread& t = *machine.current;
+  if (parity > 1) fault(Kind::mbarrier, "mbarrier.try_wait.parity: the parity is 0 or 1", site);
+  for (;;) {
+    Mbarrier& m = mbarrier_at(barrier, "mbarrier.try_wait", site);
+    if ((m.phase & 1) != parity) return merge(t.seen, m.seen);
+    m.waiting.push_back(&t);
+    wait_for("mbarrier.try_wait", site);
+  }
+}
+
+// ---- fences --------------------------------------------------------------------------------------------------------
+
+void fence_mbarrier_init() {
+  Thread& t = *machine.current;
+  for (auto& [address, m] : t.block->mbarriers)
+    if (m.made.thread == t.number && m.announced.thread < 0) m.announced = now(t);
+  ++t.time;
+}
+
+void fence_proxy_async() {
+  Thread& t = *machine.current;
+  t.proxy_fences.push_back(now(t));
+  for (auto& [address, m] : t.block->mbarriers)
+    if (m.made.thread == t.number && m.announced.thread < 0) m.announced = now(t);
+  ++t.time;
+}
+
+}  // namespace cuda_on_host

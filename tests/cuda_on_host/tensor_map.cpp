@@ -1,0 +1,167 @@
+// Tensor maps, as the driver makes them, and the unit that copies boxes of them to shared memory while threads go on.
+#include <cuda.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "machine.h"
+
+namespace cuda_on_host {
+namespace {
+
+constexpr uint64_t kMagic = 0x70616d726f736e65;
+constexpr int kElementBytes = 2, kRowBytes = 128;  // of the types, and of a box's row where it is swizzled
+constexpr uintptr_t kMapAlignment = 64, kBoxAlignment = 128;
+
+// What is in the map: a matrix of which `extent` and `box` are columns and rows.
+struct TiledMap {
+  uint64_t magic;
+  const char* address;
+  uint64_t extent[2], stride;
+  uint32_t box[2];
+};
+static_assert(sizeof(TiledMap) <= sizeof(CUtensorMap), "it takes the place of the driver's content");
+
+struct BoxCopy {
+  TiledMap map;
+  Block* block;
+  char* to;
+  int64_t x, y;
+  Mbarrier* barrier;
+};
+std::vector<BoxCopy> copies;  // under way, of all blocks
+
+TiledMap read_map(const void* map, const char* what, Site site) {
+  if ((uintptr_t)map % kMapAlignment)
+    fault(Kind::misaligned, std::string(what) + ": a tensor map lies at 64 bytes", site);
+  TiledMap m;
+  std::memcpy(&m, map, sizeof m);
+  if (m.magic != kMagic) fault(Kind::descriptor, std::string(what) + ": this is no tensor map", site);
+  return m;
+}
+
+int64_t box_bytes(const TiledMap& m) { return (int64_t)m.box[1] * kRowBytes; }
+
+// Of the row y, the elements [begin, end) that exist; none where the row does not.
+void existing(const BoxCopy& c, int64_t y, int64_t* begin, int64_t* end) {
+  const bool row = y >= 0 && y < (int64_t)c.map.extent[1];
+  *begin = std::max<int64_t>(c.x, 0);
+  *end = row ? std::min<int64_t>(c.x + c.map.box[0], (int64_t)c.map.extent[0]) : *begin;
+}
+
+void finish(const BoxCopy& c) {
+  SharedRange& range = c.block->dynamic;
+  for (int64_t r = 0; r < c.map.box[1]; ++r) {
+    char row[kRowBytes] = {};
+    int64_t begin, end;
+    existing(c, c.y + r, &begin, &end);
+    if (begin < end)
+      std::memcpy(row + (begin - c.x) * kElementBytes,
+                  c.map.address + (c.y + r) * (int64_t)c.map.stride + begin * kElementBytes,
+                  (size_t)(end - begin) * kElementBytes);
+    for (int chunk = 0; chunk < kRowBytes; chunk += 16) {
+      const uint32_t from = (uint32_t)(c.to - range.begin + r * kRowBytes + chunk);
+      std::memcpy(range.begin + swizzled(from), row + chunk, 16);
+    }
+  }
+  const uint32_t phase = c.barrier->phase + 1;
+  mark_shared(range, c.to, box_bytes(c.map), Use::plain, unit_stamp(*c.block, c.barrier->unit, phase));
+  mbarrier_copied(*c.barrier, box_bytes(c.map));
+}
+
+}  // namespace
+
+void prefetch_map(const void* map, Site site) { read_map(map, "prefetch.tensormap", site); }
+
+void copy_box(void* shared, const void* map, int x, int y, void* barrier, Site site) {
+  constexpr const char* kName = "cp.async.bulk.tensor";
+  Thread& t = *machine.current;
+  Block& b = *t.block;
+  Mbarrier& m = mbarrier_at(barrier, kName, site);
+  if (m.announced.thread < 0 || !ordered(view_of(t), m.announced))
+    fault(Kind::proxy, std::string(kName) + ": no fence has told the unit of the mbarrier's initialisation", site);
+  const BoxCopy copy = {read_map(map, kName, site), &b, (char*)shared, x, y, &m};
+  if (!b.dynamic.contains(shared))
+    fault(Kind::out_of_bounds, std::string(kName) + ": a destination outside dynamic shared memory", site);
+  if ((uintptr_t)shared % kBoxAlignment)
+    fault(Kind::misaligned, std::string(kName) + ": a box in shared memory lies at 128 bytes", site);
+  for (int64_t r = 0; r < copy.map.box[1]; ++r) {
+    int64_t begin, end;
+    existing(copy, y + r, &begin, &end);
+    if (begin < end)
+      check_global(copy.map.address + (y + r) * (int64_t)copy.map.stride + begin * kElementBytes,
+                   (end - begin) * kElementBytes, Access::read, __builtin_return_address(0));
+  }
+  // Until it is complete, its bytes are nobody's.
+  const Stamp under_way = unit_stamp(b, m.unit, ~uint32_t(0));
+  SharedAccess write = {view_of(t), under_way, Access::write, nullptr, site};
+  check_shared(write, b, b.dynamic, (const char*)shared, box_bytes(copy.map));
+  mark_shared(b.dynamic, (const char*)shared, box_bytes(copy.map), Use::copy_under_way, under_way);
+  if (at_once())
+    finish(copy);
+  else
+    copies.push_back(copy);
+}
+
+bool finish_copy() {
+  if (copies.empty()) return false;
+  const size_t i = choose(copies.size());
+  const BoxCopy copy = copies[i];
+  copies.erase(copies.begin() + (long)i);
+  finish(copy);
+  return true;
+}
+
+void forget_copies() { copies.clear(); }
+
+// Whether somebody has waited for each of them. One that is under way when its block has ended writes to another's.
+void check_end_of_copies(Block& b) {
+  bool waited_for = true;
+  for (const BoxCopy& c : copies) waited_for = waited_for && c.block != &b;
+  for (const auto& [address, m] : b.mbarriers) {
+    bool seen = m.last_copied == 0;
+    for (int i = 0; i < machine.block_threads && !seen; ++i)
+      seen = ordered(view_of(b.threads[i]), unit_stamp(b, m.unit, m.last_copied));
+    waited_for = waited_for && seen;
+  }
+  if (!waited_for)
+    fault(Kind::copy_under_way, "a block ends with copies into its shared memory that nobody waited for");
+}
+
+}  // namespace cuda_on_host
+
+// The driver's rules, from the comment of this function in the toolkit's cuda.h; what is not emulated is not supported.
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
+                                const cuuint64_t* extent, const cuuint64_t* strides, const cuuint32_t* box,
+                                const cuuint32_t* element_strides, CUtensorMapInterleave interleave,
+                                CUtensorMapSwizzle swizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill fill) {
+  using namespace cuda_on_host;
+  if ((uintptr_t)map % kMapAlignment || (uintptr_t)address % 16 || rank < 1 || rank > 5)
+    return CUDA_ERROR_INVALID_VALUE;
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    if (extent[i] == 0 || extent[i] > uint64_t(1) << 32) return CUDA_ERROR_INVALID_VALUE;
+    if (box[i] == 0 || box[i] > 256) return CUDA_ERROR_INVALID_VALUE;
+    if (element_strides[i] == 0 || element_strides[i] > 8) return CUDA_ERROR_INVALID_VALUE;
+  }
+  for (cuuint32_t i = 0; i + 1 < rank; ++i)
+    if (strides[i] % 16 || strides[i] >= uint64_t(1) << 40) return CUDA_ERROR_INVALID_VALUE;
+  if (rank > 1 && strides[0] < extent[0] * kElementBytes) return CUDA_ERROR_INVALID_VALUE;
+  if (box[0] * kElementBytes % 16) return CUDA_ERROR_INVALID_VALUE;
+  if (swizzle == CU_TENSOR_MAP_SWIZZLE_128B && box[0] * kElementBytes > kRowBytes) return CUDA_ERROR_INVALID_VALUE;
+  const bool known = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  if (!known || rank != 2 || interleave != CU_TENSOR_MAP_INTERLEAVE_NONE || swizzle != CU_TENSOR_MAP_SWIZZLE_128B ||
+      box[0] * kElementBytes != kRowBytes || element_strides[1] != 1 || fill != CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE)
+    return CUDA_ERROR_NOT_SUPPORTED;
+  *map = {};
+  const TiledMap content = {kMagic, (const char*)address, {extent[0], extent[1]}, strides[0], {box[0], box[1]}};
+  std::memcpy(map, &content, sizeof content);
+  return CUDA_SUCCESS;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned, unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool known = !std::strcmp(name, "cuTensorMapEncodeTiled");
+  *found = known ? (void*)cuTensorMapEncodeTiled : nullptr;
+  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+  return cudaSuccess;
+}
