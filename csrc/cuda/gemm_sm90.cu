@@ -1,6 +1,7 @@
 // The matrix product on Hopper, for bf16 and fp16. A block stays on its SM and takes one 128 x 256 tile of C after
 // another: one thread has the copy engine bring stages of both operands, two warpgroups multiply them with wgmma, and
-// the stages of the next tile arrive while the sums of this one leave. Off until it has been measured (tuning.h).
+// the stages of the next tile arrive while the sums of this one leave. The blocks of a cluster take tiles below one
+// another, whose columns of B each of them copies a part of to all. Off until it has been measured (tuning.h).
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -52,14 +53,21 @@ __device__ __forceinline__ void multiply(float (&sum)[128], uint64_t a, uint64_t
     ptx::wgmma_bf16<a_across, b_across>(sum, a, b, add);
 }
 
-// Rows (columns) from `mn` on by the stage's K. Across K a box is 64 elements wide: one for each block.
-template <bool across, int Span>
-__device__ __forceinline__ void copy_operand(char* to, const CUtensorMap* map, int mn, int k, uint64_t* arrived) {
+// `span` rows (columns) from `mn` on by the stage's K, to this block or to all of the cluster. Across K a box is 64
+// elements wide: one for each block.
+template <bool across>
+__device__ __forceinline__ void copy_operand(int cluster, char* to, const CUtensorMap* map, int mn, int span, int k,
+                                             uint64_t* arrived) {
+  const auto copy = [&](char* part, int x, int y) {
+    if (cluster > 1)
+      ptx::copy_box_to((uint16_t)((1 << cluster) - 1), part, map, x, y, arrived);
+    else
+      ptx::copy_box(part, map, x, y, arrived);
+  };
   if constexpr (across) {
-    for (int block = 0; block < Span / 64; ++block)
-      ptx::copy_box(to + block * kBlockBytes, map, mn + block * 64, k, arrived);
+    for (int block = 0; block < span / 64; ++block) copy(to + block * kBlockBytes, mn + block * 64, k);
   } else {
-    ptx::copy_box(to, map, k, mn, arrived);
+    copy(to, k, mn);
   }
 }
 
@@ -116,40 +124,48 @@ __global__ void __launch_bounds__(kThreads, 1)
     float* const all_staging = (float*)(shared + kStages * kStageBytes);
     uint64_t* const arrived = (uint64_t*)(shared + kStages * kStageBytes + kStagingBytes);
     uint64_t* const consumed = arrived + kStages;
+    const int cluster = (int)ptx::cluster_size(), rank = (int)ptx::cluster_rank();
     if (threadIdx.x == 0) {
       ptx::prefetch_map(&map_a);
       ptx::prefetch_map(&map_b);
       for (int s = 0; s < kStages; ++s) {
         ptx::mbarrier_init(arrived + s, 1);
-        ptx::mbarrier_init(consumed + s, kConsumers * 4);  // one thread of each warp
+        ptx::mbarrier_init(consumed + s, cluster * kConsumers * 4);  // each warp of all blocks that it is copied for
       }
       ptx::fence_mbarrier_init();
     }
-    __syncthreads();
+    ptx::cluster_sync();
 
-    const int64_t tiles_m = (task.m + kTileM - 1) / kTileM, tiles_n = (task.n + kTileN - 1) / kTileN;
+    const int64_t rows_m = (int64_t)kTileM * cluster;
+    const int64_t tiles_m = (task.m + rows_m - 1) / rows_m, tiles_n = (task.n + kTileN - 1) / kTileN;
+    const int64_t tiles = tiles_m * tiles_n, first = blockIdx.x / cluster, step = gridDim.x / cluster;
     const int k_tiles = (int)((task.k + kDepth - 1) / kDepth);
     const int warpgroup = (int)threadIdx.x / kWarpgroup;
     Ring ring;
     if (warpgroup == 0) {
       ptx::fewer_registers<kProducerRegisters>();
-      if (threadIdx.x != 0) return;
-      for (int64_t index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
+      const int part = kTileN / cluster;  // of B's columns
+      for (int64_t index = first; index < tiles && threadIdx.x == 0; index += step) {
         const TilePosition tile = tile_position<tuning::kGemmGroup>(index, tiles_m, tiles_n);
         for (int t = 0; t < k_tiles; ++t, ring.advance()) {
-          ptx::mbarrier_wait(consumed + ring.stage, ring.parity ^ 1);  // the first time round it is free
+          ptx::mbarrier_wait_for_cluster(consumed + ring.stage, ring.parity ^ 1);  // the first time round it is free
           ptx::mbarrier_arrive_expect(arrived + ring.stage, kStageBytes);
           char* stage = shared + ring.stage * kStageBytes;
-          copy_operand<a_across, kTileM>(stage, &map_a, (int)tile.row * kTileM, t * kDepth, arrived + ring.stage);
-          copy_operand<b_across, kTileN>(stage + kBytesA, &map_b, (int)tile.column * kTileN, t * kDepth,
-                                         arrived + ring.stage);
+          copy_operand<a_across>(1, stage, &map_a, ((int)tile.row * cluster + rank) * kTileM, kTileM, t * kDepth,
+                                 arrived + ring.stage);
+          copy_operand<b_across>(cluster, stage + kBytesA + rank * part * kDepth * 2, &map_b,
+                                 (int)tile.column * kTileN + rank * part, part, t * kDepth, arrived + ring.stage);
         }
       }
+      __syncwarp();
     } else {
       ptx::more_registers<kConsumerRegisters>();
       const int warp = (int)threadIdx.x / 32 - kWarpgroup / 32, first_row = (warpgroup - 1) * 64;
-      const bool signals = threadIdx.x % 32 == 0;
-      for (int64_t index = blockIdx.x; index < tiles_m * tiles_n; index += gridDim.x) {
+      const int lane = (int)threadIdx.x % 32;
+      const auto signal = [&](int stage) {
+        if (lane < cluster) ptx::mbarrier_arrive_at(consumed + stage, lane);
+      };
+      for (int64_t index = first; index < tiles; index += step) {
         const TilePosition tile = tile_position<tuning::kGemmGroup>(index, tiles_m, tiles_n);
         float sum[128];
         int previous = 0;
@@ -158,21 +174,23 @@ __global__ void __launch_bounds__(kThreads, 1)
           const char* stage = shared + ring.stage * kStageBytes;
           ptx::wgmma_fence();
 #pragma unroll
-          for (int step = 0; step < kDepth / 16; ++step)
-            multiply<T, a_across, b_across>(sum, descriptor<a_across>(stage + (warpgroup - 1) * kBlockBytes, step),
-                                            descriptor<b_across>(stage + kBytesA, step), t > 0 || step > 0);
+          for (int k = 0; k < kDepth / 16; ++k)
+            multiply<T, a_across, b_across>(sum, descriptor<a_across>(stage + (warpgroup - 1) * kBlockBytes, k),
+                                            descriptor<b_across>(stage + kBytesA, k), t > 0 || k > 0);
           ptx::wgmma_commit();
           // The products of the stage before this one are complete, those of this one may go on.
           ptx::wgmma_wait<1>();
-          if (t > 0 && signals) ptx::mbarrier_arrive(consumed + previous);
+          if (t > 0) signal(previous);
           previous = ring.stage;
         }
         ptx::wgmma_wait<0>();
-        if (signals) ptx::mbarrier_arrive(consumed + previous);
-        write_out<T>(task, sum, all_staging + warp * kStagingFloats, tile.row * kTileM + first_row + warp % 4 * 16,
-                     tile.column * kTileN);
+        signal(previous);
+        write_out<T>(task, sum, all_staging + warp * kStagingFloats,
+                     (tile.row * cluster + rank) * kTileM + first_row + warp % 4 * 16, tile.column * kTileN);
       }
     }
+    // While others of the cluster copy to this block's memory or arrive at its barriers, it has to be there.
+    ptx::cluster_sync();
   }
 }
 
@@ -219,14 +237,19 @@ bool make_map(const GemmOperand& o, int64_t mn, int64_t k, int span, CUtensorMap
 
 template <class T>
 bool start(const GemmTask& task, cudaStream_t stream) {
+  const int64_t tiles_m = (task.m + kTileM - 1) / kTileM, tiles_n = (task.n + kTileN - 1) / kTileN;
+  // Of an odd number of rows of tiles the last leaves a half of its clusters idle.
+  constexpr int kMost = tuning::kHopperCluster;
+  const int cluster = tiles_m % kMost == 0 || tiles_m > tuning::kHopperLeastTiles ? kMost : 1;
   CUtensorMap a, b;
-  if (!make_map<T>(task.a, task.m, task.k, kTileM, &a) || !make_map<T>(task.b, task.n, task.k, kTileN, &b))
+  if (!make_map<T>(task.a, task.m, task.k, kTileM, &a) || !make_map<T>(task.b, task.n, task.k, kTileN / cluster, &b))
     return false;
-  const int64_t tiles = ((task.m + kTileM - 1) / kTileM) * ((task.n + kTileN - 1) / kTileN);
-  const dim3 grid((unsigned)std::min<int64_t>(tiles, device().sms));
+  const int64_t clusters =
+      std::min<int64_t>((tiles_m + cluster - 1) / cluster * tiles_n, std::max(1, device().sms / cluster));
+  const dim3 grid((unsigned)(clusters * cluster));
   const auto kernel = task.a.across_k ? (task.b.across_k ? gemm_sm90<T, true, true> : gemm_sm90<T, true, false>)
                                       : (task.b.across_k ? gemm_sm90<T, false, true> : gemm_sm90<T, false, false>);
-  launch(kernel, grid, dim3(kThreads), kSharedBytes, stream, a, b, task);
+  launch_cluster(kernel, cluster, grid, dim3(kThreads), kSharedBytes, stream, a, b, task);
   return true;
 }
 

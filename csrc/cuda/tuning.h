@@ -110,6 +110,10 @@ struct GemmSmall {
 // bytes that the swizzle is over. A stage is 48 KiB of operands, and 4 of them leave room for 20 KiB through which sums
 // leave, 32 columns of them at a time.
 constexpr int kHopperTileM = 128, kHopperTileN = 256, kHopperDepth = 64, kHopperStages = 4, kHopperColumnsOut = 32;
+// Blocks of a cluster, whose tiles lie below one another and share columns of B: each reads 32 KiB from L2 for a stage
+// instead of 48, in the 1024 cycles that wgmma takes for it; L2 has about 30 bytes a cycle for each SM. Beyond so many
+// rows of tiles, a last one alone in its cluster is a small part.
+constexpr int kHopperCluster = 2, kHopperLeastTiles = 8;
 // Of 65536 registers: launch bounds give each thread 168, which the producers hand over.
 constexpr int kHopperProducerRegisters = 40, kHopperConsumerRegisters = 232;
 

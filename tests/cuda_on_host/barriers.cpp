@@ -8,21 +8,21 @@ namespace cuda_on_host {
 
 namespace {
 
-// The epoch tells what threads did before a barrier of all of them; what each knew of units besides, all know now.
-void share_units(Block& b) {
-  if (b.units == 0) return;
+// The epoch tells what threads did before a barrier of all of them; what each knew of units and, by mbarriers, of other
+// blocks, all know now.
+void share_seen(Thread* threads, int count) {
+  if (machine.units == 0) return;
   std::vector<uint32_t> seen;
-  for (int i = 0; i < machine.block_threads; ++i) merge(seen, b.threads[i].seen);
-  if ((int)seen.size() > machine.block_threads) std::fill_n(seen.begin(), machine.block_threads, 0);
-  for (int i = 0; i < machine.block_threads; ++i) merge(b.threads[i].seen, seen);
+  for (int i = 0; i < count; ++i) merge(seen, threads[i].seen);
+  for (int i = 0; i < count; ++i) threads[i].seen = seen;
 }
 
 // The waiting threads go on, knowing what all who arrived have done.
 void release(Block& b, Barrier& barrier, bool whole_block) {
   if (whole_block) {
     ++b.epoch;
-    share_units(b);
-    if (machine.blocks.size() == 1 && b.units == 0) {
+    share_seen(b.threads, machine.block_threads);
+    if (machine.blocks.size() == 1 && machine.units == 0) {
       machine.reads.clear();
       b.reads_kept = b.epoch;
     }
@@ -47,10 +47,8 @@ void release(Block& b, Barrier& barrier, bool whole_block) {
 }
 
 void release_cluster() {
-  for (Block& b : machine.blocks) {
-    b.cluster_epoch = ++b.epoch;
-    share_units(b);
-  }
+  for (Block& b : machine.blocks) b.cluster_epoch = ++b.epoch;
+  share_seen(machine.threads.data(), (int)machine.threads.size());
   std::vector<Thread*> waiting;
   waiting.swap(machine.cluster_barrier.waiting);
   machine.cluster_barrier = {};
@@ -99,7 +97,7 @@ int block_barrier(int id, int threads, bool waiting, int value, const char* what
   if (!whole) {
     barrier.arrivals.push_back(t.local);
     merge(barrier.seen, t.seen);
-    set_seen(barrier.seen, t.local, t.time++);
+    set_seen(barrier.seen, t.number, t.time++);
     if (barrier.arrived > barrier.expected)
       fault(Kind::divergence, std::string(what) + " by more threads than it is for", site);
   }

@@ -55,14 +55,15 @@ void multiply_f64(double* d, double a, double b, Site site);
 
 // Hopper's. An address in shared memory as instructions have it, of 32 bits.
 uint32_t shared_address(const void* p);
-constexpr int kNoBytes = -1;
 void mbarrier_init(void* barrier, int arrivals, Site site);
-void mbarrier_arrive(void* barrier, int expected_bytes, Site site);
-void mbarrier_wait(void* barrier, uint32_t parity, Site site);
+void mbarrier_arrive_expect(void* barrier, int bytes, Site site);
+void mbarrier_arrive_at(void* barrier, unsigned rank, Site site);
+void mbarrier_wait(void* barrier, uint32_t parity, bool of_cluster, Site site);
 void fence_mbarrier_init();
 void fence_proxy_async();
 void prefetch_map(const void* map, Site site);
-void copy_box(void* shared, const void* map, int x, int y, void* barrier, Site site);
+constexpr unsigned kThisBlock = ~0u;
+void copy_box(void* shared, const void* map, int x, int y, void* barrier, unsigned blocks, Site site);
 void set_registers(int count, bool more, Site site);
 void wgmma_fence(Site site);
 void wgmma_commit(Site site);

@@ -20,7 +20,7 @@ struct Stamp {
   int32_t thread = -1;
   uint32_t time = 0, epoch = 0;
 };
-constexpr int32_t kFirstUnit = 1 << 20, kMostUnits = 1 << 12;  // numbers of units, of a block
+constexpr int32_t kFirstUnit = 1 << 20;
 
 enum class Use : uint16_t { plain, copy_under_way, mbarrier };
 
@@ -80,9 +80,9 @@ struct Thread {
   State state;
   const char* waits_for;
   Site site;
-  // Time advances when the thread tells others what it has done. seen[u] is the last time of thread u of the block that
-  // is known to lie before this thread's present, beyond what the block's epoch tells; empty where nothing is. The
-  // block's units come after its threads.
+  // Time advances when the thread tells others what it has done. seen[u] is the last time of thread u of the cluster
+  // that is known to lie before this thread's present, beyond what epochs tell; empty where nothing is. The units come
+  // after the threads.
   uint32_t time;
   std::vector<uint32_t> seen;
   std::vector<Stamp> proxy_fences;
@@ -113,6 +113,8 @@ struct Mbarrier {
   int expected, pending, unit;
   int64_t bytes = 0;  // expected and not yet copied
   uint32_t phase = 0, last_copied = 0;
+  bool from_outside = false, had_from_outside = false;  // arrivals of other blocks in this phase, in the one before
+  std::map<int, Stamp> outside;                         // the last arrival of each thread of another block
   Stamp made, announced;                 // by its initialisation, and the fence that tells the copying unit of it
   std::vector<uint32_t> arriving, seen;  // what those knew who have arrived in this phase, and in the one before
   std::vector<Thread*> waiting;
@@ -141,7 +143,6 @@ struct Block {
   uint32_t generation, epoch;  // epoch: barriers of all its threads so far
   uint32_t cluster_epoch;      // its epoch after the last barrier of the cluster
   uint32_t reads_kept;         // the epoch since which lists of readers are kept
-  int units;
   int free_registers;
   std::map<uintptr_t, Mbarrier> mbarriers;
   std::vector<Warpgroup> warpgroups;
@@ -159,6 +160,7 @@ struct Machine {
   Thread* current = nullptr;
   Block* loaded = nullptr;  // whose static shared memory is in place
   uint32_t generations = 0;
+  int units = 0;
   Barrier cluster_barrier;
   std::vector<uint64_t> ready;  // bits
   std::vector<Read> reads;
@@ -189,12 +191,9 @@ void finish_warp_calls_after_exit(Thread& t);
 void finish_barriers_after_exit(Block& b);
 std::string place(const Site& site);
 
-// A unit of the block by its number among them, as stamps and lists of what was seen have it.
-int add_unit(Block& b, Site site);
-inline size_t unit_index(int unit) { return (size_t)machine.block_threads + unit; }
-inline Stamp unit_stamp(const Block& b, int unit, uint32_t time) {
-  return {kFirstUnit + b.rank * kMostUnits + unit, time, b.epoch};
-}
+// A unit by its number, as lists of what was seen and stamps have it.
+inline size_t unit_index(int unit) { return machine.threads.size() + unit; }
+inline Stamp unit_stamp(int unit, uint32_t time) { return {kFirstUnit + unit, time, 0}; }
 void merge(std::vector<uint32_t>& into, const std::vector<uint32_t>& from);
 void set_seen(std::vector<uint32_t>& seen, size_t index, uint32_t time);
 
@@ -234,8 +233,12 @@ void check_shared(SharedAccess& a, Block& owner, SharedRange& range, const char*
 void mark_shared(SharedRange& range, const char* p, int64_t bytes, Use use, const Stamp& writer);
 
 // The mbarrier of an instruction of the running thread; what a copy of so many bytes does to one.
-Mbarrier& mbarrier_at(const void* barrier, const char* what, Site site);
+Mbarrier& mbarrier_at(Block& b, const void* barrier, const char* what, Site site);
 void mbarrier_copied(Mbarrier& m, int64_t bytes);
+
+// The block of that rank in the cluster, which still has to be there; what it has where the running thread's has p.
+Block& block_of_cluster(unsigned rank, const char* what, Site site);
+char* same_place(const Block& other, const void* p);
 
 // Where chunks of 16 bytes lie that are swizzled over 128: the place among those of a row, by the row's number.
 inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x70); }
@@ -243,9 +246,10 @@ inline uint32_t swizzled(uint32_t address) { return address ^ (address >> 3 & 0x
 // Work of units that may be done now or later: at once in one schedule, when nothing else can go on in another.
 bool at_once();
 size_t choose(size_t count);
-// Completes a copy by tensor map, if there is one; all have to be over, and waited for, when their block ends.
+// Completes a copy by tensor map, if there is one. All have to be over when their block ends, and so have arrivals from
+// other blocks: somebody in it has to know of them.
 bool finish_copy();
-void check_end_of_copies(Block& b);
+void check_end_of_block(Block& b);
 void forget_copies();
 void check_end_of_products(const Thread& t);
 void need_whole_warp(unsigned present, const char* what);

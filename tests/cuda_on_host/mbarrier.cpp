@@ -16,6 +16,8 @@ void finish_phase(Mbarrier& m) {
   if (m.pending > 0 || m.bytes != 0) return;
   ++m.phase;
   m.pending = m.expected;
+  m.had_from_outside = m.from_outside;
+  m.from_outside = false;
   m.seen.swap(m.arriving);
   m.arriving.clear();
   for (Thread* t : m.waiting) make_ready(*t);  // to look again: this phase too may be over by then
@@ -23,11 +25,6 @@ void finish_phase(Mbarrier& m) {
 }
 
 }  // namespace
-
-int add_unit(Block& b, Site site) {
-  if (b.units == kMostUnits) fault(Kind::mbarrier, "more mbarriers than the emulator counts on", site);
-  return b.units++;
-}
 
 void mbarrier_init(void* barrier, int arrivals, Site site) {
   Thread& t = *machine.current;
@@ -41,36 +38,54 @@ void mbarrier_init(void* barrier, int arrivals, Site site) {
   mark_shared(b.dynamic, (const char*)barrier, kMbarrierBytes, Use::mbarrier, now(t));
   Mbarrier m = {};
   m.expected = m.pending = arrivals;
-  m.unit = add_unit(b, site);
+  m.unit = machine.units++;
   m.made = now(t);
   b.mbarriers[(uintptr_t)barrier] = m;
 }
 
-Mbarrier& mbarrier_at(const void* barrier, const char* what, Site site) {
+Mbarrier& mbarrier_at(Block& b, const void* barrier, const char* what, Site site) {
   Thread& t = *machine.current;
   step(t);
-  const auto found = t.block->mbarriers.find((uintptr_t)barrier);
-  if (found == t.block->mbarriers.end())
+  const auto found = b.mbarriers.find((uintptr_t)barrier);
+  if (found == b.mbarriers.end())
     fault(Kind::mbarrier, std::string(what) + " of an mbarrier that is not initialised", site);
   if (!ordered(view_of(t), found->second.made))
     fault(Kind::race, std::string(what) + " of an mbarrier with no barrier after its initialisation", site);
   return found->second;
 }
 
-// The bytes are counted before the arrival.
-void mbarrier_arrive(void* barrier, int expected_bytes, Site site) {
+namespace {
+
+void arrive(Mbarrier& m, Site site) {
   Thread& t = *machine.current;
-  Mbarrier& m = mbarrier_at(barrier, "mbarrier.arrive", site);
   if (m.pending == 0) fault(Kind::mbarrier, "one arrival more than there are to be at " + text(m), site);
-  if (expected_bytes != kNoBytes) {
-    m.bytes += expected_bytes;
-    if (expected_bytes < 0 || m.bytes > kMostBytes)
-      fault(Kind::mbarrier, "more bytes expected than it can count at " + text(m), site);
-  }
   merge(m.arriving, t.seen);
-  set_seen(m.arriving, t.local, t.time++);
+  set_seen(m.arriving, t.number, t.time++);
   --m.pending;
   finish_phase(m);
+}
+
+}  // namespace
+
+// The bytes are counted before the arrival.
+void mbarrier_arrive_expect(void* barrier, int bytes, Site site) {
+  Mbarrier& m = mbarrier_at(*machine.current->block, barrier, "mbarrier.arrive.expect_tx", site);
+  m.bytes += bytes;
+  if (bytes < 0 || m.bytes > kMostBytes)
+    fault(Kind::mbarrier, "more bytes expected than it can count at " + text(m), site);
+  arrive(m, site);
+}
+
+void mbarrier_arrive_at(void* barrier, unsigned rank, Site site) {
+  constexpr const char* kName = "mbarrier.arrive.shared::cluster";
+  Block& b = block_of_cluster(rank, kName, site);
+  Mbarrier& m = mbarrier_at(b, same_place(b, barrier), kName, site);
+  Thread& t = *machine.current;
+  if (&b != t.block) {
+    m.from_outside = true;
+    m.outside[t.number] = now(t);
+  }
+  arrive(m, site);
 }
 
 void mbarrier_copied(Mbarrier& m, int64_t bytes) {
@@ -82,12 +97,16 @@ void mbarrier_copied(Mbarrier& m, int64_t bytes) {
 }
 
 // Of this parity the current phase may be, and then it has to end, or the one before it.
-void mbarrier_wait(void* barrier, uint32_t parity, Site site) {
+void mbarrier_wait(void* barrier, uint32_t parity, bool of_cluster, Site site) {
   Thread& t = *machine.current;
   if (parity > 1) fault(Kind::mbarrier, "mbarrier.try_wait.parity: the parity is 0 or 1", site);
   for (;;) {
-    Mbarrier& m = mbarrier_at(barrier, "mbarrier.try_wait", site);
-    if ((m.phase & 1) != parity) return merge(t.seen, m.seen);
+    Mbarrier& m = mbarrier_at(*t.block, barrier, "mbarrier.try_wait", site);
+    if ((m.phase & 1) != parity) {
+      if (m.had_from_outside && !of_cluster)
+        fault(Kind::race, "arrivals from another block, waited for by mbarrier.try_wait of the block's scope", site);
+      return merge(t.seen, m.seen);
+    }
     m.waiting.push_back(&t);
     wait_for("mbarrier.try_wait", site);
   }

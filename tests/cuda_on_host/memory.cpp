@@ -188,12 +188,23 @@ void load_fixed(Block& b) {
 
 void* dynamic_shared() { return machine.current->block->dynamic.begin; }
 
+char* same_place(const Block& other, const void* p) {
+  return other.dynamic.begin + ((const char*)p - machine.current->block->dynamic.begin);
+}
+
+Block& block_of_cluster(unsigned rank, const char* what, Site site) {
+  if (rank >= machine.blocks.size())
+    fault(Kind::out_of_bounds, std::string(what) + ": a rank beyond the cluster", site);
+  Block& b = machine.blocks[rank];
+  if (b.live == 0) fault(Kind::out_of_bounds, std::string(what) + ": shared memory of a block that has ended", site);
+  return b;
+}
+
 void* cluster_map(void* shared, unsigned rank, Site site) {
-  const Block& b = *machine.current->block;
   if (rank >= machine.blocks.size()) fault(Kind::out_of_bounds, "cluster_map: a rank beyond the cluster", site);
-  if (!b.dynamic.contains(shared))
+  if (!machine.current->block->dynamic.contains(shared))
     fault(Kind::out_of_bounds, "cluster_map: a pointer that is not to dynamic shared memory", site);
-  return machine.blocks[rank].dynamic.begin + ((char*)shared - b.dynamic.begin);
+  return same_place(machine.blocks[rank], shared);
 }
 
 AtomicAccess::AtomicAccess(void* p, size_t size) : memory(p), size(size) {

@@ -134,6 +134,7 @@ void run_cluster(int64_t first_block) {
   machine.cluster_barrier = {};
   std::fill(machine.ready.begin(), machine.ready.end(), 0);
   machine.reads.clear();
+  machine.units = 0;
   machine.loaded = nullptr;
   forget_copies();
   for (int rank = 0; rank < l.cluster; ++rank) {
@@ -143,7 +144,7 @@ void run_cluster(int64_t first_block) {
     b.rank = rank;
     b.live = n;
     b.epoch = b.cluster_epoch = b.reads_kept = 0;
-    b.units = b.free_registers = 0;
+    b.free_registers = 0;
     b.mbarriers.clear();
     b.warpgroups.assign((n + 127) / 128, {});
     // What ptxas gives the threads of a block that has the SM to itself.
@@ -195,7 +196,7 @@ void run_cluster(int64_t first_block) {
     if (t.state != State::done)
       fault(Kind::divergence,
             "no thread can go on: " + waiting_threads() + ", in " + coordinates("block", t.block->index));
-  for (Block& b : machine.blocks) check_end_of_copies(b);
+  for (Block& b : machine.blocks) check_end_of_block(b);
 }
 
 void check_launch(const Launch& l) {

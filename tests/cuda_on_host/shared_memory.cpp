@@ -21,18 +21,10 @@ void merge(std::vector<uint32_t>& into, const std::vector<uint32_t>& from) {
 
 bool ordered(const View& view, const Stamp& s) {
   if (s.thread < 0 || s.thread == view.thread) return true;
-  const Block& b = *view.block;
   const auto seen = [&](size_t index) { return index < view.seen->size() && (*view.seen)[index] >= s.time; };
-  if (s.thread >= kFirstUnit) {
-    const int unit = s.thread - kFirstUnit - b.rank * kMostUnits;
-    return unit >= 0 && unit < kMostUnits && seen(unit_index(unit));
-  }
-  const int local = s.thread - b.rank * machine.block_threads;
-  if (local < 0 || local >= machine.block_threads) {
-    const Block& other = machine.blocks[s.thread / machine.block_threads];
-    return s.epoch < other.cluster_epoch;
-  }
-  return s.epoch < b.epoch || seen(local);
+  if (s.thread >= kFirstUnit) return seen(unit_index(s.thread - kFirstUnit));
+  const Block& owner = machine.blocks[s.thread / machine.block_threads];
+  return s.epoch < (&owner == view.block ? owner.epoch : owner.cluster_epoch) || seen(s.thread);
 }
 
 namespace {

@@ -50,6 +50,7 @@ void existing(const BoxCopy& c, int64_t y, int64_t* begin, int64_t* end) {
 }
 
 void finish(const BoxCopy& c) {
+  if (c.block->live == 0) fault(Kind::copy_under_way, "a copy into the shared memory of a block that has ended");
   SharedRange& range = c.block->dynamic;
   for (int64_t r = 0; r < c.map.box[1]; ++r) {
     char row[kRowBytes] = {};
@@ -65,7 +66,7 @@ void finish(const BoxCopy& c) {
     }
   }
   const uint32_t phase = c.barrier->phase + 1;
-  mark_shared(range, c.to, box_bytes(c.map), Use::plain, unit_stamp(*c.block, c.barrier->unit, phase));
+  mark_shared(range, c.to, box_bytes(c.map), Use::plain, unit_stamp(c.barrier->unit, phase));
   mbarrier_copied(*c.barrier, box_bytes(c.map));
 }
 
@@ -73,15 +74,11 @@ void finish(const BoxCopy& c) {
 
 void prefetch_map(const void* map, Site site) { read_map(map, "prefetch.tensormap", site); }
 
-void copy_box(void* shared, const void* map, int x, int y, void* barrier, Site site) {
+void copy_box(void* shared, const void* map, int x, int y, void* barrier, unsigned blocks, Site site) {
   constexpr const char* kName = "cp.async.bulk.tensor";
   Thread& t = *machine.current;
-  Block& b = *t.block;
-  Mbarrier& m = mbarrier_at(barrier, kName, site);
-  if (m.announced.thread < 0 || !ordered(view_of(t), m.announced))
-    fault(Kind::proxy, std::string(kName) + ": no fence has told the unit of the mbarrier's initialisation", site);
-  const BoxCopy copy = {read_map(map, kName, site), &b, (char*)shared, x, y, &m};
-  if (!b.dynamic.contains(shared))
+  BoxCopy copy = {read_map(map, kName, site), t.block, nullptr, x, y, nullptr};
+  if (!t.block->dynamic.contains(shared))
     fault(Kind::out_of_bounds, std::string(kName) + ": a destination outside dynamic shared memory", site);
   if ((uintptr_t)shared % kBoxAlignment)
     fault(Kind::misaligned, std::string(kName) + ": a box in shared memory lies at 128 bytes", site);
@@ -92,15 +89,25 @@ void copy_box(void* shared, const void* map, int x, int y, void* barrier, Site s
       check_global(copy.map.address + (y + r) * (int64_t)copy.map.stride + begin * kElementBytes,
                    (end - begin) * kElementBytes, Access::read, __builtin_return_address(0));
   }
-  // Until it is complete, its bytes are nobody's.
-  const Stamp under_way = unit_stamp(b, m.unit, ~uint32_t(0));
-  SharedAccess write = {view_of(t), under_way, Access::write, nullptr, site};
-  check_shared(write, b, b.dynamic, (const char*)shared, box_bytes(copy.map));
-  mark_shared(b.dynamic, (const char*)shared, box_bytes(copy.map), Use::copy_under_way, under_way);
-  if (at_once())
-    finish(copy);
-  else
-    copies.push_back(copy);
+  for (unsigned rank = 0; rank < 16; ++rank) {
+    if (blocks == kThisBlock ? (int)rank != t.block->rank : !(blocks >> rank & 1)) continue;
+    Block& b = block_of_cluster(rank, kName, site);
+    Mbarrier& m = mbarrier_at(b, same_place(b, barrier), kName, site);
+    if (m.announced.thread < 0 || !ordered(view_of(t), m.announced))
+      fault(Kind::proxy, std::string(kName) + ": no fence has told the unit of the mbarrier's initialisation", site);
+    copy.block = &b;
+    copy.to = same_place(b, shared);
+    copy.barrier = &m;
+    // Until it is complete, its bytes are nobody's.
+    const Stamp under_way = unit_stamp(m.unit, ~uint32_t(0));
+    SharedAccess write = {view_of(t), under_way, Access::write, nullptr, site};
+    check_shared(write, b, b.dynamic, copy.to, box_bytes(copy.map));
+    mark_shared(b.dynamic, copy.to, box_bytes(copy.map), Use::copy_under_way, under_way);
+    if (at_once())
+      finish(copy);
+    else
+      copies.push_back(copy);
+  }
 }
 
 bool finish_copy() {
@@ -114,15 +121,18 @@ bool finish_copy() {
 
 void forget_copies() { copies.clear(); }
 
-// Whether somebody has waited for each of them. One that is under way when its block has ended writes to another's.
-void check_end_of_copies(Block& b) {
+void check_end_of_block(Block& b) {
+  const auto known = [&](const Stamp& s) {
+    for (int i = 0; i < machine.block_threads; ++i)
+      if (ordered(view_of(b.threads[i]), s)) return true;
+    return false;
+  };
   bool waited_for = true;
   for (const BoxCopy& c : copies) waited_for = waited_for && c.block != &b;
   for (const auto& [address, m] : b.mbarriers) {
-    bool seen = m.last_copied == 0;
-    for (int i = 0; i < machine.block_threads && !seen; ++i)
-      seen = ordered(view_of(b.threads[i]), unit_stamp(b, m.unit, m.last_copied));
-    waited_for = waited_for && seen;
+    waited_for = waited_for && (m.last_copied == 0 || known(unit_stamp(m.unit, m.last_copied)));
+    for (const auto& [thread, stamp] : m.outside)
+      if (!known(stamp)) fault(Kind::out_of_bounds, "a block ends that may still be arrived at from another");
   }
   if (!waited_for)
     fault(Kind::copy_under_way, "a block ends with copies into its shared memory that nobody waited for");

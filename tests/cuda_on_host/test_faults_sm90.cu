@@ -1,6 +1,8 @@
 // Kernels with one mistake each in how they use Hopper's asynchronous units, beside the same kernels without it.
+#include <cuda_bf16.h>
+
 #include <algorithm>
-#include <initializer_list>
+#include <vector>
 
 #include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/ptx_sm90.cuh"
@@ -68,6 +70,13 @@ enum Mistake {
   product_under_way_overwritten,
   read_without_wait,
   copy_over_read,
+  // clusters
+  no_cluster_barrier_after_init,
+  other_readers_not_waited_for,
+  waited_for_in_own_block,
+  block_beyond_cluster,
+  copy_to_itself_only,
+  no_cluster_barrier_at_end,
 };
 
 constexpr int kStages = 2, kTiles = 5, kBytesA = 64 * 128, kStageBytes = kBytesA + 256 * 128;
@@ -107,7 +116,7 @@ __global__ void pipeline(const __grid_constant__ CUtensorMap map_a, const __grid
         ptx::mbarrier_wait(consumed + stage, wrong == third_parity ? 2 : wanted);
       const int more = wrong == fewer_bytes_expected ? -16 : wrong == more_bytes_expected ? 16 : 0;
       ptx::mbarrier_arrive_expect(barrier, kStageBytes + more);
-      if (wrong == two_arrivals) ptx::mbarrier_arrive(barrier);
+      if (wrong == two_arrivals) ptx::mbarrier_arrive_at(barrier, 0);
       char* const to = s + stage * kStageBytes + (wrong == misplaced_box ? 64 : 0);
       CUtensorMap other = {};
       ptx::copy_box(to, wrong == no_map ? &other : &map_a, t * 64, 0, barrier);
@@ -137,13 +146,13 @@ __global__ void pipeline(const __grid_constant__ CUtensorMap map_a, const __grid
           ptx::wgmma_bf16<false, false>(sum, of_a, of_b, t > 0 || step > 0);
         }
       if (wrong != no_commit) ptx::wgmma_commit();
-      if (wrong == consumed_before_wait && threadIdx.x % 32 == 0) ptx::mbarrier_arrive(consumed + stage);
+      if (wrong == consumed_before_wait && threadIdx.x % 32 == 0) ptx::mbarrier_arrive_at(consumed + stage, 0);
       if (wrong == sums_read_before_wait && t == kTiles - 1)
         ptx::wgmma_wait<1>();
       else
         ptx::wgmma_wait<0>();
       if (wrong != consumed_before_wait && (threadIdx.x % 32 == 0 || wrong == all_lanes_arrive))
-        ptx::mbarrier_arrive(consumed + stage);
+        ptx::mbarrier_arrive_at(consumed + stage, 0);
     }
     store_sums(sum, y);
   }
@@ -185,6 +194,50 @@ __global__ void written_by_threads(const __grid_constant__ CUtensorMap map_a, co
   copy();
   ptx::mbarrier_wait(arrived, 1);
   store_sums(sum, y);
+}
+
+// The two blocks of a cluster copy half of each tile to both, one tile after another to the same place, and add up what
+// they read.
+__global__ void shared_tiles(const __grid_constant__ CUtensorMap, const __grid_constant__ CUtensorMap map, float* y,
+                             Mistake wrong) {
+  constexpr int kHalf = 128 * 128, kRounds = kTiles;
+  char* const s = ptx::dynamic_shared<char>();
+  uint64_t* const arrived = (uint64_t*)(s + 2 * kHalf);
+  uint64_t* const consumed = arrived + 1;
+  const int rank = ptx::cluster_rank(), lane = threadIdx.x % 32;
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(arrived, 1);
+    ptx::mbarrier_init(consumed, wrong == other_readers_not_waited_for ? 1 : 2);
+    ptx::fence_mbarrier_init();
+  }
+  if (wrong == no_cluster_barrier_after_init)
+    __syncthreads();
+  else
+    ptx::cluster_sync();
+  if (threadIdx.x == 0) {
+    for (int t = 0; t < kRounds; ++t) {
+      if (wrong == waited_for_in_own_block)
+        ptx::mbarrier_wait(consumed, t % 2 ^ 1);
+      else
+        ptx::mbarrier_wait_for_cluster(consumed, t % 2 ^ 1);
+      ptx::mbarrier_arrive_expect(arrived, 2 * kHalf);
+      ptx::copy_box_to(wrong == block_beyond_cluster  ? 7
+                       : wrong == copy_to_itself_only ? 1 << rank
+                                                      : 3,
+                       s + rank * kHalf, &map, t * 64, rank * 128, arrived);
+    }
+  } else if (threadIdx.x >= 32) {
+    float sum = 0;
+    for (int t = 0; t < kRounds; ++t) {
+      ptx::mbarrier_wait(arrived, t % 2);
+      for (int i = lane; i < kHalf; i += 32) sum += __bfloat162float(((__nv_bfloat16*)s)[i]);
+      __syncwarp();
+      if (lane < 2 && (wrong != other_readers_not_waited_for || lane == rank)) ptx::mbarrier_arrive_at(consumed, lane);
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
+    for (int i = 32 * rank + lane; i < 64 * 256; i += 64) y[i] = sum;
+  }
+  if (wrong != no_cluster_barrier_at_end) ptx::cluster_sync();
 }
 
 struct Case {
@@ -245,11 +298,20 @@ const Case kThreadCases[] = {
     {"copy over what is being read", copy_over_read, {Kind::race, Kind::copy_under_way, Kind::divergence}},
 };
 
+const Case kClusterCases[] = {
+    {"no barrier of the cluster after mbarrier.init", no_cluster_barrier_after_init, {Kind::race, Kind::mbarrier}},
+    {"readers of another block not waited for", other_readers_not_waited_for, {Kind::race, Kind::copy_under_way}},
+    {"a wait of the block's scope for another's arrivals", waited_for_in_own_block, {Kind::race}},
+    {"a copy to a block beyond the cluster", block_beyond_cluster, {Kind::out_of_bounds}},
+    {"a copy that leaves another block out", copy_to_itself_only, {Kind::divergence}},
+    {"no barrier of the cluster at the end", no_cluster_barrier_at_end, {Kind::out_of_bounds, Kind::copy_under_way}},
+};
+
 using Kernel = void (*)(CUtensorMap, CUtensorMap, float*, Mistake);
 
 // Without the mistake nothing is found and y is what `expected` says; with it, one of these kinds of fault.
 template <class F>
-void run_case(Kernel kernel, int threads, const Case& c, F&& expected) {
+void run_case(Kernel kernel, int blocks, int threads, const Case& c, F&& expected) {
   constexpr int kK = kTiles * 64;
   Random random(5);
   const auto small = [&] { return (double)random.integer(-8, 8); };  // every sum of products is exact
@@ -258,36 +320,47 @@ void run_case(Kernel kernel, int threads, const Case& c, F&& expected) {
   describe("planted fault: %s", c.name);
   Buffer<float> y(64 * 256);
   const CUtensorMap map_a = matrix_map(a.data() + (c.mistake == map_beyond_tensor ? 8 : 0), kK, 64, 64);
-  const CUtensorMap map_b = matrix_map(b.data(), kK, 256, 256);
+  const CUtensorMap map_b = matrix_map(b.data(), kK, 256, 256 / blocks);
   const Lent la(a), lb(b);
   cuda_on_host::add_buffer(y.data(), 4 * 64 * 256);
   bool thrown = false;
   try {
-    rf::cuda::launch(kernel, 1, threads, kSharedBytes, nullptr, map_a, map_b, y.data(), c.mistake);
+    rf::cuda::launch_cluster(kernel, blocks, blocks, threads, kSharedBytes, nullptr, map_a, map_b, y.data(), c.mistake);
   } catch (const Fault& fault) {
     thrown = true;
     if (!CHECK(std::count(c.kinds.begin(), c.kinds.end(), fault.kind))) std::printf("%s\n", fault.what());
   }
   cuda_on_host::remove_buffer(y.data());
   CHECK(thrown == wrong);
-  for (int i = 0; i < 64 && !wrong; ++i)
-    for (int j = 0; j < 256; ++j) CHECK(y.value(i * 256 + j) == expected(a, b, i, j));
+  if (!wrong) CHECK(y.copy() == expected(a, b));
 }
 
 }  // namespace
 
 TEST(faults_sm90) {
   if (rf::cuda::device().arch < 90) return;
-  const auto product = [](const auto& a, const auto& b, int i, int j) {
-    double sum = 0;
-    for (int k = 0; k < kTiles * 64; ++k) sum += a.value(i * kTiles * 64 + k) * b.value(j * kTiles * 64 + k);
-    return sum;
+  const auto product = [](const auto& a, const auto& b) {
+    std::vector<float> y;
+    for (int i = 0; i < 64; ++i)
+      for (int j = 0; j < 256; ++j) {
+        double sum = 0;
+        for (int k = 0; k < kTiles * 64; ++k) sum += a.value(i * kTiles * 64 + k) * b.value(j * kTiles * 64 + k);
+        y.push_back((float)sum);
+      }
+    return y;
   };
-  const auto ones = [](const auto&, const auto&, int, int) { return 16.0; };
-  run_case((Kernel)pipeline, 256, {"pipeline, corrected", none, {}}, product);
-  for (const Case& c : kPipelineCases) run_case((Kernel)pipeline, 256, c, product);
-  run_case((Kernel)written_by_threads, 128, {"written by threads, corrected", none, {}}, ones);
-  for (const Case& c : kThreadCases) run_case((Kernel)written_by_threads, 128, c, ones);
+  const auto ones = [](const auto&, const auto&) { return std::vector<float>(64 * 256, 16); };
+  const auto total = [](const auto&, const auto& b) {
+    double sum = 0;
+    for (int64_t i = 0; i < b.count(); ++i) sum += b.value(i);
+    return std::vector<float>(64 * 256, (float)sum);
+  };
+  run_case((Kernel)pipeline, 1, 256, {"pipeline, corrected", none, {}}, product);
+  for (const Case& c : kPipelineCases) run_case((Kernel)pipeline, 1, 256, c, product);
+  run_case((Kernel)written_by_threads, 1, 128, {"written by threads, corrected", none, {}}, ones);
+  for (const Case& c : kThreadCases) run_case((Kernel)written_by_threads, 1, 128, c, ones);
+  run_case((Kernel)shared_tiles, 2, 64, {"shared tiles, corrected", none, {}}, total);
+  for (const Case& c : kClusterCases) run_case((Kernel)shared_tiles, 2, 64, c, total);
 }
 
 }  // namespace test

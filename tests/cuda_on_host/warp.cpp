@@ -81,7 +81,7 @@ void warp_barrier(unsigned mask, Site site) {
           if (!(present >> l & 1)) continue;
           Thread& t = *(Thread*)payloads[l];
           merge(seen, t.seen);
-          set_seen(seen, t.local, t.time++);
+          set_seen(seen, t.number, t.time++);
         }
         for (int l = 0; l < 32; ++l)
           if (present >> l & 1) ((Thread*)payloads[l])->seen = seen;

@@ -136,9 +136,9 @@ bool start_product(Warpgroup& g, Thread* threads, Site site) {
     if (seen.size() > other.size()) seen.resize(other.size());
     for (size_t u = 0; u < seen.size(); ++u) seen[u] = std::min(seen[u], other[u]);
   }
-  if (g.unit < 0) g.unit = add_unit(b, site);
+  if (g.unit < 0) g.unit = machine.units++;
   p.group = g.groups[0] + 1;
-  SharedAccess read = {{&b, -1, &seen}, unit_stamp(b, g.unit, p.group), Access::read, nullptr, site};
+  SharedAccess read = {{&b, -1, &seen}, unit_stamp(g.unit, p.group), Access::read, nullptr, site};
   check_operand(b, decoded(p.a, p.a_across, site), kM, read);
   check_operand(b, decoded(p.b, p.b_across, site), kN, read);
   for (int i = 0; i < kThreads; ++i) {

@@ -22,9 +22,6 @@ __device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
-__device__ __forceinline__ void mbarrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
 // An arrival that completes once so many bytes have been copied.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -39,6 +36,24 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
                  : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
 }
+// An arrival at the barrier in the same place of any block of the cluster; what to wait for such arrivals with.
+__device__ __forceinline__ void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait_for_cluster(uint64_t* barrier, uint32_t parity) {
+  uint32_t over = 0;
+  while (!over)
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+}
 
 // ---- copies by tensor map ------------------------------------------------------------------------------------------
 
@@ -48,6 +63,15 @@ __device__ __forceinline__ void copy_box(void* shared, const CUtensorMap* map, i
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(shared_address(shared)),
       "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier))
+      : "memory");
+}
+// The same to the same place of each block of the cluster in `blocks`, a bit for each, and its barrier there.
+__device__ __forceinline__ void copy_box_to(uint16_t blocks, void* shared, const CUtensorMap* map, int x, int y,
+                                            uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
+      "{%2, %3}], [%4], %5;" ::"r"(shared_address(shared)),
+      "l"(map), "r"(x), "r"(y), "r"(shared_address(barrier)), "h"(blocks)
       : "memory");
 }
 // What this thread has written to shared memory is there for copies and products that others start after it tells them.

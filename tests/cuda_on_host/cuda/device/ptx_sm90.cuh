@@ -12,18 +12,25 @@ inline void mbarrier_init(uint64_t* barrier, int arrivals, Site site = Site::her
   cuda_on_host::mbarrier_init(barrier, arrivals, site);
 }
 inline void fence_mbarrier_init() { cuda_on_host::fence_mbarrier_init(); }
-inline void mbarrier_arrive(uint64_t* barrier, Site site = Site::here()) {
-  cuda_on_host::mbarrier_arrive(barrier, cuda_on_host::kNoBytes, site);
-}
 inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes, Site site = Site::here()) {
-  cuda_on_host::mbarrier_arrive(barrier, bytes, site);
+  cuda_on_host::mbarrier_arrive_expect(barrier, bytes, site);
 }
 inline void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site = Site::here()) {
-  cuda_on_host::mbarrier_wait(barrier, parity, site);
+  cuda_on_host::mbarrier_wait(barrier, parity, false, site);
+}
+inline void mbarrier_arrive_at(uint64_t* barrier, uint32_t rank, Site site = Site::here()) {
+  cuda_on_host::mbarrier_arrive_at(barrier, rank, site);
+}
+inline void mbarrier_wait_for_cluster(uint64_t* barrier, uint32_t parity, Site site = Site::here()) {
+  cuda_on_host::mbarrier_wait(barrier, parity, true, site);
 }
 
 inline void copy_box(void* shared, const CUtensorMap* map, int x, int y, uint64_t* barrier, Site site = Site::here()) {
-  cuda_on_host::copy_box(shared, map, x, y, barrier, site);
+  cuda_on_host::copy_box(shared, map, x, y, barrier, cuda_on_host::kThisBlock, site);
+}
+inline void copy_box_to(uint16_t blocks, void* shared, const CUtensorMap* map, int x, int y, uint64_t* barrier,
+                        Site site = Site::here()) {
+  cuda_on_host::copy_box(shared, map, x, y, barrier, blocks, site);
 }
 inline void prefetch_map(const CUtensorMap* map, Site site = Site::here()) { cuda_on_host::prefetch_map(map, site); }
 inline void fence_proxy_async() { cuda_on_host::fence_proxy_async(); }
