@@ -192,6 +192,42 @@ Gemm as_row(DType dtype, const Gemm& g) {
   return row;
 }
 
+// Rows or columns [begin, end) of C.
+Gemm part_of_c(DType dtype, const Gemm& g, bool rows, int64_t begin, int64_t end) {
+  Gemm part = g;
+  (rows ? part.m : part.n) = end - begin;
+  MatrixView& factor = rows ? part.a : part.b;
+  factor.data = (const char*)factor.data + begin * factor.outer_stride * size_of(dtype);
+  const int64_t size = size_of(c_type(dtype, g)), at = begin * (rows ? g.epilogue.c_stride : 1) * size;
+  Epilogue& e = part.epilogue;
+  e.c = (char*)e.c + at;
+  if (e.preactivation) e.preactivation = (char*)e.preactivation + at;
+  if (e.bias && !rows) e.bias = (const char*)e.bias + begin * size;
+  return part;
+}
+
+// Rows of both factors lie along K, in the type they are multiplied in, each at a distance from the one before it.
+bool rows_along_k(DType dtype, const Gemm& g) {
+  return size_of(dtype) == acc_size(dtype) && !g.a_transposed && g.b_transposed && g.a.col_stride == 1 &&
+         g.b.col_stride == 1 && g.a.inner == 1 && g.b.inner == 1;
+}
+
+// Up to so many rows are dot products: kFewRows, and of long ones what would fill most of a panel of the engine's B.
+int64_t few_rows(DType dtype, const Gemm& g, bool pairs) {
+  if (pairs) return tuning::kFewRowsOfPairs;
+  if (g.k < tuning::kDotK || !rows_along_k(dtype, g)) return tuning::kFewRows;
+  return std::max(tuning::kFewRows, kernels().nr[(int)dtype] * 2 / 3);
+}
+
+// Of a shorter side of some panels and a rest that would leave the last one mostly empty, where the rest begins; else
+// 0.
+int64_t whole_panels(DType dtype, const Gemm& g) {
+  const int64_t shorter = std::min(g.m, g.n), panel = kernels().nr[(int)dtype], rest = shorter % panel;
+  const int64_t most = panel * std::min(g.k, tuning::kDotK) / (2 * tuning::kDotK);
+  const bool splits = 0 < rest && rest <= most && panel < shorter && shorter < tuning::kFewPanels * panel;
+  return splits && rows_along_k(dtype, g) && g.epilogue.bias_rows == 1 ? shorter - rest : 0;
+}
+
 bool both_few(int64_t a, int64_t b) { return std::max(a, b) <= tuning::kFewSides; }
 
 }  // namespace
@@ -214,7 +250,7 @@ GemmPath gemm_path(DType dtype, const Gemm& g) {
   if (both_few(g.m, g.n) && g.k >= tuning::kLeastLanes && g.a_transposed && !g.b_transposed) return GemmPath::lane_sums;
   const bool pairs = pair_kernels(dtype, g);
   if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
-  if (along_k && g.m <= (pairs ? tuning::kFewRowsOfPairs : tuning::kFewRows)) return GemmPath::dot_few_rows;
+  if (along_k && g.m <= few_rows(dtype, g, pairs)) return GemmPath::dot_few_rows;
   const bool half = size_of(dtype) != acc_size(dtype);
   const bool readable = g.b.col_stride == 1 && g.b.inner == 1 && (half ? g.a.col_stride == 1 : g.a.inner == 1);
   if (!g.b_transposed && readable && !pairs && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny))
@@ -262,6 +298,11 @@ void gemm(DType dtype, Gemm g) {
     case GemmPath::direct:
       return direct(dtype, g);
     case GemmPath::packed:
+      if (const int64_t whole = whole_panels(dtype, g)) {
+        const bool rows = g.m <= g.n;
+        gemm_packed(dtype, part_of_c(dtype, g, rows, 0, whole), thread_count());
+        return dot(dtype, part_of_c(dtype, g, rows, whole, rows ? g.m : g.n), rows);
+      }
       return gemm_packed(dtype, g, thread_count());
   }
 }
