@@ -111,6 +111,9 @@ inline f64v abs(f64v a) { return {_mm256_andnot_pd(_mm256_set1_pd(-0.0), a.v)}; 
 inline f32v copysign(f32v magnitude, f32v sign) {
   return {_mm256_or_ps(abs(magnitude).v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.0f)))};
 }
+inline f64v copysign(f64v magnitude, f64v sign) {
+  return {_mm256_or_pd(abs(magnitude).v, _mm256_and_pd(sign.v, _mm256_set1_pd(-0.0)))};
+}
 // a < b ? x : y, lane by lane; y where a or b is NaN.
 inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
@@ -146,6 +149,12 @@ inline f64v scale2(f64v x, f64v n) {
 inline f32v exponent(f32v x) {
   __m256i biased = _mm256_srli_epi32(_mm256_castps_si256(x.v), 23);
   return {_mm256_cvtepi32_ps(_mm256_sub_epi32(biased, _mm256_set1_epi32(127)))};
+}
+inline f64v exponent(f64v x) {
+  const __m256d whole = _mm256_set1_pd(0x1p52);  // whose last bits count
+  const __m256i biased = _mm256_srli_epi64(_mm256_castpd_si256(x.v), 52);
+  const __m256d counted = _mm256_castsi256_pd(_mm256_or_si256(biased, _mm256_castpd_si256(whole)));
+  return {_mm256_sub_pd(counted, _mm256_set1_pd(0x1p52 + 1023))};
 }
 
 inline float reduce_add(f32v a) {

@@ -94,6 +94,10 @@ inline f32v copysign(f32v magnitude, f32v sign) {
   __m512i s = _mm512_and_si512(_mm512_castps_si512(sign.v), _mm512_set1_epi32((int)0x80000000u));
   return {_mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(_mm512_abs_ps(magnitude.v)), s))};
 }
+inline f64v copysign(f64v magnitude, f64v sign) {
+  const __m512d mask = _mm512_set1_pd(-0.0);
+  return {_mm512_or_pd(_mm512_andnot_pd(mask, magnitude.v), _mm512_and_pd(mask, sign.v))};
+}
 // a < b ? x : y, lane by lane; y where a or b is NaN.
 inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
   return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
@@ -116,6 +120,7 @@ inline f64v scale2(f64v x, f64v n) { return {_mm512_scalef_pd(x.v, n.v)}; }
 
 // The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
 inline f32v exponent(f32v x) { return {_mm512_getexp_ps(x.v)}; }
+inline f64v exponent(f64v x) { return {_mm512_getexp_pd(x.v)}; }
 
 inline float reduce_add(f32v a) { return _mm512_reduce_add_ps(a.v); }
 inline double reduce_add(f64v a) { return _mm512_reduce_add_pd(a.v); }

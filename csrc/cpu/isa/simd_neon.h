@@ -110,6 +110,9 @@ inline f32v min(f32v a, f32v b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.
 inline f64v min(f64v a, f64v b) { return {vbslq_f64(vcltq_f64(a.v, b.v), a.v, b.v)}; }
 inline f32v abs(f32v a) { return {vabsq_f32(a.v)}; }
 inline f64v abs(f64v a) { return {vabsq_f64(a.v)}; }
+inline f64v copysign(f64v magnitude, f64v sign) {
+  return {vbslq_f64(vdupq_n_u64(0x8000000000000000u), sign.v, magnitude.v)};
+}
 inline f32v copysign(f32v magnitude, f32v sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)}; }
 // a < b ? x : y, lane by lane; y where a or b is NaN.
 inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) { return {vbslq_f32(vcltq_f32(a.v, b.v), x.v, y.v)}; }
@@ -137,6 +140,10 @@ inline f64v scale2(f64v x, f64v n) {
 inline f32v exponent(f32v x) {
   int32x4_t biased = vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_f32(x.v), 23));
   return {vcvtq_f32_s32(vsubq_s32(biased, vdupq_n_s32(127)))};
+}
+inline f64v exponent(f64v x) {
+  int64x2_t biased = vreinterpretq_s64_u64(vshrq_n_u64(vreinterpretq_u64_f64(x.v), 52));
+  return {vcvtq_f64_s64(vsubq_s64(biased, vdupq_n_s64(1023)))};
 }
 
 // Every other element of a and b one behind the other, beginning with the first or the second; and the way back.

@@ -88,6 +88,7 @@ inline f32v min(f32v a, f32v b) { return {a.v < b.v ? a.v : b.v}; }
 inline f64v min(f64v a, f64v b) { return {a.v < b.v ? a.v : b.v}; }
 inline f32v abs(f32v a) { return {std::fabs(a.v)}; }
 inline f64v abs(f64v a) { return {std::fabs(a.v)}; }
+inline f64v copysign(f64v magnitude, f64v sign) { return {std::copysign(magnitude.v, sign.v)}; }
 inline f32v copysign(f32v magnitude, f32v sign) { return {std::copysign(magnitude.v, sign.v)}; }
 // a < b ? x : y; y where a or b is NaN.
 inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) { return a.v < b.v ? x : y; }
@@ -103,6 +104,11 @@ inline f64v scale2(f64v x, f64v n) { return {n.v == n.v ? std::ldexp(x.v, (int)n
 
 // The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
 inline f32v exponent(f32v x) { return {(float)((int)(bits_of(x.v) >> 23) - 127)}; }
+inline f64v exponent(f64v x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x.v, sizeof(bits));
+  return {(double)((int)(bits >> 52) - 1023)};
+}
 
 inline float reduce_add(f32v a) { return a.v; }
 inline double reduce_add(f64v a) { return a.v; }
