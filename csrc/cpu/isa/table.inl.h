@@ -7,12 +7,12 @@
 
 constexpr Kernels make_table(const char* isa, const PairKernels* pairs) {
   constexpr int64_t f32_columns = kTileColumns<f32v>, f64_columns = kTileColumns<f64v>;
-  constexpr int64_t features = f32v::size > 1 ? f32v::size : 0;
+  constexpr int64_t f32_features = f32v::size > 1 ? f32v::size : 0, f64_features = f64v::size > 1 ? f64v::size : 0;
   return {
       isa,
       {kTile.rows, kTile.rows, kTile.rows, kTile.rows},
       {f32_columns, f64_columns, f32_columns, f32_columns},
-      {features, 0, features, features},
+      {f32_features, f64_features, f32_features, f32_features},
       RF_KERNEL(softmax_forward),
       RF_KERNEL(softmax_backward),
       RF_KERNEL(logsumexp_forward),

@@ -320,7 +320,7 @@ inline void few_outputs_rows(const FewOutputsArgs& a, int64_t begin, int64_t end
   using V = vec_t<T>;
   if constexpr (std::is_same_v<V, f32v> && V::size == 16)
     if (a.features <= 8) return few_features<T, 8, family, value, slope>(a, begin, end, sums);
-  if constexpr (std::is_same_v<V, f32v> && V::size > 1)
+  if constexpr (V::size > 1)
     if (a.features <= V::size) return few_features<T, V::size, family, value, slope>(a, begin, end, sums);
   many_features<T, family, value, slope>(a, begin, end, sums);
 }
