@@ -36,32 +36,10 @@ void finish(DType dtype, const Gemm& g, void* sums) {
   kernels().gemm_block[(int)c_type(dtype, g)](block);
 }
 
-// Parts of K, one to a task, and their sums added in order.
-void split_k(DType dtype, const Gemm& g, int64_t parts) {
-  const int64_t acc = acc_size(dtype), size = g.m * g.n;
-  char* sums = (char*)scratch(Slot::splits, parts * size * acc);
-  take_tasks(parts, thread_count(), [&](int64_t task) {
-    const Range k = part_of(g.k, tuning::kGemmChain, task, parts);
-    Gemm part = g;
-    part.k = k.size();
-    const auto from = [&](MatrixView& m, bool rows_are_k) {
-      const int64_t at = rows_are_k ? m.row_offset(k.begin) : k.begin * m.col_stride;
-      m.data = (const char*)m.data + at * size_of(dtype);
-    };
-    from(part.a, g.a_transposed);
-    from(part.b, !g.b_transposed);
-    part.wide_c = true;
-    part.epilogue = {};
-    part.epilogue.c = sums + task * size * acc;
-    part.epilogue.c_stride = g.n;
-    gemm_packed(dtype, part, 1);
-  });
-  const auto add = [&](auto* first) {
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
-  };
-  dtype == DType::f64 ? add((double*)sums) : add((float*)sums);
-  finish(dtype, g, sums);
+// Rows of both factors lie along K, in the type they are multiplied in, each at a distance from the one before it.
+bool rows_along_k(DType dtype, const Gemm& g) {
+  return size_of(dtype) == acc_size(dtype) && !g.a_transposed && g.b_transposed && g.a.col_stride == 1 &&
+         g.b.col_stride == 1 && g.a.inner == 1 && g.b.inner == 1;
 }
 
 void dot(DType dtype, const Gemm& g, bool few_rows) {
@@ -81,6 +59,36 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
                           .epilogue = g.epilogue};
     pairs ? pairs->gemm_dot(args) : kernels().gemm_dot[(int)dtype](args);
   });
+}
+
+// Parts of K, one to a task, and their sums added in order.
+void split_k(DType dtype, const Gemm& g, int64_t parts) {
+  const int64_t acc = acc_size(dtype), size = g.m * g.n;
+  char* sums = (char*)scratch(Slot::splits, parts * size * acc);
+  const bool few_columns = g.n <= tuning::kSkinny, few_rows = g.m <= tuning::kFewRows;
+  const bool dots = (few_columns || few_rows) && rows_along_k(dtype, g);
+  take_tasks(parts, thread_count(), [&](int64_t task) {
+    const Range k = part_of(g.k, tuning::kGemmChain, task, parts);
+    Gemm part = g;
+    part.k = k.size();
+    const auto from = [&](MatrixView& m, bool rows_are_k) {
+      const int64_t at = rows_are_k ? m.row_offset(k.begin) : k.begin * m.col_stride;
+      m.data = (const char*)m.data + at * size_of(dtype);
+    };
+    from(part.a, g.a_transposed);
+    from(part.b, !g.b_transposed);
+    part.wide_c = true;
+    part.epilogue = {};
+    part.epilogue.c = sums + task * size * acc;
+    part.epilogue.c_stride = g.n;
+    dots ? dot(dtype, part, !few_columns) : gemm_packed(dtype, part, 1);
+  });
+  const auto add = [&](auto* first) {
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t i = 0; i < size; ++i) first[i] += first[part * size + i];
+  };
+  dtype == DType::f64 ? add((double*)sums) : add((float*)sums);
+  finish(dtype, g, sums);
 }
 
 // A matrix of a half type, widened to float for kernels that read their operands in place.
@@ -204,12 +212,6 @@ Gemm part_of_c(DType dtype, const Gemm& g, bool rows, int64_t begin, int64_t end
   if (e.preactivation) e.preactivation = (char*)e.preactivation + at;
   if (e.bias && !rows) e.bias = (const char*)e.bias + begin * size;
   return part;
-}
-
-// Rows of both factors lie along K, in the type they are multiplied in, each at a distance from the one before it.
-bool rows_along_k(DType dtype, const Gemm& g) {
-  return size_of(dtype) == acc_size(dtype) && !g.a_transposed && g.b_transposed && g.a.col_stride == 1 &&
-         g.b.col_stride == 1 && g.a.inner == 1 && g.b.inner == 1;
 }
 
 // Up to so many rows are dot products: kFewRows, and of long ones what would fill most of a panel of the engine's B.
