@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench sweep lint format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench sweep lint types format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 # What the lines that begin with #: say of the targets below them.
@@ -100,6 +100,12 @@ lint: $(VENV)/linters
 	ruff format --check .
 	clang-format --dry-run --Werror $(CPP_FILES)
 
+# tests/typed_use.py is a user's file, with what is right and what has to be found wrong.
+#: make types         mypy --strict and pyright on the package and on a file that uses all of it
+types: $(VENV)/built $(VENV)/checkers
+	mypy --strict
+	pyright
+
 #: make format        both, changing files
 format: $(VENV)/linters
 	ruff check --fix .
@@ -163,6 +169,10 @@ $(VENV)/torch: $(VENV)/made FORCE
 
 $(VENV)/built: $(VENV)/torch setup.py pyproject.toml $(shell find csrc -type f)
 	pip install --no-build-isolation --editable '.[test,bench]'
+	touch $@
+
+$(VENV)/checkers: $(VENV)/made pyproject.toml
+	pip install $(call toml,project optional-dependencies types)
 	touch $@
 
 $(VENV)/linters: $(VENV)/made pyproject.toml

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ isas = _C.isas
 build_info = _C.build_info
 
 
+R = TypeVar("R")
 REDUCTION_NUMBERS = {name: number for number, name in enumerate(reference.REDUCTIONS)}
 
 
@@ -60,8 +62,12 @@ def not_a_tensor(op: str, **arguments: object) -> TypeError:
 
 
 def without_tensors(
-    function: Callable, required: dict[str, object], optional: dict[str, object], *arguments: object, **options: object
-) -> object:
+    function: Callable[..., R],
+    required: Mapping[str, object],
+    optional: Mapping[str, object],
+    *arguments: object,
+    **options: object,
+) -> R:
     """A call where not all arguments of these names are tensors; optional ones may be None. Those that have a
     ``__torch_function__`` (proxies of torch.fx, duck types) decide what comes of the call, as in torch; otherwise it is
     an error. Subclasses of Tensor do not come here: the op asks them."""
@@ -87,7 +93,7 @@ def _composite_softmax(input: Tensor, dim: int, log: bool) -> Tensor:
 def _with_names(composite: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """An op's composite by a function of the reference, which wants the names that the op's outputs have as bits."""
 
-    def call(*arguments) -> list[Tensor]:
+    def call(*arguments: Any) -> list[Tensor]:
         *others, bits, loss_dtype = arguments
         return composite(*others, [name for bit, name in enumerate(reference.OUTPUTS) if bits >> bit & 1], loss_dtype)
 

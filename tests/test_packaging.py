@@ -57,7 +57,7 @@ def test_wheel_works_from_another_directory(tmp_path):
     (wheel,) = (tmp_path / "wheel").glob("regfast-*.whl")
 
     names = zipfile.ZipFile(wheel).namelist()
-    assert "regfast/py.typed" in names
+    assert {"regfast/py.typed", "regfast/_C.pyi", "regfast/cli/info.py"} <= set(names)
     assert any(name.startswith("regfast/_C.") for name in names)
     assert any(name.endswith("/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"regfast"}  # no tests, no sources beside it
