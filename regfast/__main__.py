@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from .cli import prove
+from .cli import bench, info, prove
 
-COMMANDS: dict[str, ModuleType] = {"prove": prove}
+COMMANDS: dict[str, ModuleType] = {"info": info, "prove": prove, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     args = parser.parse_args(arguments)
-    return args.run(args)
+    status: int = args.run(args)
+    return status
 
 
 if __name__ == "__main__":
