@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench sweep lint types format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench sweep lint types docs docs-serve docs-look format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 # What the lines that begin with #: say of the targets below them.
@@ -106,6 +106,21 @@ types: $(VENV)/built $(VENV)/checkers
 	mypy --strict
 	pyright
 
+# Without network, and an error for each warning: a link to nothing, a picture that is missing, a docstring that does not parse.
+#: make docs          the documentation's site, in build/docs
+docs: $(VENV)/built $(VENV)/writers
+	sphinx-build --fail-on-warning --keep-going --quiet -c docs . build/docs
+	@echo "The site is in $(CURDIR)/build/docs: make docs-serve shows it"
+
+#: make docs-serve    shows it at http://localhost:8000
+docs-serve: docs
+	python -m http.server --directory build/docs 8000
+
+# The browser is the system's: chromium, or another that calls itself so.
+#: make docs-look     looks at the site in a browser, on a phone and on a desk, and leaves build/screenshots
+docs-look: docs $(VENV)/looker
+	python docs/look.py
+
 #: make format        both, changing files
 format: $(VENV)/linters
 	ruff check --fix .
@@ -173,6 +188,14 @@ $(VENV)/built: $(VENV)/torch setup.py pyproject.toml $(shell find csrc -type f)
 
 $(VENV)/checkers: $(VENV)/made pyproject.toml
 	pip install $(call toml,project optional-dependencies types)
+	touch $@
+
+$(VENV)/looker: $(VENV)/made pyproject.toml
+	pip install $(call toml,project optional-dependencies look)
+	touch $@
+
+$(VENV)/writers: $(VENV)/made pyproject.toml
+	pip install $(call toml,project optional-dependencies docs)
 	touch $@
 
 $(VENV)/linters: $(VENV)/made pyproject.toml

@@ -41,17 +41,16 @@ def linear_nll(
 
     With ``eta`` the linear layer's output, and the same values and gradients as F.linear followed by the loss named:
 
-    ============= ======================================== =========================== ================================
-    family        loss                                     d loss / d eta              as
-    ============= ======================================== =========================== ================================
-    gaussian      log(sigma) + (eta - y)^2 / (2 sigma^2),  (eta - y) / sigma^2         F.gaussian_nll_loss
-                  and log(2 pi) / 2 with full
-    bernoulli     log(1 + exp(eta)) - y eta                sigmoid(eta) - y            F.binary_cross_entropy_with_
-                                                                                       logits
-    poisson       exp(eta) - y eta, and Stirling's         exp(eta) - y                F.poisson_nll_loss
-                  log(y!) with full
-    categorical   log(sum(exp(eta))) - eta[y]              softmax(eta) - onehot(y)    F.cross_entropy
-    ============= ======================================== =========================== ================================
+    =========== ======================================= ======================== ===================================
+    family      loss                                    d loss / d eta           as
+    =========== ======================================= ======================== ===================================
+    gaussian    log(sigma) + (eta - y)^2 / (2 sigma^2), (eta - y) / sigma^2      F.gaussian_nll_loss
+                and log(2 pi) / 2 with full
+    bernoulli   log(1 + exp(eta)) - y eta               sigmoid(eta) - y         F.binary_cross_entropy_with_logits
+    poisson     exp(eta) - y eta, and Stirling's        exp(eta) - y             F.poisson_nll_loss
+                log(y!) with full
+    categorical log(sum(exp(eta))) - eta[y]             softmax(eta) - onehot(y) F.cross_entropy
+    =========== ======================================= ======================== ===================================
 
     Each gradient is estimate minus observation (McCullagh and Nelder, "Generalized Linear Models", 1989). A chunk of
     rows at a time is multiplied, turned into loss and residual in place and multiplied again; up to eight outputs are

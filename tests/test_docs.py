@@ -69,7 +69,7 @@ def test_make_help_explains_every_target():
     text = (ROOT / "Makefile").read_text()
     targets = set(re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)[1].split()) - {"help", "FORCE"}
     shown = subprocess.run(["make", "-s", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    explained = dict(re.findall(r"^make ([\w.]+) +(\S.*)$", shown, re.MULTILINE))
+    explained = dict(re.findall(r"^make ([\w.-]+) +(\S.*)$", shown, re.MULTILINE))
     assert set(explained) == targets | {"compile_commands.json"}
     # Each line stands above its target, with nothing but comments, variables and what belongs to it in between.
     for name in explained:
