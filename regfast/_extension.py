@@ -18,6 +18,7 @@ except ImportError as error:
     ) from error
 
 from . import _paths, reference
+from .proof import decide
 
 _built, _running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
 if _built != _running:
@@ -29,7 +30,15 @@ if _built != _running:
 _paths.print_if_asked()
 isa = _C.isa
 isas = _C.isas
-build_info = _C.build_info
+
+
+def build_info() -> dict[str, object]:
+    """What was built, against which torch, and what runs here; of each GPU which kernels are in use, and why."""
+    return {**_C.build_info(), "cuda_kernels": decide.state()}
+
+
+decide.forced()  # what is wrong with the variable is said here, not by the first op
+_C.ask_about_cuda_kernels(decide.answer)
 
 
 R = TypeVar("R")

@@ -23,7 +23,7 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from ._extension import build_info
+from . import _C
 from .cross_entropy import cross_entropy
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -48,7 +48,7 @@ LINEAR_CROSS_ENTROPY = {_F32: 1 << 12, _F64: 1 << 12, _BF16: 1 << 12, _F16: 1 <<
 # times ours until the product is large, as in the table of csrc/cpu/tuning.h. float32 on AMD (Zen 3): 1.2x of 2^33,
 # while models of small layers lost 12%. float64: 0.3 to 1.1x of MKL's.
 _PRODUCTS = {_F32: (1 << 30, 0), _BF16: (1 << 12, 1 << 19), _F16: (1 << 12, 1 << 19)}
-_OURS_ALONE = {getattr(torch, name) for name, by in build_info()["linear"].items() if by == "regfast"}
+_OURS_ALONE = {getattr(torch, name) for name, by in _C.build_info()["linear"].items() if by == "regfast"}
 # Half types that this CPU has instructions for, by which torch's library multiplies several times as fast as float32.
 FAST_HALF = {dtype for dtype in (_BF16, _F16) if dtype not in _OURS_ALONE}
 LINEAR = {

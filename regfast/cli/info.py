@@ -24,8 +24,9 @@ ENVIRONMENT = {
     "REGFAST_GEMM": "own or aten: who multiplies, where the table would choose",
     "REGFAST_POOL": "bytes of large results' memory that are kept for the next ones; 0 keeps none",
     "REGFAST_VERBOSE": "1 prints a line for each call to standard error",
-    "REGFAST_CUDA_KERNELS": "0 or 1: the CUDA kernels are off or on",
-    "REGFAST_CUDA_GEMM": "sm80 or sm90: the CUDA products are ours",
+    "REGFAST_CUDA_KERNELS": "0 or 1: the CUDA kernels are off or on, whatever a proof says",
+    "REGFAST_CUDA_GEMM": "aten, sm80 or sm90: whose CUDA products, whatever a proof says",
+    "REGFAST_PROOFS": "the folder of the GPUs' proofs, in the place of one in the user's cache directory",
     "REGFAST_CUDA": "when building: auto, 0 or 1: without or with CUDA kernels",
     "REGFAST_CUDA_ARCHS": "when building: for these architectures only, as in 80 90a",
     "REGFAST_SANITIZE": "when building: C++ under these sanitizers, as in address,undefined",
@@ -57,13 +58,6 @@ def huge_pages() -> str:
     return chosen or "unknown"
 
 
-def _cuda(built: bool) -> str:
-    if not built:
-        return "not built"
-    on = torch._C._dispatch_has_kernel_for_dispatch_key("regfast::cross_entropy_backward", "CUDA")
-    return f"built, {'on' if on else 'off'}"
-
-
 def collect() -> dict[str, dict[str, str]]:
     """All of it, by section and by name."""
     built, pool = regfast.build_info(), regfast.memory.stats()
@@ -91,7 +85,8 @@ def collect() -> dict[str, dict[str, str]]:
             "instruction set": built["isa"],
             "others that run here": ", ".join(isa for isa in built["isas"] if isa != built["isa"]),
             **{f"products of {dtype}": who for dtype, who in built["linear"].items()},
-            "CUDA kernels": _cuda(built["cuda"]),
+            "CUDA kernels": "built" if built["cuda"] else "not built",
+            **{f"CUDA kernels on {device}": state for device, state in built["cuda_kernels"].items()},
             "memory kept for results": f"{pool.limit / 2**20:.0f} MiB at most" if pool.limit else "none",
         },
         "paths": {

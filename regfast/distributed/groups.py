@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from .. import _C
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -216,14 +218,13 @@ def refuse_second_derivatives(op: str, *grads: Tensor | None) -> None:
 def require_kernels(op: str, logits: Tensor) -> None:
     """The kernels of slices have no composite in plain torch."""
     kind = logits.device.type
-    if kind == "cuda":
-        has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("regfast::cross_entropy_backward", "CUDA")
-    else:
-        has_kernels = kind == "cpu"
+    has_kernels = kind == "cpu" or (
+        kind == "cuda" and _C.cuda_kernels_in_use("cross_entropy", logits.device.index or 0)
+    )
     if not has_kernels:
         raise NotImplementedError(
-            f"regfast.{op}: input: expected a device with kernels of regfast, a CPU or with REGFAST_CUDA_KERNELS=1 a "
-            f"CUDA device, got {logits.device}"
+            f"regfast.{op}: input: expected a device with kernels of regfast, a CPU or a CUDA device on which "
+            f"python -m regfast prove has found them right, got {logits.device}"
         )
 
 

@@ -1,0 +1,301 @@
+"""Which CUDA kernels are in use: the proof's file, what turns them on and off, and what a user is told."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import regfast
+from regfast import _C
+from regfast.__main__ import main
+from regfast._paths import recorded
+from regfast.cli import prove as command
+from regfast.proof import decide, machine, roofline, store
+from regfast.proof.machine import Identity
+
+pytestmark = pytest.mark.no_kernels("no GPU is there")
+GPU = Identity("NVIDIA H200", 90, "580.95.05", "0123456789ab")
+OPS = dict.fromkeys(_C.CUDA_OPS, "")
+
+
+def proof_of(identity=GPU, **changes):
+    changes = {"ops": {**OPS, "softmax": "wrong"}, "choices": {"bfloat16 large": "sm90"}, **changes}
+    return store.Proof(identity, "2026-11-29", **changes)
+
+
+@pytest.fixture(autouse=True)
+def proofs(tmp_path, monkeypatch):
+    monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path / "proofs"))
+    monkeypatch.delenv("REGFAST_CUDA_KERNELS", raising=False)
+    monkeypatch.setattr(decide, "_warned", set())
+    return tmp_path / "proofs"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Devices that are asked about as if they were there. What C++ is told of a number stays, so each has another."""
+
+    class Pretended(machine.Machine):
+        def identity(self):
+            return GPU
+
+    monkeypatch.setattr(decide, "Machine", Pretended)
+    monkeypatch.setattr(decide, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    gpu.number = getattr(gpu, "number", 8) + 1
+    return gpu.number
+
+
+def in_use(device):
+    return {op for op in _C.CUDA_OPS if _C.cuda_kernels_in_use(op, device)}
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+def test_a_proof_is_read_as_it_was_written(proofs):
+    written = proof_of(measured=[{"name": "softmax", "ratio": 1.5}], ceilings={"copy_gb_s": 3000.0})
+    path = store.write(written)
+    assert path == proofs / "nvidia-h200-580-95-05-0123456789ab.json" and store.read(GPU) == written
+    assert [entry.name for entry in proofs.iterdir()] == [path.name]
+    assert os.stat(path).st_mode & 0o777 == 0o644
+
+
+def test_it_lies_in_the_cache_directory_of_the_user(monkeypatch):
+    monkeypatch.delenv("REGFAST_PROOFS")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere/of/a/user")
+    assert str(store.folder()) == "/somewhere/of/a/user/regfast/proofs" or sys.platform != "linux"
+
+
+@pytest.mark.parametrize("change", [{"gpu": "NVIDIA H100"}, {"driver": "590.1.2"}, {"build": "ba9876543210"}])
+def test_another_machine_asks_for_another_proof(change):
+    store.write(proof_of())
+    with pytest.raises(store.NoProof, match="there is no proof" if "gpu" in change else "another driver or build"):
+        store.read(replace(GPU, **change))
+
+
+def edited(**changes):
+    def edit(text):
+        return json.dumps({**json.loads(text), **changes})
+
+    return edit
+
+
+CORRUPT = {
+    "empty": (lambda text: "", "is not JSON"),
+    "cut": (lambda text: text[: len(text) // 2], "is not JSON"),
+    "bytes": (lambda text: "\x00\xff" + text, "is not JSON"),
+    "nested": (lambda text: "[" * 100000, "is not JSON"),
+    "list": (lambda text: "[]", "is no proof of format 1"),
+    "format": (edited(format=0), "is no proof of format 1"),
+    "foreign": (edited(machine={**vars(GPU), "gpu": "NVIDIA A100"}), "is of another machine"),
+    "no ops": (edited(ops=None), "has no table of ops"),
+    "ops of numbers": (edited(ops=dict.fromkeys(OPS, 1)), "has no table of ops"),
+    "other ops": (edited(ops={"softmax": ""}), "is about other ops"),
+    "choices": (edited(choices=["bfloat16 large"]), "has no table of choices"),
+    "measured": (edited(measured="fast"), "has no measured"),
+}
+
+
+@pytest.mark.parametrize("edit, said", CORRUPT.values(), ids=CORRUPT)
+def test_a_file_that_is_no_proof_is_ignored_with_a_warning(gpu, edit, said):
+    path = store.write(proof_of())
+    path.write_text(edit(path.read_text()))
+    with pytest.warns(UserWarning, match=f"plain PyTorch, for an ignored file: .*{said}.*python -m regfast prove"):
+        decide.answer(gpu)
+    assert in_use(gpu) == set()
+
+
+def test_what_is_no_file_is_ignored(gpu, proofs):
+    (proofs / GPU.file_name).mkdir(parents=True)
+    with pytest.raises(store.NoProof, match="no file of a proof's size"):
+        store.read(GPU)
+
+
+def test_a_choice_that_nobody_knows_is_refused_by_the_kernels():
+    emulator = sys.modules["conftest"].EMULATOR
+    if emulator is None:
+        pytest.skip("the emulator is not built")
+    with pytest.raises(ValueError, match="no choice of CUDA kernels is called bfloat16 huge: sm80"):
+        emulator.take_cuda_choices([("bfloat16 huge", "sm80")])
+
+
+def test_writers_at_the_same_time_leave_one_whole_proof(proofs):
+    def write(i):
+        for _ in range(20):
+            store.write(replace(proof_of(), date=f"2026-11-{i + 10}"))
+            assert store.read(GPU).date.startswith("2026-11-")
+
+    failures = []
+    threads = [threading.Thread(target=lambda i=i: _collect(failures, write, i)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures and [entry.name for entry in proofs.iterdir()] == [GPU.file_name]
+
+
+def _collect(failures, fn, *arguments):
+    try:
+        fn(*arguments)
+    except Exception as error:
+        failures.append(error)
+
+
+# ---- on or off -----------------------------------------------------------------------------------------------------
+
+
+def test_a_proof_turns_its_ops_on(gpu):
+    store.write(proof_of())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decide.answer(gpu)
+    assert in_use(gpu) == set(OPS) - {"softmax"}
+    why = regfast.build_info()["cuda_kernels"]["cuda:0"]
+    assert why.startswith("on by the proof of 2026-11-29: linear, log_softmax")
+    assert why.endswith("on PyTorch: softmax (wrong)")
+
+
+def test_without_a_proof_the_command_is_named_once(gpu):
+    with pytest.warns(UserWarning, match="there is no proof; python -m regfast prove") as told:
+        decide.answer(gpu)
+        decide.answer(gpu)
+    assert len(told) == 1 and in_use(gpu) == set()
+    assert regfast.build_info()["cuda_kernels"]["cuda:0"].startswith("off: there is no proof; python -m regfast prove")
+
+
+@pytest.mark.parametrize("said", ["0", "1"])
+@pytest.mark.parametrize("proven", [False, True])
+def test_the_environment_decides_against_it(gpu, monkeypatch, said, proven):
+    if proven:
+        store.write(proof_of())
+    monkeypatch.setenv("REGFAST_CUDA_KERNELS", said)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decide.answer(gpu)
+    assert in_use(gpu) == (set(OPS) if said == "1" else set())
+    decision = decide.decide(decide.Machine(gpu))
+    assert decision.why.startswith(f"{'on' if said == '1' else 'off'}: REGFAST_CUDA_KERNELS={said}")
+    assert decision.choices == ({"bfloat16 large": "sm90"} if said == "1" and proven else {})
+
+
+def test_what_it_may_say_is_0_or_1():
+    done = subprocess.run(
+        [sys.executable, "-c", "import regfast"],
+        env={**os.environ, "REGFAST_CUDA_KERNELS": "yes"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr.strip().splitlines()[-1] == "ValueError: REGFAST_CUDA_KERNELS: expected 0 or 1, got yes"
+
+
+@pytest.fixture
+def first_tensor(gpu):
+    """An op of a fake tensor that says that it is on the GPU: by the dispatcher, C++ and Python."""
+    asked = []
+    _C.ask_about_cuda_kernels(lambda device: (asked.append(device), decide.answer(device)))
+
+    def call(*ops):
+        with FakeTensorMode(), recorded() as calls:
+            x = torch.empty(3, 4, device=f"cuda:{gpu}")
+            for op in ops:
+                op(x, -1)
+        return asked, [(call.op, call.why) for call in calls if call.path == "composite"]
+
+    yield call
+    _C.ask_about_cuda_kernels(decide.answer)
+
+
+def test_the_first_tensor_of_a_device_asks(gpu, first_tensor):
+    store.write(proof_of())
+    asked, composites = first_tensor(regfast.log_softmax, regfast.softmax, regfast.logsumexp)
+    assert asked == [gpu] and composites == [("softmax", f"no kernels in use on cuda:{gpu}")]
+
+
+def test_a_warning_that_is_an_error_is_one_of_the_call(gpu, first_tensor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="there is no proof"):
+            first_tensor(regfast.softmax)
+        asked, composites = first_tensor(regfast.softmax)
+    assert asked == [gpu] and len(composites) == 1
+
+
+def test_a_device_that_cannot_be_asked_has_no_kernels(gpu, monkeypatch):
+    def fail(self):
+        raise RuntimeError("CUDA driver initialization failed")
+
+    monkeypatch.setattr(decide.Machine, "identity", fail)
+    decide.answer(gpu)
+    assert in_use(gpu) == set()
+    assert "CUDA driver initialization failed" in regfast.build_info()["cuda_kernels"]["cuda:0"]
+
+
+def test_devices_beyond_those_counted_have_none():
+    assert not _C.cuda_kernels_in_use("softmax", 64) and not _C.cuda_kernels_in_use("softmax", -1)
+    with pytest.raises(ValueError, match="from 0 to 63, got 64"):
+        _C.use_cuda_kernels(64, [], [])
+    with pytest.raises(ValueError, match="no op with CUDA kernels is called soft"):
+        _C.use_cuda_kernels(63, ["soft"], [])
+
+
+# ---- the machine and the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.2\n",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (dvs-builder)\n",
+    ],
+)
+def test_the_driver_is_named_as_nvidia_smi_names_it(tmp_path, text):
+    (tmp_path / "version").write_text(text)
+    assert machine.driver(tmp_path / "version") == "550.54.15"
+
+
+def test_the_build_is_told_by_the_extension_and_its_torch(monkeypatch):
+    first = machine.build()
+    assert machine.build() == first and len(first) == 12
+    monkeypatch.setattr(torch, "__version__", torch.__version__ + "x")
+    assert machine.build() != first
+
+
+def test_without_kernels_or_gpu_there_is_nothing_to_prove(monkeypatch, capsys):
+    monkeypatch.setattr(decide, "is_built", lambda: False)
+    assert main(["prove"]) == 2
+    assert "expected a build with CUDA kernels" in capsys.readouterr().err
+    monkeypatch.setattr(decide, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["prove"]) == 2
+    assert "expected an NVIDIA GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert main(["prove", "--device", "2"]) == 2
+    assert "--device: expected one of the 2 GPUs from 0 on, got 2" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_the_work(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path / "file" / "proofs"))
+    assert command.run_on(None, ["no-such-program"], 1) == 2
+    told = capsys.readouterr().err
+    assert len(told.splitlines()) == 1 and "the proof cannot be written to" in told and "REGFAST_PROOFS" in told
+
+
+def test_the_ledger_is_made_of_the_predictions():
+    path = machine.Path(__file__).parent.parent / "KERNELS.md"
+    if not path.exists():
+        pytest.skip("there is no KERNELS.md beside these tests")
+    within = path.read_text().split(roofline.BEGIN)[1].split(roofline.END)[0]
+    assert within.strip() == roofline.table()
+    assert roofline.predicted("cross_entropy fwd", 89) == roofline.predicted("cross_entropy fwd", 80)
+    assert roofline.predicted("gemm_sm90 bf16", 80) is None and roofline.predicted("gemm_sm80 fp64", 90) is None
