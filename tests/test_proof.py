@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from regfast._paths import recorded
 from regfast.cli import prove as command
 from regfast.proof import decide, machine, roofline, store
 from regfast.proof.machine import Identity
+from regfast.proof.run import Subject
 
 pytestmark = pytest.mark.no_kernels("no GPU is there")
 GPU = Identity("NVIDIA H200", 90, "580.95.05", "0123456789ab")
@@ -164,6 +166,23 @@ def test_a_proof_turns_its_ops_on(gpu):
     assert why.endswith("on PyTorch: softmax (wrong)")
 
 
+def test_a_choice_that_the_build_does_not_know_turns_nothing_on(gpu, monkeypatch):
+    store.write(proof_of(choices={"bfloat16 huge": "sm90"}))
+    use = _C.use_cuda_kernels
+
+    def refuse(device, ops, choices):  # as csrc/cuda/ops/choices.cpp does, where that is built
+        if choices:
+            raise ValueError("no choice of CUDA kernels is called bfloat16 huge: sm90")
+        use(device, ops, choices)
+
+    monkeypatch.setattr(_C, "use_cuda_kernels", refuse)
+    with pytest.warns(
+        UserWarning, match="the proof is none of this build .*bfloat16 huge.*run python -m regfast prove"
+    ):
+        decide.answer(gpu)
+    assert in_use(gpu) == set()
+
+
 def test_without_a_proof_the_command_is_named_once(gpu):
     with pytest.warns(UserWarning, match="there is no proof; python -m regfast prove") as told:
         decide.answer(gpu)
@@ -289,6 +308,70 @@ def test_a_folder_that_cannot_be_written_is_named_before_the_work(monkeypatch, c
     assert command.run_on(None, ["no-such-program"], 1) == 2
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1 and "the proof cannot be written to" in told and "REGFAST_PROOFS" in told
+
+
+@pytest.mark.parametrize("with_rich", [True, False])
+def test_what_the_command_prints(monkeypatch, capsys, proofs, with_rich):
+    """Of a proof as a GPU might give it: one table, what is wrong and how to report it, last where the proof lies."""
+    if not with_rich:
+        for name in ("rich", "rich.console", "rich.table", "rich.progress"):
+            monkeypatch.setitem(sys.modules, name, None)
+    subjects = {
+        "linear": Subject(2, passed=1, skipped=["large: 48 GiB of memory are not free"]),
+        "softmax": Subject(3, passed=1, failed="(37, 10) float32 odd", error="other bits"),
+        "sm90 bfloat16": Subject(4, passed=4),
+        "gelu_tanh float32": Subject(4, failed="(3, 4, 5)", error="error 0.1"),
+    }
+    timed = {
+        "name": "softmax fwd, short",
+        "op": "softmax",
+        "median_s": {"regfast": 2e-4},
+        "ratio": 1.25,
+        "share": 0.872,
+    }
+    won = {
+        "name": "gemm_sm90, bfloat16 large",
+        "choice": "bfloat16 large",
+        "chosen": "sm90",
+        "ratio": 1.1,
+        "share": None,
+    }
+    made = proof_of(
+        failures=[{"op": "softmax", "case": "(37, 10) float32 odd", "error": "other bits"}],
+        measured=[{**timed, "bound": "copy_gb_s", "predicted": 0.9}, won],
+    )
+
+    def prove(identity, worker, device, seconds, progress):
+        progress(1, 9, "softmax (37, 10)")
+        return made, subjects, "17 cases, 0 faults"
+
+    monkeypatch.setattr(command, "prove", prove)
+    pretended = SimpleNamespace(identity=lambda: GPU, index=0)
+    assert command.run_on(pretended, [], 1) == 1
+    told = capsys.readouterr()
+    words = " ".join(told.out.split())
+    for text in (
+        "right in 1 cases, 1 skipped",
+        "other bits",
+        "200 us",
+        "1.25x",
+        "87%",
+        "90%",
+        "taken",
+        "17 cases, 0 faults",
+    ):
+        assert text in words, text
+    assert "softmax is wrong in (37, 10) float32 odd: other bits." in words and "Please report it as an issue" in words
+    assert words.endswith(f"Written to {proofs / GPU.file_name}")
+    assert store.read(GPU) == made
+    assert with_rich or "1 of 9: softmax" in told.err
+
+    def full(proof):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store, "write", full)
+    assert command.run_on(pretended, [], 1) == 2
+    assert "could not be written: [Errno 28] No space left on device" in capsys.readouterr().err
 
 
 def test_the_ledger_is_made_of_the_predictions():

@@ -152,11 +152,10 @@ def test_what_compute_sanitizer_says_is_held_against_the_case_that_ran(tmp_path,
     ]
     script = tmp_path / "says.py"
     script.write_text(f"print({chr(10).join(lines)!r}, flush=True)\nraise SystemExit(1)")
-    faults, said = run.run_sanitizer([sys.executable, str(script)], 60)
-    assert faults == {"linear": ("(1, 2, 3)", "Invalid __global__ write of size 16 bytes")} and said == "2 cases"
+    faults, said, failed = run.run_sanitizer([sys.executable, str(script)], 60)
+    assert faults == {"linear": ("(1, 2, 3)", "Invalid __global__ write of size 16 bytes")}
+    assert said == "2 cases" and not failed
     script.write_text(f"import time\nprint({lines[1]!r}, flush=True)\ntime.sleep(60)")
-    assert run.run_sanitizer([sys.executable, str(script)], 2) == ({}, "0 cases, stopped after 2 s")
+    assert run.run_sanitizer([sys.executable, str(script)], 2) == ({}, "0 cases, stopped after 2 s", "")
     script.write_text("raise SystemExit('not for this driver')")
-    assert run.run_sanitizer([sys.executable, str(script)], 60)[1] == (
-        "0 cases, but it exited with 1: not for this driver"
-    )
+    assert run.run_sanitizer([sys.executable, str(script)], 60)[2] == "it exited with 1: not for this driver"

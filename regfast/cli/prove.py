@@ -69,8 +69,12 @@ def run_on(machine: Machine, worker: list[str], seconds: float) -> int:
     except NotRun as error:
         print(f"regfast prove: no case could be run: {error}", file=sys.stderr)
         return 2
-    path = store.write(proof)
     print_table(f"{identity}, {proof.date}", HEADER, list(rows(proof, subjects, sanitized)), texts=2)
+    try:
+        path = store.write(proof)
+    except OSError as error:
+        print(f"regfast prove: the proof could not be written: {error}", file=sys.stderr)
+        return 2
     for failure in proof.failures:
         print(f"{failure['op']} is wrong in {failure['case']}: {failure['error']}.")
     if proof.failures:

@@ -62,7 +62,8 @@ class Sizes:
     phm: tuple[tuple[int, int, int, int], ...] = ((9, 48, 24, 4), (1000, 66, 33, 3), (2000, 1024, 512, 8))
     elements: tuple[tuple[int, ...], ...] = ((129, 1001), (1, 1), (3, 70001))
     repeats: int = 20  # of a step whose bits have to be the same
-    alone: bool = True  # what needs much memory, or a process of its own
+    # What needs much memory, a process of its own, or torch's cache of the device's memory, as graphs do.
+    alone: bool = True
 
 
 FULL = Sizes()

@@ -44,13 +44,13 @@ def decide(machine: Machine) -> Decision:
     asked = forced()
     if asked is False:
         return Decision([], {}, "off: REGFAST_CUDA_KERNELS=0")
+    if asked:
+        return Decision(list(_C.CUDA_OPS), _choices_at_hand(machine), "on: REGFAST_CUDA_KERNELS=1")
     command = COMMAND + (f" --device {machine.index}" if machine.index else "")
     try:
         identity = machine.identity()
         proof = store.read(identity)
     except store.NoProof as none:
-        if asked:
-            return Decision(list(_C.CUDA_OPS), {}, f"on: REGFAST_CUDA_KERNELS=1, though {none}")
         turn_on = f"{command} checks the kernels on this GPU, in a process of its own, and turns them on"
         ignored = "an ignored file: " if none.corrupt else ""
         return Decision(
@@ -58,12 +58,17 @@ def decide(machine: Machine) -> Decision:
         )
     except Exception as error:  # a device that cannot even be asked for its name
         return Decision([], {}, f"off: {type(error).__name__}: {error}")
-    if asked:
-        return Decision(list(_C.CUDA_OPS), proof.choices, "on: REGFAST_CUDA_KERNELS=1")
     why = f"on by the proof of {proof.date}: {', '.join(proof.proven) or 'nothing'}"
     if left := [f"{op} ({reason})" for op, reason in proof.ops.items() if reason]:
         why += f"; on PyTorch: {', '.join(left)}"
     return Decision(proof.proven, proof.choices, why)
+
+
+def _choices_at_hand(machine: Machine) -> dict[str, str]:
+    try:
+        return store.read(machine.identity()).choices
+    except Exception:  # without a proof products are ATen's
+        return {}
 
 
 def answer(device: int) -> None:
@@ -72,10 +77,15 @@ def answer(device: int) -> None:
         _C.use_cuda_kernels(device, [], [])
         return
     decision = decide(Machine(device))
-    _C.use_cuda_kernels(device, decision.ops, list(decision.choices.items()))
-    if decision.warning and decision.warning not in _warned:  # once for all GPUs that are alike
-        _warned.add(decision.warning)
-        warnings.warn(f"regfast: {decision.warning}", stacklevel=2)
+    warning = decision.warning
+    try:
+        _C.use_cuda_kernels(device, decision.ops, list(decision.choices.items()))
+    except ValueError as error:  # a choice that this build does not know: the file is not what prove writes
+        _C.use_cuda_kernels(device, [], [])
+        warning = f"CUDA tensors take plain PyTorch, for the proof is none of this build ({error}); run {COMMAND} again"
+    if warning and warning not in _warned:  # once for all GPUs that are alike
+        _warned.add(warning)
+        warnings.warn(f"regfast: {warning}", stacklevel=2)
 
 
 def state() -> dict[str, str]:

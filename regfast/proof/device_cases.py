@@ -1,4 +1,4 @@
-"""What only a device can show, of each op: graphs, streams, waiting, other devices, more than 2^31 elements."""
+"""What only a device can show, of each op: graphs, streams, waiting, other devices."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ import regfast
 from .. import _C
 from .cases import FLOATING, Case, Sizes, Skip
 from .compare import assert_same_bits, classes_of, spiky
+from .large_cases import large_cases, need_memory
 from .machine import Machine
 
-LARGE = (2**16 + 5, 2**15 + 1)  # of which the product is more than 2**31
 Outputs = list[Tensor]
 
 
@@ -72,7 +72,7 @@ def step(op: str, tensors: list[Tensor]) -> Outputs:
 def device_cases(sizes: Sizes, machine: Machine) -> Iterator[Case]:
     for op in _C.CUDA_OPS:
         yield Case(op, f"the same bits of {sizes.repeats} steps", partial(check_same_bits, machine, op, sizes.repeats))
-        if not machine.has_streams:
+        if not machine.has_streams or not sizes.alone:
             continue
         yield Case(op, "no waiting for the device", partial(check_no_synchronisation, machine, op))
         yield Case(op, "captured in a graph", partial(check_graph_capture, machine, op))
@@ -81,8 +81,7 @@ def device_cases(sizes: Sizes, machine: Machine) -> Iterator[Case]:
     yield Case("cross_entropy", "backward again", partial(check_backward_again, machine))
     if sizes.alone:
         yield Case("cross_entropy", "classes out of range", partial(check_class_out_of_range, machine))
-        for op, check in LARGE_CHECKS.items():
-            yield Case(op, f"{LARGE}, more than 2^31 elements", partial(check_large, machine, check))
+        yield from large_cases(machine)
         yield Case("linear_cross_entropy", "memory as planned", partial(check_memory_of_chunks, machine))
 
 
@@ -220,91 +219,3 @@ def check_class_out_of_range(machine: Machine) -> None:
     said = [process.communicate(timeout=120)[1] for process in running]
     for (classes, bad), process, text in zip(cases, running, said, strict=True):
         assert process.returncode == 0, f"class {bad} of {classes}: {text[-300:]}"
-
-
-# ---- more than 2**31 elements, and strides beyond: every product of sizes has 64 bits ------------------------------
-
-
-def need_memory(machine: Machine, size: int) -> None:
-    size += 2 << 30  # for what PyTorch allocates on the way
-    if machine.free_bytes() < size:
-        raise Skip(f"{size / 2**30:.0f} GiB of memory are not free")
-
-
-def check_large(machine: Machine, check: Callable[[torch.device, list[int]], None]) -> None:
-    need_memory(machine, 4 * LARGE[0] * LARGE[1] * 2)
-    n = LARGE[0]
-    check(machine.place, [0, 1, n // 2, n - 2, n - 1])
-    machine.empty_cache()
-
-
-def large_cross_entropy(place: torch.device, picked: list[int]) -> None:
-    n, c = LARGE
-    x = torch.empty(n, c, dtype=torch.bfloat16, device=place).normal_().requires_grad_()
-    target = classes_of((n,), c, place, 0.1)
-    loss = regfast.cross_entropy(x, target, reduction="none")
-    (grad,) = torch.autograd.grad(loss, x, torch.ones_like(loss))
-    rows = x.detach()[picked].requires_grad_()
-    true = F.cross_entropy(rows.float(), target[picked], reduction="none")
-    (true_grad,) = torch.autograd.grad(true.sum(), rows)
-    torch.testing.assert_close(loss.detach()[picked].float(), true.detach(), rtol=2**-7, atol=1e-5)
-    torch.testing.assert_close(grad[picked], true_grad, rtol=2**-6, atol=1e-7)
-    del grad
-    total = regfast.cross_entropy(x, target, reduction="sum", loss_dtype=torch.float32)
-    (grad,) = torch.autograd.grad(total, x)
-    torch.testing.assert_close(grad[picked], true_grad, rtol=2**-6, atol=1e-7)
-    torch.testing.assert_close(total, loss.double().sum().float(), rtol=1e-3, atol=0)
-
-
-def large_softmax(place: torch.device, picked: list[int], ours: Callable, theirs: Callable) -> None:
-    n, c = LARGE
-    x = torch.empty(n, c, dtype=torch.bfloat16, device=place).normal_()
-    y = ours(x, -1)
-    torch.testing.assert_close(y[picked].float(), theirs(x[picked].float(), -1), rtol=2**-6, atol=1e-5)
-    del y
-    wide = x.as_strided((3, 20), ((n * c - 20) // 2, 1))
-    for dim in (0, 1):
-        torch.testing.assert_close(ours(wide, dim), theirs(wide, dim))
-
-
-def large_linear(place: torch.device, picked: list[int]) -> None:
-    """Outputs and gradients."""
-    n, v = LARGE
-    x, w, b = (spiky(*s, dtype=torch.bfloat16, device=place).mul(64**-0.25) for s in ((n, 64), (v, 64), (v,)))
-    y = regfast.linear(x, w.requires_grad_(), b, activation="gelu")
-    upstream = torch.zeros_like(y)
-    upstream[picked] = torch.randn(len(picked), v, device=place, dtype=torch.bfloat16)
-    (grad,) = torch.autograd.grad(y, w, upstream)
-    exact = w.detach().float().requires_grad_()
-    true = F.gelu(F.linear(x[picked].float(), exact, b.float()))
-    (true_grad,) = torch.autograd.grad(true, exact, upstream[picked].float())
-    torch.testing.assert_close(y.detach()[picked].float(), true.detach(), rtol=2**-6, atol=0.02)
-    torch.testing.assert_close(grad.float(), true_grad, rtol=2**-6, atol=0.02 * true_grad.abs().max().item())
-
-
-def large_linear_nll(place: torch.device, picked: list[int]) -> None:
-    """Losses, in several chunks."""
-    n, v = LARGE
-    x, w, b = (spiky(*s, dtype=torch.bfloat16, device=place).mul(64**-0.25) for s in ((n, 64), (v, 64), (v,)))
-    y = torch.empty(n, v, dtype=torch.bfloat16, device=place).normal_()
-    loss = regfast.linear_nll(x, w.requires_grad_(), y, b, family="gaussian", full=False, reduction="none")
-    upstream = torch.zeros_like(loss)
-    upstream[picked] = torch.randn(len(picked), v, device=place, dtype=torch.bfloat16)
-    (grad,) = torch.autograd.grad(loss, w, upstream, retain_graph=True)
-    exact = w.detach().float().requires_grad_()
-    true = 0.5 * (F.linear(x[picked].float(), exact, b.float()) - y[picked].float()).square()
-    (true_grad,) = torch.autograd.grad(true, exact, upstream[picked].float())
-    del upstream
-    torch.testing.assert_close(loss.detach()[picked].float(), true.detach(), rtol=2**-7, atol=1e-4)
-    torch.testing.assert_close(grad.float(), true_grad, rtol=2**-6, atol=0.02 * true_grad.abs().max().item())
-    total = regfast.linear_mse_loss(x, w, y, b, reduction="sum", loss_dtype=torch.float32)
-    torch.testing.assert_close(total.double(), 2 * loss.detach().sum(dtype=torch.float64), rtol=1e-4, atol=0)
-
-
-LARGE_CHECKS = {
-    "softmax": partial(large_softmax, ours=regfast.softmax, theirs=torch.softmax),
-    "log_softmax": partial(large_softmax, ours=regfast.log_softmax, theirs=torch.log_softmax),
-    "cross_entropy": large_cross_entropy,
-    "linear": large_linear,
-    "linear_nll": large_linear_nll,
-}

@@ -19,7 +19,7 @@ from .cases import ARITHMETICS
 from .machine import Machine
 from .measure_choices import timed_choices
 from .roofline import predicted
-from .timing import bounds, preparation, ratios
+from .timing import Clock, bounds, preparation, ratios
 
 # An op is left on PyTorch where it loses to it over its classes, by more than the clock errs.
 LOSES = 0.95
@@ -43,7 +43,7 @@ class Shapes:
         ("small", ((512, 1024, 1024), (1024, 784, 512))),
         ("large", ((2048, 2048, 2048), (4096, 1024, 4096))),
     )
-    seconds: float = 0.3  # for an op in a class
+    seconds: float = 0.15  # for an op in a class
     product_seconds: float = 0.05
 
 
@@ -64,6 +64,10 @@ class Timed:
     flops: int = 0
     kernel: str = ""  # of roofline.py
     reads_only: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.mode.replace('_', '+')}, {self.what}"
 
 
 def timed_ops(shapes: Shapes, place: torch.device) -> Iterator[Timed]:
@@ -194,6 +198,29 @@ def timed_layers(shapes: Shapes, place: torch.device) -> Iterator[Timed]:
     )
 
 
+def measured(timed: Timed, shapes: Shapes, clock: Clock, limits: dict[str, float], architecture: int) -> dict:
+    """Medians, how many times longer PyTorch takes, and the share of the ceiling beside the predicted one."""
+    torch.manual_seed(0)
+    tensors = timed.make()
+    calls = {
+        "regfast": preparation(timed.ours, tensors, timed.mode),
+        "torch": preparation(timed.theirs, tensors, timed.mode),
+    }
+    samples = clock.interleaved(calls, seconds=shapes.seconds)
+    least = bounds(limits, timed.bytes_, timed.flops, "bf16", timed.reads_only)
+    bound = max(least, key=lambda name: least[name])
+    median = {name: statistics.median(values) for name, values in samples.items()}
+    return {
+        "name": timed.name,
+        "op": timed.op,
+        "median_s": median,
+        "ratio": ratios(samples)["torch"],
+        "bound": bound,
+        "share": least[bound] / median["regfast"],
+        "predicted": predicted(timed.kernel, architecture),
+    }
+
+
 def measurements(machine: Machine, shapes: Shapes, subjects: list[str], seconds: float) -> Iterator[dict]:
     """Ceilings, ops, choices, of these subjects; those that would begin after so many seconds are left out."""
     begin, place = time.perf_counter(), machine.place
@@ -206,29 +233,12 @@ def measurements(machine: Machine, shapes: Shapes, subjects: list[str], seconds:
         return time.perf_counter() - begin > seconds
 
     for timed in timed_ops(shapes, place):
-        if timed.op not in subjects or is_over():
-            continue
-        torch.manual_seed(0)
-        tensors = timed.make()
-        calls = {
-            name: preparation(fn, tensors, timed.mode)
-            for name, fn in (("regfast", timed.ours), ("torch", timed.theirs))
-        }
-        samples = clock.interleaved(calls, seconds=shapes.seconds)
-        least = bounds(limits, timed.bytes_, timed.flops, "bf16", timed.reads_only)
-        bound = max(least, key=lambda name: least[name])
-        median = {name: statistics.median(values) for name, values in samples.items()}
-        yield {
-            "name": f"{timed.op} {timed.mode.replace('_', '+')}, {timed.what}",
-            "op": timed.op,
-            "median_s": median,
-            "ratio": ratios(samples)["torch"],
-            "bound": bound,
-            "share": least[bound] / median["regfast"],
-            "predicted": predicted(timed.kernel, architecture),
-        }
-        del tensors, calls
-        machine.empty_cache()
+        if timed.op in subjects and not is_over():
+            try:
+                yield measured(timed, shapes, clock, limits, architecture)
+            except Exception as error:  # memory that is not there, mostly; the others are measured all the same
+                yield {"left_out": timed.name, "error": f"{type(error).__name__}: {error}"[:300]}
+            machine.empty_cache()
     for choice in timed_choices(machine, shapes, subjects, clock):
         if is_over():
             return

@@ -42,17 +42,19 @@ def prove(
     worker: the command that runs a worker; seconds: for all.
     """
     begin, of = time.monotonic(), ["--device", str(device)]
-    sanitized: list[tuple[dict[str, tuple[str, str]], str]] = []
+    sanitized: list[tuple[dict[str, tuple[str, str]], str, str]] = []
     watching = None
     if prefix := sanitizer_prefix("memcheck"):
         command = [*prefix, *worker, "cases", *of, "--small", "--without-canaries"]
-        watching = threading.Thread(target=lambda: sanitized.append(run_sanitizer(command, SANITIZER_SECONDS)))
+        watching = threading.Thread(
+            target=lambda: sanitized.append(run_sanitizer(command, SANITIZER_SECONDS)), daemon=True
+        )
         watching.start()
     subjects = run_cases([*worker, "cases", *of], progress)
     if watching:
         progress(1, 1, "compute-sanitizer")
         watching.join()
-    faults, said = sanitized[0] if sanitized else ({}, "not installed")
+    faults, said, broken = sanitized[0] if sanitized else ({}, "not installed", "")
     for name, (case, error) in faults.items():
         if not subjects[name].failed:
             subjects[name].failed, subjects[name].error = case, f"compute-sanitizer: {error}"
@@ -75,6 +77,8 @@ def prove(
         for name, subject in subjects.items()
         if subject.failed and is_ours(name)
     ]
+    if broken:
+        failures.append({"op": "compute-sanitizer", "case": said, "error": broken})
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
     proof = Proof(identity, date, ops, choices_of(measured), failures, ceilings, measured)
     return proof, subjects, f"{said}, {len(faults)} faults" if sanitized else said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import tempfile
@@ -18,6 +19,8 @@ from .worker import LOST, MARK, WRONG
 
 # A case takes a second; the first one may compile all kernels, where the build has only PTX for the device.
 HANG_SECONDS = 150.0
+# How compute-sanitizer begins to tell of a fault; its banner, summaries and stack traces are lines with the same mark.
+_FAULT = re.compile(r"=========\s+.*(Invalid|Illegal|isaligned|hazard|overflow|exception|Uninitialized|Potential)")
 _END = object()
 
 
@@ -157,9 +160,9 @@ def _note(subject: Subject, case: str, told: dict) -> None:
         subject.failed, subject.error = case, told["error"]
 
 
-def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[str, str]], str]:
+def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[str, str]], str, str]:
     """A worker under compute-sanitizer, for so many seconds at most. Which subjects it found fault with, in which case
-    and what it said; and a sentence about the whole."""
+    and what it said; how far it came; and how it failed, if it did so without a case to blame."""
     # Without torch's cache each tensor is an allocation, so that what lies beyond it is nobody's.
     worker = Worker(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     faults: dict[str, tuple[str, str]] = {}
@@ -168,8 +171,7 @@ def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[s
         while (line := worker.line(end - time.monotonic())) is not None:
             told = _told(line)
             if told is None:
-                # Its banner and its summary come before the first case and behind the last.
-                if line.startswith("=========") and running and running[0] not in faults:
+                if _FAULT.match(line) and running and running[0] not in faults:
                     faults[running[0]] = running[1], line.strip("= ")
             elif "begin" in told:
                 running = told["subject"], told["case"]
@@ -177,12 +179,12 @@ def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[s
                 done += 1
                 if "error" in told and running:
                     faults.setdefault(running[0], (running[1], told["error"]))
-        ended = "" if worker.process.returncode == 0 or faults else f", but {worker.ended_by()}: {worker.last_words()}"
+        failed = "" if worker.process.returncode == 0 or faults else f"{worker.ended_by()}: {worker.last_words()}"
+        return faults, f"{done} cases", failed
     except queue.Empty:
-        ended = f", stopped after {seconds:.0f} s"
+        return faults, f"{done} cases, stopped after {seconds:.0f} s", ""
     finally:
         worker.stop()
-    return faults, f"{done} cases{ended}"
 
 
 def run_measurements(command: list[str], progress: Callable[[str], None], seconds: float) -> list[dict]:
