@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench sweep lint types docs docs-serve docs-look format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench report sweep lint types docs docs-serve docs-look format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 # What the lines that begin with #: say of the targets below them.
@@ -86,6 +86,10 @@ bench: $(VENV)/built
 	pytest bench --benchmark-only --benchmark-json=build/bench.json
 	python bench/report.py build/bench.json
 
+#: make report        bench/results as one interactive page that needs nothing else, build/docs/report.html
+report: $(VENV)/built
+	python bench/page.py
+
 # SECONDS=, SEED=, CASES=, CASE= and OPS= as for fuzz, THREADS= all by default, JSON= a file for all results.
 #: make sweep         random calls of every op timed beside PyTorch's, the slowest first: SECONDS=60 SEED= THREADS= JSON=
 sweep: $(VENV)/built
@@ -108,7 +112,7 @@ types: $(VENV)/built $(VENV)/checkers
 
 # Without network, and an error for each warning: a link to nothing, a picture that is missing, a docstring that does not parse.
 #: make docs          the documentation's site, in build/docs
-docs: $(VENV)/built $(VENV)/writers
+docs: report $(VENV)/writers
 	sphinx-build --fail-on-warning --keep-going --quiet -c docs . build/docs
 	@echo "The site is in $(CURDIR)/build/docs: make docs-serve shows it"
 
