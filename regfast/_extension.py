@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 try:
     from . import _C
 except ImportError as error:
+    here = Path(__file__).parent
+    if not any(here.glob("_C.*so")) and (here.parent / "setup.py").exists():
+        raise ImportError(
+            f"regfast: expected an installed package, got its sources in {here.parent}, where nothing is built: start "
+            "Python elsewhere, or build there with: pip install --no-build-isolation --editable ."
+        ) from None
     raise ImportError(
         f"regfast: its extension does not load with torch {torch.__version__} ({error}); "
         "build it against this torch with: pip install --no-build-isolation ."
