@@ -26,12 +26,7 @@ build: $(VENV)/built
 
 #: make demo          trains the models of examples/ beside stock PyTorch
 demo: $(VENV)/built
-	python examples/linear_regression.py
-	python examples/softmax_regression.py
-	python examples/next_token.py
-	python examples/vocab_parallel.py
-	python examples/unmodified_llama.py --steps 5
-	@echo "The pictures are in $(CURDIR)/examples/figures:" && ls examples/figures
+	python examples/demo.py
 
 # The kernels alone first: they need no torch and fail with less around them. pytest's last line closes the output.
 #: make test          builds, then the tests of the kernels and of the ops
