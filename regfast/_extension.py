@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,20 @@ isa = _C.isa
 isas = _C.isas
 
 
-def build_info() -> dict[str, object]:
+class BuildInfo(TypedDict):
+    """What build_info() tells."""
+
+    torch: str
+    compiler: str
+    cxx_standard: int
+    isas: list[str]
+    isa: str
+    linear: dict[str, str]  # who multiplies, by dtype
+    cuda: bool
+    cuda_kernels: dict[str, str]  # by device: which CUDA kernels are in use there, and why
+
+
+def build_info() -> BuildInfo:
     """What was built, against which torch, and what runs here; of each GPU which kernels are in use, and why."""
     return {**_C.build_info(), "cuda_kernels": decide.state()}
 

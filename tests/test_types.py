@@ -10,7 +10,7 @@ import torch
 import typed_use
 
 import regfast
-from regfast import _C, reference, types
+from regfast import _C, _extension, reference, types
 
 
 def test_names_are_those_of_the_kernels():
@@ -26,7 +26,8 @@ def test_the_stub_of_the_extension_has_its_names():
     named |= {node.target.id for node in stub.body if isinstance(node, ast.AnnAssign)}
     assert named == {name for name in vars(_C) if not name.startswith("_")}
     fields = next(node for node in stub.body if isinstance(node, ast.ClassDef) and node.name == "BuildInfo").body
-    assert [field.target.id for field in fields] == list(regfast.build_info())
+    assert [field.target.id for field in fields] == list(_C.build_info())
+    assert list(_extension.BuildInfo.__annotations__) == list(regfast.build_info())
 
 
 def test_the_users_file_uses_everything():

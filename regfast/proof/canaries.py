@@ -7,7 +7,7 @@ guards of known bytes and is filled with NaNs, so that what is written beside it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 
@@ -29,7 +29,15 @@ class Canaries:
         """For the tensors of this dispatch key: CUDA, or CPU where a test emulates the device there."""
         usual = torch.library.get_kernel("aten::empty.memory_format", key)
 
-        def empty(keys, size, dtype=None, layout=None, device=None, pin_memory=None, memory_format=None):
+        def empty(
+            keys: torch._C.DispatchKeySet,
+            size: Sequence[int],
+            dtype: torch.dtype | None = None,
+            layout: torch.layout | None = None,
+            device: torch.device | None = None,
+            pin_memory: bool | None = None,
+            memory_format: torch.memory_format | None = None,
+        ) -> Tensor:
             plain = memory_format in (None, torch.contiguous_format) and layout in (None, torch.strided)
             # An empty tensor has no address, and kernels go by that where a result is not wanted.
             if self._bases is None or not plain or pin_memory or 0 in size:
@@ -67,7 +75,8 @@ class Canaries:
         if self._library is None:
             yield
             return
-        self._bases = bases = []
+        bases: list[tuple[Tensor, int]] = []
+        self._bases = bases
         try:
             yield
         finally:

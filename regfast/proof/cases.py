@@ -6,18 +6,20 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import regfast
 from regfast import reference
+from regfast.types import Several
 
 from .compare import LAYOUTS, classes_of, compare, laid_out, spiky
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-FLOATING = ("loss", "lse", "entropy", "logprob")
-OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 15.0, "logit_scale": 0.7}
+FLOATING: Several = ("loss", "lse", "entropy", "logprob")
+OPTIONS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 15.0, "logit_scale": 0.7}
 # What a product is computed in, as csrc/cuda/ops/choices.cpp names it, and the error of one that is less exact.
 ARITHMETICS = {"float32": F32, "float64": F64, "bfloat16": BF16, "float16": F16, "tf32": F32}
 TF32_EPS = 2**-10
@@ -227,7 +229,7 @@ def linear_cross_entropy(sizes: Sizes, place: torch.device) -> Iterator[Case]:
         yield Case("linear_cross_entropy", name, run)
 
 
-NLL = [
+NLL: list[tuple[str, dict[str, Any]]] = [
     ("squared", {"reduction": "mean"}),
     ("gaussian", {"reduction": "none"}),
     ("gaussian", {"reduction": "mean", "scaled": True, "weighted": True}),

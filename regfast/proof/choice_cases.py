@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def choice_cases(sizes: Sizes, place: torch.device, architecture: int) -> Iterat
             yield from epilogue(sizes, place, arithmetic, activation)
 
 
-def epilogue(sizes: Sizes, place: torch.device, arithmetic: str, activation: str) -> Iterator[Case]:
+def epilogue(sizes: Sizes, place: torch.device, arithmetic: str, activation: Any) -> Iterator[Case]:
     """Values as good as ours, and NaNs and infinities that go through: a maximum with 0 may swallow a NaN."""
     subject, choices = f"{activation} {arithmetic}", {f"{arithmetic} {activation}": "fused"}
     # Where gradients are recorded, gelu_tanh's pre-activation is kept, which the epilogue does not leave.

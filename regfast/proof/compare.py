@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .canaries import CANARIES
 
+# Of tensors, to one or several.
+Function = Callable[..., Any]
 LAYOUTS = ("aligned", "odd", "gaps", "transposed")
 
 
@@ -42,7 +45,7 @@ def assert_same_bits(first: Sequence[Tensor], second: Sequence[Tensor], what: st
 
 
 def evaluate(
-    fn: Callable, tensors: Sequence[Tensor], grads: list[Tensor] | None = None, dtype: torch.dtype | None = None
+    fn: Function, tensors: Sequence[Tensor], grads: list[Tensor] | None = None, dtype: torch.dtype | None = None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs and gradients of fn, computed in another dtype if one is given, and the upstream gradients."""
     leaves = []
@@ -60,7 +63,7 @@ def evaluate(
     return [o.detach() for o in outputs], list(torch.autograd.grad(outputs, wanted, upstream)), grads
 
 
-def compare(ours: Callable, theirs: Callable, *tensors: Tensor, eps: float | None = None) -> None:
+def compare(ours: Function, theirs: Function, *tensors: Tensor, eps: float | None = None) -> None:
     """Values and gradients of `ours` against those of `theirs`, in the tensors' dtype and in float64.
 
     eps: of arithmetic that is less exact than the dtype."""

@@ -64,7 +64,7 @@ def step(op: str, tensors: list[Tensor]) -> Outputs:
     """All results and gradients; sums of losses, so that no gradient needs a number from the device."""
     x, w, b, target = tensors
     out = STEPS[op](x, w, b, F.linear(x, w, b), target)
-    loss = sum(o.float().square().sum() for o in out)
+    loss = torch.stack([o.float().square().sum() for o in out]).sum()
     grads = torch.autograd.grad(loss, tensors[:3], allow_unused=True)
     return [*out, *(grad for grad in grads if grad is not None)]
 
@@ -143,7 +143,7 @@ def check_devices(machine: Machine, op: str) -> None:
     if torch.cuda.device_count() < 2:
         raise Skip("one device")
     other = Machine((machine.index + 1) % torch.cuda.device_count())
-    other.use(_C.CUDA_OPS, {})
+    other.use(list(_C.CUDA_OPS), {})
     expected = step(op, arguments(machine.place))
     tensors = [t.detach().to(other.place).requires_grad_(t.requires_grad) for t in arguments(machine.place)]
     got = step(op, tensors)  # while the machine's own device is the current one
@@ -175,6 +175,7 @@ def check_memory_of_chunks(machine: Machine) -> None:
     )
     target, budget = classes_of((n,), v, machine.place), 64 << 20
     plan = regfast.linear_cross_entropy_plan(n, d, v, x.dtype, machine.place, memory_budget=budget)
+    peak = 0
     for _ in range(2):  # the first call allocates the libraries' workspaces
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -98,7 +98,7 @@ def large_linear_nll(place: torch.device, picked: list[int]) -> None:
     torch.testing.assert_close(total.double(), 2 * loss.detach().sum(dtype=torch.float64), rtol=1e-4, atol=0)
 
 
-LARGE_CHECKS = {
+LARGE_CHECKS: dict[str, Callable[[torch.device, list[int]], None]] = {
     "softmax": partial(large_softmax, ours=regfast.softmax, theirs=torch.softmax),
     "log_softmax": partial(large_softmax, ours=regfast.log_softmax, theirs=torch.log_softmax),
     "cross_entropy": large_cross_entropy,

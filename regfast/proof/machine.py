@@ -48,7 +48,8 @@ def driver(version: Path = Path("/proc/driver/nvidia/version")) -> str:
         found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)?\b", version.read_text(errors="replace"))
     except OSError:
         found = None
-    return found[0] if found else f"cuda {torch._C._cuda_getDriverVersion()}"
+    # Only builds with CUDA have this one.
+    return found[0] if found else f"cuda {torch._C._cuda_getDriverVersion()}"  # type: ignore[attr-defined]
 
 
 class Machine:

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
@@ -71,7 +71,7 @@ class Timed:
 
 
 def timed_ops(shapes: Shapes, place: torch.device) -> Iterator[Timed]:
-    pairs = {
+    pairs: dict[str, tuple[Callable, Callable, int, int]] = {
         "softmax": (regfast.softmax, torch.softmax, 2, 5),
         "log_softmax": (regfast.log_softmax, torch.log_softmax, 2, 5),
         "logsumexp": (regfast.logsumexp, torch.logsumexp, 1, 3),
@@ -149,12 +149,16 @@ def timed_layers(shapes: Shapes, place: torch.device) -> Iterator[Timed]:
         3 * work(n, d, v),
         6 * n * d * v,
     )
+
+    def classified(n, d, v):
+        return [*operands(n, d, v, bias=False), torch.randint(v, (n,), device=place)]
+
     n, d, v = shapes.head
     yield Timed(
         "linear_cross_entropy",
         f"{n} x {d} x {v} bfloat16",
         "fwd_bwd",
-        lambda n=n, d=d, v=v: [*operands(n, d, v, bias=False), torch.randint(v, (n,), device=place)],
+        partial(classified, n, d, v),
         regfast.linear_cross_entropy,
         lambda x, w, t: F.cross_entropy(F.linear(x, w), t),
         3 * work(n, d, v),
@@ -192,7 +196,7 @@ def timed_layers(shapes: Shapes, place: torch.device) -> Iterator[Timed]:
         "fwd_bwd",
         hypercomplex,
         regfast.phm_linear,
-        lambda x, a, s, b: F.linear(x, sum(map(torch.kron, a, s)), b),
+        lambda x, a, s, b: F.linear(x, reduce(torch.add, map(torch.kron, a, s)), b),
         3 * work(rows, d, q),
         6 * rows * d * q,
     )

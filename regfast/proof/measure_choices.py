@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -87,7 +88,7 @@ def products(place: torch.device, arithmetic: str, shape: tuple[int, int, int]) 
     return [(2 * n * d * v, call) for call in calls]
 
 
-def layer(place: torch.device, arithmetic: str, shape: tuple[int, int, int], activation: str) -> Call:
+def layer(place: torch.device, arithmetic: str, shape: tuple[int, int, int], activation: Any) -> Call:
     n, d, v = shape
     x, w, b = (torch.randn(s, device=place, dtype=ARITHMETICS[arithmetic]) for s in ((n, d), (v, d), (v,)))
     return 2 * n * d * v, partial(regfast.linear, x, w, b, activation=activation)

@@ -65,7 +65,7 @@ def prove(
         [*worker, "measure", *of, "--subjects", *right], lambda name: progress(1, 1, f"measured: {name}"), left
     )
     measured = [entry for entry in told if "name" in entry]
-    ceilings = next((entry["ceilings"] for entry in told if "ceilings" in entry), {})
+    ceilings: dict[str, float] = next((entry["ceilings"] for entry in told if "ceilings" in entry), {})
     slower = slower_ops(measured)
     ops = {}
     for op in _C.CUDA_OPS:

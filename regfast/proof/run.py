@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .worker import LOST, MARK, WRONG
 
@@ -70,7 +71,7 @@ class Worker:
             env={**_environment(), **environment},
             start_new_session=True,
         )
-        self.lines: queue.Queue = queue.Queue()
+        self.lines: queue.Queue[Any] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -102,7 +103,7 @@ class Worker:
         return f"the process ended by {signal.Signals(-status).name}" if status < 0 else f"it exited with {status}"
 
 
-def _told(line: str) -> dict | None:
+def _told(line: str) -> dict[str, Any] | None:
     return json.loads(line.removeprefix(MARK)) if line.startswith(MARK) else None
 
 
@@ -151,7 +152,7 @@ def run_cases(
             return subjects  # the device does not come back: what was not run is not proven
 
 
-def _note(subject: Subject, case: str, told: dict) -> None:
+def _note(subject: Subject, case: str, told: dict[str, Any]) -> None:
     if "passed" in told:
         subject.passed += 1
     elif "skipped" in told:
@@ -187,7 +188,7 @@ def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[s
         worker.stop()
 
 
-def run_measurements(command: list[str], progress: Callable[[str], None], seconds: float) -> list[dict]:
+def run_measurements(command: list[str], progress: Callable[[str], None], seconds: float) -> list[dict[str, Any]]:
     """What the worker measured within so many seconds; what it could not is left out."""
     worker = Worker([*command, "--seconds", str(seconds)], {})
     entries = []

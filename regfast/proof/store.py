@@ -7,6 +7,7 @@ import os
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .. import _C
 from .machine import Identity, slug
@@ -33,7 +34,7 @@ class Proof:
     choices: dict[str, str]  # as CudaChoices of csrc/shared/cuda_kernels.h
     failures: list[dict[str, str]] = field(default_factory=list)  # op, case, error
     ceilings: dict[str, float] = field(default_factory=dict)
-    measured: list[dict] = field(default_factory=list)
+    measured: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def proven(self) -> list[str]:
@@ -106,13 +107,15 @@ def _checked(content: object, machine: Identity, path: Path) -> Proof:
         raise refuse(f"is no proof of format {FORMAT}")
     if content.get("machine") != asdict(machine):
         raise refuse("is of another machine than its name says")
-    ops, choices = content.get("ops"), content.get("choices")
-    for name, table in (("ops", ops), ("choices", choices)):
+    tables: dict[str, dict[str, str]] = {}
+    for name in ("ops", "choices"):
+        table = content.get(name)
         if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
             raise refuse(f"has no table of {name}")
-    if set(ops) != set(_C.CUDA_OPS):
+        tables[name] = table
+    if set(tables["ops"]) != set(_C.CUDA_OPS):
         raise refuse("is about other ops than there are")
     rest = {"failures": list, "ceilings": dict, "measured": list, "date": str}
     if missing := [name for name, kind in rest.items() if not isinstance(content.get(name), kind)]:
         raise refuse(f"has no {missing[0]}")
-    return Proof(machine, ops=ops, choices=choices, **{name: content[name] for name in rest})
+    return Proof(machine, ops=tables["ops"], choices=tables["choices"], **{name: content[name] for name in rest})

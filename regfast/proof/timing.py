@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 Prepare = Callable[[], Callable[[], object]]  # what goes before the clock starts, and returns what is timed
 
@@ -56,14 +57,14 @@ def ratios(samples: dict[str, list[float]], mine: str = "regfast") -> dict[str, 
     }
 
 
-def preparation(fn: Callable, tensors: list[torch.Tensor], mode: str) -> Prepare:
+def preparation(fn: Callable[..., Tensor], tensors: list[Tensor], mode: str) -> Prepare:
     """Of a function of tensors, of which those that require grad get one; mode: fwd, bwd or fwd_bwd."""
     leaves = [t for t in tensors if t.requires_grad]
     if mode == "fwd":
         constants = [t.detach() for t in tensors]
         return lambda: lambda: fn(*constants)
 
-    def clear():
+    def clear() -> None:
         for leaf in leaves:
             leaf.grad = None
 
@@ -72,11 +73,11 @@ def preparation(fn: Callable, tensors: list[torch.Tensor], mode: str) -> Prepare
     upstream = None if out.dim() == 0 else torch.randn_like(out)
     del out
 
-    def both():
+    def both() -> Callable[[], object]:
         clear()
         return lambda: fn(*tensors).backward(upstream)
 
-    def backward():
+    def backward() -> Callable[[], object]:
         clear()
         out = fn(*tensors)
         return lambda: out.backward(upstream)
@@ -87,7 +88,7 @@ def preparation(fn: Callable, tensors: list[torch.Tensor], mode: str) -> Prepare
 def ceilings(clock: Clock, place: torch.device | str = "cuda") -> dict[str, float]:
     """Measured here: bytes per second of a copy and of a read, products per second of PyTorch's GEMM."""
 
-    def seconds(fn: Callable, *tensors: torch.Tensor) -> float:
+    def seconds(fn: Callable[..., object], *tensors: Tensor) -> float:
         return statistics.median(clock.once(lambda: lambda: fn(*tensors)) for _ in range(12))
 
     source = torch.ones(1 << 28, device=place)
