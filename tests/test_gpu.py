@@ -13,5 +13,5 @@ pytestmark = pytest.mark.skipif(
 
 
 def test_every_case_on_the_gpu():
-    subjects = run_cases([*worker_command(), "cases"], lambda *_: None)
+    _, subjects = run_cases([*worker_command(), "cases"], lambda *_: None)
     assert {name: subject.why_not for name, subject in subjects.items() if subject.why_not} == {}

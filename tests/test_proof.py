@@ -7,7 +7,7 @@ import sys
 import threading
 import warnings
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
@@ -216,35 +216,60 @@ def test_what_it_may_say_is_0_or_1():
     assert done.stderr.strip().splitlines()[-1] == "ValueError: REGFAST_CUDA_KERNELS: expected 0 or 1, got yes"
 
 
+# Each op once, of tensors that are made by what it is given.
+CALLS = {
+    "linear": lambda t: regfast.linear(t(4, 8), t(6, 8), t(6)),
+    "softmax": lambda t: regfast.softmax(t(4, 8), 0),
+    "log_softmax": lambda t: regfast.log_softmax(t(4, 8), -1),
+    "logsumexp": lambda t: regfast.logsumexp(t(4, 8), 0),
+    "cross_entropy": lambda t: regfast.cross_entropy(t(4, 8), t(4, dtype=torch.int64)),
+    "linear_cross_entropy": lambda t: regfast.linear_cross_entropy(t(4, 8), t(6, 8), t(4, dtype=torch.int64)),
+    "linear_nll": lambda t: regfast.linear_mse_loss(t(4, 8), t(6, 8), t(4, 6), t(6)),
+    "phm_linear": lambda t: regfast.phm_linear(t(4, 8), t(2, 2, 2), t(2, 3, 4), t(6)),
+    "mse_loss": lambda t: regfast.mse_loss(t(4, 8), t(4, 8)),
+}
+
+
 @pytest.fixture
-def first_tensor(gpu):
-    """An op of a fake tensor that says that it is on the GPU: by the dispatcher, C++ and Python."""
+def first_tensors(gpu):
+    """Ops of fake tensors that say that they are on the GPU: by the dispatcher, C++ and Python."""
     asked = []
     _C.ask_about_cuda_kernels(lambda device: (asked.append(device), decide.answer(device)))
 
     def call(*ops):
         with FakeTensorMode(), recorded() as calls:
-            x = torch.empty(3, 4, device=f"cuda:{gpu}")
             for op in ops:
-                op(x, -1)
+                CALLS[op](partial(torch.empty, device=f"cuda:{gpu}"))
         return asked, [(call.op, call.why) for call in calls if call.path == "composite"]
 
     yield call
     _C.ask_about_cuda_kernels(decide.answer)
 
 
-def test_the_first_tensor_of_a_device_asks(gpu, first_tensor):
+def test_the_first_tensor_of_a_device_asks(gpu, first_tensors):
     store.write(proof_of())
-    asked, composites = first_tensor(regfast.log_softmax, regfast.softmax, regfast.logsumexp)
+    asked, composites = first_tensors("log_softmax", "softmax", "logsumexp")
     assert asked == [gpu] and composites == [("softmax", f"no kernels in use on cuda:{gpu}")]
 
 
-def test_a_warning_that_is_an_error_is_one_of_the_call(gpu, first_tensor):
+def test_every_op_asks_by_its_own_name(gpu, first_tensors):
+    """A name that C++ does not know would be an error of that op's first CUDA tensor."""
+    assert list(CALLS) == list(_C.CUDA_OPS)
+    with pytest.warns(UserWarning, match="there is no proof"):
+        _, composites = first_tensors(*CALLS)
+    assert [op for op, _ in composites] == list(CALLS)
+    for op in CALLS:
+        _C.use_cuda_kernels(gpu, [op], [])
+        _, composites = first_tensors(*CALLS)
+        assert [name for name, _ in composites] == [name for name in CALLS if name != op]
+
+
+def test_a_warning_that_is_an_error_is_one_of_the_call(gpu, first_tensors):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UserWarning, match="there is no proof"):
-            first_tensor(regfast.softmax)
-        asked, composites = first_tensor(regfast.softmax)
+            first_tensors("softmax")
+        asked, composites = first_tensors("softmax")
     assert asked == [gpu] and len(composites) == 1
 
 
@@ -305,7 +330,7 @@ def test_without_kernels_or_gpu_there_is_nothing_to_prove(monkeypatch, capsys):
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path / "file" / "proofs"))
-    assert command.run_on(None, ["no-such-program"], 1) == 2
+    assert command.run_on(0, ["no-such-program"], 1) == 2
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1 and "the proof cannot be written to" in told and "REGFAST_PROOFS" in told
 
@@ -341,13 +366,12 @@ def test_what_the_command_prints(monkeypatch, capsys, proofs, with_rich):
         measured=[{**timed, "bound": "copy_gb_s", "predicted": 0.9}, won],
     )
 
-    def prove(identity, worker, device, seconds, progress):
+    def prove(worker, device, seconds, progress):
         progress(1, 9, "softmax (37, 10)")
         return made, subjects, "17 cases, 0 faults"
 
     monkeypatch.setattr(command, "prove", prove)
-    pretended = SimpleNamespace(identity=lambda: GPU, index=0)
-    assert command.run_on(pretended, [], 1) == 1
+    assert command.run_on(0, [], 1) == 1
     told = capsys.readouterr()
     words = " ".join(told.out.split())
     for text in (
@@ -370,7 +394,7 @@ def test_what_the_command_prints(monkeypatch, capsys, proofs, with_rich):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(store, "write", full)
-    assert command.run_on(pretended, [], 1) == 2
+    assert command.run_on(0, [], 1) == 2
     assert "could not be written: [Errno 28] No space left on device" in capsys.readouterr().err
 
 

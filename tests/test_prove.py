@@ -28,10 +28,9 @@ def prove(tmp_path, monkeypatch, capsys):
     def call(planted: str = "", ratio: float = 2.0):
         monkeypatch.setenv("PLANTED", planted)
         monkeypatch.setenv("PLANTED_RATIO", str(ratio))
-        machine = EmulatedGpu(EMULATOR)
-        status = command.run_on(machine, WORKER, seconds=300)
+        status = command.run_on(0, WORKER, seconds=300)
         told = capsys.readouterr()
-        return status, store.read(machine.identity()), told.out + told.err
+        return status, store.read(EmulatedGpu(EMULATOR).identity()), told.out + told.err
 
     return call
 
@@ -75,14 +74,15 @@ def test_a_case_that_hangs_costs_its_op(monkeypatch):
     monkeypatch.setenv("PLANTED", "logsumexp hang")
     choices = [f"{choice} {arithmetic}" for choice in ("sm80", "relu", "gelu_tanh") for arithmetic in SIZES.arithmetics]
     others = [*choices, *(op for op in _C.CUDA_OPS if op not in ("logsumexp", "mse_loss"))]
-    subjects = run.run_cases([*WORKER, "cases", "--without", *others], lambda *_: None, hang_seconds=20)
+    machine, subjects = run.run_cases([*WORKER, "cases", "--without", *others], lambda *_: None, hang_seconds=20)
+    assert machine == EmulatedGpu(EMULATOR).identity()
     assert subjects["logsumexp"].error == "no answer for 20 s" and not subjects["mse_loss"].why_not
 
 
 def test_a_worker_that_does_not_start_is_told_in_its_words(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path))
     broken = [sys.executable, "-c", "raise SystemExit('no CUDA driver')"]
-    assert command.run_on(EmulatedGpu(EMULATOR), broken, 1) == 2
+    assert command.run_on(0, broken, 1) == 2
     assert "no case could be run: no CUDA driver" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -158,4 +158,7 @@ def test_what_compute_sanitizer_says_is_held_against_the_case_that_ran(tmp_path,
     script.write_text(f"import time\nprint({lines[1]!r}, flush=True)\ntime.sleep(60)")
     assert run.run_sanitizer([sys.executable, str(script)], 2) == ({}, "0 cases, stopped after 2 s", "")
     script.write_text("raise SystemExit('not for this driver')")
-    assert run.run_sanitizer([sys.executable, str(script)], 60)[2] == "it exited with 1: not for this driver"
+    found = run.run_sanitizer([sys.executable, str(script)], 60)
+    assert found == ({}, "could not run: it exited with 1: not for this driver", "")
+    script.write_text(f"print({chr(10).join(lines[1:4])!r}, flush=True)\nraise SystemExit('an error at the end')")
+    assert run.run_sanitizer([sys.executable, str(script)], 60)[2] == "it exited with 1: an error at the end"

@@ -16,7 +16,6 @@ from contextlib import contextmanager
 import torch
 
 from ..proof import decide, store
-from ..proof.machine import Machine
 from ..proof.prove import is_ours, prove, worker_command
 from ..proof.run import NotRun, Subject
 from .table import print_table
@@ -47,11 +46,11 @@ def run(args: argparse.Namespace) -> int:
     if why := nothing_to_prove(args.device):
         print(f"regfast prove: {why}", file=sys.stderr)
         return 2
-    return run_on(Machine(args.device), worker_command(), args.seconds)
+    return run_on(args.device, worker_command(), args.seconds)
 
 
-def run_on(machine: Machine, worker: list[str], seconds: float) -> int:
-    """On a machine, by a command that runs a worker there."""
+def run_on(device: int, worker: list[str], seconds: float) -> int:
+    """By a command that runs a worker. This process asks the device for nothing: some let only one process in."""
     try:
         store.check_writable()
     except OSError as error:
@@ -61,15 +60,13 @@ def run_on(machine: Machine, worker: list[str], seconds: float) -> int:
             file=sys.stderr,
         )
         return 2
-    identity = machine.identity()
-    print(f"{identity}", file=sys.stderr)
     try:
         with progress_bar() as progress:
-            proof, subjects, sanitized = prove(identity, worker, machine.index, seconds, progress)
+            proof, subjects, sanitized = prove(worker, device, seconds, progress)
     except NotRun as error:
         print(f"regfast prove: no case could be run: {error}", file=sys.stderr)
         return 2
-    print_table(f"{identity}, {proof.date}", HEADER, list(rows(proof, subjects, sanitized)), texts=2)
+    print_table(f"{proof.machine}, {proof.date}", HEADER, list(rows(proof, subjects, sanitized)), texts=2)
     try:
         path = store.write(proof)
     except OSError as error:

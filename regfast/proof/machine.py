@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from dataclasses import dataclass
@@ -37,7 +38,12 @@ def slug(name: str) -> str:
 
 def build() -> str:
     """The kernels' build: the extension's bytes, and the torch whose products and allocator it goes with."""
-    digest = hashlib.sha256(torch.__version__.encode())
+    return _digest(torch.__version__)
+
+
+@functools.cache  # of tens of megabytes, for each of a machine's GPUs
+def _digest(torch_version: str) -> str:
+    digest = hashlib.sha256(torch_version.encode())
     digest.update(Path(_C.__file__).read_bytes())
     return digest.hexdigest()[:12]
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from .. import _C
 from .choice_cases import EPILOGUES
-from .machine import Identity
 from .measure import slower_ops
 from .measure_choices import choices_of
 from .run import Subject, run_cases, run_measurements, run_sanitizer
@@ -31,7 +30,6 @@ def is_ours(subject: str) -> bool:
 
 
 def prove(
-    identity: Identity,
     worker: list[str],
     device: int,
     seconds: float,
@@ -50,7 +48,7 @@ def prove(
             target=lambda: sanitized.append(run_sanitizer(command, SANITIZER_SECONDS)), daemon=True
         )
         watching.start()
-    subjects = run_cases([*worker, "cases", *of], progress)
+    machine, subjects = run_cases([*worker, "cases", *of], progress)
     if watching:
         progress(1, 1, "compute-sanitizer")
         watching.join()
@@ -80,5 +78,5 @@ def prove(
     if broken:
         failures.append({"op": "compute-sanitizer", "case": said, "error": broken})
     date = datetime.datetime.now(datetime.UTC).date().isoformat()
-    proof = Proof(identity, date, ops, choices_of(measured), failures, ceilings, measured)
+    proof = Proof(machine, date, ops, choices_of(measured), failures, ceilings, measured)
     return proof, subjects, f"{said}, {len(faults)} faults" if sanitized else said

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .machine import Identity
 from .worker import LOST, MARK, WRONG
 
 # A case takes a second; the first one may compile all kernels, where the build has only PTX for the device.
@@ -111,9 +112,13 @@ def run_cases(
     command: list[str],
     progress: Callable[[int, int, str], None],
     hang_seconds: float = HANG_SECONDS,
-) -> dict[str, Subject]:
-    """All cases by `command`, a worker's. progress(done, all, what runs). Raises NotRun where none could be run."""
+) -> tuple[Identity, dict[str, Subject]]:
+    """The machine, and what became of all cases, by `command`, a worker's. Raises NotRun where none could be run.
+
+    progress(done, all, what runs).
+    """
     subjects: dict[str, Subject] = {}
+    machine: Identity | None = None
     start = 0
     while True:
         failed = [name for name, subject in subjects.items() if subject.failed]
@@ -126,6 +131,7 @@ def run_cases(
                     continue
                 if "subjects" in told and not subjects:
                     subjects = {name: Subject(count) for name, count in told["subjects"].items()}
+                    machine = Identity(**told["machine"])
                 if "begin" in told:
                     running = told["begin"], told["subject"], told["case"]
                     done = sum(s.cases if s.failed else s.passed + len(s.skipped) for s in subjects.values())
@@ -142,14 +148,10 @@ def run_cases(
         if running:
             _note(subjects[running[1]], running[2], {"error": error})
             start = running[0] + 1
-        elif not subjects:
+        elif machine is None or (start == 0 and worker.process.returncode not in (0, WRONG)):
             raise NotRun(worker.last_words())
-        elif worker.process.returncode in (0, WRONG):
-            return subjects
         elif worker.process.returncode != LOST:
-            if start == 0:
-                raise NotRun(worker.last_words())
-            return subjects  # the device does not come back: what was not run is not proven
+            return machine, subjects  # what was not run, where the device does not come back, is not proven
 
 
 def _note(subject: Subject, case: str, told: dict[str, Any]) -> None:
@@ -163,7 +165,8 @@ def _note(subject: Subject, case: str, told: dict[str, Any]) -> None:
 
 def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[str, str]], str, str]:
     """A worker under compute-sanitizer, for so many seconds at most. Which subjects it found fault with, in which case
-    and what it said; how far it came; and how it failed, if it did so without a case to blame."""
+    and what it said; how far it came; and how it failed, if it did so without a case to blame. Where it may not run at
+    all, as in containers that let nobody debug, nothing has failed."""
     # Without torch's cache each tensor is an allocation, so that what lies beyond it is nobody's.
     worker = Worker(command, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     faults: dict[str, tuple[str, str]] = {}
@@ -181,7 +184,7 @@ def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[s
                 if "error" in told and running:
                     faults.setdefault(running[0], (running[1], told["error"]))
         failed = "" if worker.process.returncode == 0 or faults else f"{worker.ended_by()}: {worker.last_words()}"
-        return faults, f"{done} cases", failed
+        return faults, f"{done} cases" if done else f"could not run: {failed}", failed if done else ""
     except queue.Empty:
         return faults, f"{done} cases, stopped after {seconds:.0f} s", ""
     finally:

@@ -13,6 +13,7 @@ import json
 import sys
 import traceback
 from collections import Counter
+from dataclasses import asdict
 
 import torch
 
@@ -47,7 +48,7 @@ def run_cases(machine: Machine, sizes: Sizes, start: int, without: set[str], by_
             order.append((turns[case.subject], case))
             turns[case.subject] += 1
         cases = [case for _, case in sorted(order, key=lambda entry: entry[0])]
-    tell(subjects=Counter(case.subject for case in cases))
+    tell(machine=asdict(machine.identity()), subjects=Counter(case.subject for case in cases))
     machine.use(list(_C.CUDA_OPS), {})
     chosen: dict[str, str] = {}
     status = 0
