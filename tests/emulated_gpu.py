@@ -2,7 +2,7 @@
 
     python tests/emulated_gpu.py cases|measure ...     as regfast.proof.worker, on the emulated device
 
-PLANTED="softmax wrong" in the environment plants a fault there: see FAULTS.
+PLANTED="softmax_forward wrong,linear_backward crash" in the environment plants faults in kernels: see FAULTS.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class EmulatedGpu(Machine):
     def empty_cache(self) -> None: ...
 
     def is_lost(self) -> bool:
-        return False
+        return bool(LOST)
 
     def clock(self) -> Clock:
         return Clock(float(os.environ.get("PLANTED_RATIO", "2")))
@@ -141,13 +141,18 @@ def _raise(y: torch.Tensor) -> None:
     raise RuntimeError("CUDA error: invalid argument")
 
 
-FAULTS = {name: globals()[f"_{name}"] for name in ("wrong", "beyond", "other_bits", "crash", "hang", "raise")}
+def _lose(y: torch.Tensor) -> None:  # the device, for the rest of the process
+    LOST.append(True)
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def plant(op: str, fault: str) -> torch.library.Library:
-    """In the forward kernels of an op."""
-    name = f"regfast::{op}_forward"
-    right = torch.library.get_kernel(name, "CPU")
+LOST: list[bool] = []
+FAULTS = {name: globals()[f"_{name}"] for name in ("wrong", "beyond", "other_bits", "crash", "hang", "raise", "lose")}
+
+
+def plant(kernels: str, fault: str) -> torch.library.Library:
+    """In an op of the library, as "softmax_backward"."""
+    right = torch.library.get_kernel(f"regfast::{kernels}", "CPU")
 
     def planted(keys, *args):
         result = right.call_boxed(keys, *args)
@@ -157,7 +162,7 @@ def plant(op: str, fault: str) -> torch.library.Library:
     library = torch.library.Library("regfast", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")
-        library.impl(f"{op}_forward", planted, "CPU", with_keyset=True)
+        library.impl(kernels, planted, "CPU", with_keyset=True)
     return library
 
 
