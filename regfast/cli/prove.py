@@ -34,10 +34,10 @@ def nothing_to_prove(device: int) -> str:
     """Why, in one sentence, or nothing."""
     if not decide.is_built():
         return "expected a build with CUDA kernels, got one without: it was built where torch or nvcc had no CUDA"
-    if not torch.cuda.is_available():
+    if not decide.devices():
         return f"expected an NVIDIA GPU, torch {torch.__version__} finds none"
-    if not 0 <= device < torch.cuda.device_count():
-        return f"--device: expected one of the {torch.cuda.device_count()} GPUs from 0 on, got {device}"
+    if not 0 <= device < decide.devices():
+        return f"--device: expected one of the {decide.devices()} GPUs from 0 on, got {device}"
     return ""
 
 

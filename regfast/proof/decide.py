@@ -39,6 +39,11 @@ def is_built() -> bool:
     return _C.build_info()["cuda"]
 
 
+def devices() -> int:
+    """How many CUDA devices torch finds; asking them for nothing leaves them alone."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def decide(machine: Machine) -> Decision:
     """What is in use on a device of a build that has CUDA kernels."""
     asked = forced()
@@ -73,7 +78,7 @@ def _choices_at_hand(machine: Machine) -> dict[str, str]:
 
 def answer(device: int) -> None:
     """Called by csrc/shared/cuda_kernels.cpp, and calls it, when a device's first tensor meets an op."""
-    if not is_built() or not torch.cuda.is_available():  # a tensor of a device that is not there: it is a fake one
+    if not is_built() or not devices():  # a tensor of a device that is not there: it is a fake one
         _C.use_cuda_kernels(device, [], [])
         return
     decision = decide(Machine(device))
@@ -90,6 +95,4 @@ def answer(device: int) -> None:
 
 def state() -> dict[str, str]:
     """For build_info(): of each CUDA device which kernels are in use there, and why. Empty without kernels or GPU."""
-    if not is_built() or not torch.cuda.is_available():
-        return {}
-    return {f"cuda:{i}": decide(Machine(i)).why for i in range(torch.cuda.device_count())}
+    return {f"cuda:{i}": decide(Machine(i)).why for i in range(devices() if is_built() else 0)}
