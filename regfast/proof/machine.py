@@ -7,11 +7,14 @@ import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import _C
-from .timing import Clock, ceilings
+
+if TYPE_CHECKING:  # every import of regfast comes here; only prove times
+    from .timing import Clock
 
 
 @dataclass(frozen=True)
@@ -90,9 +93,13 @@ class Machine:
             return True
 
     def clock(self) -> Clock:
+        from .timing import Clock
+
         return Clock(self.place)
 
     def ceilings(self, clock: Clock) -> dict[str, float]:
+        from .timing import ceilings
+
         return ceilings(clock, self.place)
 
     def use(self, ops: list[str], choices: dict[str, str]) -> None:
