@@ -1,5 +1,6 @@
 """python -m regfast prove from its first case to the table, on the emulated device; and with kernels that are wrong."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,15 @@ def test_what_compute_sanitizer_says_is_held_against_the_case_that_ran(tmp_path,
     assert found == ({}, "could not run: it exited with 1: not for this driver", "")
     script.write_text(f"print({chr(10).join(lines[1:4])!r}, flush=True)\nraise SystemExit('an error at the end')")
     assert run.run_sanitizer([sys.executable, str(script)], 60)[2] == "it exited with 1: an error at the end"
+
+
+def test_a_small_run_takes_a_case_of_each_subject_first():
+    """As under compute-sanitizer, which may be stopped before all have run."""
+    others = ["linear_cross_entropy", "linear_nll", "phm_linear", "linear", "cross_entropy"]
+    script = [*WORKER, "cases", "--small", "--without-canaries", "--without", *others]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    told = [json.loads(line.removeprefix(run.MARK)) for line in done.stdout.splitlines() if line.startswith(run.MARK)]
+    begun = [entry["subject"] for entry in told if "begin" in entry]
+    subjects = list(dict.fromkeys(begun))
+    assert begun[: len(subjects)] == subjects and {"softmax", "mse_loss", "sm80 bfloat16"} <= set(subjects)
+    assert begun[len(subjects)] == subjects[0]  # and so on; a subject that is refused is left out from then on

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import torch
 
 from ..proof import decide, store
-from ..proof.prove import is_ours, prove, worker_command
+from ..proof.choice_cases import is_ours
+from ..proof.prove import prove, worker_command
 from ..proof.run import NotRun, Subject
 from .table import print_table
 

@@ -18,6 +18,11 @@ EPILOGUES = ("relu", "gelu_tanh")  # that torch's _addmm_activation has
 HALVES = ("bfloat16", "float16")
 
 
+def is_ours(subject: str) -> bool:
+    """Whether its kernels are: torch's epilogue may be less exact than ours without being wrong."""
+    return not subject.startswith(EPILOGUES)
+
+
 def kernels_of(architecture: int) -> dict[str, tuple[str, ...]]:
     """Our own products on an architecture, and the arithmetics that each has."""
     return {"sm80": tuple(ARITHMETICS), **({"sm90": HALVES} if architecture == 90 else {})}
