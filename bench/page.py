@@ -45,7 +45,7 @@ def entry(case: dict) -> dict:
         "disturbed": case["others_cpus"],
         "errors": errors(case),
     }
-    if case["flops"] and moved_bytes(case):
+    if case["flops"] and moved_bytes(case) and (case.get("share") or 0) >= 0.01:  # below it, what a call costs
         found["intensity"], found["gflops"] = case["flops"] / moved_bytes(case), case["flops"] / seconds / 1e9
     return found
 

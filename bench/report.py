@@ -116,9 +116,23 @@ def rewrite(page: Path, text: str) -> None:
     page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
 
 
+def draw(result: dict, path: Path) -> None:
+    """The pictures beside a result's file, of what it has."""
+    if rows(result):
+        plots.draw_cases(result, path.with_suffix(".png"))
+    if grids(result):
+        plots.draw_grids(result, with_ending(path, "grid"))
+    if vocabularies(result):
+        plots.draw_vocabularies(result, with_ending(path, "vocabulary"))
+    plots.draw_roofline(result, with_ending(path, "roofline"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("raw", type=Path, nargs="+", help="files of pytest --benchmark-json, of one machine")
+    parser.add_argument("raw", type=Path, nargs="*", help="files of pytest --benchmark-json, of one machine")
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw the pictures of all results again, and nothing else"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the cases of the result that was there before")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture")
     page = HERE.parent / "docs" / "benchmarks.md"
@@ -126,6 +140,12 @@ def main() -> None:
     parser.add_argument("--no-page", action="store_true", help="leave that file as it is")
     parser.add_argument("--table-only", action="store_true", help="print the table, write nothing")
     args = parser.parse_args()
+    if args.redraw:
+        for path in sorted(args.out.glob("*.json")):
+            draw(json.loads(path.read_text()), path)
+        return
+    if not args.raw:
+        parser.error("expected files of pytest --benchmark-json, or --redraw")
     parts = [compact(json.loads(raw.read_text())) for raw in args.raw]
     path = args.out / f"{parts[-1]['machine']['slug']}.json"
     if args.keep:
@@ -139,13 +159,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    if rows(result):
-        plots.draw_cases(result, path.with_suffix(".png"))
-    if grids(result):
-        plots.draw_grids(result, with_ending(path, "grid"))
-    if vocabularies(result):
-        plots.draw_vocabularies(result, with_ending(path, "vocabulary"))
-    plots.draw_roofline(result, with_ending(path, "roofline"))
+    draw(result, path)
     console.print(f"Wrote {path.name} and its pictures in {args.out.name}/")
     if not args.no_page:
         link = Path(os.path.relpath(path, args.page.parent))
