@@ -34,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def nothing_to_prove(device: int) -> str:
     """Why, in one sentence, or nothing."""
     if not decide.is_built():
-        return "expected a build with CUDA kernels, got one without: it was built where torch or nvcc had no CUDA"
+        return (
+            "expected a build with CUDA kernels, got one without; they are built where torch has CUDA and nvcc of its "
+            "release is at hand, and REGFAST_CUDA=1 has the build say what is missing"
+        )
     if not decide.devices():
         return f"expected an NVIDIA GPU, torch {torch.__version__} finds none"
     if not 0 <= device < decide.devices():
