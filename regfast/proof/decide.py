@@ -57,10 +57,9 @@ def decide(machine: Machine) -> Decision:
         proof = store.read(identity)
     except store.NoProof as none:
         turn_on = f"{command} checks the kernels on this GPU, in a process of its own, and turns them on"
-        ignored = "an ignored file: " if none.corrupt else ""
-        return Decision(
-            [], {}, f"off: {none}; {turn_on}", f"CUDA tensors take plain PyTorch, for {ignored}{none}; {turn_on}"
-        )
+        cause = f"an ignored file: {none}" if none.corrupt else str(none)
+        warning = f"CUDA tensors take plain PyTorch, for {cause}; {turn_on}; REGFAST_CUDA_KERNELS=0 keeps this quiet"
+        return Decision([], {}, f"off: {none}; {turn_on}", warning)
     except Exception as error:  # a device that cannot even be asked for its name
         return Decision([], {}, f"off: {type(error).__name__}: {error}")
     why = f"on by the proof of {proof.date}: {', '.join(proof.proven) or 'nothing'}"

@@ -22,7 +22,9 @@ from .worker import LOST, MARK, WRONG
 # A case takes a second; the first one may compile all kernels, where the build has only PTX for the device.
 HANG_SECONDS = 150.0
 # How compute-sanitizer begins to tell of a fault; its banner, summaries and stack traces are lines with the same mark.
-_FAULT = re.compile(r"=========\s+.*(Invalid|Illegal|isaligned|hazard|overflow|exception|Uninitialized|Potential)")
+_FAULT = re.compile(
+    r"=========\s+.*(Invalid|Illegal|isaligned|hazard|overflow|exception|Uninitialized|Potential|Race reported)"
+)
 _END = object()
 
 
