@@ -127,7 +127,7 @@ def run_cases(
         worker = Worker([*command, "--start", str(start), "--without", *failed], {})
         running: tuple[int, str, str] | None = None
         try:
-            while (line := worker.line(hang_seconds)) is not None:
+            while (line := worker.line(hang_seconds if running else HANG_SECONDS)) is not None:
                 told = _told(line)
                 if told is None:
                     continue
@@ -143,7 +143,7 @@ def run_cases(
                     start, running = told["end"] + 1, None
             error = worker.ended_by()
         except queue.Empty:
-            error = f"no answer for {hang_seconds:.0f} s"
+            error = f"no answer for {hang_seconds if running else HANG_SECONDS:.0f} s"
             worker.stop()
         finally:
             worker.stop()
