@@ -14,7 +14,7 @@ export PATH := $(BIN):$(PATH)
 toml = $$(python -c 'import functools, sys, tomllib; \
 	print(*functools.reduce(dict.get, sys.argv[1:], tomllib.load(open("pyproject.toml", "rb"))))' $(1))
 
-.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench sweep lint format sdist wheel cuda gpu clean FORCE
+.PHONY: help build demo test kernels kernel cuda_on_host asan tsan fuzz bench report sweep lint types docs docs-serve docs-look format sdist wheel cuda gpu clean FORCE
 .DELETE_ON_ERROR:
 
 # What the lines that begin with #: say of the targets below them.
@@ -26,12 +26,7 @@ build: $(VENV)/built
 
 #: make demo          trains the models of examples/ beside stock PyTorch
 demo: $(VENV)/built
-	python examples/linear_regression.py
-	python examples/softmax_regression.py
-	python examples/next_token.py
-	python examples/vocab_parallel.py
-	python examples/unmodified_llama.py --steps 5
-	@echo "The pictures are in $(CURDIR)/examples/figures:" && ls examples/figures
+	python examples/demo.py
 
 # The kernels alone first: they need no torch and fail with less around them. pytest's last line closes the output.
 #: make test          builds, then the tests of the kernels and of the ops
@@ -86,6 +81,10 @@ bench: $(VENV)/built
 	pytest bench --benchmark-only --benchmark-json=build/bench.json
 	python bench/report.py build/bench.json
 
+#: make report        bench/results as one interactive page that needs nothing else, build/docs/report.html
+report: $(VENV)/built
+	python bench/page.py
+
 # SECONDS=, SEED=, CASES=, CASE= and OPS= as for fuzz, THREADS= all by default, JSON= a file for all results.
 #: make sweep         random calls of every op timed beside PyTorch's, the slowest first: SECONDS=60 SEED= THREADS= JSON=
 sweep: $(VENV)/built
@@ -99,6 +98,27 @@ lint: $(VENV)/linters
 	ruff check .
 	ruff format --check .
 	clang-format --dry-run --Werror $(CPP_FILES)
+
+# tests/typed_use.py is a user's file, with what is right and what has to be found wrong.
+#: make types         mypy --strict and pyright on the package and on a file that uses all of it
+types: $(VENV)/built $(VENV)/checkers
+	mypy --strict
+	pyright
+
+# Without network, and an error for each warning: a link to nothing, a picture that is missing, a docstring that does not parse.
+#: make docs          the documentation's site, in build/docs
+docs: report $(VENV)/writers
+	sphinx-build --fail-on-warning --keep-going --quiet -c docs . build/docs
+	@echo "The site is in $(CURDIR)/build/docs: make docs-serve shows it"
+
+#: make docs-serve    shows it at http://localhost:8000
+docs-serve: docs
+	python -m http.server --directory build/docs 8000
+
+# The browser is the system's: chromium, or another that calls itself so.
+#: make docs-look     looks at the site in a browser, on a phone and on a desk, and leaves build/screenshots
+docs-look: docs $(VENV)/looker
+	python docs/look.py
 
 #: make format        both, changing files
 format: $(VENV)/linters
@@ -163,6 +183,18 @@ $(VENV)/torch: $(VENV)/made FORCE
 
 $(VENV)/built: $(VENV)/torch setup.py pyproject.toml $(shell find csrc -type f)
 	pip install --no-build-isolation --editable '.[test,bench]'
+	touch $@
+
+$(VENV)/checkers: $(VENV)/made pyproject.toml
+	pip install $(call toml,project optional-dependencies types)
+	touch $@
+
+$(VENV)/looker: $(VENV)/made pyproject.toml
+	pip install $(call toml,project optional-dependencies look)
+	touch $@
+
+$(VENV)/writers: $(VENV)/made pyproject.toml
+	pip install $(call toml,project optional-dependencies docs)
 	touch $@
 
 $(VENV)/linters: $(VENV)/made pyproject.toml

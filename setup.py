@@ -11,11 +11,26 @@ the extension has to load first; `make asan` does.
 import glob
 import importlib.util
 import os
+import re
 import subprocess
+import sys
 
-import torch
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # it would fail on pyproject.toml's license, in many lines
+    raise SystemExit(f"regfast: expected setuptools 77 or newer to build with, got {setuptools.__version__}")
+try:
+    import torch
+except ModuleNotFoundError:
+    raise SystemExit(
+        "regfast: expected the torch that is to import regfast in the environment that builds it, got none: install "
+        "torch, then build with pip install --no-build-isolation"
+    ) from None
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+
+LEAST_TORCH = "2.11"
+REQUIRES = ["platformdirs", "rich"]  # besides torch
 
 # No -m flags: each ISA file opens its own target region, so that one binary runs everywhere.
 CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-g0", "-Wall", "-std=c++20"]
@@ -95,6 +110,18 @@ class Build(BuildExtension):
         os.replace(f"{compiled}.part", compiled)
 
 
+def metadata() -> dict:
+    """Version and requirements. What is compiled fits the torch of this environment alone, and says so in both; the
+    source distribution fits any."""
+    with open("regfast/__init__.py") as file:
+        version = re.search(r'^__version__ = "(.*)"', file.read(), re.MULTILINE)[1]
+    if not {"bdist_wheel", "dist_info", "editable_wheel"} & set(sys.argv):
+        return {"version": version, "install_requires": [f"torch>={LEAST_TORCH}", *REQUIRES]}
+    number = torch.__version__.split("+")[0]
+    device = f"cu{torch.version.cuda.replace('.', '')}" if CUDA else "cpu"
+    return {"version": f"{version}+torch{number}.{device}", "install_requires": [f"torch=={number}", *REQUIRES]}
+
+
 ROOMS = ["", "shared", "autograd", "cpu", "cpu/ops", "cpu/drivers", "cpu/isa"] + (["cuda/ops"] if CUDA else [])
 cuda_options = {}
 if CUDA:
@@ -105,6 +132,7 @@ if CUDA:
     }
 
 setup(
+    **metadata(),
     ext_modules=[
         CppExtension(
             "regfast._C",

@@ -2,7 +2,7 @@
 
 It takes the python3 that has torch, no network, and at most nine minutes on 16 cores. Each part runs in a process of
 its own, so that the failure of one does not stop the others; the exit status tells whether all of them succeeded. When
-they have, tuning.h's `proven` may list the architecture, and `gemm_kernel` what the table shows to win.
+they have, the results file is to be committed. The proof itself is what turns kernels on, machine by machine.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ SECONDS = 525  # of the nine minutes
 BENCHMARKS = 245  # of these, kept for the benchmarks whatever the proofs take
 # Where code for an architecture alone has instructions that its plain code lacks (csrc/cuda/kernels.py).
 LETTERS = {90: "90a", 100: "100a"}
+WORKER = [sys.executable, "-P", "-m", "regfast.proof.worker"]
 COLUMNS = ("unfused", "eager", "compile", "torch", "liger", "quack", "cce")  # whom gpu_cases.py compares with
-CHECKS = [sys.executable, "tests/gpu_checks.py"]
 
 
 @dataclass
@@ -55,6 +55,7 @@ class Run:
     parts: list[Part] = field(default_factory=list)
     ceilings: dict[str, float] = field(default_factory=dict)
     cases: list[dict] = field(default_factory=list)
+    proof: dict = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def part(self, name: str, command: list[str], limit: float, keep: float = 0, **environment: str) -> None:
@@ -102,6 +103,7 @@ class Run:
         result = {
             "machine": self.machine,
             "passed": passed,
+            "proof": self.proof,
             "parts": [{key: value for key, value in asdict(part).items() if value != ""} for part in self.parts],
             "ceilings": self.ceilings,
             "cases": self.cases,
@@ -130,52 +132,46 @@ def slug(name: str) -> str:
     return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
+def part_of_regfast(path: str):
+    """A module that needs nothing else of the package, which may not be built."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / "regfast" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def build(run: Run) -> None:
     command = [sys.executable, "setup.py", "build", "--build-base", "build/gpu", "--build-lib", "build/gpu/lib"]
     run.part("build", command, 240, BENCHMARKS, REGFAST_CUDA="1", PYTHONPATH="")
 
 
 def prove(run: Run) -> None:
-    """Correctness: all checks, the products by each kernel, the op tests, and compute-sanitizer.
-
-    They are a line of parts each, and the lines run at once, since none of them is timed."""
-    hopper = run.machine["architecture"] == 90
-    lines = [[("checks", CHECKS, 150, {})], []]
-    for kernel in ["sm80", "sm90"] if hopper else ["sm80"]:
-        names = ["linear", "same_bits", "no_synchronisation", "graph_capture", "streams"]
-        lines[1].append((f"checks of gemm_{kernel}", [*CHECKS, *names], 75, {"REGFAST_CUDA_GEMM": kernel}))
-
+    """Correctness: `python -m regfast prove` by itself, since it times kernels too; then the op tests and
+    compute-sanitizer's racecheck at once."""
+    run.part("prove", [sys.executable, "-P", "-m", "regfast", "prove"], 150, BENCHMARKS, REGFAST_CUDA_KERNELS="")
+    for path in Path(run.environment["REGFAST_PROOFS"]).glob("*.json"):
+        run.proof = json.loads(path.read_text())
+    lines = []
     if all(importlib.util.find_spec(name) for name in ("pytest", "hypothesis")):
         subjects = ("linear", "softmax", "cross_entropy", "cross_entropy_outputs", "cross_entropy_semantics", "mse")
         subjects += ("linear_cross_entropy_cuda", "linear_nll_cuda")
         only = ["-k", "cuda and not cuda_on_host", "-m", "not slow", "--maxfail=20", "--tb=short"]
         only += ["-n", "4"] if importlib.util.find_spec("xdist") else []
         pytest = [sys.executable, "-P", "-m", "pytest", "-q", *only, *(f"tests/test_{name}.py" for name in subjects)]
-        lines.append([("op tests", pytest, 150, {"REGFAST_CUDA_GEMM": "sm80"})])
+        lines.append(("op tests", pytest, 150, {"REGFAST_CUDA_GEMM": "sm80"}))
     else:
-        print("\nThe op tests need pytest and hypothesis; gpu_checks.py has covered the ops without them.")
-
-    toolkit = os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
-    # Only our own kernels are looked at, and no calls of the driver: others' faults are not ours to find.
-    tools = {"memcheck": ["--report-api-errors", "no"], "racecheck": []} if sanitizer else {}
-    for tool, options in tools.items():
-        command = [sanitizer, "--tool", tool, *options, "--kernel-regex", "kns=_ZN2rf4cuda", "--error-exitcode", "1"]
-        command += [*CHECKS, "--small"]
-        # Without torch's cache each tensor is an allocation, so that what lies beyond it is nobody's.
-        of = {"REGFAST_CUDA_GEMM": "sm80", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        line = [(tool, [*command, "softmax", "cross_entropy", "linear", "mse_loss"], 150, of)]
-        if hopper:
-            line.append((f"{tool} of gemm_sm90", [*command, "linear"], 75, {**of, "REGFAST_CUDA_GEMM": "sm90"}))
-        lines.append(line)
-    if not sanitizer:
+        print("\nThe op tests need pytest and hypothesis; prove has covered the ops without them.")
+    if prefix := part_of_regfast("proof/sanitizer.py").sanitizer_prefix("racecheck"):
+        command = [*prefix, *WORKER, "cases", "--small", "--without-canaries"]
+        lines.append(("racecheck", command, 200, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+    else:
         print("\ncompute-sanitizer is not installed: memcheck and racecheck are left out.")
 
-    def follow(line: list[tuple]) -> None:
-        for name, command, limit, environment in line:
-            run.part(name, command, limit, BENCHMARKS, **environment)
+    def follow(line: tuple) -> None:
+        name, command, limit, environment = line
+        run.part(name, command, limit, BENCHMARKS, **environment)
 
-    with ThreadPoolExecutor(len(lines)) as pool:
+    with ThreadPoolExecutor(max(1, len(lines))) as pool:
         list(pool.map(follow, lines))
 
 
@@ -223,28 +219,8 @@ def rows(cases: list[dict]) -> list[list[str]]:
     ]
 
 
-def print_table(title: str, header: list[str], lines: list[list[str]]) -> None:
-    """By rich if it is installed, else in plain columns."""
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
-        print(f"\n{title}")
-        for line in [header, *lines]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
-        return
-    table = Table(title=title, title_justify="left")
-    for i, name in enumerate(header):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for line in lines:
-        table.add_row(*line)
-    console = Console()
-    console.width = max(console.width, 150)  # the table needs it, in a pipe too
-    console.print(table)
-
-
 def report(run: Run) -> None:
+    print_table = part_of_regfast("cli/table.py").print_table
     measured = ", ".join(f"{name} {value:.4g}" for name, value in run.ceilings.items())
     print_table("Parts", ["part", "ok", "seconds", "last line"], [
         [part.name, "yes" if part.ok else "NO", f"{part.seconds:.0f}", part.detail] for part in run.parts
@@ -288,6 +264,7 @@ def main() -> int:
         {
             "PYTHONPATH": str(BUILD / "lib"),
             "REGFAST_CUDA_KERNELS": "1",
+            "REGFAST_PROOFS": str(BUILD / "proofs"),
             "REGFAST_CUDA_ARCHS": LETTERS.get(arch, str(arch)),
         },
     )

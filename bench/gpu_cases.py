@@ -1,4 +1,4 @@
-"""What is timed on a GPU, against whom, and how: CUDA events around single calls, with the caches emptied before each.
+"""What is timed on a GPU beyond what `python -m regfast prove` times: more shapes, more dtypes, compilers and peers.
 
 gpu.py runs it, once for the kernels of rows and once for each matrix product, which REGFAST_CUDA_GEMM chooses:
 
@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import regfast
+from regfast.proof.timing import Clock, bounds, ceilings, preparation, ratios
 
 GIB = 1 << 30
 
@@ -56,70 +57,6 @@ class Case:
         return "tf32" if self.tf32 else {torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
 
 
-class Clock:
-    """Times calls one at a time: an L2 cache of other data, then an event, the call, an event."""
-
-    def __init__(self):
-        size = torch.cuda.get_device_properties(0).L2_cache_size
-        self.other = torch.zeros(max(4 * size, 64 << 20) // 4, dtype=torch.float32, device="cuda")
-
-    def once(self, prepare: Callable[[], Callable]) -> float:
-        """Seconds of what prepare() returns."""
-        call = prepare()
-        self.other.sum()  # read and not written: what the cache has still to write would be on the clock
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        # Half a millisecond and more, in which the host runs ahead: the device is not to wait between the events.
-        torch.cuda._sleep(1_000_000)
-        start.record()
-        result = call()
-        end.record()
-        end.synchronize()
-        del result
-        return start.elapsed_time(end) / 1e3
-
-    def interleaved(self, calls: dict[str, Callable], rounds: int = 25, seconds: float = 1.5) -> dict[str, list[float]]:
-        """Samples of all calls in turn, in rotating order; three rounds at least, more while there is time."""
-        for prepare in calls.values():  # loads, compiles, allocates
-            self.once(prepare)
-            self.once(prepare)
-        samples = {name: [] for name in calls}
-        names, begin = list(calls), time.perf_counter()
-        for i in range(rounds):
-            if i >= 3 and time.perf_counter() - begin > seconds:
-                break
-            for name in names[i % len(names) :] + names[: i % len(names)]:
-                samples[name].append(self.once(calls[name]))
-        return samples
-
-
-def preparation(fn: Callable, tensors: list[torch.Tensor], mode: str) -> Callable:
-    """For Clock.once: what goes before the clock starts, and returns what is timed."""
-    leaves = [t for t in tensors if t.requires_grad]
-    if mode == "fwd":
-        constants = [t.detach() for t in tensors]
-        return lambda: lambda: fn(*constants)
-
-    def clear():
-        for leaf in leaves:
-            leaf.grad = None
-
-    # A loss has its usual implicit gradient of 1; other outputs a random one.
-    out = fn(*tensors)
-    upstream = None if out.dim() == 0 else torch.randn_like(out)
-    del out
-
-    def both():
-        clear()
-        return lambda: fn(*tensors).backward(upstream)
-
-    def backward():
-        clear()
-        out = fn(*tensors)
-        return lambda: out.backward(upstream)
-
-    return both if mode == "fwd_bwd" else backward
-
-
 def peak_mib(prepare: Callable[[], Callable]) -> float:
     """The most that a call has of PyTorch's allocator at one time, its results included."""
     call = prepare()
@@ -129,31 +66,6 @@ def peak_mib(prepare: Callable[[], Callable]) -> float:
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
-
-
-def ceilings(clock: Clock) -> dict[str, float]:
-    """Measured here: bytes per second of a copy and of a read, products per second of PyTorch's GEMM."""
-
-    def seconds(fn: Callable, *tensors: torch.Tensor) -> float:
-        return statistics.median(clock.once(lambda: lambda: fn(*tensors)) for _ in range(12))
-
-    source = torch.ones(GIB // 4, device="cuda")
-    target = torch.empty_like(source)
-    found = {
-        "copy_gb_s": 2 * source.nbytes / seconds(target.copy_, source) / 1e9,
-        "read_gb_s": source.nbytes / seconds(torch.sum, source) / 1e9,
-    }
-    del source, target
-    for name, dtype, n in (
-        ("bf16", torch.bfloat16, 8192),
-        ("tf32", torch.float32, 8192),
-        ("fp32", torch.float32, 4096),
-    ):
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-        x, y = (torch.randn(n, n, device="cuda").to(dtype) for _ in range(2))
-        found[f"gemm_{name}_tflop_s"] = 2 * n**3 / seconds(torch.mm, x, y) / 1e12
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return found
 
 
 # Peers, each where it is installed: from the name of a package and of a function in it to one that is called as ours.
@@ -328,17 +240,9 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
             print(f"  {case.name}: {name} does not take part: {failures[name]}", flush=True)
     samples = clock.interleaved(calls)
     median = {name: statistics.median(values) for name, values in samples.items()}
-    mine = samples["regfast"]
-    ratio = {
-        name: statistics.median(a / b for a, b in zip(values, mine, strict=True))
-        for name, values in samples.items()
-        if name != "regfast"
-    }
-    rate = "read_gb_s" if case.mode == "fwd" and case.op == "cross_entropy" else "copy_gb_s"
-    bounds = {rate: case.bytes / limits[rate] / 1e9}
-    if case.flops:
-        bounds[f"gemm_{case.arithmetic}"] = case.flops / limits[f"gemm_{case.arithmetic}_tflop_s"] / 1e12
-    bound = max(bounds, key=bounds.get)
+    reads_only = case.mode == "fwd" and case.op == "cross_entropy"
+    least = bounds(limits, case.bytes, case.flops, case.arithmetic, reads_only)
+    bound = max(least, key=least.get)
     memory = {"peak_mib": {name: peak_mib(prepare) for name, prepare in calls.items()}} if case.memory else {}
     return {
         "name": case.name,
@@ -347,9 +251,9 @@ def measure(case: Case, clock: Clock, limits: dict[str, float]) -> dict:
         "mode": case.mode,
         "formula": case.formula,
         "median_s": median,
-        "ratio": ratio,
+        "ratio": ratios(samples),
         "bound": bound,
-        "share": bounds[bound] / median["regfast"],
+        "share": least[bound] / median["regfast"],
         "gemm": os.environ.get("REGFAST_CUDA_GEMM", "auto") if case.flops else "",
         **memory,
         "failures": failures,

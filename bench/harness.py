@@ -62,7 +62,7 @@ class Case:
     memory: bool = False
     vocabulary: bool = False  # a point of the curves of time and memory over V
     peak: bool = False  # its peak of memory is measured
-    headline: bool = False  # a row of README.md's table
+    headline: bool = False  # a row of the table of docs/benchmarks.md
     quick: bool = False
     cold: bool = False
     grid: bool = False  # a square of the heat maps instead of a row of the tables

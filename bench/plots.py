@@ -22,21 +22,21 @@ COLORS = {"eager": EAGER, "chunked": CHUNKED, "regfast": OURS}
 def draw_grids(result: dict, path: Path) -> None:
     """A heat map for each kind of call: red where regfast is slower, blue where it is faster."""
     found = grids(result)
-    columns = 2
-    down = -(-len(found) // columns)
-    figure, every = plt.subplots(down, columns, figsize=(13, 2.9 * down), layout="constrained", squeeze=False)
-    for axes in every.flat[len(found) :]:
-        axes.axis("off")
-    for axes, grid in zip(every.flat, found, strict=False):
+    places = [[i, min(i + 1, len(found) - 1)] for i in range(0, len(found), 2)]  # the last of an odd number is wide
+    figure, every = plt.subplot_mosaic(places, figsize=(13, 2.9 * len(places)), layout="constrained")
+    for i, grid in enumerate(found):
+        axes = every[i]
         rows = sorted({n for n, _, _ in grid.ratio})
         layers = list(dict.fromkeys((d, v) for _, d, v in grid.ratio))
         values = [[math.log2(grid.ratio.get((n, *layer), math.nan)) for layer in layers] for n in rows]
-        axes.imshow(values, cmap="RdBu", vmin=-1, vmax=1, aspect="auto")  # from half the speed to twice
+        # From half the speed to twice at least, white where both are level.
+        most = max(1.0, *(abs(math.log2(ratio)) for ratio in grid.ratio.values()))
+        axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         for y, n in enumerate(rows):
             for x, layer in enumerate(layers):
                 if (n, *layer) in grid.ratio:
                     ratio, share = grid.ratio[n, *layer], grid.share[n, *layer]
-                    color = "white" if abs(math.log2(ratio)) > 0.7 else "black"
+                    color = "white" if abs(math.log2(ratio)) > 0.7 * most else "black"
                     axes.text(x, y, f"{ratio:.2f}x\n{share:.0%}", ha="center", va="center", fontsize=8, color=color)
         axes.set_xticks(range(len(layers)), [f"{d} to {v}" for d, v in layers], fontsize=8)
         axes.set_yticks(range(len(rows)), rows, fontsize=8)
@@ -57,16 +57,18 @@ def draw_roofline(result: dict, path: Path) -> None:
         moved = case["bytes_read"] + case["bytes_written"]
         if not case["flops"] or not moved:
             continue
+        at = case["flops"] / moved, case["flops"] / case["median_s"]["regfast"] / 1e9
+        if at[1] < min(peak, at[0] * min(rates.values())) / 100:  # what a call costs, not what a kernel does
+            continue
         kind = ", ".join(filter(None, [case["op"], MODES[case["mode"]], DTYPES[case["dtype"]]]))
-        groups.setdefault(kind, []).append((case["flops"] / moved, case["flops"] / case["median_s"]["regfast"] / 1e9))
+        groups.setdefault(kind, []).append(at)
     span = [x for points in groups.values() for x, _ in points]
     low, high = min(span) / 2, max(span) * 2
-    for level, rate in rates.items():
-        ridge = peak / rate
-        axes.plot([low, ridge], [low * rate, peak], color="grey", linewidth=1)
-        axes.text(low * 1.05, low * rate * 1.15, f"{level}, {rate:.0f} GB/s", fontsize=7, color="grey")
-    axes.plot([peak / max(rates.values()), high], [peak, peak], color="black", linewidth=1)
-    axes.text(high, peak * 1.05, f"float32 FMA, {peak:.0f} GFLOP/s", fontsize=7, ha="right")
+    for (level, rate), style in zip(rates.items(), (":", "--", "-"), strict=False):
+        ends = [low, peak / rate], [low * rate, peak]
+        axes.plot(*ends, color="grey", linewidth=1, linestyle=style, label=f"{level}, {rate:.0f} GB/s")
+    roof = [peak / max(rates.values()), high], [peak, peak]
+    axes.plot(*roof, color="black", linewidth=1, label=f"float32 FMA, {peak:.0f} GFLOP/s")
     for marker, (kind, points) in zip(itertools.cycle("osD^v<>Pp*X"), groups.items(), strict=False):
         axes.scatter(*zip(*points, strict=True), marker=marker, s=24, alpha=0.7, label=kind)
     axes.set_xscale("log")
@@ -74,7 +76,7 @@ def draw_roofline(result: dict, path: Path) -> None:
     axes.set_xlim(low, high)
     axes.set_xlabel("FLOPs per byte that must be moved")
     axes.set_ylabel("GFLOP/s")
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside right upper")
     axes.set_title(f"regfast on {machine['cpu']}, {machine['threads']} threads, {machine['isa']}", fontsize=11)
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -131,7 +133,8 @@ def draw_cases(result: dict, path: Path) -> None:
     axes.set_ylim(-0.6, len(found) - 0.4)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel("time of PyTorch / time of regfast (right of 1: regfast is faster)")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in BASELINES.values()]
+    shown = [style for field, style in BASELINES.items() if any(getattr(row, field) for row in found)]
+    handles = [plt.Rectangle((0, 0), 1, 1, color=color, label=name) for name, color in shown]
     machine = result["machine"]
     title = f"regfast on {machine['cpu']}, {machine['threads']} threads, {machine['isa']}"
     figure.suptitle(title, fontsize=11, x=0.02, ha="left")

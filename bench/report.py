@@ -1,7 +1,8 @@
-"""Turns pytest-benchmark's JSON into bench/results/<machine>.json, tables, pictures and README.md's table."""
+"""Turns pytest-benchmark's JSON into bench/results/<machine>.json, its pictures and the table of docs/benchmarks.md."""
 
 import argparse
 import json
+import os
 import statistics
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def grid_lines(result: dict) -> list[str]:
 
 
 def markdown(result: dict, picture: Path) -> str:
-    """README.md's part: the headline cases, how to read them, the picture of all cases."""
+    """The page's part: the headline cases, how to read them, the picture of all cases."""
     lines = [
         f"Measured on {machine_line(result)} ({result['date']}).",
         "",
@@ -106,24 +107,45 @@ def with_ending(path: Path, ending: str) -> Path:
     return path.with_name(f"{path.stem}-{ending}.png")
 
 
-def rewrite(readme: Path, text: str) -> None:
+def rewrite(page: Path, text: str) -> None:
     """Replaces what stands between the two markers."""
-    old = readme.read_text()
+    old = page.read_text()
     if BEGIN not in old or END not in old:
-        raise SystemExit(f"{readme}: the markers {BEGIN} and {END} are missing")
+        raise SystemExit(f"{page}: the markers {BEGIN} and {END} are missing")
     head, rest = old.split(BEGIN, 1)
-    readme.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+    page.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END, 1)[1]}")
+
+
+def draw(result: dict, path: Path) -> None:
+    """The pictures beside a result's file, of what it has."""
+    if rows(result):
+        plots.draw_cases(result, path.with_suffix(".png"))
+    if grids(result):
+        plots.draw_grids(result, with_ending(path, "grid"))
+    if vocabularies(result):
+        plots.draw_vocabularies(result, with_ending(path, "vocabulary"))
+    plots.draw_roofline(result, with_ending(path, "roofline"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("raw", type=Path, nargs="+", help="files of pytest --benchmark-json, of one machine")
+    parser.add_argument("raw", type=Path, nargs="*", help="files of pytest --benchmark-json, of one machine")
+    parser.add_argument(
+        "--redraw", action="store_true", help="draw the pictures of all results again, and nothing else"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the cases of the result that was there before")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the picture")
-    parser.add_argument("--readme", type=Path, default=HERE.parent / "README.md", help="file whose table is rewritten")
-    parser.add_argument("--no-readme", action="store_true", help="leave README.md as it is")
+    page = HERE.parent / "docs" / "benchmarks.md"
+    parser.add_argument("--page", type=Path, default=page, help="file whose table is rewritten")
+    parser.add_argument("--no-page", action="store_true", help="leave that file as it is")
     parser.add_argument("--table-only", action="store_true", help="print the table, write nothing")
     args = parser.parse_args()
+    if args.redraw:
+        for path in sorted(args.out.glob("*.json")):
+            draw(json.loads(path.read_text()), path)
+        return
+    if not args.raw:
+        parser.error("expected files of pytest --benchmark-json, or --redraw")
     parts = [compact(json.loads(raw.read_text())) for raw in args.raw]
     path = args.out / f"{parts[-1]['machine']['slug']}.json"
     if args.keep:
@@ -137,20 +159,12 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
-    if rows(result):
-        plots.draw_cases(result, path.with_suffix(".png"))
-    if grids(result):
-        plots.draw_grids(result, with_ending(path, "grid"))
-    if vocabularies(result):
-        plots.draw_vocabularies(result, with_ending(path, "vocabulary"))
-    plots.draw_roofline(result, with_ending(path, "roofline"))
+    draw(result, path)
     console.print(f"Wrote {path.name} and its pictures in {args.out.name}/")
-    if not args.no_readme:
-        root = args.readme.resolve().parent
-        picture = path.resolve()
-        link = picture.relative_to(root) if picture.is_relative_to(root) else Path(picture.name)
-        rewrite(args.readme, markdown(result, link))
-        console.print(f"Rewrote the table in {args.readme.name}")
+    if not args.no_page:
+        link = Path(os.path.relpath(path, args.page.parent))
+        rewrite(args.page, markdown(result, link))
+        console.print(f"Rewrote the table in {args.page.name}")
 
 
 if __name__ == "__main__":

@@ -84,6 +84,16 @@ void ask_about_subclasses(pybind11::function answer) {
   };
 }
 
+// Keeps the function that is asked about a CUDA device when its first tensor comes, and then calls use_cuda_kernels.
+void ask_about_cuda_kernels(pybind11::function answer) {
+  static pybind11::function& kept = *new pybind11::function;
+  kept = std::move(answer);
+  rf::ask_about_cuda_kernels = [](int device) {
+    pybind11::gil_scoped_acquire gil;
+    kept(device);
+  };
+}
+
 pybind11::dict memory_stats() {
   const rf::LargeBuffers now = rf::large_buffers();
   pybind11::dict stats;
@@ -108,6 +118,11 @@ PYBIND11_MODULE(_C, m) {
   m.attr("ACTIVATIONS") = names(rf::kActivationNames);
   m.attr("FAMILIES") = names(rf::kFamilyNames);
   m.def("ask_about_subclasses", ask_about_subclasses);
+  m.attr("CUDA_OPS") = names(rf::kCudaOps);
+  m.def("ask_about_cuda_kernels", ask_about_cuda_kernels);
+  m.def("use_cuda_kernels", rf::use_cuda_kernels, pybind11::arg("device"), pybind11::arg("ops"),
+        pybind11::arg("choices"), "From now on these ops' kernels are in use on a CUDA device, and no others.");
+  m.def("cuda_kernels_in_use", rf::cuda_kernels_in_use, pybind11::arg("op"), pybind11::arg("device"));
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
   m.def("memory_stats", memory_stats);

@@ -9,6 +9,7 @@ from .linear import Linear, LinearActivation, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss, Plan, linear_cross_entropy, linear_cross_entropy_plan
 from .linear_nll import LinearNLLLoss, linear_mse_loss, linear_nll
 from .mse_loss import MSELoss, mse_loss
+from .outputs import CrossEntropyOutput
 from .phm_linear import PHMLinear, phm_linear
 from .replace import Replacement, replace
 from .softmax import log_softmax, logsumexp, softmax
@@ -16,6 +17,7 @@ from .softmax import log_softmax, logsumexp, softmax
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
+    "CrossEntropyOutput",
     "LazyHead",
     "LazyLogits",
     "Linear",

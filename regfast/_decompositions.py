@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -21,12 +22,12 @@ _FRONT = (
 )
 
 
-def _decomposition(op: torch._ops.OpOverload, composite: torch._ops.OpOverload) -> Callable:
+def _decomposition(op: torch._ops.OpOverload, composite: torch._ops.OpOverload) -> Callable[..., Any]:
     """The composite of an op, by the arguments that it has: those about memory and speed it has not."""
     names = [argument.name for argument in op._schema.arguments]
     taken = {argument.name for argument in composite._schema.arguments}
 
-    def decompose(*args, **kwargs):
+    def decompose(*args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False)) | kwargs
         return composite(**{name: value for name, value in given.items() if name in taken})
 

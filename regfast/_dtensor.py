@@ -10,8 +10,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -29,20 +31,20 @@ def is_dtensor(t: object) -> bool:
     return isinstance(t, module.DTensor)
 
 
-def is_sharded(t: object) -> bool:
+def is_sharded(t: Any) -> bool:
     """Whether it is a DTensor of which each process has a part."""
     return is_dtensor(t) and any(p.is_shard() for p in t.placements)
 
 
-def _rules() -> dict[str, Callable]:
+def _rules() -> dict[str, Callable[..., Any]]:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     whole, part = Replicate(), Partial()
 
-    def linear_forward(input, weight, bias, activation, save_preactivation) -> Iterator:
+    def linear_forward(input: Any, weight: Any, bias: Any, activation: Any, save_preactivation: Any) -> Iterator[Any]:
         last = input.ndim - 1
 
-        def rule(y, x, w, b):
+        def rule(y: Any, x: Any, w: Any, b: Any) -> Any:
             return [y, y if save_preactivation else whole], [x, w, b]
 
         yield rule(Shard(last), whole, Shard(0), Shard(0))
@@ -51,10 +53,10 @@ def _rules() -> dict[str, Callable]:
         if activation == "none":
             yield [part, whole], [Shard(last), Shard(1), part]
 
-    def linear_backward(grad, input, weight, saved, activation, mask) -> Iterator:
+    def linear_backward(grad: Any, input: Any, weight: Any, saved: Any, activation: Any, mask: Any) -> Iterator[Any]:
         last = grad.ndim - 1
 
-        def rule(dx, dw, db, g, x, w):
+        def rule(dx: Any, dw: Any, db: Any, g: Any, x: Any, w: Any) -> Any:
             outputs = [p if wanted else whole for p, wanted in zip((dx, dw, db), mask, strict=True)]
             return outputs, [g, x, w, g]
 
@@ -63,54 +65,77 @@ def _rules() -> dict[str, Callable]:
         for dim in range(last):
             yield rule(Shard(dim), part, part, Shard(dim), Shard(dim), whole)
 
-    def others(tensor, dim) -> Iterator:
+    def others(tensor: Any, dim: Any) -> Iterator[Any]:
         """The dimensions but this one, and where they are once it was reduced."""
         dim = dim % max(tensor.ndim, 1)
         for kept in range(tensor.ndim):
             if kept != dim:
                 yield Shard(kept), Shard(kept - (kept > dim))
 
-    def softmax_forward(input, dim, log) -> Iterator:
+    def softmax_forward(input: Any, dim: Any, log: Any) -> Iterator[Any]:
         for kept, _ in others(input, dim):
             yield [kept], [kept]
 
-    def softmax_backward(grad, output, dim, log) -> Iterator:
+    def softmax_backward(grad: Any, output: Any, dim: Any, log: Any) -> Iterator[Any]:
         for kept, _ in others(output, dim):
             yield [kept], [kept, kept]
 
-    def logsumexp_forward(input, dim, keepdim) -> Iterator:
+    def logsumexp_forward(input: Any, dim: Any, keepdim: Any) -> Iterator[Any]:
         for kept, reduced in others(input, dim):
             yield [kept if keepdim else reduced], [kept]
 
-    def logsumexp_backward(grad, input, lse, dim) -> Iterator:
+    def logsumexp_backward(grad: Any, input: Any, lse: Any, dim: Any) -> Iterator[Any]:
         for kept, reduced in others(input, dim):
             yield (
                 [kept],
                 [kept if grad.ndim == input.ndim else reduced, kept, kept if lse.ndim == input.ndim else reduced],
             )
 
-    def mse_loss_forward(input, target, reduction) -> Iterator:
+    def mse_loss_forward(input: Any, target: Any, reduction: Any) -> Iterator[Any]:
         for dim in range(input.ndim if reduction != _MEAN else 0):
             yield [Shard(dim) if reduction == _NONE else part], [Shard(dim), Shard(dim)]
 
-    def mse_loss_backward(grad, input, target, reduction, mask) -> Iterator:
+    def mse_loss_backward(grad: Any, input: Any, target: Any, reduction: Any, mask: Any) -> Iterator[Any]:
         for dim in range(input.ndim if reduction != _MEAN else 0):
             outputs = [Shard(dim) if wanted else whole for wanted in mask]
             yield outputs, [Shard(dim) if reduction == _NONE else whole, Shard(dim), Shard(dim)]
 
-    def rows_shard(input) -> bool:
+    def rows_shard(input: Any) -> bool:
         # Statistics of rows have one dimension for all of them, whose shards are those of input's rows if these are
         # of one position each.
         return input.ndim == 2
 
-    def cross_entropy_forward(input, target, weight, ignore, reduction, smoothing, z_loss, cap, scale, outputs, dtype):
+    def cross_entropy_forward(
+        input: Any,
+        target: Any,
+        weight: Any,
+        ignore: Any,
+        reduction: Any,
+        smoothing: Any,
+        z_loss: Any,
+        cap: Any,
+        scale: Any,
+        outputs: Any,
+        dtype: Any,
+    ) -> Any:
         if reduction != _MEAN and rows_shard(input):
-            each = [Shard(0)] * (outputs.bit_count())
+            each: list[Any] = [Shard(0)] * (outputs.bit_count())
             if outputs & 1 and reduction == _SUM:
                 each[0] = part
             yield [*each, Shard(1), part], [Shard(0), Shard(0), whole]
 
-    def cross_entropy_backward(loss, lse, entropy, logprob, input, target, weight, stats, weight_sum, *options):
+    def cross_entropy_backward(
+        loss: Any,
+        lse: Any,
+        entropy: Any,
+        logprob: Any,
+        input: Any,
+        target: Any,
+        weight: Any,
+        stats: Any,
+        weight_sum: Any,
+        *options: Any,
+    ) -> Any:
         reduction, mask = options[1], options[-1]
         if reduction != _MEAN and rows_shard(input):
             row = Shard(0)
@@ -125,7 +150,7 @@ def _register() -> None:
     from torch.distributed.tensor._op_schema import OpStrategy, RuntimeSchemaInfo
     from torch.distributed.tensor._ops.utils import expand_to_full_mesh_op_strategy
 
-    def strategy(rule: Callable, schema) -> OpStrategy:
+    def strategy(rule: Callable[..., Any], schema: Any) -> OpStrategy:
         arguments = [a.strategies[0].output_spec if isinstance(a, OpStrategy) else a for a in schema.args_schema]
         given = [a is not arguments[i] for i, a in enumerate(schema.args_schema)]
         rules = list(rule(*arguments))
@@ -142,12 +167,12 @@ def _register() -> None:
         # All arguments are part of what a strategy is remembered for.
         DTensor._op_dispatcher.sharding_propagator.register_op_strategy(
             getattr(torch.ops.regfast, name).default,
-            lambda schema, rule=rule: strategy(rule, schema),
+            partial(strategy, rule),
             RuntimeSchemaInfo(0, needs_pytree=True),
         )
 
 
-def _outputs(op: torch._ops.OpOverload, arguments: list) -> int:
+def _outputs(op: torch._ops.OpOverload, arguments: list[Any]) -> int:
     """How many tensors an op returns; cross_entropy's are one for each bit, then two of its own."""
     if op is torch.ops.regfast.cross_entropy_forward.default:
         return arguments[9].bit_count() + 2
@@ -165,14 +190,14 @@ def _register_or_warn() -> None:
 class _WhenImported(MetaPathFinder):
     """Registers the rules as soon as the module has been imported by someone."""
 
-    def find_spec(self, name, path, target=None):
+    def find_spec(self, name: Any, path: Any, target: Any = None) -> Any:
         if name != _MODULE:
             return None
         sys.meta_path.remove(self)
-        spec = find_spec(name)
+        spec: Any = find_spec(name)
         execute = spec.loader.exec_module
 
-        def exec_module(module):
+        def exec_module(module: Any) -> None:
             execute(module)
             _register_or_warn()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,12 +13,19 @@ from torch.overrides import handle_torch_function, has_torch_function
 try:
     from . import _C
 except ImportError as error:
+    here = Path(__file__).parent
+    if not any(here.glob("_C.*so")) and (here.parent / "setup.py").exists():
+        raise ImportError(
+            f"regfast: expected an installed package, got its sources in {here.parent}, where nothing is built: start "
+            "Python elsewhere, or build there with: pip install --no-build-isolation --editable ."
+        ) from None
     raise ImportError(
         f"regfast: its extension does not load with torch {torch.__version__} ({error}); "
         "build it against this torch with: pip install --no-build-isolation ."
     ) from error
 
 from . import _paths, reference
+from .proof import decide
 
 _built, _running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
 if _built != _running:
@@ -28,9 +37,31 @@ if _built != _running:
 _paths.print_if_asked()
 isa = _C.isa
 isas = _C.isas
-build_info = _C.build_info
 
 
+class BuildInfo(TypedDict):
+    """What build_info() tells."""
+
+    torch: str
+    compiler: str
+    cxx_standard: int
+    isas: list[str]
+    isa: str
+    linear: dict[str, str]  # who multiplies, by dtype
+    cuda: bool
+    cuda_kernels: dict[str, str]  # by device: which CUDA kernels are in use there, and why
+
+
+def build_info() -> BuildInfo:
+    """What was built, against which torch, and what runs here; of each GPU which kernels are in use, and why."""
+    return {**_C.build_info(), "cuda_kernels": decide.state()}
+
+
+decide.forced()  # what is wrong with the variable is said here, not by the first op
+_C.ask_about_cuda_kernels(decide.answer)
+
+
+R = TypeVar("R")
 REDUCTION_NUMBERS = {name: number for number, name in enumerate(reference.REDUCTIONS)}
 
 
@@ -60,8 +91,12 @@ def not_a_tensor(op: str, **arguments: object) -> TypeError:
 
 
 def without_tensors(
-    function: Callable, required: dict[str, object], optional: dict[str, object], *arguments: object, **options: object
-) -> object:
+    function: Callable[..., R],
+    required: Mapping[str, object],
+    optional: Mapping[str, object],
+    *arguments: object,
+    **options: object,
+) -> R:
     """A call where not all arguments of these names are tensors; optional ones may be None. Those that have a
     ``__torch_function__`` (proxies of torch.fx, duck types) decide what comes of the call, as in torch; otherwise it is
     an error. Subclasses of Tensor do not come here: the op asks them."""
@@ -87,7 +122,7 @@ def _composite_softmax(input: Tensor, dim: int, log: bool) -> Tensor:
 def _with_names(composite: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
     """An op's composite by a function of the reference, which wants the names that the op's outputs have as bits."""
 
-    def call(*arguments) -> list[Tensor]:
+    def call(*arguments: Any) -> list[Tensor]:
         *others, bits, loss_dtype = arguments
         return composite(*others, [name for bit, name in enumerate(reference.OUTPUTS) if bits >> bit & 1], loss_dtype)
 

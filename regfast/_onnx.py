@@ -5,6 +5,7 @@ The other exporter decomposes them by itself, losses too (_decompositions.py).""
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 OPSET = 13  # from here on, softmax has torch's meaning; later opsets take the same functions
 
@@ -24,16 +25,16 @@ def register() -> None:
     }
 
     @symbolic_helper.parse_args("v", "v", "v", "s")
-    def linear(graph, input, weight, bias, activation):
+    def linear(graph: Any, input: Any, weight: Any, bias: Any, activation: str) -> Any:
         output = symbolic_opset9.linear(graph, input, weight, bias)
         return output if activation == "none" else activations[activation](graph, output)
 
     @symbolic_helper.parse_args("v", "i", "b")
-    def softmax(graph, input, dim, log):
+    def softmax(graph: Any, input: Any, dim: int, log: bool) -> Any:
         return (symbolic_opset13.log_softmax if log else symbolic_opset13.softmax)(graph, input, dim)
 
     @symbolic_helper.parse_args("v", "i", "b")
-    def logsumexp(graph, input, dim, keepdim):
+    def logsumexp(graph: Any, input: Any, dim: int, keepdim: bool) -> Any:
         return symbolic_opset9.logsumexp(graph, input, [dim], int(keepdim))
 
     for function in (linear, softmax, logsumexp):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Call(NamedTuple):
 
 
 @contextmanager
-def recorded(*modules) -> Iterator[list[Call]]:
+def recorded(*modules: Any) -> Iterator[list[Call]]:
     """A list that holds, once the block has ended, the calls that were made meanwhile, on all threads.
 
     Each of the modules, by default the extension alone, has records of its own.

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import FunctionType, MethodDescriptorType, ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch.overrides import (
 )
 from torch.utils._device import DeviceContext
 
-from ._extension import build_info
+from . import _C
 from .cross_entropy import cross_entropy
 from .linear import linear
 from .linear_cross_entropy import linear_cross_entropy
@@ -47,7 +48,7 @@ LINEAR_CROSS_ENTROPY = {_F32: 1 << 12, _F64: 1 << 12, _BF16: 1 << 12, _F16: 1 <<
 # times ours until the product is large, as in the table of csrc/cpu/tuning.h. float32 on AMD (Zen 3): 1.2x of 2^33,
 # while models of small layers lost 12%. float64: 0.3 to 1.1x of MKL's.
 _PRODUCTS = {_F32: (1 << 30, 0), _BF16: (1 << 12, 1 << 19), _F16: (1 << 12, 1 << 19)}
-_OURS_ALONE = {getattr(torch, name) for name, by in build_info()["linear"].items() if by == "regfast"}
+_OURS_ALONE = {getattr(torch, name) for name, by in _C.build_info()["linear"].items() if by == "regfast"}
 # Half types that this CPU has instructions for, by which torch's library multiplies several times as fast as float32.
 FAST_HALF = {dtype for dtype in (_BF16, _F16) if dtype not in _OURS_ALONE}
 LINEAR = {
@@ -101,7 +102,7 @@ def _wins(input: Tensor, least: dict[torch.dtype, int], elements: int) -> bool:
     return enough is not None and elements >= enough
 
 
-def _asks(torchs: Callable) -> Callable:
+def _asks(torchs: Callable[..., Any]) -> Callable[..., Any]:
     """torch's function for what answers functions itself (subclasses, modes, proxies). Methods of tensors and Python
     functions of torch look themselves up by their names, which would be ours, to pass themselves on; they pass on
     themselves here."""
@@ -119,9 +120,9 @@ def _asks(torchs: Callable) -> Callable:
 # is left to torch pays for every step before it.
 
 
-def _linear(torchs: Callable) -> Callable:
+def _linear(torchs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(torchs)
-    def call(input, weight, bias=None):
+    def call(input: Any, weight: Any, bias: Any = None) -> Any:
         wanted = _active and type(input) is Tensor and (input.dtype in LINEAR or _autocast_is_active())
         if wanted:
             dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
@@ -135,11 +136,11 @@ def _linear(torchs: Callable) -> Callable:
     return call
 
 
-def _functional_softmax(torchs: Callable, ours: Callable) -> Callable:
+def _functional_softmax(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     asks = _asks(torchs)
 
     @functools.wraps(torchs)
-    def call(input, dim=None, _stacklevel=3, dtype=None):
+    def call(input: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None) -> Any:
         if _active:
             if (
                 type(input) is Tensor
@@ -157,13 +158,13 @@ def _functional_softmax(torchs: Callable, ours: Callable) -> Callable:
     return call
 
 
-def _of_tensors(torchs: Callable, ours: Callable) -> Callable:
+def _of_tensors(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
     """softmax, log_softmax and logsumexp as builtin functions and methods: (input, dim, dtype or keepdim)."""
     method = isinstance(torchs, MethodDescriptorType)
     asks = _asks(torchs) if method else torchs  # the functions know themselves by another place than their name's
 
     @functools.wraps(torchs)
-    def call(input=..., dim=..., *others, **options):
+    def call(input: Any = ..., dim: Any = ..., *others: Any, **options: Any) -> Any:
         if _active:
             if type(input) is Tensor and type(n := input.numel()) is int and n >= _SMALL:
                 known = len(others) < 2 and not (options.keys() - {"dtype", "keepdim"})
@@ -180,24 +181,24 @@ def _of_tensors(torchs: Callable, ours: Callable) -> Callable:
     return call
 
 
-def _leading(input, dim) -> tuple:
+def _leading(input: Any, dim: Any) -> tuple[Any, ...]:
     return (input,) if dim is ... else (input, dim)
 
 
-def _cross_entropy(torchs: Callable) -> Callable:
+def _cross_entropy(torchs: Callable[..., Any]) -> Callable[..., Any]:
     asks = _asks(torchs)
 
     @functools.wraps(torchs)
     def call(
-        input,
-        target,
-        weight=None,
-        size_average=None,
-        ignore_index=-100,
-        reduce=None,
-        reduction="mean",
-        label_smoothing=0.0,
-    ):
+        input: Any,
+        target: Any,
+        weight: Any = None,
+        size_average: Any = None,
+        ignore_index: Any = -100,
+        reduce: Any = None,
+        reduction: Any = "mean",
+        label_smoothing: Any = 0.0,
+    ) -> Any:
         take = torchs
         if _active:
             if (
@@ -216,11 +217,18 @@ def _cross_entropy(torchs: Callable) -> Callable:
     return call
 
 
-def _mse_loss(torchs: Callable) -> Callable:
+def _mse_loss(torchs: Callable[..., Any]) -> Callable[..., Any]:
     asks = _asks(torchs)
 
     @functools.wraps(torchs)
-    def call(input, target, size_average=None, reduce=None, reduction="mean", weight=None):
+    def call(
+        input: Any,
+        target: Any,
+        size_average: Any = None,
+        reduce: Any = None,
+        reduction: Any = "mean",
+        weight: Any = None,
+    ) -> Any:
         if _active:
             if type(input) is Tensor and type(n := input.numel()) is int and n >= _SMALL and type(target) is Tensor:
                 alike = weight is None and target.dtype is input.dtype and target.shape == input.shape
@@ -234,11 +242,13 @@ def _mse_loss(torchs: Callable) -> Callable:
     return call
 
 
-def _linear_cross_entropy(torchs: Callable) -> Callable:
+def _linear_cross_entropy(torchs: Callable[..., Any]) -> Callable[..., Any]:
     asks = _asks(torchs)
 
     @functools.wraps(torchs)
-    def call(input, linear_weight, target, *, linear_bias=None, weight=None, **options):
+    def call(
+        input: Any, linear_weight: Any, target: Any, *, linear_bias: Any = None, weight: Any = None, **options: Any
+    ) -> Any:
         take = torchs
         if _active:
             if (
@@ -258,7 +268,7 @@ def _linear_cross_entropy(torchs: Callable) -> Callable:
 
 
 # Where a function stands, and what makes its dispatcher.
-_PLACES: list[tuple[object, str, Callable]] = [
+_PLACES: list[tuple[object, str, Callable[..., Any]]] = [
     (F, "linear", _linear),
     (F, "softmax", functools.partial(_functional_softmax, ours=softmax)),
     (F, "log_softmax", functools.partial(_functional_softmax, ours=log_softmax)),
@@ -278,11 +288,11 @@ _products_are_ours = False
 _active = False  # what is left in a user's hands after restore() calls torch's own function
 
 
-def _dispatcher(torchs: Callable, make: Callable) -> Callable:
+def _dispatcher(torchs: Callable[..., Any], make: Callable[..., Any]) -> Callable[..., Any]:
     """What stands in the place of torch's function."""
     call = make(torchs)
 
-    def scriptable():
+    def scriptable() -> Any:
         """torch.jit.script compiles torch's own function in its place: with its own globals, so before it is asked."""
         torch.jit.script(torchs)
         return torchs
@@ -294,7 +304,7 @@ def _dispatcher(torchs: Callable, make: Callable) -> Callable:
 def _is_torchs(function: object) -> bool:
     """Whether nobody has put a function of his own there before us."""
     code = getattr(function, "__code__", None)
-    return function is not None and (code is None or code.co_filename == F.__file__)
+    return code is None or code.co_filename == F.__file__
 
 
 # Functions as they were when regfast was imported, with what takes their place. By identity: a builtin function is
@@ -302,13 +312,13 @@ def _is_torchs(function: object) -> bool:
 _PAIRS = [
     (torchs, _dispatcher(torchs, make))
     for place, name, make in _PLACES
-    if _is_torchs(torchs := getattr(place, name, None))
+    if (torchs := getattr(place, name, None)) is not None and _is_torchs(torchs)
 ]
 _OURS = {id(torchs): dispatcher for torchs, dispatcher in _PAIRS}
 _TORCHS = {id(dispatcher): torchs for torchs, dispatcher in _PAIRS}
 
 
-def _swap(new_of: dict[int, Callable]) -> None:
+def _swap(new_of: dict[int, Callable[..., Any]]) -> None:
     """Puts new functions in the place of old ones, wherever modules have a name for these."""
     for place, name, _ in _PLACES:
         new = new_of.get(id(getattr(place, name, None)))
@@ -387,12 +397,12 @@ class Accelerated:
             _open[:] = [other for other in _open if other is not self]
             _update()
 
-    def __call__(self, function: Callable) -> Callable:
+    def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``@regfast.accelerate()``: ours for as long as a call of the function lasts."""
         self.restore()
 
         @functools.wraps(function)
-        def accelerated(*arguments, **options):
+        def accelerated(*arguments: Any, **options: Any) -> Any:
             with accelerate(products=self.products):
                 return function(*arguments, **options)
 

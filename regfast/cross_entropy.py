@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any, Unpack, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +15,58 @@ from torch.nn import _reduction
 from . import _C, kinds
 from ._dtensor import is_dtensor
 from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
-from .outputs import LOSS, LOSS_BIT, require_one_for_scripts, select_outputs
+from .outputs import LOSS, LOSS_BIT, CrossEntropyOutput, require_one_for_scripts, select_outputs
 from .reference import normalized
+from .types import LossOptions, Output, Reduction, Several
 
-_cross_entropy = kinds.op("cross_entropy")
+_cross_entropy: Callable[..., list[Tensor]] = kinds.op("cross_entropy")
+
+
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    outputs: Output | tuple[Output] = ...,
+    inplace_backward: bool = False,
+    **further: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    outputs: Several,
+    inplace_backward: bool = False,
+    **further: Unpack[LossOptions],
+) -> CrossEntropyOutput: ...
+@overload
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    outputs: Output | tuple[Output, ...],
+    inplace_backward: bool = False,
+    **further: Unpack[LossOptions],
+) -> Tensor | CrossEntropyOutput: ...
 
 
 def cross_entropy(
@@ -26,17 +76,17 @@ def cross_entropy(
     size_average: bool | None = None,
     ignore_index: int = -100,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     *,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    outputs: str | tuple[str, ...] = LOSS,
+    outputs: Output | tuple[Output, ...] = LOSS,
     inplace_backward: bool = False,
     loss_dtype: torch.dtype | None = None,
     normalizer: float | Tensor | None = None,
-):
+) -> Tensor | CrossEntropyOutput:
     """Softmax cross-entropy of logits, as :func:`torch.nn.functional.cross_entropy`, and more from the same pass.
 
     With ``z = softcap * tanh(logit_scale * input / softcap)`` (each factor only where given) and ``lse = logsumexp(z)``
@@ -101,7 +151,7 @@ def cross_entropy(
         )
         if result is not None:
             return result[0]
-    further = {
+    further: dict[str, Any] = {
         "z_loss": z_loss,
         "softcap": softcap,
         "logit_scale": logit_scale,
@@ -128,12 +178,12 @@ def cross_entropy(
             **further,
         )
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = cast(Reduction, _reduction.legacy_get_string(size_average, reduce))
     if is_dtensor(input):
         from .distributed import dtensor
 
         return dtensor.cross_entropy(
-            input,
+            cast(Any, input),
             target,
             weight,
             ignore_index=ignore_index,
@@ -175,6 +225,9 @@ def cross_entropy(
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """:class:`torch.nn.CrossEntropyLoss` computed by :func:`regfast.cross_entropy`, whose further options it takes."""
 
+    if TYPE_CHECKING:
+        reduction: Reduction
+
     # Of an nn.CrossEntropyLoss whose __class__ became this one. TorchScript would want types that it can look up.
     z_loss, softcap, logit_scale = 0.0, None, None
     outputs, inplace_backward, loss_dtype, _bits = LOSS, False, None, LOSS_BIT
@@ -185,24 +238,24 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         size_average: bool | None = None,
         ignore_index: int = -100,
         reduce: bool | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         label_smoothing: float = 0.0,
         *,
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float | None = None,
-        outputs: str | tuple[str, ...] = LOSS,
+        outputs: Output | tuple[Output, ...] = LOSS,
         inplace_backward: bool = False,
         loss_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
-        self.outputs, self.inplace_backward, self.loss_dtype = outputs, inplace_backward, loss_dtype
+        self.outputs, self.inplace_backward, self.loss_dtype = cast(Any, outputs), inplace_backward, loss_dtype
         self._bits = select_outputs("CrossEntropyLoss", outputs)[0]
 
     __prepare_scriptable__ = require_one_for_scripts
 
-    def forward(self, input: Tensor, target: Tensor):
+    def forward(self, input: Tensor, target: Tensor) -> Any:  # of one type unless outputs has several names
         if is_scripting():
             return torch.ops.regfast.cross_entropy(
                 input,

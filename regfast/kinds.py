@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from operator import index
+from typing import Any, cast
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -18,13 +19,13 @@ from . import _C
 _WORDS = re.compile(r"Expected a value of type '(.*?)' for argument '(\w+)' but instead found type '(.*?)'")
 
 
-def op(name: str, function: str | None = None) -> Callable:
+def op(name: str, function: str | None = None) -> Callable[..., Any]:
     """The op of this name, called directly where its arguments are plain; else through torch.ops, with torch's
     exceptions for an argument that its schema does not take, which name the function."""
     direct, op = getattr(_C, name), getattr(torch.ops.regfast, name).default
     function = function or name
 
-    def call(*arguments):
+    def call(*arguments: object) -> Any:
         if not is_dynamo_compiling() and (result := direct(*arguments)) is not None:
             return result
         try:
@@ -41,10 +42,10 @@ def op(name: str, function: str | None = None) -> Callable:
     return call
 
 
-def integer(function: str, name: str, value: object) -> int:
+def integer(function: str, name: str, value: Any) -> int:
     """An int, numpy's or a tensor of one; a bool is none."""
     if type(value) is int or isinstance(value, torch.SymInt):
-        return value
+        return cast(int, value)
     if not isinstance(value, bool):
         try:
             return index(value)
@@ -53,7 +54,7 @@ def integer(function: str, name: str, value: object) -> int:
     raise TypeError(f"regfast.{function}: {name}: expected an int, got {type(value).__name__}")
 
 
-def number(function: str, name: str, value: object) -> float:
+def number(function: str, name: str, value: Any) -> float:
     """A float, or what is one: an int, numpy's or a tensor of one; a string is none."""
     if not isinstance(value, (str, bytes)):
         try:
@@ -66,7 +67,7 @@ def number(function: str, name: str, value: object) -> float:
 def boolean(function: str, name: str, value: object) -> bool:
     """A bool; a number is none."""
     if isinstance(value, (bool, torch.SymBool)):
-        return value
+        return cast(bool, value)
     raise TypeError(f"regfast.{function}: {name}: expected a bool, got {type(value).__name__}")
 
 

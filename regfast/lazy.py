@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ class _Formula:
         """Whether linear_cross_entropy has such options."""
         return self.outer > 0 if self.tanh else True
 
-    def outputs(self, target: Tensor, outputs: str, **options):
+    def outputs(self, target: Tensor, outputs: str, **options: Any) -> Any:
         """linear_cross_entropy of all rows, whose results have the rows' shape."""
         rows = self.input.flatten(0, -2) if self.input.dim() > 2 else self.input
         arguments = {"linear_bias": self.bias, "outputs": outputs, **self.options(), **options}
@@ -103,8 +104,13 @@ class LazyLogits(Tensor):
     RuntimeError: the logits of before cannot be had any more.
     """
 
+    _formula: _Formula
+    _versions: list[tuple[Tensor, int]]  # of each tensor, when the logits were made
+    _dense: Tensor | None
+    _written: list[bool]
+
     @staticmethod
-    def __new__(cls, formula: _Formula, written: list[bool] | None = None):
+    def __new__(cls: Any, formula: _Formula, written: list[bool] | None = None) -> Any:
         if not torch.is_grad_enabled():
             formula = formula.detached()
         tensors = [t for t in (formula.input, formula.weight, formula.bias) if t is not None]
@@ -145,7 +151,7 @@ class LazyLogits(Tensor):
         return LazyLogits(formula, self._written)
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _ABOUT:
             with torch._C.DisableTorchFunctionSubclass():
@@ -161,11 +167,12 @@ class LazyLogits(Tensor):
         return func(*_multiply_all(args), **_multiply_all(kwargs))
 
     @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # what comes past __torch_function__
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        # What comes past __torch_function__.
         return func(*_multiply_all(args), **_multiply_all(kwargs or {}))
 
 
-def _multiply_all(arguments):
+def _multiply_all(arguments: Any) -> Any:
     return tree_map_only(LazyLogits, LazyLogits.multiplied, arguments)
 
 
@@ -178,7 +185,7 @@ def _refuse_gradient(grad: Tensor | None) -> None:
     )
 
 
-def _writes(func: Callable) -> bool:
+def _writes(func: Callable[..., Any]) -> bool:
     name = getattr(func, "__name__", "")
     return name in _WRITING or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
 
@@ -206,14 +213,14 @@ _ABOUT = {
 # What stays lazy. Each takes its function's arguments and returns NotImplemented where it has to multiply.
 
 
-def _to_dtype(dtype: torch.dtype) -> Callable:
-    def cast(logits, **others):
+def _to_dtype(dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(logits: Any, **others: Any) -> Any:
         return NotImplemented if others else _cast(logits, dtype)
 
     return cast
 
 
-def _cast(logits: LazyLogits, dtype: torch.dtype):
+def _cast(logits: LazyLogits, dtype: torch.dtype) -> Any:
     formula = logits._now()
     if dtype is formula.dtype:
         return logits
@@ -223,26 +230,26 @@ def _cast(logits: LazyLogits, dtype: torch.dtype):
     return LazyLogits(replace(formula, dtype=dtype))
 
 
-def _to(logits, *args, **kwargs):
+def _to(logits: Any, *args: Any, **kwargs: Any) -> Any:
     device, dtype, _, _ = torch._C._nn._parse_to(*args, **{k: v for k, v in kwargs.items() if k != "copy"})
     if device is not None and device != logits.device:
         return NotImplemented
     return _cast(logits, dtype or logits.dtype)
 
 
-def _same(logits, *args, **kwargs):
+def _same(logits: Any, *args: Any, **kwargs: Any) -> Any:
     return LazyLogits(logits._now())
 
 
-def _contiguous(logits, memory_format=torch.contiguous_format):
+def _contiguous(logits: Any, memory_format: Any = torch.contiguous_format) -> Any:
     return logits if memory_format is torch.contiguous_format else NotImplemented
 
 
-def _detach(logits):
+def _detach(logits: Any) -> Any:
     return logits._view(logits._now().detached())
 
 
-def _rows(logits: LazyLogits, shape: tuple[int, ...]):
+def _rows(logits: LazyLogits, shape: tuple[int, ...]) -> Any:
     """The logits in another shape, of which the classes are still the last dimension."""
     formula = logits._now()
     if not shape or any(size < -1 for size in shape) or shape.count(-1) > 1:
@@ -257,7 +264,7 @@ def _rows(logits: LazyLogits, shape: tuple[int, ...]):
     return logits._view(replace(formula, input=formula.input.reshape(*shape[:-1], formula.input.shape[-1])))
 
 
-def _reshape(logits, *shape, **others):
+def _reshape(logits: Any, *shape: Any, **others: Any) -> Any:
     shape = others.pop("shape", others.pop("size", shape))
     if others or (len(shape) == 1 and isinstance(shape[0], torch.dtype)):
         return NotImplemented
@@ -265,7 +272,7 @@ def _reshape(logits, *shape, **others):
     return _rows(logits, shape)
 
 
-def _flatten(logits, start_dim=0, end_dim=-1):
+def _flatten(logits: Any, start_dim: Any = 0, end_dim: Any = -1) -> Any:
     n = logits.dim()
     if type(start_dim) is not int or type(end_dim) is not int:
         return NotImplemented
@@ -276,13 +283,13 @@ def _flatten(logits, start_dim=0, end_dim=-1):
     return _rows(logits, (*shape[:start], math.prod(shape[start : end + 1]), *shape[end + 1 :]))
 
 
-def _unsqueeze(logits, dim):
+def _unsqueeze(logits: Any, dim: Any) -> Any:
     n = logits.dim() + 1
     place = dim % n if -n <= dim < n else n
     return NotImplemented if place >= n - 1 else _rows(logits, (*logits.shape[:place], 1, *logits.shape[place:]))
 
 
-def _squeeze(logits, dim):
+def _squeeze(logits: Any, dim: Any) -> Any:
     n = logits.dim()
     place = dim % n if type(dim) is int and -n <= dim < n else n
     if place >= n - 1 or logits.shape[place] != 1:
@@ -290,7 +297,7 @@ def _squeeze(logits, dim):
     return _rows(logits, (*logits.shape[:place], *logits.shape[place + 1 :]))
 
 
-def _getitem(logits, index):
+def _getitem(logits: Any, index: Any) -> Any:
     """Of positions: an index that leaves the classes alone is one of input's rows."""
     formula = logits._now()
     parts = index if type(index) is tuple else (index,)
@@ -312,19 +319,19 @@ def _getitem(logits, index):
     return logits._view(replace(formula, input=formula.input[index]))
 
 
-def _multiply(logits, other):
+def _multiply(logits: Any, other: Any) -> Any:
     if isinstance(logits, LazyLogits) and type(other) in (int, float) and not logits._formula.log:
         return LazyLogits(logits._now().scaled(float(other)))
     return NotImplemented
 
 
-def _divide(logits, other, **others):
+def _divide(logits: Any, other: Any, **others: Any) -> Any:
     if others or type(other) not in (int, float) or other == 0 or logits._formula.log:
         return NotImplemented
     return LazyLogits(logits._now().scaled(1.0 / other))
 
 
-def _tanh(logits):
+def _tanh(logits: Any) -> Any:
     formula = logits._now()
     return NotImplemented if formula.tanh or formula.log else LazyLogits(replace(formula, tanh=True))
 
@@ -333,14 +340,14 @@ def _is_last(logits: LazyLogits, dim: object) -> bool:
     return type(dim) is int and dim in (-1, logits.dim() - 1)
 
 
-def _log_softmax(logits, dim=None, dtype=None):
+def _log_softmax(logits: Any, dim: Any = None, dtype: Any = None) -> Any:
     formula = logits._now()
     if not _is_last(logits, dim) or formula.log or not formula.fits():
         return NotImplemented
     return LazyLogits(replace(formula, log=True, dtype=dtype or formula.dtype))
 
 
-def _functional_log_softmax(input, dim=None, _stacklevel=3, dtype=None):
+def _functional_log_softmax(input: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None) -> Any:
     return _log_softmax(input, dim, dtype)
 
 
@@ -352,15 +359,15 @@ def _loss_dtype(logits: LazyLogits) -> torch.dtype:
 
 
 def _cross_entropy(
-    input,
-    target,
-    weight=None,
-    size_average=None,
-    ignore_index=-100,
-    reduce=None,
-    reduction="mean",
-    label_smoothing=0.0,
-):
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+    label_smoothing: Any = 0.0,
+) -> Any:
     formula = input._now()
     if formula.log or not formula.fits() or input.dim() not in (1, 2) or isinstance(target, LazyLogits):
         return NotImplemented
@@ -380,8 +387,19 @@ def _cross_entropy(
 
 
 def _our_cross_entropy(
-    input, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale, bits, _, loss_dtype
-):
+    input: Any,
+    target: Any,
+    weight: Any,
+    ignore_index: Any,
+    reduction: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    softcap: Any,
+    logit_scale: Any,
+    bits: Any,
+    _: Any,
+    loss_dtype: Any,
+) -> Any:
     """regfast.cross_entropy below its Python function."""
     formula = input._now()
     if formula.log or not formula.fits() or input.dim() not in (1, 2) or isinstance(target, LazyLogits):
@@ -414,7 +432,15 @@ def _our_cross_entropy(
         )
 
 
-def _nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"):
+def _nll_loss(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: Any = -100,
+    reduce: Any = None,
+    reduction: Any = "mean",
+) -> Any:
     """Of logarithmic softmax, whose cross-entropy it is."""
     formula = input._now()
     if not formula.log or input.dim() not in (1, 2) or target.is_floating_point():
@@ -423,7 +449,7 @@ def _nll_loss(input, target, weight=None, size_average=None, ignore_index=-100, 
     return _cross_entropy(logits, target, weight, size_average, ignore_index, reduce, reduction)
 
 
-def _gather(input, dim, index, *, sparse_grad=False):
+def _gather(input: Any, dim: Any, index: Any, *, sparse_grad: Any = False) -> Any:
     """The logarithmic probabilities of one class for each row."""
     formula = input._now()
     fits = isinstance(index, Tensor) and index.shape == (*input.shape[:-1], 1)
@@ -432,7 +458,7 @@ def _gather(input, dim, index, *, sparse_grad=False):
     return replace(formula, log=False).of_rows("logprob", index.squeeze(-1), formula.dtype).unsqueeze(-1)
 
 
-def _logsumexp(input, dim=None, keepdim=False):
+def _logsumexp(input: Any, dim: Any = None, keepdim: Any = False) -> Any:
     formula = input._now()
     if (
         formula.log
@@ -444,7 +470,7 @@ def _logsumexp(input, dim=None, keepdim=False):
     return result.unsqueeze(-1) if keepdim else result
 
 
-def _argmax(input, dim=None, keepdim=False):
+def _argmax(input: Any, dim: Any = None, keepdim: Any = False) -> Any:
     formula = input._now()
     if not formula.fits() or not _is_last(input, dim) or (formula.inner <= 0 or formula.outer <= 0):
         return NotImplemented
@@ -452,7 +478,7 @@ def _argmax(input, dim=None, keepdim=False):
     return result.unsqueeze(-1) if keepdim else result
 
 
-_LAZY: dict[object, Callable] = {
+_LAZY: dict[object, Callable[..., Any]] = {
     **{
         getattr(Tensor, name): _to_dtype(dtype)
         for name, dtype in (
@@ -533,8 +559,8 @@ def lazy_logits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     kind = input.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        cast = [t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in (input, weight, bias)]
-        input, weight, bias = cast
+        given = (input, weight, bias)
+        input, weight, bias = (t if t is None or t.dtype is torch.float64 else t.to(dtype) for t in given)  # type: ignore[assignment]
     if not _fits(input, weight, bias):
         return linear(input, weight, bias)
     return LazyLogits(_Formula(input, weight, bias, input.dtype))

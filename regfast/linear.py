@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +15,12 @@ from torch.nn import Parameter
 from . import _C, _onnx, kinds
 from ._extension import without_tensors
 from .reference import ACTIVATIONS
+from .types import Activation
 
-_linear = kinds.op("linear")
+_linear: Callable[..., Tensor] = kinds.op("linear")
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "none") -> Tensor:
     """``activation(input @ weight.T + bias)``, as :func:`torch.nn.functional.linear` and an activation after it.
 
     Args:
@@ -43,8 +46,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, activat
     if not is_dynamo_compiling() and (result := _C.linear(input, weight, bias, activation)) is not None:
         return result
     if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))):
-        tensors = {"input": input, "weight": weight}, {"bias": bias}
-        return without_tensors(linear, *tensors, input, weight, bias, activation=activation)
+        required, optional = {"input": input, "weight": weight}, {"bias": bias}
+        return without_tensors(linear, required, optional, input, weight, bias, activation=activation)
     return _linear(input, weight, bias, activation)
 
 
@@ -69,8 +72,10 @@ def is_product(layer: nn.Module) -> bool:
 def _answers_functions(weight: object) -> bool:
     """Whether a weight is of a subclass of Tensor that answers torch's functions itself, and knows none of ours. Modes
     that are active (export's, for one) are not the weight's."""
+    if not isinstance(weight, Tensor):
+        return False
     kind = type(weight)
-    if kind is Parameter or kind is Tensor or not isinstance(weight, Tensor):
+    if kind is Parameter or kind is Tensor:
         return False
     return kind.__torch_function__ is not torch._C._disabled_torch_function_impl
 
@@ -94,7 +99,7 @@ class Linear(nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str = "none",
+        activation: Activation = "none",
     ) -> None:
         if activation == "none":
             super().__init__(in_features, out_features, bias, device, dtype)
@@ -105,8 +110,9 @@ class Linear(nn.Linear):
                 f"{type(self).__name__}; subclass regfast.LinearActivation"
             )
         # Nothing has been set so far: the object is of the other class before it is anything.
-        self.__class__ = LinearActivation
-        self.__init__(in_features, out_features, bias, device, dtype, activation=activation)
+        made: Any = self
+        made.__class__ = LinearActivation
+        made.__init__(in_features, out_features, bias, device, dtype, activation=activation)
 
     @classmethod
     def from_linear(cls, layer: nn.Linear) -> Linear:
@@ -126,11 +132,12 @@ class Linear(nn.Linear):
             return nn.Linear.forward(self, input)
         return _linear(input, self.weight, self.bias, "none")
 
-    def _slow_forward(self, *args, **kwargs):  # nn.Module's, while torch.jit traces
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:  # nn.Module's, while torch.jit traces
         _onnx.register()
-        return super()._slow_forward(*args, **kwargs)
+        module: Any = super()
+        return module._slow_forward(*args, **kwargs)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # torch.ao.quantization leaves word of its plan on every module that it meets.
         if name == "qconfig":
@@ -160,7 +167,7 @@ class LinearActivation(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: str,
+        activation: Activation,
     ) -> None:
         if activation not in ACTIVATIONS:
             raise ValueError(
@@ -185,9 +192,10 @@ class LinearActivation(nn.Module):
             return _linear(input, self.linear.weight, self.linear.bias, self.activation)
         return ACTIVATIONS[self.activation](self.linear(input))
 
-    def _slow_forward(self, *args, **kwargs):
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         _onnx.register()
-        return super()._slow_forward(*args, **kwargs)
+        module: Any = super()
+        return module._slow_forward(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -217,7 +225,7 @@ class LinearActivation(nn.Module):
             )
         super().register_parameter(name, param)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in ("weight", "bias"):
             if prefix + name in state_dict:
                 state_dict[f"{prefix}linear.{name}"] = state_dict.pop(prefix + name)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,11 @@ from ._dtensor import is_dtensor, is_sharded
 from ._extension import REDUCTION_NUMBERS, are_tensors, reduction_number, refuse_scripts, without_tensors
 from .cross_entropy import cross_entropy
 from .linear import is_product
-from .outputs import LOSS, LOSS_BIT, select_outputs
+from .outputs import LOSS, LOSS_BIT, CrossEntropyOutput, select_outputs
 from .reference import as_batch, normalized, unbatched
+from .types import LossOptions, Output, Reduction, Several
 
-_linear_cross_entropy = kinds.op("linear_cross_entropy")
+_linear_cross_entropy: Callable[..., list[Tensor]] = kinds.op("linear_cross_entropy")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -27,6 +29,41 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+class _Options(LossOptions, total=False):
+    """Keywords that say nothing of the result's type."""
+
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: Reduction
+    ignore_index: int | None
+    label_smoothing: float
+    memory_budget: int | None
+    filter_eps: float
+    options: object
+
+
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: Output | tuple[Output] = ...,
+    **further: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, outputs: Several, **further: Unpack[_Options]
+) -> CrossEntropyOutput: ...
+@overload
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: Output | tuple[Output, ...],
+    **further: Unpack[_Options],
+) -> Tensor | CrossEntropyOutput: ...
 def linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
@@ -34,19 +71,19 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    outputs: str | tuple[str, ...] = LOSS,
+    outputs: Output | tuple[Output, ...] = LOSS,
     memory_budget: int | None = None,
     filter_eps: float = 0.0,
     loss_dtype: torch.dtype | None = None,
     options: object = None,
     normalizer: float | Tensor | None = None,
-):
+) -> Tensor | CrossEntropyOutput:
     """``cross_entropy(linear(input, linear_weight, linear_bias), target, ...)`` in chunks of rows.
 
     As ``torch.nn.functional.linear_cross_entropy`` (since torch 2.13), and with all that :func:`regfast.cross_entropy`
@@ -126,7 +163,7 @@ def linear_cross_entropy(
             )
             if result is not None:
                 return result[0]
-    further = {
+    further: dict[str, Any] = {
         "linear_bias": linear_bias,
         "weight": weight,
         "ignore_index": ignore_index,
@@ -202,7 +239,13 @@ def linear_cross_entropy(
     return tensors[0] if result is None else result(*(tensors[i] for i in places))
 
 
-class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)):
+if TYPE_CHECKING:
+    _Base = nn.modules.loss._WeightedLoss
+else:  # since torch 2.13
+    _Base = getattr(nn, "LinearCrossEntropyLoss", nn.modules.loss._WeightedLoss)
+
+
+class LinearCrossEntropyLoss(_Base):
     """``torch.nn.LinearCrossEntropyLoss`` computed by :func:`regfast.linear_cross_entropy`, whose options it takes.
 
     Its parameters are those of ``linear``, a :class:`torch.nn.Linear` of ``num_classes * prod(out_features)`` outputs.
@@ -210,7 +253,9 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
     multiply (an adapter, hooks, a quantised weight), it is called, and its logits are stored.
     """
 
-    further: ClassVar[dict[str, object]] = {}  # of a torch.nn.LinearCrossEntropyLoss whose __class__ became this one
+    linear: nn.Linear
+    reduction: Reduction
+    further: dict[str, Any] = {}  # noqa: RUF012 of a torch.nn.LinearCrossEntropyLoss whose __class__ became this one
 
     @property
     def in_features(self) -> int:
@@ -223,9 +268,9 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
         *,
         out_features: tuple[int, ...] = (),
         bias: bool = False,
-        device=None,
-        dtype=None,
-        reduction: str = "mean",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: Reduction = "mean",
         weight: Tensor | None = None,
         ignore_index: int | None = None,
         label_smoothing: float = 0.0,
@@ -233,7 +278,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float | None = None,
-        outputs: str | tuple[str, ...] = LOSS,
+        outputs: Output | tuple[Output, ...] = LOSS,
         memory_budget: int | None = None,
         filter_eps: float = 0.0,
         loss_dtype: torch.dtype | None = None,
@@ -266,7 +311,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
 
     __prepare_scriptable__ = refuse_scripts
 
-    def forward(self, input: Tensor, target: Tensor):
+    def forward(self, input: Tensor, target: Tensor) -> Any:  # of one type unless outputs has several names
         shape = (self.num_classes, *self.out_features)
         # What parallelize_module hooks to a layer would gather its logits, or leave each rank with its own.
         if not is_product(self.linear) and not is_sharded(self.linear.weight):
@@ -293,7 +338,7 @@ class LinearCrossEntropyLoss(getattr(nn, "LinearCrossEntropyLoss", nn.modules.lo
             **self.further,
         )
 
-    def _of_logits(self, logits: Tensor, target: Tensor):
+    def _of_logits(self, logits: Tensor, target: Tensor) -> Any:
         """The loss without what is about memory and speed alone."""
         return cross_entropy(
             logits,
@@ -334,7 +379,7 @@ class Plan:
 
 
 def linear_cross_entropy_plan(
-    N: int, D: int, V: int, dtype: torch.dtype, device="cpu", *, memory_budget: int | None = None
+    N: int, D: int, V: int, dtype: torch.dtype, device: torch.device | str = "cpu", *, memory_budget: int | None = None
 ) -> Plan:
     """What :func:`linear_cross_entropy` does for N rows of D features and V classes (times positions).
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +16,10 @@ from .cross_entropy import cross_entropy
 from .linear import is_product
 from .linear_cross_entropy import linear_cross_entropy
 from .reference import FAMILIES, LIKELIHOODS, gaussian_variance, nll_dtype, nll_loss, weighted_classes
+from .types import Family, Reduction
 
-_linear_nll, _linear_mse_loss = kinds.op("linear_nll"), kinds.op("linear_nll", "linear_mse_loss")
+_linear_nll: Callable[..., Tensor] = kinds.op("linear_nll")
+_linear_mse_loss: Callable[..., Tensor] = kinds.op("linear_nll", "linear_mse_loss")
 
 
 def linear_nll(
@@ -24,30 +28,29 @@ def linear_nll(
     target: Tensor,
     bias: Tensor | None = None,
     *,
-    family: str,
+    family: Family,
     sigma: float | Tensor | None = None,
     pos_weight: Tensor | None = None,
     sample_weight: Tensor | None = None,
     full: bool | None = None,
     eps: float = 1e-6,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``-log P(target | linear(input, weight, bias))`` for a likelihood of the exponential family.
 
     With ``eta`` the linear layer's output, and the same values and gradients as F.linear followed by the loss named:
 
-    ============= ======================================== =========================== ================================
-    family        loss                                     d loss / d eta              as
-    ============= ======================================== =========================== ================================
-    gaussian      log(sigma) + (eta - y)^2 / (2 sigma^2),  (eta - y) / sigma^2         F.gaussian_nll_loss
-                  and log(2 pi) / 2 with full
-    bernoulli     log(1 + exp(eta)) - y eta                sigmoid(eta) - y            F.binary_cross_entropy_with_
-                                                                                       logits
-    poisson       exp(eta) - y eta, and Stirling's         exp(eta) - y                F.poisson_nll_loss
-                  log(y!) with full
-    categorical   log(sum(exp(eta))) - eta[y]              softmax(eta) - onehot(y)    F.cross_entropy
-    ============= ======================================== =========================== ================================
+    =========== ======================================= ======================== ===================================
+    family      loss                                    d loss / d eta           as
+    =========== ======================================= ======================== ===================================
+    gaussian    log(sigma) + (eta - y)^2 / (2 sigma^2), (eta - y) / sigma^2      F.gaussian_nll_loss
+                and log(2 pi) / 2 with full
+    bernoulli   log(1 + exp(eta)) - y eta               sigmoid(eta) - y         F.binary_cross_entropy_with_logits
+    poisson     exp(eta) - y eta, and Stirling's        exp(eta) - y             F.poisson_nll_loss
+                log(y!) with full
+    categorical log(sum(exp(eta))) - eta[y]             softmax(eta) - onehot(y) F.cross_entropy
+    =========== ======================================= ======================== ===================================
 
     Each gradient is estimate minus observation (McCullagh and Nelder, "Generalized Linear Models", 1989). A chunk of
     rows at a time is multiplied, turned into loss and residual in place and multiplied again; up to eight outputs are
@@ -129,7 +132,7 @@ def linear_mse_loss(
     bias: Tensor | None = None,
     *,
     sample_weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     loss_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``mse_loss(linear(input, weight, bias), target)`` without storing the predictions.
@@ -159,10 +162,12 @@ def linear_mse_loss(
     return _linear_mse_loss(input, weight, target, bias, None, sample_weight, 0, 1.0, False, mode, loss_dtype)
 
 
-def _check_options(op: str, family: str, sigma: object, pos_weight: object, full: bool | None) -> None:
+def _check_options(
+    op: str, family: str, sigma: float | Tensor | str | None, pos_weight: object, full: bool | None
+) -> None:
     """Options that no family, or another one, has."""
 
-    def fail(argument: str, expected: str, got: object) -> None:
+    def fail(argument: str, expected: str, got: object) -> NoReturn:
         raise ValueError(f"regfast.{op}: {argument}: expected {expected}, got {got}")
 
     if family not in LIKELIHOODS:
@@ -197,6 +202,12 @@ class LinearNLLLoss(nn.Module):
             parameter ``log_sigma`` of each output, 0 at first. ``loss.sigma`` is the value in use.
     """
 
+    family: Family
+    reduction: Reduction
+    log_sigma: nn.Parameter | None
+    fixed_sigma: Tensor | None
+    pos_weight: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -205,12 +216,12 @@ class LinearNLLLoss(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        family: str,
-        sigma: float | Tensor | str | None = None,
+        family: Family,
+        sigma: float | Tensor | Literal["learned"] | None = None,
         pos_weight: Tensor | None = None,
         full: bool | None = None,
         eps: float = 1e-6,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         loss_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
@@ -256,7 +267,7 @@ class LinearNLLLoss(nn.Module):
     def _of_predictions(self, eta: Tensor, target: Tensor, sample_weight: Tensor | None) -> Tensor:
         """The loss of stored predictions."""
         if self.family == "categorical":
-            mode = self.reduction if sample_weight is None else "none"
+            mode: Reduction = self.reduction if sample_weight is None else "none"
             loss = cross_entropy(eta, target, reduction=mode, loss_dtype=self.loss_dtype)
             return loss if sample_weight is None else weighted_classes(loss, target, sample_weight, self.reduction)
         gaussian = self.family == "gaussian"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
@@ -10,8 +13,9 @@ from torch.nn import _reduction
 
 from . import _C, _paths, kinds, reference
 from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
+from .types import Reduction
 
-_mse_loss = kinds.op("mse_loss")
+_mse_loss: Callable[..., Tensor] = kinds.op("mse_loss")
 
 
 def mse_loss(
@@ -19,7 +23,7 @@ def mse_loss(
     target: Tensor,
     size_average: bool | None = None,
     reduce: bool | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     weight: Tensor | None = None,
 ) -> Tensor:
     """``(input - target) ** 2``, reduced, as :func:`torch.nn.functional.mse_loss`.
@@ -46,10 +50,10 @@ def mse_loss(
     if not (
         isinstance(input, Tensor) and isinstance(target, Tensor) and (weight is None or isinstance(weight, Tensor))
     ):
-        tensors = {"input": input, "target": target}, {"weight": weight}
-        return without_tensors(mse_loss, *tensors, input, target, size_average, reduce, reduction, weight)
+        required, optional = {"input": input, "target": target}, {"weight": weight}
+        return without_tensors(mse_loss, required, optional, input, target, size_average, reduce, reduction, weight)
     if size_average is not None or reduce is not None:
-        reduction = _reduction.legacy_get_string(size_average, reduce)
+        reduction = cast(Reduction, _reduction.legacy_get_string(size_average, reduce))
     if weight is not None:
         _paths.composite("mse_loss", (input, target, weight), "a weight of each element")
         return reference.mse_loss(input, target, reduction=reduction, weight=weight)
@@ -58,6 +62,9 @@ def mse_loss(
 
 class MSELoss(nn.MSELoss):
     """:class:`torch.nn.MSELoss` computed by :func:`regfast.mse_loss`."""
+
+    if TYPE_CHECKING:  # TorchScript would want to look the type up
+        reduction: Reduction
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         if is_scripting():

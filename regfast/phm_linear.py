@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 from torch.jit import is_scripting
@@ -10,11 +13,14 @@ from . import kinds
 from ._extension import are_tensors, without_tensors
 from .linear import Linear, LinearActivation
 from .reference import ACTIVATIONS, phm_weight
+from .types import Activation
 
-_phm_linear = kinds.op("phm_linear")
+_phm_linear: Callable[..., Tensor] = kinds.op("phm_linear")
 
 
-def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: str = "none") -> Tensor:
+def phm_linear(
+    input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: Activation = "none"
+) -> Tensor:
     """``activation(input @ w.T + bias)``, ``w`` the sum over i of ``torch.kron(a[i], s[i])``, never stored whole.
 
     Args:
@@ -41,8 +47,8 @@ def phm_linear(input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, 
     the dense layer and n * n * in_features multiplications more for each row, on an n-th of its weights.
     """
     if not are_tensors(input, a, s, bias):
-        tensors = {"input": input, "a": a, "s": s}, {"bias": bias}
-        return without_tensors(phm_linear, *tensors, input, a, s, bias, activation=activation)
+        required, optional = {"input": input, "a": a, "s": s}, {"bias": bias}
+        return without_tensors(phm_linear, required, optional, input, a, s, bias, activation=activation)
     return _phm_linear(input, a, s, bias, activation)
 
 
@@ -58,6 +64,10 @@ class PHMLinear(nn.Module):
     that they stand for, and so the output, has the variance of :class:`torch.nn.Linear`'s.
     """
 
+    if TYPE_CHECKING:  # TorchScript would want to look the types up
+        activation: Activation
+        bias: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -65,7 +75,7 @@ class PHMLinear(nn.Module):
         n: int,
         bias: bool = True,
         *,
-        activation: str = "none",
+        activation: Activation = "none",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -79,7 +89,7 @@ class PHMLinear(nn.Module):
             )
         super().__init__()
         self.in_features, self.out_features, self.n, self.activation = in_features, out_features, n, activation
-        options = {"device": device, "dtype": dtype}
+        options: Any = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(n, n, n, **options))
         # Row v of all n matrices together, as a row of the product's right side.
         self.s = nn.Parameter(torch.empty(out_features // n, n, in_features // n, **options))
@@ -110,7 +120,7 @@ class PHMLinear(nn.Module):
                 f"regfast.PHMLinear.from_linear: layer: expected a torch.nn.Linear, got {type(layer).__name__}"
             )
         weight, has_bias = layer.weight, layer.bias is not None
-        options = {"device": weight.device, "dtype": weight.dtype}
+        options: Any = {"device": weight.device, "dtype": weight.dtype}
         made = cls(layer.in_features, layer.out_features, n, has_bias, **options)
         rows, columns = layer.out_features // n, layer.in_features // n
         blocks = weight.double().reshape(n, rows, n, columns).transpose(1, 2).reshape(n * n, rows * columns)
@@ -119,7 +129,7 @@ class PHMLinear(nn.Module):
         roots = values[:terms].sqrt()
         made.a.zero_()[:terms] = (left[:, :terms] * roots).T.reshape(terms, n, n)
         made.matrices.zero_()[:terms] = (roots[:, None] * right[:terms]).reshape(terms, rows, columns)
-        if has_bias:
+        if made.bias is not None:
             made.bias.copy_(layer.bias)
         rest, all_of_it = values[terms:].square().sum(), values.square().sum()
         return made.train(layer.training), (rest / all_of_it).sqrt().item() if all_of_it > 0 else 0.0
@@ -151,7 +161,7 @@ class PHMLinear(nn.Module):
     @torch.no_grad()
     def merge(self) -> Linear | LinearActivation:
         """The dense layer that this one stands for, with its weight stored, for inference."""
-        dense = Linear(
+        dense: Linear | LinearActivation = Linear(
             self.in_features,
             self.out_features,
             self.bias is not None,
@@ -161,7 +171,7 @@ class PHMLinear(nn.Module):
         )
         wide = torch.promote_types(self.s.dtype, torch.float32)
         weight = phm_weight(self.a.to(wide), self.matrices.to(wide)).to(self.s.dtype)
-        layer = dense if self.activation == "none" else dense.linear
+        layer = dense.linear if isinstance(dense, LinearActivation) else dense
         layer.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             layer.bias = nn.Parameter(self.bias.clone(), requires_grad=False)

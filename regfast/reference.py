@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from functools import reduce as fold
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ HALF = (torch.float16, torch.bfloat16)
 FLOATING = "a floating-point dtype"
 
 
+@overload
+def _up(x: Tensor) -> Tensor: ...
+@overload
+def _up(x: Tensor | None) -> Tensor | None: ...
 def _up(x: Tensor | None) -> Tensor | None:
     """Half types as float32, everything else as it is."""
     return x.float() if x is not None and x.dtype in HALF else x
@@ -115,7 +120,7 @@ def normalized(
     outputs: str | tuple[str, ...],
     loss_dtype: torch.dtype | None,
     normalizer: float | Tensor,
-):
+) -> Any:
     """What ``call(reduction=, loss_dtype=)`` gives with a loss that is its sum divided by the normalizer. The sum is
     divided in float32 at least, since it may be beyond the range of half types, and then rounded once; gradients of
     float64 logits are divided in float64."""
@@ -271,7 +276,7 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = _Reduction.legacy_get_string(size_average, reduce)
     if normalizer is not None:
-        options = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
+        options: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
         call = partial(
             cross_entropy, input, target, weight, None, ignore_index, label_smoothing=label_smoothing, **options
         )
@@ -389,8 +394,8 @@ def linear_cross_entropy(
     ``memory_budget``, ``filter_eps`` and ``options`` are accepted and have no effect.
     """
     if normalizer is not None:
-        further = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
-        given = {"linear_bias": linear_bias, "weight": weight, "ignore_index": ignore_index, **further}
+        further: dict[str, Any] = {"z_loss": z_loss, "softcap": softcap, "logit_scale": logit_scale, "outputs": outputs}
+        given: dict[str, Any] = {"linear_bias": linear_bias, "weight": weight, "ignore_index": ignore_index, **further}
         given["label_smoothing"] = label_smoothing
         call = partial(linear_cross_entropy, input, linear_weight, target, **given)
         return normalized(
@@ -478,6 +483,7 @@ def linear_nll(
     if family == "categorical":
         mode = reduction if sample_weight is None else "none"
         loss = linear_cross_entropy(input, weight, target, linear_bias=bias, reduction=mode, loss_dtype=loss_dtype)
+        assert isinstance(loss, Tensor)  # of one output
         return loss if sample_weight is None else weighted_classes(loss, target, sample_weight, reduction)
     variance, number = gaussian_variance(sigma, eps, input, target, sample_weight)
     scale = variance if family == "gaussian" else pos_weight
@@ -580,6 +586,8 @@ def nll_loss(
     if name == "squared":
         loss = (eta - y).square()
     elif name == "gaussian":
+        v: float | Tensor
+        log_v: float | Tensor
         if scale is None:  # a number may be beyond the range of the predictions' dtype
             v, log_v = variance, math.log(variance) if variance > 0 else -math.inf
         else:
@@ -599,7 +607,7 @@ def nll_loss(
     if sample_weight is not None:
         loss = weighted(loss, _up(sample_weight), reduction)
     else:
-        loss = {"none": lambda x: x, "mean": torch.mean, "sum": torch.sum}[reduction](loss)
+        loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
     return loss.to(dtype)
 
 

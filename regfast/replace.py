@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -14,15 +16,21 @@ from .lazy import AutoLazyHead, LazyHead
 from .linear import Linear, is_product, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
+from .types import Activation
 
-_ACTIVATIONS = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh"}
+_ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
 _HEADS = (nn.Linear, Linear, LazyHead, AutoLazyHead)
-_LOSSES = {nn.CrossEntropyLoss: CrossEntropyLoss, nn.MSELoss: MSELoss}
+_LOSSES: dict[type[nn.Module], type[nn.Module]] = {nn.CrossEntropyLoss: CrossEntropyLoss, nn.MSELoss: MSELoss}
 if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
     _LOSSES[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
 
 
-def _activation(module: nn.Module) -> str | None:
+def _activation(module: nn.Module) -> Activation | None:
     """The name of the activation that a module is and nothing else: hooks are called before or after it."""
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return None
@@ -49,7 +57,8 @@ class FusedSequential(nn.Sequential):
             if activation is None:
                 input, module = module(input), after
             else:
-                input = linear(input, module.weight, module.bias, activation=activation)
+                layer = cast(nn.Linear, module)
+                input = linear(input, layer.weight, layer.bias, activation=activation)
                 module = next(modules, None)
         return input
 
@@ -58,16 +67,17 @@ def __getattr__(name: str) -> type:
     """``Conv1D``: a subclass of transformers' class of that name, made when somebody, pickle for one, asks for it."""
     if name != "Conv1D":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from transformers import pytorch_utils
+    pytorch_utils: Any = importlib.import_module("transformers.pytorch_utils")
 
-    class Conv1D(pytorch_utils.Conv1D):
+    class Conv1D(pytorch_utils.Conv1D):  # type: ignore[misc]  # a class that is found at run time
         """transformers' linear layer, whose weight is transposed, computed by :func:`regfast.linear`."""
 
         def forward(self, x: Tensor) -> Tensor:
             return linear(x, self.weight.t(), self.bias)
 
     Conv1D.__qualname__ = "Conv1D"
-    return globals().setdefault("Conv1D", Conv1D)
+    made: type = globals().setdefault("Conv1D", Conv1D)
+    return made
 
 
 @dataclass(frozen=True)
@@ -111,7 +121,7 @@ class Replacement:
         self.entries.append(Entry(name, type(module), None, why))
 
     def __str__(self) -> str:
-        groups: dict[tuple, list[str]] = {}
+        groups: dict[tuple[str, ...], list[str]] = {}
         for e in self.entries:
             now = "left" if e.now is None else f"{e.now.__module__.partition('.')[0]}.{e.now.__name__}"
             groups.setdefault((e.was.__name__, now, e.why), []).append(e.name or "(the model)")
@@ -131,6 +141,7 @@ def _pairs(sequential: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
 
 def _head_of(model: nn.Module, head: object) -> nn.Module | None:
     """The layer whose logits are to be lazy."""
+    found: nn.Module | None
     if head is None:
         return None
     if isinstance(head, nn.Module):
@@ -141,7 +152,7 @@ def _head_of(model: nn.Module, head: object) -> nn.Module | None:
             )
     elif head == "auto":
         try:
-            found = model.get_output_embeddings()
+            found = cast(Any, model).get_output_embeddings()
         except (AttributeError, NotImplementedError):
             return None
         return found if type(found) in _HEADS and type(found) is not LazyHead else None
@@ -188,7 +199,7 @@ def replace(
     theirs = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     for name, module in list(model.named_modules()):
         kind = type(module)
-        if module is lazy:
+        if lazy is not None and module is lazy:
             wanted = AutoLazyHead if head == "auto" else LazyHead
             if kind is not wanted:
                 report._change(name, module, wanted, "logits are multiplied only if someone looks")
@@ -202,7 +213,7 @@ def replace(
             report._change(name, module, Linear, "")
         elif kind is theirs:
             report._change(name, module, sys.modules[__name__].Conv1D, "a linear layer whose weight is transposed")
-        elif kind is nn.Sequential:
+        elif kind is nn.Sequential and isinstance(module, nn.Sequential):
             if any(_pairs(module)):
                 report._change(name, module, FusedSequential, "linear layers with the activations after them")
         elif isinstance(module, nn.Linear) and kind not in _HEADS:

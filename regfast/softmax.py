@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch.compiler import is_dynamo_compiling
 from . import _C, kinds, reference
 from ._extension import without_tensors
 
-_softmax, _log_softmax = kinds.op("softmax"), kinds.op("softmax", "log_softmax")
-_logsumexp = kinds.op("logsumexp")
+_softmax: Callable[..., Tensor] = kinds.op("softmax")
+_log_softmax: Callable[..., Tensor] = kinds.op("softmax", "log_softmax")
+_logsumexp: Callable[..., Tensor] = kinds.op("logsumexp")
 
 
 def softmax(input: Tensor, dim: int = -1, dtype: torch.dtype | None = None) -> Tensor:

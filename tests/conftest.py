@@ -1,11 +1,7 @@
 """Devices, dtypes and seeds of all tests; what they share stands in util.py."""
 
-import importlib.machinery
-import importlib.util
 import os
-import warnings
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -15,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is loaded
 os.environ.setdefault("REGFAST_GEMM", "own")
 
 import torch
+from emulated_gpu import enable, load_emulator
 from hypothesis import HealthCheck, settings
 from ranks import Ranks
 from util import DTYPES, Pool
@@ -22,21 +19,6 @@ from util import DTYPES, Pool
 import regfast
 from regfast import _C
 from regfast._paths import recorded
-
-
-def load_emulator():
-    """cuda_on_host/extension.cpp, if it was built for this torch; after make test has built it, it has to be there."""
-    build = Path(__file__).parent / "cuda_on_host" / "build" / f"torch-{torch.__version__}"
-    path = build / "cuda_on_host.so"
-    if not path.exists():
-        if os.environ.get("REGFAST_TEST_CUDA_ON_HOST") == "1":
-            raise FileNotFoundError(f"{path}: the CUDA kernels on the CPU, which make test builds")
-        return None
-    loader = importlib.machinery.ExtensionFileLoader("cuda_on_host", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("cuda_on_host", loader))
-    loader.exec_module(module)
-    return module
-
 
 EMULATOR = load_emulator()
 
@@ -70,7 +52,7 @@ def wrong_path(item, calls):
     for call in calls:
         if call.path == "composite" and not any(reason in call.why for reason in reasons):
             return f"{call.op}({call.tensors}) took the composite: {call.why}"
-        # On CUDA, some products are ATen's by design; gpu_checks.py and the emulator's tests know which.
+        # On CUDA, some products are ATen's by design; regfast.proof and the emulator's tests know which.
         if call.path == "aten" and call.by in regfast.isas():
             return f"{call.op}({call.tensors}): {call.why}"
     if not any(call.op.startswith(ops) for call in calls) and not (reasons and calls):
@@ -104,9 +86,7 @@ def kernels_of(name):
     with pytest.MonkeyPatch.context() as patch:
         # ATen's product would leave ours untested. What Hopper's does not take, or another device, is gemm_sm80's.
         patch.setenv("REGFAST_CUDA_GEMM", "sm90")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch's, on overridden kernels
-            EMULATOR.enable(schedule, int(arch))
+        enable(EMULATOR, schedule, int(arch))
         try:
             yield "cpu"
         finally:

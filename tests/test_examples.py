@@ -140,3 +140,21 @@ runpy.run_path({str(EXAMPLES / "linear_regression.py")!r}, run_name="__main__")
     done = run("-c", code)
     assert done.returncode != 0
     assert "differ by more than rounding" in done.stderr
+
+
+def test_the_demo_runs_every_example(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import demo
+
+    assert set(demo.EXAMPLES) == {path.name for path in EXAMPLES.glob("*.py")} - {"demo.py", "common.py"}
+    # Of programs that take the processor and nothing else, it counts what they take as theirs.
+    for name, seconds in {"first.py": 0.0, "second.py": 0.3}.items():
+        (tmp_path / name).write_text(f"import time\nwhile time.process_time() < {seconds}: pass")
+    before = demo.used_by_examples()
+    monkeypatch.setattr(demo, "HERE", tmp_path)
+    monkeypatch.setattr(demo, "EXAMPLES", {"first.py": (), "second.py": ()})
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    assert demo.main() == 0
+    assert demo.used_by_examples() - before > 0.3
+    (tmp_path / "first.py").write_text("raise SystemExit(3)")
+    assert demo.main() == 3

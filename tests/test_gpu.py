@@ -1,15 +1,17 @@
-"""The checks of gpu_checks.py where there is a GPU and the kernels are on; `make gpu` runs them without pytest."""
+"""The cases of regfast.proof where there is a GPU; no proof is written."""
 
-import gpu_checks
 import pytest
+import torch
 
-REASON = gpu_checks.enabled()
-pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
+import regfast
+from regfast.proof.prove import worker_command
+from regfast.proof.run import run_cases
+
+pytestmark = pytest.mark.skipif(
+    not (torch.cuda.is_available() and regfast.build_info()["cuda"]), reason="no GPU, or a build without CUDA kernels"
+)
 
 
-@pytest.mark.parametrize("name", gpu_checks.CHECKS)
-def test_on_the_gpu(name):
-    try:
-        gpu_checks.CHECKS[name](small=False)
-    except gpu_checks.Skip as reason:
-        pytest.skip(str(reason))
+def test_every_case_on_the_gpu():
+    _, subjects = run_cases([*worker_command(), "cases"], lambda *_: None)
+    assert {name: subject.why_not for name, subject in subjects.items() if subject.why_not} == {}

@@ -62,7 +62,7 @@ def test_parts_do_not_stop_each_other(gpu, tmp_path):
     assert read(run.path)["passed"] is False
 
 
-@pytest.mark.parametrize("failing", [None, "build", "checks"])
+@pytest.mark.parametrize("failing", [None, "build", "prove"])
 def test_whole_run(gpu, tmp_path, monkeypatch, capsys, failing):
     """With a pretended GPU and parts that are not run, but whose results stand in their files."""
     properties = SimpleNamespace(
@@ -81,6 +81,9 @@ def test_whole_run(gpu, tmp_path, monkeypatch, capsys, failing):
     def part(self, name, command, limit, keep=0, **environment):
         seen.append((name, environment, self.environment))
         self.add(gpu.Part(name, name != failing, 1.0, "done"))
+        if name == "prove":
+            (gpu.BUILD / "proofs").mkdir()
+            (gpu.BUILD / "proofs" / "nvidia-h100-80gb.json").write_text('{"ops": {"softmax": ""}}')
         if name == "benchmarks: rows":
             lines = [json.dumps({"ceilings": {"copy_gb_s": 3000.0}}), json.dumps(CASE), '{"name": "cut']
             (gpu.BUILD / "rows_aten.jsonl").write_text("\n".join(lines))
@@ -99,8 +102,9 @@ def test_whole_run(gpu, tmp_path, monkeypatch, capsys, failing):
     assert result["ceilings"] == {"copy_gb_s": 3000.0}
     assert [case["share"] for case in result["cases"]] == [0.8765]
     assert {part["name"] for part in result["parts"]} == set(kernels)
-    assert kernels["checks of gemm_sm90"] == kernels["racecheck of gemm_sm90"] == "sm90"
-    assert kernels["op tests"] == kernels["memcheck"] == kernels["benchmarks: linear, gemm sm80"] == "sm80"
+    assert kernels["prove"] is kernels["racecheck"] is None and list(kernels)[1] == "prove"
+    assert kernels["op tests"] == kernels["benchmarks: linear, gemm sm80"] == "sm80"
+    assert result["proof"] == {"ops": {"softmax": ""}}
     printed = capsys.readouterr().out
     assert "88% of copy" in printed and "12346" in printed
 

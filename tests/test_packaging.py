@@ -1,14 +1,18 @@
 """The package as it is shipped: sdist, the wheel, used from elsewhere, and the check of torch's version at import."""
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import regfast
 
@@ -47,38 +51,85 @@ def test_sdist_holds_every_file_of_the_project_and_nothing_else(tmp_path):
     assert sorted(packed - generated) == sorted(files)
 
 
-@pytest.mark.slow  # the extension is linked again; compiled it is only where build/ has no objects of this torch
-def test_wheel_works_from_another_directory(tmp_path):
-    # The build finds ninja by name, which an environment that is not activated does not have on its PATH.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    options = ("--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path / "wheel")
-    built = run("-m", "pip", "wheel", *options, ROOT, PATH=path)
-    assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = (tmp_path / "wheel").glob("regfast-*.whl")
+NUMBER = BUILT_FOR.split("+")[0]
+TOOLS = ROOT / "packaging" / "wheels.py"
 
+
+@pytest.fixture(scope="module")
+def wheels():
+    spec = importlib.util.spec_from_file_location("wheels", TOOLS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Linked again; compiled it is only where build/ has no objects of this torch. torch itself is this environment's: the
+# new one sees it, and what pip says of its requirements is about the wheel.
+@pytest.mark.slow
+@pytest.mark.skipif(not TOOLS.exists(), reason="there are no sources beside these tests")
+def test_wheel_is_built_audited_and_used_in_a_new_environment(tmp_path, wheels):
+    wheel = wheels.build(Path(sys.executable).parent, tmp_path, cuda=False)
+    version = regfast.__version__
+    assert wheel.name.startswith(f"regfast-{version}+torch{NUMBER}.cpu-cp")
     names = zipfile.ZipFile(wheel).namelist()
-    assert "regfast/py.typed" in names
-    assert any(name.startswith("regfast/_C.") for name in names)
+    assert {"regfast/py.typed", "regfast/_C.pyi", "regfast/cli/info.py"} <= set(names)
+    assert any(name.startswith("regfast/_C.") and name.endswith(".so") for name in names)
     assert any(name.endswith("/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"regfast"}  # no tests, no sources beside it
+    fields = wheels.metadata(wheel)
+    assert fields["Version"] == [f"{version}+torch{NUMBER}.cpu"]
+    assert f"torch=={NUMBER}" in fields["Requires-Dist"]
+    assert fields["License-Expression"] == ["BSD-3-Clause"]
+    if importlib.util.find_spec("auditwheel"):
+        wheel = wheels.audited(Path(sys.executable), wheel)
+        assert "manylinux" in wheel.name
+        assert not any(".libs/" in name for name in zipfile.ZipFile(wheel).namelist())  # torch's are torch's
 
-    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    installed = run("-m", "pip", "install", "--no-deps", "--no-index", "--target", site, wheel)
-    assert installed.returncode == 0, installed.stdout + installed.stderr
-    code = f"""
-import pathlib, torch, regfast
-assert pathlib.Path(regfast.__file__).is_relative_to({str(site)!r}), regfast.__file__
-x, w = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3)
-target = torch.tensor([0, 3, 1, 2, 0])
-loss = regfast.cross_entropy(regfast.linear(x, w), target)
-loss.backward()
-expected = torch.nn.functional.cross_entropy(torch.nn.functional.linear(x, w), target)
-torch.testing.assert_close(loss, expected)
-torch.testing.assert_close(x.grad, torch.autograd.grad(expected, x)[0])
-"""
-    used = run("-c", code, cwd=elsewhere, PYTHONPATH=str(site))
-    assert used.returncode == 0, used.stderr
+    new = wheels.environment(tmp_path / "new")
+    wheels.run(new / "python", "-m", "pip", "uninstall", "--yes", "setuptools")  # older than torch asks for
+    (site,) = (tmp_path / "new" / "lib").glob("python*/site-packages")
+    (site / "torch_of_this_environment.pth").write_text(str(Path(torch.__file__).parent.parent))
+    wheels.run(new / "python", "-m", "pip", "install", "--no-index", wheel, cwd=tmp_path, PYTHONPATH="")
+    used = wheels.run(new / "python", "-c", wheels.TRIAL, cwd=tmp_path, PYTHONPATH="")
+    assert used.startswith(str(site)), used
+
+
+def test_every_wheel_of_a_release_is_in_the_list(wheels):
+    done = run(TOOLS, "--list")
+    listed = {tuple(one.values()) for one in json.loads(done.stdout)["include"]}
+    assert len(listed) == 24 and (NUMBER, "3.11", "cpu") in listed
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
+    least = next(need.partition(">=")[2] for need in needs if need.startswith("torch"))
+    assert {torch.rpartition(".")[0] for torch, *_ in listed} >= {least}
+
+
+def failing_build(tmp_path, shadow: str, content: str) -> str:
+    """The last line of a build in whose environment a package is replaced."""
+    (tmp_path / f"{shadow}.py").write_text(content)
+    done = run("setup.py", "--version", cwd=ROOT, PYTHONPATH=str(tmp_path))
+    assert done.returncode != 0
+    return done.stderr.rstrip().splitlines()[-1]
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+def test_a_build_without_torch_says_so_in_one_sentence(tmp_path):
+    line = failing_build(tmp_path, "torch", "raise ModuleNotFoundError('No module named torch')")
+    assert line.startswith("regfast: expected the torch that is to import regfast") and "--no-build-isolation" in line
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+def test_a_build_by_an_old_setuptools_says_so_in_one_sentence(tmp_path):
+    line = failing_build(tmp_path, "setuptools", "__version__ = '68.1.2'")
+    assert line == "regfast: expected setuptools 77 or newer to build with, got 68.1.2"
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+def test_sources_that_are_not_built_are_refused_in_one_sentence(tmp_path):
+    shutil.copytree(ROOT / "regfast", tmp_path / "regfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "setup.py").touch()
+    done = run("-c", "import regfast", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    line = done.stderr.rstrip().splitlines()[-1]
+    assert line.startswith(f"ImportError: regfast: expected an installed package, got its sources in {tmp_path}")
 
 
 def import_under(torch_version: str) -> subprocess.CompletedProcess:

@@ -4,8 +4,10 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -63,17 +65,20 @@ std::optional<GemmKernel> forced_kernel() {
   static const std::optional<GemmKernel> forced = []() -> std::optional<GemmKernel> {
     const char* v = std::getenv("REGFAST_CUDA_GEMM");
     if (!v || !*v || !std::strcmp(v, "auto")) return std::nullopt;
-    if (!std::strcmp(v, "aten")) return GemmKernel::aten;
-    if (!std::strcmp(v, "sm80")) return GemmKernel::sm80;
-    if (!std::strcmp(v, "sm90")) return GemmKernel::sm90;
+    for (int i = 0; i < (int)std::size(tuning::kGemmKernelNames); ++i)
+      if (!std::strcmp(v, tuning::kGemmKernelNames[i])) return (GemmKernel)i;
     throw std::runtime_error(std::string("REGFAST_CUDA_GEMM: expected auto, aten, sm80 or sm90, got ") + v);
   }();
   return forced;
 }
 
+// A table for each device. Calls of other threads may read one while it is set.
+std::atomic<GemmKernel> tables[kMostDevices][kDTypes + 1][tuning::kGemmSizes];
+
 GemmKernel kernel_for(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k) {
-  const auto forced = forced_kernel();
-  return forced ? *forced : tuning::gemm_kernel(device().arch, dtype, tf32, m, n, k);
+  if (const auto forced = forced_kernel()) return *forced;
+  const int arithmetic = dtype == DType::f32 && tf32 ? kDTypes : (int)dtype;
+  return tables[device().index][arithmetic][(int)tuning::gemm_size(m, n, k)].load(std::memory_order_relaxed);
 }
 
 // ---- split sums ----------------------------------------------------------------------------------------------------
@@ -125,9 +130,16 @@ GemmPlan gemm_plan(DType dtype, bool tf32, const Gemm& g) {
   return p;
 }
 
+void set_gemm_table(int device, const GemmTable& table) {
+  if (device < 0 || device >= kMostDevices) throw std::runtime_error("regfast: more CUDA devices than it counts on");
+  for (int arithmetic = 0; arithmetic <= kDTypes; ++arithmetic)
+    for (int size = 0; size < tuning::kGemmSizes; ++size)
+      tables[device][arithmetic][size].store(table.kernel[arithmetic][size], std::memory_order_relaxed);
+}
+
 const char* gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k) {
   if (kernel_for(dtype, tf32, m, n, k) != GemmKernel::aten) return nullptr;
-  return forced_kernel() ? "REGFAST_CUDA_GEMM=aten" : "measured to be faster on this architecture";
+  return forced_kernel() ? "REGFAST_CUDA_GEMM=aten" : "as ours is not proven to be faster here";
 }
 
 int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& g) {

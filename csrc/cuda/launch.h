@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "cuda/device/arguments.h"
+#include "cuda/tuning.h"
 
 namespace rf::cuda {
 
@@ -61,8 +62,13 @@ void launch_part_products(DType dtype, const PartProducts& args, cudaStream_t st
 // tf32: whether float32 may be multiplied in tf32; no meaning for other types.
 int64_t gemm_workspace(DType dtype, bool tf32, const Gemm& gemm);
 void launch_gemm(DType dtype, bool tf32, const Gemm& gemm, cudaStream_t stream);
-// Whether a product is left to ATen's GEMM (and its epilogue to launch_activation_forward) on the current device, by
-// tuning.h's table; REGFAST_CUDA_GEMM=aten|sm80|sm90 overrides it.
+// Who takes the products of a device from now on, by arithmetic (a dtype, or last tf32) and size.
+struct GemmTable {
+  tuning::GemmKernel kernel[kDTypes + 1][tuning::kGemmSizes];
+};
+void set_gemm_table(int device, const GemmTable& table);
+// Why a product is left to ATen's GEMM on the current device, by its table, or null; REGFAST_CUDA_GEMM=aten|sm80|sm90
+// overrides the table.
 const char* gemm_by_aten(DType dtype, bool tf32, int64_t m, int64_t n, int64_t k);
 
 }  // namespace rf::cuda

@@ -1,5 +1,5 @@
 // What the CUDA kernels are tuned by: constants, each with its reason. None has been measured yet: they follow from the
-// sizes of registers, shared memory and caches, and `make gpu` is to confirm or correct them.
+// sizes of registers, shared memory and caches. `python -m regfast prove` prints what a GPU makes of them.
 #pragma once
 #include <cstdint>
 
@@ -13,10 +13,6 @@ constexpr int64_t power_of_two(int64_t x, int64_t least, int64_t most) {
   while (p < most && 2 * p <= x) p *= 2;
   return p;
 }
-
-// Architectures (compute capability times ten) that `make gpu` has passed on, each with its file in bench/results/. The
-// kernels are off elsewhere unless REGFAST_CUDA_KERNELS=1 turns them on. None yet.
-constexpr bool proven(int /*arch*/) { return false; }
 
 // ---- rows: softmax and cross-entropy -------------------------------------------------------------------------------
 
@@ -138,11 +134,21 @@ constexpr int64_t kGemmMostSplits = 64;
 // Threads of a block that adds up the parts, a vector of C each.
 constexpr int kFinishThreads = 256;
 
-// Whose GEMM takes a product. A row is added here when `make gpu` has measured it, with the figure and the results
-// file; until then all products are ATen's. REGFAST_CUDA_GEMM=aten|sm80|sm90 overrides the table.
-enum class GemmKernel { aten, sm80, sm90 };
-constexpr GemmKernel gemm_kernel(int /*arch*/, DType, bool /*tf32*/, int64_t /*m*/, int64_t /*n*/, int64_t /*k*/) {
-  return GemmKernel::aten;
+// Whose GEMM takes a product: ATen's, until `python -m regfast prove` has found another to be right and faster on the
+// GPU at hand, for an arithmetic and a size. REGFAST_CUDA_GEMM=aten|sm80|sm90 overrides what it found.
+enum class GemmKernel : uint8_t { aten, sm80, sm90 };
+constexpr const char* kGemmKernelNames[] = {"aten", "sm80", "sm90"};
+
+// Sizes that have their own winner: skinny products are bound by reading the long operand, small ones fill no more than
+// a wave or two of tiles (2^32 multiplications are 0.03 ms of an A100's tensor cores), large ones run at the peak.
+enum class GemmSize { skinny, small, large };
+constexpr const char* kGemmSizeNames[] = {"skinny", "small", "large"};
+constexpr int kGemmSizes = 3;
+constexpr int64_t kGemmSkinny = 64, kGemmSmall = int64_t(1) << 32;
+constexpr GemmSize gemm_size(int64_t m, int64_t n, int64_t k) {
+  return (m < n ? m : n) <= kGemmSkinny         ? GemmSize::skinny
+         : m * n < kGemmSmall / (k > 0 ? k : 1) ? GemmSize::small
+                                                : GemmSize::large;
 }
 
 }  // namespace rf::cuda::tuning

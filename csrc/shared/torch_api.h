@@ -9,6 +9,7 @@
 
 #include <string_view>
 
+#include "shared/cuda_kernels.h"
 #include "shared/flat.h"
 #include "shared/trace.h"
 #include "shared/types.h"
@@ -52,10 +53,9 @@ inline bool inside_transform() {
   return c10::impl::tls_local_dispatch_key_set().included_.has(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
-// Whether the CUDA kernels are used for a CUDA tensor: set by csrc/cuda, where that is built.
-inline bool (*cuda_kernels_enabled)(const Tensor&) = nullptr;
-inline bool device_has_kernels(const Tensor& t) {
-  return t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda_kernels_enabled && cuda_kernels_enabled(t));
+// Whether an op has kernels, in use, where a tensor lies.
+inline bool device_has_kernels(const char* op, const Tensor& t) {
+  return t.is_cpu() || t.is_meta() || (t.is_cuda() && cuda_kernels_in_use(op, t.device().index()));
 }
 
 // Whether a Python subclass with a dispatch of its own knows torch's operators alone (MaskedTensor, quantized weights):
@@ -94,7 +94,7 @@ inline bool takes_composite(const char* op, std::initializer_list<const Tensor*>
   for (const Tensor* t : tensors) {
     if (!t->defined()) continue;
     if (t->_fw_grad(0).defined()) return yes("forward-mode tangent");
-    if (!device_has_kernels(*t)) return yes("no kernels in use on ", t->device());
+    if (!device_has_kernels(op, *t)) return yes("no kernels in use on ", t->device());
   }
   const auto type = (*tensors.begin())->scalar_type();
   return !has_kernel(type) && yes(c10::getDtypeNames(type).first, " has no kernel");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from .. import kinds
 from .._extension import not_a_tensor, reduction_number
-from ..outputs import LOSS, select_outputs
+from ..outputs import LOSS, CrossEntropyOutput, select_outputs
 from ..reference import HALF, OUTPUTS, divided, require_normalizer, result_types
+from ..types import LossOptions, Output, Reduction, Several
 from .groups import (
     Group,
     OfGroup,
@@ -23,6 +25,9 @@ from .groups import (
 )
 from .slices import Options, Saved, Slice, class_dim, row_shape, slice_gradient
 
+if TYPE_CHECKING:
+    from .groups import GroupOrMesh
+
 _OP = "vocab_parallel_cross_entropy"
 FLOATING = (torch.float32, torch.float64, *HALF)
 
@@ -31,8 +36,8 @@ class _Rows(torch.autograd.Function):
     """Every output of each row, in the type of the sums, and the rows' terms of the mean's denominator."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, target: Tensor, weight: Tensor | None, group: Group, options: Options,
-                call: dict, in_place: bool):  # fmt: skip
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, group: Group, options: Options,
+                call: dict[str, Any], in_place: bool) -> Any:  # fmt: skip
         part = Slice(group, logits, target, weight, options)
         part.send_maxima(group.header(part.classes, call, part.target, logits.new_empty(0, dtype=part.type)))
         vocabulary = group.read_header(part.receive_maxima())
@@ -50,7 +55,7 @@ class _Rows(torch.autograd.Function):
         return (*results, counts)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> Any:
         refuse_second_derivatives(ctx.group.op, *grads)
         logits, probabilities, weight, *saved = ctx.saved_tensors
         upstream = dict(zip(ctx.names, grads, strict=False))
@@ -98,12 +103,12 @@ def reduced(
 
 def options_of(
     op: str,
+    names: Sequence[str],
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
     logit_scale: float | None,
-    names: Sequence[str],
 ) -> Options:
     """Numbers of one kind, whatever they were given as, since those of all ranks are compared."""
     o = Options(
@@ -157,7 +162,7 @@ def require_class_weight(op: str, weight: Tensor | None, classes: int, like: Ten
 def call_of(
     op: str,
     input: Tensor,
-    shape: tuple,
+    shape: tuple[Any, ...],
     target: Tensor,
     weight: Tensor | None,
     options: Options,
@@ -169,7 +174,8 @@ def call_of(
         "input": f"{input.dtype} {shape}",
         "target": "probabilities" if target.is_floating_point() else "classes",
         "weight": weight is not None,
-        **options._replace(outputs=tuple(sorted(options.outputs)))._asdict(),
+        **options._asdict(),
+        "outputs": tuple(sorted(options.outputs)),
         "normalizer": None if normalizer is None else kinds.number(op, "normalizer", normalizer),
         **others,
     }
@@ -192,8 +198,8 @@ def checked_options(
     outputs: str | tuple[str, ...],
     normalizer: float | Tensor | None,
     loss_dtype: torch.dtype | None,
-    *numbers: object,
-) -> tuple[list[str], Options, object, object]:
+    *numbers: Any,
+) -> tuple[list[str], Options, Any, Any]:
     """What both losses ask of their arguments before they look at shapes: the outputs' names in the kernels' order, the
     options of ``numbers``, and what :func:`select_outputs` tells of the result."""
     for name, value in tensors.items():
@@ -204,29 +210,61 @@ def checked_options(
     names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
     if normalizer is not None:
         require_normalizer(op, normalizer, reduction)
-    options = options_of(op, *numbers, names)
+    options = options_of(op, names, *numbers)
     require_loss_dtype(op, loss_dtype)
     return names, options, result, places
 
 
+class _Options(LossOptions, total=False):
+    """Keywords that say nothing of the result's type."""
+
+    group: GroupOrMesh
+    ignore_index: int
+    reduction: Reduction
+    label_smoothing: float
+    inplace_backward: bool
+
+
+@overload
+def vocab_parallel_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    outputs: Output | tuple[Output] = ...,
+    **further: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def vocab_parallel_cross_entropy(
+    input: Tensor, target: Tensor, weight: Tensor | None = None, *, outputs: Several, **further: Unpack[_Options]
+) -> CrossEntropyOutput: ...
+@overload
+def vocab_parallel_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    outputs: Output | tuple[Output, ...],
+    **further: Unpack[_Options],
+) -> Tensor | CrossEntropyOutput: ...
 @outside_of_graphs
 def vocab_parallel_cross_entropy(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    group=None,
+    group: GroupOrMesh = None,
     ignore_index: int = -100,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    outputs: str | tuple[str, ...] = LOSS,
+    outputs: Output | tuple[Output, ...] = LOSS,
     inplace_backward: bool = False,
     loss_dtype: torch.dtype | None = None,
     normalizer: float | Tensor | None = None,
-):
+) -> Tensor | CrossEntropyOutput:
     """:func:`regfast.cross_entropy` of logits of which each rank of a group has those of its own classes.
 
     Classes are numbered in the order of the ranks, any number on each, also none. All ranks call it together with the
@@ -299,7 +337,7 @@ def losses_of_slices(
     loss_dtype: torch.dtype | None,
     normalizer: float | Tensor | None,
     row_groups: Sequence[object] = (),
-):
+) -> Any:
     """:func:`vocab_parallel_cross_entropy` of a part of the rows, of which each rank of ``row_groups`` has another: a
     mean is this part's share of that over all."""
     names, options, result, places = checked_options(
@@ -329,7 +367,8 @@ def losses_of_slices(
     of_group.compare(call)
     types = result_types(input, target, weight)
     logits, target = in_one_type(input, target, weight)
-    *tensors, counts = _Rows.apply(logits, target, weight, of_group, options, call, inplace_backward)
+    rows: Any = _Rows
+    *tensors, counts = rows.apply(logits, target, weight, of_group, options, call, inplace_backward)
     if "loss" in names and reduction != "none":
         tensors[0] = reduced(tensors[0].sum(dtype=torch.float64), counts, reduction, normalizer, row_groups)
     tensors = [
@@ -343,12 +382,12 @@ class VocabParallelCrossEntropyLoss(OfGroup):
 
     weight: Tensor | None
 
-    def __init__(self, weight: Tensor | None = None, *, group=None, **options: object) -> None:
+    def __init__(self, weight: Tensor | None = None, *, group: Any = None, **options: Any) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
         self.group, self.options = group, options
 
-    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None):
+    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Any:
         return vocab_parallel_cross_entropy(
             input, target, self.weight, group=self.group, normalizer=normalizer, **self.options
         )

@@ -7,6 +7,7 @@ Plain tensors beside a DTensor are what this process has: whole, or its part of 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from .slices import class_dim
 class _Layout:
     """How logits lie on a mesh: rows over some of its dimensions, classes over at most one."""
 
-    def __init__(self, op: str, mesh, placements: Sequence[Placement], classes: int) -> None:
+    def __init__(self, op: str, mesh: Any, placements: Sequence[Placement], classes: int) -> None:
         self.op, self.mesh = op, mesh
         by_class = [i for i, p in enumerate(placements) if p.is_shard(classes)]
         if len(by_class) > 1:
@@ -36,19 +37,19 @@ class _Layout:
             )
         self.class_axis = by_class[0] if by_class else None
         # Sums that are not yet complete, and anything else, become whole.
-        self.logits = [p if type(p) is Shard else Replicate() for p in placements]
+        self.logits: list[Any] = [p if type(p) is Shard else Replicate() for p in placements]
         self.row_axes = [i for i, p in enumerate(self.logits) if p.is_shard() and i != self.class_axis]
         # Of tensors with a number for each row.
-        self.rows = [
+        self.rows: list[Placement] = [
             Shard(p.dim - (p.dim > classes)) if i in self.row_axes else Replicate() for i, p in enumerate(self.logits)
         ]
 
     @property
-    def class_group(self):
+    def class_group(self) -> Any:
         return None if self.class_axis is None else group_of_mesh(self.op, self.mesh, self.class_axis)
 
     @property
-    def row_groups(self) -> list:
+    def row_groups(self) -> list[Any]:
         return [self.mesh.get_group(axis) for axis in self.row_axes]
 
     def _only(self, axes: Sequence[int], placement: Placement) -> list[Placement]:
@@ -63,8 +64,13 @@ class _Layout:
         return [Partial() if i in self.row_axes else p for i, p in enumerate(self.by_class())]
 
     def local(
-        self, name: str, t: Tensor | None, placements: list[Placement], part: torch.Size | None = None, grads=None
-    ) -> Tensor | None:
+        self,
+        name: str,
+        t: Any,
+        placements: list[Placement],
+        part: torch.Size | None = None,
+        grads: Any = None,
+    ) -> Any:
         """This process's part of a tensor. ``part`` is its shape, by which a plain tensor is known to be that part."""
         if t is None or (not isinstance(t, DTensor) and (part is None or t.shape == part)):
             return t
@@ -85,7 +91,7 @@ class _Layout:
         return total if reduction == "sum" else total.redistribute(placements=[Replicate()] * self.mesh.ndim)
 
 
-def _finish(layout: _Layout, results, outputs, reduction: str, shape: torch.Size):
+def _finish(layout: _Layout, results: Any, outputs: Any, reduction: str, shape: torch.Size) -> Any:
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     values = [results] if isinstance(results, Tensor) else list(results)
     values = [layout.result(name, t, reduction, shape) for name, t in zip(names, values, strict=True)]
@@ -98,8 +104,15 @@ def _number(normalizer: float | Tensor | None) -> float | Tensor | None:
 
 
 def cross_entropy(
-    input: DTensor, target: Tensor, weight: Tensor | None, *, reduction: str, outputs, normalizer, **options
-):
+    input: DTensor,
+    target: Tensor,
+    weight: Tensor | None,
+    *,
+    reduction: str,
+    outputs: Any,
+    normalizer: Any,
+    **options: Any,
+) -> Any:
     """:func:`regfast.cross_entropy` of logits that are sharded by class, by row or by both."""
     op = "cross_entropy"
     reduction_number(op, reduction)
@@ -124,19 +137,19 @@ def cross_entropy(
 
 
 def linear_cross_entropy(
-    input: Tensor,
-    linear_weight: Tensor,
+    input: Any,
+    linear_weight: Any,
     target: Tensor,
     *,
     linear_bias: Tensor | None,
     weight: Tensor | None,
     reduction: str,
     ignore_index: int | None,
-    outputs,
+    outputs: Any,
     filter_eps: float,
-    normalizer,
-    **options,
-):
+    normalizer: Any,
+    **options: Any,
+) -> Any:
     """:func:`regfast.linear_cross_entropy` of a weight whose classes are sharded, of sharded rows, or of both. With a
     plain input, which is this process's, results are plain."""
     op = "linear_cross_entropy"

@@ -8,15 +8,26 @@ import zlib
 from collections.abc import Callable
 from functools import wraps
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from .. import _C
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    GroupOrMesh = dist.ProcessGroup | DeviceMesh | None
+
 # Their names since torch 2.13, which warns of the former ones; builds without torch.distributed have neither.
-_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Messages carry counts as digits, each of which float32 holds exactly.
 _BASE = 1 << 20
@@ -26,7 +37,7 @@ def _digits(count: int) -> tuple[int, int]:
     return count % _BASE, count // _BASE
 
 
-def group_of_mesh(op: str, mesh, axis: int = 0):
+def group_of_mesh(op: str, mesh: Any, axis: int = 0) -> Any:
     """The process group of a mesh's dimension. torch numbers its ranks in ascending order, whatever order the mesh has,
     and the parts of a vocabulary would be taken for each other's."""
     here = mesh.get_coordinate()
@@ -39,7 +50,7 @@ def group_of_mesh(op: str, mesh, axis: int = 0):
 class Group:
     """The ranks that share a vocabulary, for one call of an op."""
 
-    def __init__(self, op: str, group: object) -> None:
+    def __init__(self, op: str, group: Any) -> None:
         self.op = op
         if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError(f"regfast.{op}: group: expected torch.distributed to be initialised, got none that is")
@@ -47,7 +58,7 @@ class Group:
             if group.ndim != 1:
                 raise ValueError(f"regfast.{op}: group: expected a mesh of one dimension, got {group.ndim}: {group}")
             group = group_of_mesh(op, group)
-        self.group = dist.group.WORLD if group is None else group
+        self.group: Any = dist.group.WORLD if group is None else group
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise RuntimeError(
@@ -59,7 +70,7 @@ class Group:
         of_all = [dist.get_global_rank(self.group, rank) for rank in ranks]
         return f"rank{'s' if len(of_all) > 1 else ''} {', '.join(map(str, of_all))}"
 
-    def _attempt(self, what: str, run: Callable):
+    def _attempt(self, what: str, run: Callable[..., Any]) -> Any:
         try:
             return run()
         except RuntimeError as error:  # torch.distributed's errors are
@@ -68,7 +79,7 @@ class Group:
                 f"shapes, dtypes and options, got on {self.names([self.rank])}: {error}"
             ) from error
 
-    def _start(self, what: str, run: Callable) -> Callable[[], Tensor]:
+    def _start(self, what: str, run: Callable[..., Any]) -> Callable[[], Tensor]:
         """Starts a collective that gives a tensor, and returns what waits for it."""
         work, result = self._attempt(what, run)
 
@@ -78,7 +89,7 @@ class Group:
 
         return wait
 
-    def reduce(self, message: Tensor, how: dist.ReduceOp, what: str) -> Callable[[], Tensor]:
+    def reduce(self, message: Tensor, how: dist.ReduceOp.RedOpType, what: str) -> Callable[[], Tensor]:
         """Reduces a message in place over all ranks; the result of the call that is returned is the same on each."""
         return self._start(what, lambda: (dist.all_reduce(message, how, self.group, async_op=True), message))
 
@@ -97,7 +108,7 @@ class Group:
         """With TORCH_DISTRIBUTED_DEBUG=DETAIL, an error on every rank that says how the calls of two ranks differ."""
         if dist.get_debug_level() != dist.DebugLevel.DETAIL:
             return
-        calls: list[tuple[str, dict]] = [("", {})] * self.size
+        calls: list[tuple[str, dict[str, Any]]] = [("", {})] * self.size
         mine = (self.op, call)
         self._attempt("debug mode", lambda: dist.all_gather_object(calls, mine, self.group))
         for rank, (op, other) in enumerate(calls):
@@ -163,9 +174,9 @@ class Group:
 class OfGroup(nn.Module):
     """A module of a process group, which its copies share: torch can copy none."""
 
-    group: object
+    group: GroupOrMesh
 
-    def __deepcopy__(self, memo: dict) -> OfGroup:
+    def __deepcopy__(self, memo: dict[int, Any]) -> OfGroup:
         memo[id(self.group)] = self.group
         memo[id(self)] = other = type(self).__new__(type(self))
         other.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -207,24 +218,23 @@ def refuse_second_derivatives(op: str, *grads: Tensor | None) -> None:
 def require_kernels(op: str, logits: Tensor) -> None:
     """The kernels of slices have no composite in plain torch."""
     kind = logits.device.type
-    if kind == "cuda":
-        has_kernels = torch._C._dispatch_has_kernel_for_dispatch_key("regfast::cross_entropy_backward", "CUDA")
-    else:
-        has_kernels = kind == "cpu"
+    has_kernels = kind == "cpu" or (
+        kind == "cuda" and _C.cuda_kernels_in_use("cross_entropy", logits.device.index or 0)
+    )
     if not has_kernels:
         raise NotImplementedError(
-            f"regfast.{op}: input: expected a device with kernels of regfast, a CPU or with REGFAST_CUDA_KERNELS=1 a "
-            f"CUDA device, got {logits.device}"
+            f"regfast.{op}: input: expected a device with kernels of regfast, a CPU or a CUDA device on which "
+            f"python -m regfast prove has found them right, got {logits.device}"
         )
 
 
-def outside_of_graphs(function: Callable) -> Callable:
+def outside_of_graphs(function: Callable[P, R]) -> Callable[P, R]:
     """Compilers break their graph at a call, which waits for what other processes say. torch.compiler.disable does no
     more, but takes seconds to be imported by programs that compile nothing."""
     disabled = torch._disable_dynamo(function)
 
     @wraps(function)
-    def call(*args, **kwargs):
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return (disabled if is_dynamo_compiling() else function)(*args, **kwargs)
 
     return call

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from .. import kinds
 from .._extension import not_a_tensor
-from ..outputs import LOSS
+from ..outputs import LOSS, CrossEntropyOutput
 from ..reference import _autocast, result_types
+from ..types import LossOptions, Output, Reduction, Several
 from .cross_entropy import (
     FLOATING,
     bad_targets,
@@ -35,6 +37,9 @@ from .groups import (
     require_kernels,
 )
 from .slices import Options, Saved, Slice, slice_gradient, sum_type
+
+if TYPE_CHECKING:
+    from .groups import GroupOrMesh
 
 _OP = "vocab_parallel_linear_cross_entropy"
 _LEAST_ROWS = 16  # a product of fewer reads the weight for too little arithmetic
@@ -130,18 +135,18 @@ class _Problem:
 class _Gradients:
     """Gradients of a call, to which each chunk adds."""
 
-    def __init__(self, p: _Problem, wants: tuple[bool, bool, bool, bool], dx_type: torch.dtype) -> None:
+    def __init__(self, p: _Problem, wants: tuple[bool, ...], dx_type: torch.dtype) -> None:
         self.p = p
         x, w, bias, target = wants
         new = p.x.new_zeros
         # Rows that take no part have no gradient.
-        self.x = new(p.x.shape, dtype=dx_type) if x else None
-        self.w = new(p.w.shape, dtype=p.type) if w else None
-        self.bias = new(len(p.w), dtype=torch.float64) if bias else None
-        self.target = p.target.new_zeros(p.target.shape) if target else None
+        self.x: Any = new(p.x.shape, dtype=dx_type) if x else None
+        self.w: Any = new(p.w.shape, dtype=p.type) if w else None
+        self.bias: Any = new(len(p.w), dtype=torch.float64) if bias else None
+        self.target: Any = p.target.new_zeros(p.target.shape) if target else None
         self._last: Callable[[], None] | None = None
 
-    def add(self, begin: int, end: int, x: Tensor, g: Tensor, of_target: Tensor | None) -> None:
+    def add(self, begin: int, end: int, x: Tensor, g: Any, of_target: Any) -> None:
         """Multiplies a chunk's gradient of the logits; the sum of dX over the ranks is awaited with the next chunk."""
         p = self.p
         waits = None
@@ -173,7 +178,7 @@ class _Gradients:
         self._last = None
 
 
-def _forward(p: _Problem, wants: tuple[bool, bool, bool, bool] | None):
+def _forward(p: _Problem, wants: tuple[bool, ...] | None) -> Any:
     """Outputs of all rows, what each chunk saves, the rows' weights in the mean, and with ``wants`` the gradients of
     the sum of losses."""
     gradients = None if wants is None else _Gradients(p, wants, p.type)
@@ -199,8 +204,8 @@ def _forward(p: _Problem, wants: tuple[bool, bool, bool, bool] | None):
         )  # fmt: skip
         gradients.add(*chunk, x, g, None)
 
-    last = None
-    rows_of = p.start_input(*chunks[0])
+    last: Any = None
+    rows_of: Any = p.start_input(*chunks[0])
     for i, chunk in enumerate(chunks):
         x, next_rows = rows_of(), None if i + 1 == len(chunks) else p.start_input(*chunks[i + 1])
         target = p.target[p.places(*chunk)]
@@ -227,7 +232,7 @@ class _SumOfLosses(torch.autograd.Function):
     """The sum of the losses alone (and argmax), with its gradients from the pass that gives it."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, p: _Problem, wants: tuple[bool, ...]):
+    def forward(ctx: Any, x: Any, w: Any, bias: Any, p: _Problem, wants: tuple[bool, ...]) -> Any:
         results, _, counts, g = _forward(p, wants)
         # Without a row that counts, the mean has NaN for an upstream gradient, and every gradient is 0.
         counted = torch.full((), len(p.target) > 0, device=x.device)
@@ -241,14 +246,14 @@ class _SumOfLosses(torch.autograd.Function):
         return (*outputs, counts)
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Any, *_: Any) -> Any:
         refuse_second_derivatives(ctx.op, grad)
         if grad is None:
             return None, None, None, None, None
         once = not torch._C._autograd._get_current_graph_task_keep_graph()
         counted, *gradients = ctx.saved_tensors
         grad = torch.where(counted, grad, 0)
-        result = []
+        result: list[Tensor | None] = []
         for saved, type in zip(gradients, ctx.types, strict=True):
             if saved is None:
                 result.append(None)
@@ -262,7 +267,7 @@ class _Rows(torch.autograd.Function):
     """Every output of each row; backward multiplies the logits again."""
 
     @staticmethod
-    def forward(ctx, x, w, bias, target, p: _Problem):
+    def forward(ctx: Any, x: Any, w: Any, bias: Any, target: Any, p: _Problem) -> Any:
         results, saved, counts, _ = _forward(p, None)
         ctx.save_for_backward(x, w, bias, target, p.kept, p.weight, *_joined(saved))
         ctx.names, ctx.group, ctx.vocabulary, ctx.options = tuple(results), p.group, p.vocabulary, p.options
@@ -272,7 +277,7 @@ class _Rows(torch.autograd.Function):
         return (*results.values(), counts)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Any) -> Any:
         refuse_second_derivatives(ctx.group.op, *grads)
         x, w, bias, target, kept, weight, *saved = ctx.saved_tensors
         saved = Saved(*saved)
@@ -282,7 +287,7 @@ class _Rows(torch.autograd.Function):
         wants = tuple(ctx.needs_input_grad[:4])
         gradients = _Gradients(p, wants, x.dtype)
         chunks, at = p.chunks(), 0
-        rows_of = p.start_input(*chunks[0])
+        rows_of: Any = p.start_input(*chunks[0])
         for i, chunk in enumerate(chunks):
             rows, rows_of = rows_of(), None if i + 1 == len(chunks) else p.start_input(*chunks[i + 1])
             places = p.places(*chunk)
@@ -309,7 +314,7 @@ class _Rows(torch.autograd.Function):
 def _joined(saved: list[Saved]) -> Saved:
     """Of all chunks."""
 
-    def join(name: str, dim: int) -> Tensor | None:
+    def join(name: str, dim: int) -> Any:
         parts = [getattr(s, name) for s in saved]
         return None if parts[0] is None else torch.cat(parts, dim)
 
@@ -356,27 +361,62 @@ def _saved_tensors_are_packed() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+class _Options(LossOptions, total=False):
+    """Keywords that say nothing of the result's type."""
+
+    group: GroupOrMesh
+    linear_bias: Tensor | None
+    weight: Tensor | None
+    reduction: Reduction
+    ignore_index: int
+    label_smoothing: float
+    memory_budget: int | None
+    sequence_parallel: bool
+
+
+@overload
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: Output | tuple[Output] = ...,
+    **further: Unpack[_Options],
+) -> Tensor: ...
+@overload
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor, linear_weight: Tensor, target: Tensor, *, outputs: Several, **further: Unpack[_Options]
+) -> CrossEntropyOutput: ...
+@overload
+def vocab_parallel_linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    outputs: Output | tuple[Output, ...],
+    **further: Unpack[_Options],
+) -> Tensor | CrossEntropyOutput: ...
 @outside_of_graphs
 def vocab_parallel_linear_cross_entropy(
     input: Tensor,
     linear_weight: Tensor,
     target: Tensor,
     *,
-    group=None,
+    group: GroupOrMesh = None,
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float | None = None,
-    outputs: str | tuple[str, ...] = LOSS,
+    outputs: Output | tuple[Output, ...] = LOSS,
     memory_budget: int | None = None,
     loss_dtype: torch.dtype | None = None,
     sequence_parallel: bool = False,
     normalizer: float | Tensor | None = None,
-):
+) -> Tensor | CrossEntropyOutput:
     """:func:`regfast.linear_cross_entropy` with a weight of which each rank of a group has the rows of its own classes.
 
     Logits exist for a chunk of rows at a time, in float32 for half types. The collectives of a chunk run while the
@@ -453,7 +493,7 @@ def losses_of_slices(
     sequence_parallel: bool,
     normalizer: float | Tensor | None,
     row_groups: Sequence[object] = (),
-):
+) -> Any:
     """:func:`vocab_parallel_linear_cross_entropy` of a part of the rows, of which each rank of ``row_groups`` has
     another: a mean is this part's share of that over all."""
     names, options, result, output_places = checked_options(
@@ -475,7 +515,7 @@ def losses_of_slices(
     require_class_weight(_OP, weight, classes, input)
     require_kernels(_OP, input)
 
-    tensors = [input, linear_weight, linear_bias]
+    tensors: list[Any] = [input, linear_weight, linear_bias]
     types = result_types(input, target, weight)
     if _autocast(input):  # as linear has it
         low = torch.get_autocast_dtype(input.device.type)
@@ -509,19 +549,21 @@ def losses_of_slices(
     # Of one size and dtype whatever the call is, so that calls which differ can be told apart.
     of_classes = None if probabilities else target.long()
     header = of_group.header(classes, call, of_classes, x.new_empty(0, dtype=torch.float64))
-    header = of_group.reduce(header, dist.ReduceOp.MAX, "all_reduce of sizes")
-    vocabulary = of_group.read_header(header())
+    headers = of_group.reduce(header, dist.ReduceOp.MAX, "all_reduce of sizes")
+    vocabulary = of_group.read_header(headers())
     if vocabulary.total == 0:
         raise RuntimeError(f"regfast.{_OP}: linear_weight: expected a class on some rank, got none on any")
     p = _Problem(
         of_group, vocabulary, options, x.detach(), w.detach(), None if bias is None else bias.detach(), target.detach(),
         weight, kept, sequence_parallel, budget,
     )  # fmt: skip
+    in_one_pass: Any = _SumOfLosses
+    rows: Any = _Rows
     if one_pass:
-        *tensors, counts = _SumOfLosses.apply(x, w, bias, p, (*wants[:3], False))
+        *tensors, counts = in_one_pass.apply(x, w, bias, p, (*wants[:3], False))
         total = tensors[0]
     else:
-        *tensors, counts = _Rows.apply(x, w, bias, target, p)
+        *tensors, counts = rows.apply(x, w, bias, target, p)
         total = tensors[0].sum(dtype=torch.float64) if "loss" in names and reduction != "none" else None
     if total is not None:
         tensors[0] = reduced(total, counts, reduction, normalizer, row_groups)
@@ -541,17 +583,19 @@ class VocabParallelLinearCrossEntropyLoss(OfGroup):
     seed is the same: give them different seeds, or load a state.
     """
 
+    weight: Tensor | None
+
     def __init__(
         self,
         in_features: int,
         num_classes: int,
         *,
-        group=None,
+        group: GroupOrMesh = None,
         bias: bool = False,
-        device=None,
-        dtype=None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         weight: Tensor | None = None,
-        **options: object,
+        **options: Any,
     ) -> None:
         super().__init__()
         ranks = Group("VocabParallelLinearCrossEntropyLoss", group)
@@ -561,7 +605,7 @@ class VocabParallelLinearCrossEntropyLoss(OfGroup):
         self.linear = nn.Linear(in_features, min(each, num_classes - begin), bias, device, dtype)
         self.register_buffer("weight", weight)
 
-    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None):
+    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Any:
         return vocab_parallel_linear_cross_entropy(
             input,
             self.linear.weight,

@@ -9,7 +9,7 @@ has the row's maximum and the logarithm of its sum in the place of the slice's.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -67,6 +67,15 @@ class Saved(NamedTuple):
 
 class Slice:
     """The logits of a rank's classes on their way to the outputs of whole rows."""
+
+    # Numbers where they are the same for all rows; of those that the call does not need there is none.
+    max: Tensor
+    log_sum: Tensor
+    argmax: Any
+    target: Any
+    valid: Any
+    mine: Any
+    local: Any
 
     def __init__(self, group: Group, logits: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
         self.group, self.logits, self.options = group, logits, options
@@ -178,9 +187,9 @@ class Slice:
         origin = torch.where(self.top.isfinite(), self.top, 0)
         shift = self.max - self.top
         exps = torch.where(self.max == _INF, _INF, torch.exp(self.log_sum + (self.max - origin)))
-        words = {"exps": exps}
+        words: dict[str, Any] = {"exps": exps}
         none = self.classes == 0
-        even = 0.0 if none or not self.smoothed else smooth * (self.even_dot + self.weight_sum * shift)
+        even: Any = 0.0 if none or not self.smoothed else smooth * (self.even_dot + self.weight_sum * shift)
         if self.probabilities is None:
             local = self.target - vocabulary.begin
             self.valid = self.target != o.ignore_index
@@ -188,7 +197,7 @@ class Slice:
             self.local = torch.where(self.mine, local, _NO_CLASS)
             if {"loss", "logprob"} & wanted:
                 above = self._above_maximum()
-                weight = 1.0
+                weight: Any = 1.0
                 if self.weight is not None:
                     weight = self._rows(0) if none else torch.where(self.mine, self.weight[self.local.clamp(min=0)], 0)
                     words["weight"] = weight
@@ -201,8 +210,8 @@ class Slice:
         else:
             if "loss" in wanted:
                 keep = 1 - o.label_smoothing
-                mass = 0.0 if none else keep * self.mass + smooth * self.weight_sum
-                dot = 0.0
+                mass: Any = 0.0 if none else keep * self.mass + smooth * self.weight_sum
+                dot: Any = 0.0
                 if not none:
                     dot = self.target_dot + self.mass * shift
                     if self.smoothed:  # then no class has a share of 0, which times -inf were NaN
@@ -259,14 +268,14 @@ class Slice:
         exps, infinite = words["exps"], self.top == _INF
         log_sum = torch.where(infinite, _NAN, exps.log())
         lse = torch.where(infinite, exps, self.top + log_sum)
-        stats = [torch.where(infinite & exps.isnan(), _NAN, self.top), log_sum]
+        stats: list[Tensor] = [torch.where(infinite & exps.isnan(), _NAN, self.top), log_sum]
         results: dict[str, Tensor] = {}
         class_weight = None
         if self.probabilities is None:
             if {"loss", "logprob"} & wanted and self.weight is not None:
                 class_weight = torch.where(self.valid, words["weight"], 0)
             if "loss" in wanted:
-                mass = 1.0 if self.weight is None else words["weight"]
+                mass: Any = 1.0 if self.weight is None else words["weight"]
                 if self.smoothed:
                     mass = (1 - o.label_smoothing) * mass + o.label_smoothing / self.vocabulary.total * weight_sum
                 loss = mass * log_sum - words["dot"]
@@ -283,11 +292,13 @@ class Slice:
                 results["logprob"] = words["plain"] - words["plain_mass"] * log_sum
         if "entropy" in wanted:
             results["entropy"] = log_sum - words["weighted"] / exps
-        zero = self._rows(0) if self.probabilities is not None else None
+        zero: Any = self._rows(0) if self.probabilities is not None else None
         if self.probabilities is not None or "entropy" in wanted:
-            stats.append(results.get("entropy", zero))
+            entropy: Any = results.get("entropy", zero)
+            stats.append(entropy)
         if self.probabilities is not None:
-            stats += [words.get("mass", zero), words.get("plain_mass", zero)]
+            masses: list[Any] = [words.get("mass", zero), words.get("plain_mass", zero)]
+            stats += masses
         results["lse"] = lse
         if self._packs_argmax():
             begins = torch.tensor(self.vocabulary.begins, device=self.place.device)
@@ -323,17 +334,20 @@ def slice_gradient(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a slice's logits and probabilities for upstream gradients of each row's outputs."""
     shape, type, o = row_shape(logits), sum_type(logits.dtype), options
+    valid, classes = cast(Any, saved.valid), cast(Any, saved.classes)  # where there are no probabilities
     if vocabulary.size == 0:
         return torch.zeros_like(logits), None if probabilities is None else torch.zeros_like(probabilities)
-    rows = {name: None if grad is None else grad.reshape(-1).to(type) for name, grad in upstream.items()}
-    loss, logprob = rows.get("loss"), rows.get("logprob")
+    rows: dict[str, Any] = {
+        name: None if grad is None else grad.reshape(-1).to(type) for name, grad in upstream.items()
+    }
+    loss, logprob = cast(Any, rows.get("loss")), cast(Any, rows.get("logprob"))
     zero = torch.zeros(shape.numel(), dtype=type, device=logits.device)
-    lse = zero if rows.get("lse") is None else rows["lse"]
+    lse: Any = zero if rows.get("lse") is None else rows["lse"]
     weight = None if weight is None else weight.to(type)
     share = vocabulary.size / vocabulary.total
     smoothing = o.label_smoothing if loss is not None else 0.0
-    if loss is not None and saved.valid is not None:
-        loss = torch.where(saved.valid, loss, 0)
+    if loss is not None and valid is not None:
+        loss = torch.where(valid, loss, 0)
     if loss is not None and o.z_loss:
         lse = lse + torch.where(loss == 0, 0, 2 * o.z_loss * loss * (saved.stats[0] + saved.stats[1]))
 
@@ -343,15 +357,15 @@ def slice_gradient(
         hot = (
             zero if loss is None else (1 - smoothing) * loss * (1 if saved.class_weight is None else saved.class_weight)
         )
-        if logprob is not None:
-            hot = hot - torch.where(saved.valid, logprob, 0)
-        mine = saved.classes >= 0
+        if logprob is not None and valid is not None:
+            hot = hot - torch.where(valid, logprob, 0)
+        mine = classes >= 0
         lse = lse + torch.where(mine, 0, hot)
         logprob = torch.where(mine, -hot, 0)
-        target, kernel_loss, kernel_smoothing, kernel_weight = saved.classes, None, 0.0, None
-        if smoothing:
+        target, kernel_loss, kernel_smoothing, kernel_weight = classes, None, 0.0, None
+        if smoothing and loss is not None:
             # All of a loss that is this slice's share of the smoothing. The kernel adds up the slice's own weights.
-            target = torch.where(saved.valid & ~mine, 0, target)
+            target = torch.where(valid & ~mine, 0, target)
             own = float(vocabulary.size) if weight is None else weight.sum(dtype=torch.float64)
             others = saved.weight_sum - own
             lse = lse + loss * (smoothing / vocabulary.total * others).to(type)

@@ -5,6 +5,7 @@
 
 #include <c10/core/CPUAllocator.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -73,5 +74,6 @@ PYBIND11_MODULE(cuda_on_host, m) {
   m.def("enable", enable, pybind11::arg("schedule"), pybind11::arg("arch"));
   m.def("disable", disable);
   rf::add_trace_functions(m);
+  m.def("take_cuda_choices", [](const rf::CudaChoices& choices) { rf::take_cuda_choices(0, choices); });
   m.def("set_memory", [](int64_t bytes) { return std::exchange(rf::cuda::memory_of_all, bytes); });
 }

@@ -48,8 +48,9 @@ RF_HOOKS(8)
 RF_HOOKS(16)
 void __tsan_read_range(void* p, size_t n) { on_access(p, (int64_t)n, Access::read, __builtin_return_address(0)); }
 void __tsan_write_range(void* p, size_t n) { on_access(p, (int64_t)n, Access::write, __builtin_return_address(0)); }
-// The guard of a launcher's function-local static.
+// The guard of a launcher's function-local static, and the table of products.
 unsigned char __tsan_atomic8_load(const volatile unsigned char* p, int) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+void __tsan_atomic8_store(volatile unsigned char* p, unsigned char v, int) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}
 void __tsan_func_exit() {}

@@ -21,14 +21,15 @@ struct Device {
   int arch;  // what the code in use was compiled for: 80 for compute capability 8.0
   int sms;
   int64_t shared_per_block;  // bytes, the most that a kernel can opt in to
+  int index;                 // among the devices, below kMostDevices
 };
+constexpr int kMostDevices = 64;
 
 template <class>
 __global__ void nothing() {}
 
 // Read once per device; attributes of a device never need its queue to be empty.
 inline const Device& device() {
-  constexpr int kMostDevices = 64;
   static Device known[kMostDevices] = {};
   int index = 0;
   check(cudaGetDevice(&index), "cudaGetDevice");
@@ -47,6 +48,7 @@ inline const Device& device() {
     cudaFuncAttributes code;
     check(cudaFuncGetAttributes(&code, (const void*)nothing<void>), "cudaFuncGetAttributes");
     d.arch = capability < code.ptxVersion ? capability : code.ptxVersion;
+    d.index = index;
     d.shared_per_block = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     __atomic_store_n(&d.sms, attribute(cudaDevAttrMultiProcessorCount), __ATOMIC_RELEASE);
   }

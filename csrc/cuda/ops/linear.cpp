@@ -75,6 +75,11 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   const DType dtype = dtype_of(x.scalar_type());
   const auto none = [&] { return at::empty({0}, x.options()); };
   if (product_by_aten(x, rows_of(x), w.size(0), w.size(1))) {
+    // What is kept for gelu_tanh's derivative is the pre-activation, which the epilogue does not leave.
+    if (bias.has_value() && x.numel() > 0 && !save_preactivation && fused_by_aten(x, act)) {
+      const Tensor rows = x.reshape({rows_of(x), x.size(-1)});
+      return {at::_addmm_activation(*bias, rows, w.t(), 1, 1, act == Activation::gelu_tanh).view(sizes), none()};
+    }
     Tensor z = at::linear(x, w, bias);
     if (act == Activation::none) return {z, none()};
     z = z.contiguous();

@@ -17,6 +17,9 @@ struct Workspace {
 // Whether float32 may be multiplied in tf32.
 bool tf32_allowed(const Tensor& t);
 
+// Whether torch's product applies the activation in its epilogue, with results as good as ours: where that was proven.
+bool fused_by_aten(const Tensor& like, Activation activation);
+
 // A product by launch_gemm of elements of like's type; its workspace is filled in.
 void product(const OnDevice& device, const Tensor& like, Gemm g);
 

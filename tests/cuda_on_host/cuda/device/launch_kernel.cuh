@@ -9,7 +9,9 @@ namespace rf::cuda {
 struct Device {
   int arch, sms;
   int64_t shared_per_block;
+  int index;
 };
+constexpr int kMostDevices = 1;
 
 inline const Device& device() {
   static Device d;

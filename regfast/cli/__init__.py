@@ -1,0 +1,1 @@
+"""The commands of python -m regfast, a module each."""
