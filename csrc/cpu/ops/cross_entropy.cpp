@@ -1,10 +1,8 @@
 // cross_entropy on the CPU: tensors to plain structs and allocation.
 #include "shared/torch_api.h"
 
-#include "cpu/drivers/drivers.h"
+#include "cpu/ops/device.h"
 #include "cpu/ops/ordered_sum.h"
-#include "cpu/ops/outputs.h"
-#include "cpu/ops/traced.h"
 #include "cpu/tuning.h"
 #include "shared/cross_entropy_tensors.h"
 #include "shared/layouts.h"

@@ -8,11 +8,9 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/drivers/drivers.h"
 #include "cpu/drivers/linear_cross_entropy.h"
+#include "cpu/ops/device.h"
 #include "cpu/ops/linear_cross_entropy_problem.h"
-#include "cpu/ops/outputs.h"
-#include "cpu/ops/products.h"
 #include "shared/op_checks.h"
 
 namespace rf {
@@ -174,10 +172,11 @@ bool multiply_large_entries(const Problem& p, double filter_eps, const Gradients
 void multiply_gradient(const Problem& p, const Work& work, const Gradients& grads, const Chunk& c) {
   if (grads.x.defined()) {
     const Tensor dx = p.listed ? rows_from(work.dx, 0, c.rows) : rows_from(grads.x, c.begin, c.rows);
-    multiply(c.logits, p.w, dx, Tensor(), false);
+    multiply(Cpu(p.x), c.logits, p.w, dx);
     if (p.listed) copy_rows(p, c.begin, dx, grads.x, false);
   }
-  if (grads.w.defined()) multiply(transpose(c.logits), c.x, grads.w, Tensor(), c.begin > 0);
+  if (grads.w.defined())
+    multiply(Cpu(p.x), transpose(c.logits), c.x, grads.w, {}, c.begin > 0 ? Sum::next : Sum::first);
 }
 
 // The sum of the losses; results and gradients go where `out`, `entropy` and `grads` say.
@@ -193,7 +192,7 @@ double over_chunks(const Problem& p, Budget memory_budget, double filter_eps, co
     c.x = p.listed ? rows_from(work.x, 0, c.rows) : rows_from(p.x, begin, c.rows);
     c.logits = rows_from(work.panel, 0, c.rows);
     if (p.listed) copy_rows(p, begin, c.x, p.x, true);
-    multiply(c.x, transpose(p.w), c.logits, p.bias, false);
+    multiply(Cpu(p.x), c.x, transpose(p.w), c.logits, p.bias);
     loss.add(turn_to_loss(p, work, out, entropy, up, grads, c).loss);
     if (grads.bias.defined()) add_bias_gradient(p, work, c, bias);
     if (!multiply_large_entries(p, filter_eps, grads, c)) multiply_gradient(p, work, grads, c);

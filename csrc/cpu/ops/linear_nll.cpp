@@ -7,11 +7,9 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/drivers/drivers.h"
 #include "cpu/drivers/linear_cross_entropy.h"
+#include "cpu/ops/device.h"
 #include "cpu/ops/ordered_sum.h"
-#include "cpu/ops/outputs.h"
-#include "cpu/ops/products.h"
 #include "cpu/platform.h"
 #include "cpu/tuning.h"
 #include "shared/layouts.h"
@@ -104,8 +102,6 @@ struct Outputs {
   bool slope() const { return x.defined() || w.defined() || bias.defined() || variance.defined(); }
 };
 
-void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
-
 // Stirling's approximation of log(y!), where y > 1.
 double stirling(double y) { return y <= 1 ? 0 : y * std::log(y) - y + 0.5 * std::log(2 * M_PI * y); }
 
@@ -187,7 +183,7 @@ double over_chunks(const Problem& p, const Outputs& to) {
   for (int64_t begin = 0; begin < p.rows; begin += most) {
     const int64_t rows = std::min(most, p.rows - begin);
     const Tensor x = rows_from(p.x, begin, rows), eta = rows_from(panel, 0, rows);
-    multiply(x, transpose(p.w), eta, p.bias, false);
+    multiply(Cpu(p.x), x, transpose(p.w), eta, p.bias);
     Tensor target;
     const LikelihoodArgs args = likelihood_args(p, to, begin, rows, &target);
     total.add(likelihood(acc, args, eta.data_ptr(), rows,
@@ -195,8 +191,8 @@ double over_chunks(const Problem& p, const Outputs& to) {
     total.add(add_stirling(p, to, begin, target));
     if (bias.defined()) add_to_totals(acc, bias.const_data_ptr(), p.outputs, bias_totals.data());
     if (variance.defined()) add_to_totals(acc, variance.const_data_ptr(), p.outputs, variance_totals.data());
-    if (to.x.defined()) multiply(eta, p.w, rows_from(to.x, begin, rows), Tensor(), false);
-    if (to.w.defined()) multiply(transpose(eta), x, to.w, Tensor(), begin > 0);
+    if (to.x.defined()) multiply(Cpu(p.x), eta, p.w, rows_from(to.x, begin, rows));
+    if (to.w.defined()) multiply(Cpu(p.x), transpose(eta), x, to.w, {}, begin > 0 ? Sum::next : Sum::first);
   }
   if (bias.defined()) round_totals(acc, bias_totals.data(), p.outputs, to.bias.data_ptr());
   if (variance.defined()) round_totals(acc, variance_totals.data(), p.outputs, to.variance.data_ptr());

@@ -10,14 +10,10 @@
 // too, is contracted with a and s.
 #include "shared/torch_api.h"
 
-#include "cpu/drivers/gemm_packed.h"
-#include "cpu/ops/activation_gradient.h"
-#include "cpu/ops/outputs.h"
-#include "cpu/ops/products.h"
+#include "cpu/ops/device.h"
 #include "cpu/platform.h"
 #include "cpu/tuning.h"
-#include "shared/layouts.h"
-#include "shared/op_checks.h"
+#include "shared/linear_ops.h"
 #include "shared/phm_linear_tensors.h"
 
 namespace rf {
@@ -56,37 +52,38 @@ void forward_by_weights(const PhmProblem& p, const Tensor& bias, Activation acti
                         const Tensor& preactivation) {
   const Tensor coefficients = p.a.permute({1, 2, 0}).contiguous(), w = p.part_of_weight();  // u, p, m
   const auto type = p.x.scalar_type();
-  const bool by_aten = product_by_aten(type, p.rows, p.to_part, p.inputs);
-  const Tensor sums = by_aten && preactivation.defined() ? preactivation : y;
+  const Cpu device(p.x);
+  const bool left_to_aten = device.why_aten({type, p.rows, p.to_part, p.inputs});
+  const Tensor sums = left_to_aten && preactivation.defined() ? preactivation : y;
   for (int64_t u = 0; u < p.n; ++u) {
     p.combine(coefficients, u, w);
     const auto part = [&](const Tensor& t) { return t.narrow(-1, u * p.to_part, p.to_part); };
     const Tensor c = part(sums), b = bias.defined() ? part(bias) : bias;
-    if (by_aten) {
-      multiply(p.x, transpose(as_type(w, type)), c, b, false);
+    if (left_to_aten) {
+      multiply(device, p.x, transpose(as_type(w, type)), c, b);
       continue;
     }
-    Gemm g = gemm_of(p.x, transpose(w), c);
-    g.epilogue.bias = b.defined() ? b.const_data_ptr() : nullptr;
-    g.epilogue.activation = activation;
-    g.epilogue.preactivation = preactivation.defined() ? part(preactivation).mutable_data_ptr() : nullptr;
-    gemm(p.dtype, g);
+    GemmProblem g = gemm_problem(p.x, transpose(w), c);
+    g.bias = data_or_null(b);
+    g.activation = activation;
+    g.preactivation = preactivation.defined() ? part(preactivation).mutable_data_ptr() : nullptr;
+    device.gemm(p.dtype, g);
   }
-  if (by_aten && activation != Activation::none)
-    activation_forward(p.dtype, sums.const_data_ptr(), y.mutable_data_ptr(), y.numel(), activation);
+  if (left_to_aten && activation != Activation::none) device.activate(sums, y, activation);
 }
 
 // Gradients of many rows, of x, of S (acc) and of a (u, m, p); undefined or null where not wanted.
 void backward_by_weights(const PhmProblem& p, const Tensor& dy, const Tensor& dx, const Tensor& ds, double* da) {
+  const Cpu device(dy);
   if (dx.defined()) {
     const Tensor coefficients = p.unmixing(), w = p.part_of_weight();  // p, u, m
-    const bool by_aten = product_by_aten(dy.scalar_type(), p.rows, p.from_part, p.outputs);
+    const bool left_to_aten = device.why_aten({dy.scalar_type(), p.rows, p.from_part, p.outputs});
     for (int64_t i = 0; i < p.n; ++i) {
       p.combine(coefficients, i, w);
-      const Tensor parts = by_aten ? as_type(w, dy.scalar_type()) : w;
+      const Tensor parts = left_to_aten ? as_type(w, dy.scalar_type()) : w;
       const Tensor columns =
           parts.view({p.to_part, p.n, p.from_part}).permute({1, 0, 2}).reshape({p.outputs, p.from_part});
-      multiply(dy, columns, dx.narrow(1, i * p.from_part, p.from_part), Tensor(), false);
+      multiply(device, dy, columns, dx.narrow(1, i * p.from_part, p.from_part));
     }
   }
   if (!ds.defined() && !da) return;
@@ -95,7 +92,7 @@ void backward_by_weights(const PhmProblem& p, const Tensor& dy, const Tensor& dx
   const Tensor dw = at::empty({p.to_part, p.inputs}, options), term = ds.defined() ? at::empty_like(dw) : Tensor();
   std::vector<double> products(p.n * p.n);
   for (int64_t u = 0; u < p.n; ++u) {
-    multiply(transpose(dy.narrow(1, u * p.to_part, p.to_part)), p.x, dw, Tensor(), false);
+    multiply(device, transpose(dy.narrow(1, u * p.to_part, p.to_part)), p.x, dw);
     if (ds.defined()) {
       const Tensor& to = u == 0 ? ds : term;
       mix_parts(acc_dtype(p.dtype),
@@ -118,6 +115,7 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
                                               const OptionalTensor& bias, string_view activation,
                                               bool save_preactivation) {
   const Activation act = check_phm_linear_forward(input, a, s, bias, activation);
+  const Cpu device(input);
   PhmProblem p(input, a, s);
   auto sizes = input.sizes().vec();
   sizes.back() = p.outputs;
@@ -138,11 +136,12 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
     const int64_t count = std::min(step, p.rows - begin), mixed = count * p.n, at = begin * p.outputs * size;
     p.mix(coefficients, begin, count, z);
     char *to = (char*)y.mutable_data_ptr() + at, *kept = save_preactivation ? (char*)pre.data_ptr() + at : nullptr;
-    if (!wide && gemm_by_aten(p.dtype, mixed, p.to_part, p.inputs)) {
-      const Tensor sums = (save_preactivation ? pre : y).view({p.rows, p.outputs}).narrow(0, begin, count);
-      multiply(z.narrow(0, 0, mixed), transpose(p.s), sums.view({mixed, p.to_part}), Tensor(), false);
+    if (device.why_aten({input.scalar_type(), mixed, p.to_part, p.inputs, wide})) {
+      const auto chunk = [&](const Tensor& t) { return t.view({p.rows, p.outputs}).narrow(0, begin, count); };
+      const Tensor sums = chunk(save_preactivation ? pre : y);
+      multiply(device, z.narrow(0, 0, mixed), transpose(p.s), sums.view({mixed, p.to_part}));
       if (b.defined()) Tensor(sums).add_(b);
-      if (act != Activation::none) activation_forward(p.dtype, sums.const_data_ptr(), to, sums.numel(), act);
+      if (act != Activation::none) device.activate(sums, chunk(y), act);
       continue;
     }
     Gemm g = {mixed, p.to_part, p.inputs, view_of(z), false, view_of(p.s), true, {}};
@@ -166,9 +165,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
                                                                std::array<bool, 4> mask) {
   const Activation activation = check_phm_linear_backward(grad, input, a, s, saved, activation_name, mask);
   const auto none = [&] { return at::empty({0}, grad.options()); };
+  const Cpu device(grad);
   PhmProblem p(grad, a, s);
   if (mask[1] || mask[2]) p.set_input(*input);
-  const ActivationGradient of = activation_gradient(grad, saved, activation, mask[3]);
+  const ActivationGradient of = activation_gradient(device, grad, saved, activation, mask[3]);
   const Tensor dy = of.dz.contiguous();
 
   const auto acc_options = grad.options().dtype(p.acc);
@@ -191,10 +191,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
       const Tensor g = all.narrow(0, begin * p.n, count * p.n);
       if (mask[2]) {
         p.mix(mixing, begin, count, mixed);
-        multiply(transpose(g), mixed, ds, Tensor(), begin > 0);
+        multiply(device, transpose(g), mixed, ds, {}, begin > 0 ? Sum::next : Sum::first);
       }
       if (!mask[0] && !mask[1]) continue;
-      multiply(g, p.s, mixed, Tensor(), false);
+      multiply(device, g, p.s, mixed);
       if (mask[0])
         unmix_parts(p.dtype,
                     {view_of(mixed.view({count, p.n * p.inputs})), p.n * p.n, p.n, p.from_part,

@@ -59,7 +59,7 @@ Problem make_problem(const Operands& t, const Options& o, Budget memory_budget) 
   p.positions = positions_of(linear_weight);
   p.outputs = linear_weight.size(0) * p.positions;
   p.w = linear_weight.reshape({p.outputs, linear_weight.size(-1)});
-  if (t.linear_bias.has_value()) p.bias = t.linear_bias->reshape({p.outputs});
+  if (t.linear_bias.has_value()) p.bias = t.linear_bias->reshape({p.outputs}).contiguous();
   CrossEntropyRows& a = p.loss;
   a.classes = linear_weight.size(0);
   a.layout = {p.positions, p.outputs, p.positions == 1 ? 0 : 1, p.positions};
@@ -96,7 +96,7 @@ void* at_loss(const Tensor& t, int64_t index) {
 
 // Gradients, if wanted, are those for `up`, or, without it, those of the sum of the losses, from the one read of the
 // logits that gives the outputs.
-void over_chunks(const OnDevice& device, const Problem& p, const Outputs& out, Gradients* grads,
+void over_chunks(const Cuda& device, const Problem& p, const Outputs& out, Gradients* grads,
                  const CrossEntropyRowGrads* up) {
   const auto options = p.x.options().dtype(p.acc);
   const auto read_as = p.widens ? p.acc : p.x.scalar_type();
@@ -114,7 +114,7 @@ void over_chunks(const OnDevice& device, const Problem& p, const Outputs& out, G
     const int64_t begin = i * p.chunk, rows = std::min(p.chunk, p.rows - begin), first = begin * p.positions;
     const Tensor x = p.x.narrow(0, begin, rows);
     Tensor logits = panel.narrow(0, 0, rows);
-    linear_into(device, x, p.w, p.bias, logits);
+    multiply(device, x, transpose(p.w), logits, p.bias);
     Tensor read = logits;
     if (p.widens) (read = wide.narrow(0, 0, rows)).copy_(logits);
 
@@ -150,9 +150,9 @@ void over_chunks(const OnDevice& device, const Problem& p, const Outputs& out, G
 
     const DType dtype = dtype_of(read_as);
     if (grads && !up) {
-      launch_cross_entropy_forward_backward(dtype, a, r, g.grad_logits, g.grad_layout, device.stream);
+      launch_cross_entropy_forward_backward(dtype, a, r, g.grad_logits, g.grad_layout, device.device.stream);
     } else {
-      launch_cross_entropy_forward(dtype, a, r, device.stream);
+      launch_cross_entropy_forward(dtype, a, r, device.device.stream);
     }
     if (up) {
       g.loss_stride = up->loss.defined() && up->loss.numel() > 1;
@@ -161,7 +161,7 @@ void over_chunks(const OnDevice& device, const Problem& p, const Outputs& out, G
       g.lse = at_loss(up->lse, first);
       g.entropy = at_loss(up->entropy, first);
       g.logprob = at_loss(up->logprob, first);
-      launch_cross_entropy_backward(dtype, a, g, device.stream);
+      launch_cross_entropy_backward(dtype, a, g, device.device.stream);
     }
     if (!logits_too) continue;
 
@@ -169,9 +169,9 @@ void over_chunks(const OnDevice& device, const Problem& p, const Outputs& out, G
     if (p.widens) logits.copy_(read);
     if (grads->x.defined()) {
       Tensor dx = grads->x.narrow(0, begin, rows);
-      wide_addmm(dx, logits, p.w, false);
+      multiply(device, logits, p.w, dx, {}, Sum::first);
     }
-    if (grads->w.defined()) wide_addmm(grads->w, logits.t(), x, i > 0);
+    if (grads->w.defined()) multiply(device, transpose(logits), x, grads->w, {}, i > 0 ? Sum::next : Sum::first);
   }
 }
 
@@ -202,7 +202,7 @@ Tensor reduced(const Problem& p, const Outputs& out) {
 std::vector<Tensor> forward(const Operands& t, const Options& o, int64_t outputs, Budget memory_budget,
                             OptionalType loss_dtype) {
   check_linear_cross_entropy_forward(t, o, outputs, memory_budget, loss_dtype);
-  const OnDevice device(t.input);
+  const Cuda device(t.input);
   const Problem p = make_problem(t, o, memory_budget);
   const Outputs out = new_outputs(p, o.reduction, outputs);
   over_chunks(device, p, out, nullptr, nullptr);
@@ -239,7 +239,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(const Operan
                                                                     std::array<bool, 3> mask) {
   check_linear_cross_entropy_forward(t, o, kOutputLoss, memory_budget, loss_dtype, filter_eps);
   check_reduced("linear_cross_entropy_forward_backward", o.reduction);
-  const OnDevice device(t.input);
+  const Cuda device(t.input);
   const Problem p = make_problem(t, o, memory_budget);
   Gradients g = new_gradients(p, t.target, p.acc, {mask[0], mask[1], mask[2], false});
   const Outputs out = new_outputs(p, o.reduction, argmax_too ? kOutputLoss | kOutputArgmax : kOutputLoss);
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const CrossEntropyOutputGrad
                                                     const Options& o, Budget memory_budget, double filter_eps,
                                                     std::array<bool, 4> mask) {
   check_linear_cross_entropy_backward(grads, t, o, memory_budget, filter_eps, mask[3]);
-  const OnDevice device(t.input);
+  const Cuda device(t.input);
   const Problem p = make_problem(t, o, memory_budget);
   Gradients g = new_gradients(p, t.target, t.input.scalar_type(), mask);
   const CrossEntropyRowGrads up(grads, p.acc);

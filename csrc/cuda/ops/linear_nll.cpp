@@ -92,9 +92,7 @@ Tensor rows_of_chunk(const Tensor& t, int64_t begin, int64_t rows) {
   return t.defined() ? t.narrow(0, begin, rows) : Tensor();
 }
 
-void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() : nullptr; }
-
-Parts over_chunks(const OnDevice& device, const Problem& p, const Outputs& to) {
+Parts over_chunks(const Cuda& device, const Problem& p, const Outputs& to) {
   const bool half = p.x.scalar_type() != p.acc;
   const auto target_type = p.target.scalar_type() == p.x.scalar_type() ? p.x.scalar_type() : p.acc;
   const bool spare_loss = to.each.defined() && to.each.scalar_type() != p.acc;
@@ -133,10 +131,7 @@ Parts over_chunks(const OnDevice& device, const Problem& p, const Outputs& to) {
     if (upstream.defined()) upstream = upstream.to(p.acc).contiguous();
     Tensor each = rows_of_chunk(to.each, begin, rows);
     Tensor predictions = panel.narrow(0, 0, rows);
-    if (half)
-      wide_addmm(predictions, x, p.w.t(), false);
-    else
-      linear_into(device, x, p.w, {}, predictions);
+    multiply(device, x, transpose(p.w), predictions);
     const Tensor slopes = half ? rows_of_chunk(beside, 0, rows) : predictions;
 
     Likelihood a = p.likelihood;
@@ -151,18 +146,18 @@ Parts over_chunks(const OnDevice& device, const Problem& p, const Outputs& to) {
     a.gradient = to.slopes() ? slopes.data_ptr() : nullptr;
     a.bias_sums = to.bias ? parts.bias.select(0, part).data_ptr() : nullptr;
     a.scale_sums = to.scale ? parts.scale.select(0, part).data_ptr() : nullptr;
-    launch_likelihood(p.dtype, a, device.stream);
+    launch_likelihood(p.dtype, a, device.device.stream);
     block += likelihood_blocks(p.dtype, rows, p.outputs);
     part += likelihood_parts(p.dtype, rows, p.outputs);
     if (spare_loss) each.copy_(spare.narrow(0, 0, rows));
 
     if (to.x.defined()) {
       Tensor dx = to.x.narrow(0, begin, rows);
-      wide_addmm(dx, slopes, p.w, false);
+      multiply(device, slopes, p.w, dx, {}, Sum::first);
     }
     if (to.w.defined()) {
       Tensor dw = to.w;
-      wide_addmm(dw, slopes.t(), x, i > 0);
+      multiply(device, transpose(slopes), x, dw, {}, i > 0 ? Sum::next : Sum::first);
     }
   }
   return parts;
@@ -204,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const Problem& p, const 
 
 Tensor forward(const Operands& t, const Options& o, OptionalType loss_dtype) {
   check_linear_nll_forward(t, o, loss_dtype);
-  const OnDevice device(t.input);
+  const Cuda device(t.input);
   const Problem p = make_problem(t, o);
   const auto type = loss_type(t.input, t.target, loss_dtype);
   Outputs to;
@@ -218,7 +213,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(const Operan
                                                                     OptionalType loss_dtype, std::array<bool, 4> mask) {
   check_linear_nll_forward(t, o, loss_dtype, mask[3]);
   check_reduced("linear_nll_forward_backward", o.reduction);
-  const OnDevice device(t.input);
+  const Cuda device(t.input);
   const Problem p = make_problem(t, o);
   Outputs to = outputs_for_gradients(p, p.acc, mask);
   to.total = true;
@@ -230,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(const Operan
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Operands& t, const Options& o,
                                                     std::array<bool, 4> mask) {
   check_linear_nll_backward(grad, t, o, mask[3]);
-  const OnDevice device(t.input);
+  const Cuda device(t.input);
   const Problem p = make_problem(t, o);
   const bool each = o.reduction == at::Reduction::None;
   Outputs to = outputs_for_gradients(p, each ? t.input.scalar_type() : p.acc, mask);

@@ -5,7 +5,7 @@
 
 #include "cuda/ops/ops.h"
 #include "cuda/tuning.h"
-#include "shared/op_checks.h"
+#include "shared/linear_ops.h"
 #include "shared/phm_linear_tensors.h"
 
 namespace rf::cuda {
@@ -21,11 +21,11 @@ struct PhmProblem : PhmTensors {
     return std::max<int64_t>(1, ceil_div(rows, ceil_div(std::max<int64_t>(1, rows), most)));
   }
   // Rows from `begin` on, of which each makes n of z.
-  void mix(const OnDevice& device, const Tensor& coefficients, int64_t begin, const Tensor& z) const {
+  void mix(const Cuda& device, const Tensor& coefficients, int64_t begin, const Tensor& z) const {
     launch_combine_parts(dtype,
                          {z.size(0) / n, n, n * n, from_part, x.narrow(0, begin, z.size(0) / n).const_data_ptr(),
                           x.stride(0), false, coefficients.const_data_ptr(), z.mutable_data_ptr()},
-                         device.stream);
+                         device.device.stream);
   }
 };
 
@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
                                               const OptionalTensor& bias, string_view activation,
                                               bool save_preactivation) {
   const Activation act = check_phm_linear_forward(input, a, s, bias, activation);
-  const OnDevice device(input);
+  const Cuda device(input);
   PhmProblem p(input, a, s);
   auto sizes = input.sizes().vec();
   sizes.back() = p.outputs;
@@ -53,8 +53,7 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
     Tensor to = sums.narrow(0, begin * p.n, count);
     bias.has_value() ? at::addmm_out(to, to, of_chunk, p.s.t()) : at::mm_out(to, of_chunk, p.s.t());
   }
-  if (act != Activation::none)
-    launch_activation_forward(p.dtype, kept.const_data_ptr(), y.mutable_data_ptr(), y.numel(), act, device.stream);
+  if (act != Activation::none) device.activate(kept, y, act);
   return {y, z};
 }
 
@@ -64,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
                                                                const OptionalTensor& saved, string_view activation_name,
                                                                std::array<bool, 4> mask) {
   const Activation activation = check_phm_linear_backward(grad, input, a, s, saved, activation_name, mask);
-  const OnDevice device(grad);
+  const Cuda device(grad);
   const auto none = [&] { return at::empty({0}, grad.options()); };
   PhmProblem p(grad, a, s);
   if (mask[1] || mask[2]) p.set_input(*input);
@@ -87,22 +86,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
     if (mask[2]) {
       const Tensor of_chunk = z.narrow(0, 0, count);
       p.mix(device, mixing, begin, of_chunk);
-      wide_addmm(ds, g.t(), of_chunk, begin > 0);
+      multiply(device, transpose(g), of_chunk, ds, {}, begin > 0 ? Sum::next : Sum::first);
     }
     if (!mask[0] && !mask[1]) continue;
     Tensor of_chunk = dmixed.narrow(0, 0, count);
-    wide_addmm(of_chunk, g, p.s, false);
+    multiply(device, g, p.s, of_chunk, {}, Sum::first);
     if (mask[0])
       launch_combine_parts(p.dtype,
                            {rows, parts, p.n, p.from_part, of_chunk.const_data_ptr(), p.n * p.inputs, true,
                             unmixing.const_data_ptr(), dx.view({p.rows, p.inputs}).narrow(0, begin, rows).data_ptr()},
-                           device.stream);
+                           device.device.stream);
     if (mask[1]) {
       const Tensor sums = at::empty({part_products_blocks(p.dtype, rows, p.from_part), parts, p.n}, wide);
       launch_part_products(p.dtype,
                            {rows, parts, p.n, p.from_part, of_chunk.const_data_ptr(),
                             p.x.narrow(0, begin, rows).const_data_ptr(), p.x.stride(0), sums.mutable_data_ptr()},
-                           device.stream);
+                           device.device.stream);
       da_sums.push_back(sums);
     }
   }
