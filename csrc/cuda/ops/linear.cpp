@@ -24,7 +24,7 @@ void Cuda::gemm(DType dtype, const GemmProblem& problem) const {
   Gemm g = {problem, nullptr};
   Workspace workspace(gemm_workspace(dtype, tf32, g), like);
   g.workspace = workspace.data();
-  launch_gemm(dtype, tf32, g, device.stream);
+  launch_gemm(dtype, tf32, g, stream);
 }
 
 Tensor Cuda::activation_backward(const Tensor& like, const ActivationBackward& p, int64_t rows,
@@ -33,7 +33,7 @@ Tensor Cuda::activation_backward(const Tensor& like, const ActivationBackward& p
   const Tensor sums = at::empty({column_sums ? p.columns : 0}, like.options());
   Workspace workspace(column_sums ? activation_backward_workspace(dtype, rows, p.columns) : 0, like);
   launch_activation_backward(dtype, {p, rows, column_sums ? sums.mutable_data_ptr() : nullptr, workspace.data()},
-                             device.stream);
+                             stream);
   return sums;
 }
 

@@ -18,8 +18,8 @@ struct Workspace {
 
 // Results, products and activations on the device of a tensor, on whose current stream they are queued. Nothing here
 // waits for it.
-struct Cuda {
-  explicit Cuda(const Tensor& t) : like(t), device(t) {}
+struct Cuda : OnDevice {
+  explicit Cuda(const Tensor& t) : OnDevice(t), like(t) {}
 
   Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const { return at::empty(sizes, options); }
   Tensor empty_like(const Tensor& t) const { return at::empty_like(t); }
@@ -32,13 +32,12 @@ struct Cuda {
 
   void activate(const Tensor& z, const Tensor& y, Activation activation) const {
     launch_activation_forward(dtype_of(z.scalar_type()), z.const_data_ptr(), y.mutable_data_ptr(), z.numel(),
-                              activation, device.stream);
+                              activation, stream);
   }
   Tensor readable_rows(const Tensor& grad) const { return as_strided_rows(grad, grad.dim() - 1); }
   Tensor activation_backward(const Tensor& like, const ActivationBackward& p, int64_t rows, bool column_sums) const;
 
   const Tensor& like;
-  OnDevice device;
 };
 
 void register_linear(torch::Library& m);

@@ -13,7 +13,7 @@ struct CudaSoftmax : Cuda {
   static constexpr auto logsumexp_forward = launch_logsumexp_forward, logsumexp_backward = launch_logsumexp_backward;
 
   void run(decltype(forward) launch, DType dtype, const SoftmaxProblem& p, int64_t rows) const {
-    launch(dtype, {p, rows}, device.stream);
+    launch(dtype, {p, rows}, stream);
   }
 };
 
