@@ -31,13 +31,9 @@ struct LinearNllTensors {
     rows = rows_of(t.input);
     outputs = t.weight.size(0);
     features = t.weight.size(1);
-    // A call of few rows is mostly dispatch, so there is none that changes nothing.
-    const auto as_rows = [&](const Tensor& m, int64_t columns) {
-      return m.dim() == 2 ? m : m.reshape({rows, columns});
-    };
-    x = as_rows(t.input, features);
+    x = as_rows(t.input, rows, features);
     w = t.weight;
-    target = as_rows(t.target, outputs);
+    target = as_rows(t.target, rows, outputs);
     if (t.bias.has_value()) bias = as_type(*t.bias, wide_bias ? acc : t.bias->scalar_type()).contiguous();
     if (t.sample_weight.has_value()) row_weight = t.sample_weight->to(acc).reshape({rows}).contiguous();
     family = (Family)o.family;

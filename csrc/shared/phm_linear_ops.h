@@ -6,7 +6,7 @@
 //   backward(p, dy, dx, ds, da)                      whether it has made the gradients in another way than here
 //   chunk_rows(p), mixed_type(p)                     rows that are mixed at a time, and the type of Z
 //   mix(p, coefficients, begin, z), unmix(p, coefficients, begin, dz, dx), add_part_products(p, begin, dz, da)
-//   PartSums                                         a's gradient in the making; tensor() is it, (u, m, p)
+//   PartSums                                         a's gradient in the making; tensor() is it, by u, m and p
 #pragma once
 #include "shared/linear_ops.h"
 #include "shared/phm_linear_tensors.h"
@@ -26,9 +26,8 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
   Tensor pre = save_preactivation ? device.empty(sizes, input.options()) : at::empty({0}, input.options());
   if (y.numel() == 0) return {y, pre};
   p.set_input(input);
-  const std::array<int64_t, 2> matrix = {p.rows, p.outputs};
-  device.forward(p, bias.has_value() ? bias->contiguous() : Tensor(), act, y.view(matrix),
-                 save_preactivation ? pre.view(matrix) : Tensor());
+  device.forward(p, bias.has_value() ? bias->contiguous() : Tensor(), act, as_rows(y, p.rows, p.outputs),
+                 save_preactivation ? as_rows(pre, p.rows, p.outputs) : Tensor());
   return {y, pre};
 }
 
@@ -46,14 +45,14 @@ void phm_backward_by_chunks(const Device& device, const PhmTensors& p, const Ten
   const Tensor mixing = ds.defined() ? p.mixing() : Tensor(), unmixing = dx.defined() ? p.unmixing() : Tensor();
   for (int64_t begin = 0; begin < p.rows; begin += step) {
     const int64_t count = std::min(step, p.rows - begin) * p.n;
-    const Tensor g = all.narrow(0, begin * p.n, count);
+    const Tensor g = rows_from(all, begin * p.n, count);
     if (ds.defined()) {
-      const Tensor mixed = z.narrow(0, 0, count);
+      const Tensor mixed = rows_from(z, 0, count);
       device.mix(p, mixing, begin, mixed);
       multiply(device, transpose(g), mixed, ds, {}, begin > 0 ? Sum::next : Sum::first);
     }
     if (!unmixes) continue;
-    const Tensor of_mixed = dz.narrow(0, 0, count);
+    const Tensor of_mixed = rows_from(dz, 0, count);
     multiply(device, g, p.s, of_mixed, {}, Sum::first);
     if (dx.defined()) device.unmix(p, unmixing, begin, of_mixed, dx);
     if (da) device.add_part_products(p, begin, of_mixed, *da);
@@ -71,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   PhmTensors p(grad, a, s);
   if (mask[1] || mask[2]) p.set_input(*input);
   const auto [dz, db] = activation_gradient(device, grad, saved, activation, mask[3]);
-  const Tensor dy = dz.contiguous().view({p.rows, p.outputs});
+  const Tensor dy = as_rows(dz.contiguous(), p.rows, p.outputs);
   auto sizes = grad.sizes().vec();
   sizes.back() = p.inputs;
   const auto none = [&] { return at::empty({0}, grad.options()); };
@@ -79,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   Tensor ds = mask[2] ? device.empty({p.to_part, p.inputs}, grad.options().dtype(p.acc)) : none();
   typename Device::PartSums da(p, mask[1]);
   if (p.rows > 0 && (mask[0] || mask[1] || mask[2])) {
-    const Tensor x_rows = mask[0] ? dx.view({p.rows, p.inputs}) : Tensor(), ds_sums = mask[2] ? ds : Tensor();
+    const Tensor x_rows = mask[0] ? as_rows(dx, p.rows, p.inputs) : Tensor(), ds_sums = mask[2] ? ds : Tensor();
     const auto da_sums = mask[1] ? &da : nullptr;
     if (!device.backward(p, dy, x_rows, ds_sums, da_sums))
       phm_backward_by_chunks(device, p, dy, x_rows, ds_sums, da_sums);
@@ -90,7 +89,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   Tensor da_sums = none();
   if (mask[1])
     da_sums = da.tensor()
-                  .view({p.n, p.n, p.n})
                   .permute({1, 0, 2})  // was u, m, p
                   .to(grad.scalar_type(), false, /*copy=*/true, at::MemoryFormat::Contiguous);
   return {dx, da_sums, ds, db};

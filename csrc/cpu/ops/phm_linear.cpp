@@ -14,9 +14,10 @@ struct CpuPhm : Cpu {
   using Cpu::Cpu;
 
   struct PartSums {
-    PartSums(const PhmTensors& p, bool wanted) : sums(wanted ? p.n * p.n * p.n : 0) {}
-    Tensor tensor() { return at::from_blob(sums.data(), {(int64_t)sums.size()}, at::TensorOptions(at::kDouble)); }
-    std::vector<double> sums;  // u, m, p
+    PartSums(const PhmTensors& p, bool wanted) : n(p.n), sums(wanted ? n * n * n : 0) {}
+    Tensor tensor() { return at::from_blob(sums.data(), {n, n, n}, at::TensorOptions(at::kDouble)); }
+    int64_t n;
+    std::vector<double> sums;
   };
 
   void forward(const PhmTensors& p, const Tensor& bias, Activation activation, const Tensor& y,
@@ -46,8 +47,8 @@ struct CpuPhm : Cpu {
   void unmix(const PhmTensors& p, const Tensor& coefficients, int64_t begin, const Tensor& dz, const Tensor& dx) const {
     const int64_t rows = dz.size(0) / p.n;
     unmix_parts(p.dtype,
-                {view_of(dz.view({rows, p.n * p.inputs})), p.n * p.n, p.n, p.from_part, coefficients.const_data_ptr(),
-                 (char*)dx.mutable_data_ptr() + begin * p.inputs * size_of(p.dtype)},
+                {MatrixView{dz.const_data_ptr(), 1, p.n * p.inputs, 0, 1}, p.n * p.n, p.n, p.from_part,
+                 coefficients.const_data_ptr(), (char*)dx.mutable_data_ptr() + begin * p.inputs * size_of(p.dtype)},
                 rows);
   }
   void add_part_products(const PhmTensors& p, int64_t begin, const Tensor& dz, PartSums& da) const {
@@ -151,8 +152,8 @@ void CpuPhm::by_mixed_rows(const PhmTensors& p, const Tensor& bias, Activation a
   const bool wide = p.dtype != acc_dtype(p.dtype);
   for (int64_t begin = 0; begin < p.rows; begin += step) {
     const int64_t count = std::min(step, p.rows - begin), mixed = count * p.n;
-    const Tensor mixed_rows = z.narrow(0, 0, mixed), to = y.narrow(0, begin, count);
-    const Tensor kept = preactivation.defined() ? preactivation.narrow(0, begin, count) : Tensor();
+    const Tensor mixed_rows = rows_from(z, 0, mixed), to = rows_from(y, begin, count);
+    const Tensor kept = preactivation.defined() ? rows_from(preactivation, begin, count) : Tensor();
     mix(p, coefficients, begin, mixed_rows);
     if (why_aten({p.x.scalar_type(), mixed, p.to_part, p.inputs, wide})) {
       const Tensor& sums = kept.defined() ? kept : to;

@@ -16,7 +16,7 @@ struct CudaPhm : Cuda {
     PartSums(const PhmTensors& p, bool) : p(p) {}
     Tensor tensor() const {
       const auto options = p.s.options().dtype(p.acc);
-      return blocks.empty() ? at::zeros({p.n * p.n, p.n}, options) : at::cat(blocks).sum(0);
+      return blocks.empty() ? at::zeros({p.n, p.n, p.n}, options) : at::cat(blocks).sum(0).view({p.n, p.n, p.n});
     }
     const PhmTensors& p;
     std::vector<Tensor> blocks;
