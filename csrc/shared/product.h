@@ -99,7 +99,7 @@ void multiply(const Device& device, const Factor& a, const Factor& b, const Tens
   if constexpr (requires { device.wide_product(out, out, out, true); })
     if (wide) return device.wide_product(out, a.tensor(), b.tensor(), sum == Sum::next);
   if (sum == Sum::next)
-    out.addmm_(a.tensor(), b.tensor());
+    at::addmm_out(out, out, a.tensor(), b.tensor());
   else if (bias.defined())
     at::addmm_out(out, bias, a.tensor(), b.tensor());
   else

@@ -10,7 +10,7 @@ struct Cpu {
   static void run(SoftmaxCall call, rf::DType dtype, const rf::SoftmaxProblem& p, int64_t rows, Buffers&...) {
     constexpr rf::SoftmaxOp kOps[] = {rf::SoftmaxOp::forward, rf::SoftmaxOp::backward, rf::SoftmaxOp::logsumexp_forward,
                                       rf::SoftmaxOp::logsumexp_backward};
-    rf::softmax(kOps[(int)call], dtype, {p, nullptr}, rows);
+    rf::softmax(kOps[(int)call], dtype, {p}, rows);
   }
 };
 
