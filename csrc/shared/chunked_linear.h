@@ -15,7 +15,7 @@ struct Chunk {
 inline Tensor rows_of_chunk(const Tensor& t, const Chunk& c) { return rows_from(t, c.begin, c.rows); }
 
 // What a row loss inherits and may do otherwise. What it has to have is
-//   Tensor turn(chunk, x, predictions)   its losses; returns the slopes, undefined where nothing is to be multiplied
+//   Tensor turn(chunk, predictions)   its losses; returns the slopes, undefined where nothing is to be multiplied
 struct RowLossOfAll {
   Tensor read(const Tensor& x, const Chunk& c) const { return rows_of_chunk(x, c); }
   // Where a chunk's rows of dX are written, and what becomes of them then.
@@ -37,9 +37,9 @@ void over_chunks(const Device& device, const LinearModel& m, int64_t most, const
     const Chunk c = {begin, std::min(most, m.rows - begin)};
     const Tensor x = loss.read(m.x, c), predictions = rows_from(panel, 0, c.rows);
     multiply(device, x, transpose(m.w), predictions, m.bias);
-    const Tensor slopes = loss.turn(c, x, predictions);
+    const Tensor slopes = loss.turn(c, predictions);
     if (!slopes.defined() || loss.multiply_slopes(c, x, slopes)) continue;
-    if (m.dx.defined()) {  // of the type that the sums have, or of x's: by the same rule as they
+    if (m.dx.defined()) {  // may have the type of dW's sum, and is multiplied by whoever multiplies that
       const Tensor dx = loss.to_write(m.dx, c);
       multiply(device, slopes, m.w, dx, {}, Sum::first);
       loss.written(m.dx, c, dx);

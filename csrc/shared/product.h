@@ -97,7 +97,10 @@ void multiply(const Device& device, const Factor& a, const Factor& b, const Tens
   }
   Tensor out = c;
   if constexpr (requires { device.wide_product(out, out, out, true); })
-    if (wide) return device.wide_product(out, a.tensor(), b.tensor(), sum == Sum::next);
+    if (wide) {
+      TORCH_INTERNAL_ASSERT(!bias.defined());
+      return device.wide_product(out, a.tensor(), b.tensor(), sum == Sum::next);
+    }
   if (sum == Sum::next)
     at::addmm_out(out, out, a.tensor(), b.tensor());
   else if (bias.defined())

@@ -90,7 +90,7 @@ struct RowLoss : LinearCrossEntropyProblem, RowLossOfAll {
   void written(const Tensor& dx, const Chunk& c, const Tensor& packed) const {
     if (listed) copy_rows(c, packed, dx, false);
   }
-  Tensor turn(const Chunk& c, const Tensor& x, const Tensor& logits);
+  Tensor turn(const Chunk& c, const Tensor& logits);
   bool multiply_slopes(const Chunk& c, const Tensor& x, const Tensor& slopes) const;
 
   const Cpu device;
@@ -130,7 +130,7 @@ CrossEntropyGrads RowLoss::upstream_of(const Chunk& c, const Tensor& logits) con
 }
 
 // Losses and statistics of a chunk's logits and, with upstream gradients, the logits' gradient in their place.
-Tensor RowLoss::turn(const Chunk& c, const Tensor&, const Tensor& logits) {
+Tensor RowLoss::turn(const Chunk& c, const Tensor& logits) {
   const int64_t first = c.begin * positions, losses = c.rows * positions;
   CrossEntropyArgs a = loss;
   a.logits = logits.data_ptr();

@@ -38,7 +38,7 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
   Tensor of_scale(bool one) const { return one && dscale.defined() ? number(ordered_sum(dscale), acc) : dscale; }
   void finish(const Tensor&) const {}
 
-  Tensor turn(const Chunk& c, const Tensor& x, const Tensor& predictions);
+  Tensor turn(const Chunk& c, const Tensor& predictions);
 
   const Cpu device;
 
@@ -168,7 +168,7 @@ void RowLoss::one_pass() {
   sum += add_stirling(all, rows_target);
 }
 
-Tensor RowLoss::turn(const Chunk& c, const Tensor&, const Tensor& predictions) {
+Tensor RowLoss::turn(const Chunk& c, const Tensor& predictions) {
   Tensor rows_target;
   const LikelihoodArgs args = likelihood_args(c, &rows_target);
   const DType type = acc_dtype(dtype);

@@ -71,7 +71,7 @@ struct RowLoss : LinearCrossEntropyTensors<CrossEntropyRows>, RowLossOfAll {
       if (each->defined()) each->div_(grads_denominator);
   }
 
-  Tensor turn(const Chunk& c, const Tensor& x, const Tensor& logits) const;
+  Tensor turn(const Chunk& c, const Tensor& logits) const;
 
   const Cuda device;
 
@@ -106,7 +106,7 @@ struct RowLoss : LinearCrossEntropyTensors<CrossEntropyRows>, RowLossOfAll {
   void* workspace;
 };
 
-Tensor RowLoss::turn(const Chunk& c, const Tensor&, const Tensor& logits) const {
+Tensor RowLoss::turn(const Chunk& c, const Tensor& logits) const {
   const int64_t first = c.begin * positions;
   const bool logits_too = grads->x.defined() || grads->w.defined() || grads->bias.defined();
   Tensor read = logits;

@@ -42,7 +42,7 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
     if (upstream.defined() && !each()) gradient.mul_(upstream);
   }
 
-  Tensor turn(const Chunk& c, const Tensor& x, const Tensor& predictions);
+  Tensor turn(const Chunk& c, const Tensor& predictions);
 
   const Cuda device;
 
@@ -80,7 +80,7 @@ void RowLoss::set_mean() {
   }
 }
 
-Tensor RowLoss::turn(const Chunk& c, const Tensor&, const Tensor& predictions) {
+Tensor RowLoss::turn(const Chunk& c, const Tensor& predictions) {
   const auto of_chunk = [&](const Tensor& t) { return t.defined() ? rows_of_chunk(t, c) : t; };
   const Tensor rows_target = of_chunk(target).to(target_type).contiguous();
   const Tensor grads = each() && upstream.defined() ? of_chunk(upstream).to(acc).contiguous() : Tensor();
