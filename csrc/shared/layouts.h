@@ -28,6 +28,11 @@ inline int64_t rows_without(const Tensor& t, int64_t dim) {
   return product(t.sizes(), 0, dim) * product(t.sizes(), dim + 1, t.dim());
 }
 
+// A tensor as a matrix; itself, without a dispatch, where it is one.
+inline Tensor as_rows(const Tensor& t, int64_t rows, int64_t columns) {
+  return t.dim() == 2 ? t : t.reshape({rows, columns});
+}
+
 // The shape that reducing a dimension leaves.
 inline std::vector<int64_t> reduced_sizes(const Tensor& t, int64_t dim, bool keepdim) {
   auto sizes = t.sizes().vec();

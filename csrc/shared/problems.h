@@ -76,4 +76,23 @@ struct LikelihoodProblem {
   void* loss;                     // acc; null where not wanted
 };
 
+// ---- GEMM ----------------------------------------------------------------------------------------------------------
+
+// C = activation(op(A) op(B) + bias): all strides of A and B, C's columns adjacent.
+struct GemmProblem {
+  int64_t m, n, k;
+  MatrixView a;  // a(i, k), or a(k, i) where transposed
+  bool a_transposed;
+  MatrixView b;  // b(k, j), or b(j, k) where transposed, as in X W^T
+  bool b_transposed;
+  void* c;
+  int64_t c_stride;
+  const void* bias = nullptr;  // n of C's type, or null
+  Activation activation = Activation::none;
+  void* preactivation = nullptr;  // laid out as c, or null
+  // What is acc beside operands of a half type (C's type is bias's and pre-activation's), and whether the product is
+  // added to C. The CPU's GEMM alone has these.
+  bool wide_a = false, wide_b = false, wide_c = false, accumulate = false;
+};
+
 }  // namespace rf

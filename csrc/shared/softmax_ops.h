@@ -27,7 +27,7 @@ Tensor softmax_forward(const Tensor& input, int64_t dim, bool log) {
   SoftmaxProblem p = softmax_problem(x, dim, log);
   p.output = y.mutable_data_ptr();
   p.out = *row_layout(y, dim);
-  device.run(Device::forward, p, rows_without(x, dim));
+  device.run(Device::forward, dtype_of(x.scalar_type()), p, rows_without(x, dim));
   return y;
 }
 
@@ -43,7 +43,7 @@ Tensor softmax_backward(const Tensor& grad, const Tensor& output, int64_t dim, b
   p.grad_in = *row_layout(g, dim);
   p.output = dx.mutable_data_ptr();
   p.out = *row_layout(dx, dim);
-  device.run(Device::backward, p, rows_without(y, dim));
+  device.run(Device::backward, dtype_of(y.scalar_type()), p, rows_without(y, dim));
   return dx;
 }
 
@@ -57,7 +57,7 @@ Tensor logsumexp_forward(const Tensor& input, int64_t dim, bool keepdim) {
   if (result.numel() == 0) return result;
   SoftmaxProblem p = softmax_problem(x, dim, false);
   p.row_result = result.mutable_data_ptr();
-  device.run(Device::logsumexp_forward, p, result.numel());
+  device.run(Device::logsumexp_forward, dtype_of(x.scalar_type()), p, result.numel());
   return result;
 }
 
@@ -76,7 +76,7 @@ Tensor logsumexp_backward(const Tensor& grad, const Tensor& input, const Tensor&
   p.out = *row_layout(dx, dim);
   p.row_result = l.data_ptr();
   p.row_grad = g.const_data_ptr();
-  device.run(Device::logsumexp_backward, p, l.numel());
+  device.run(Device::logsumexp_backward, dtype_of(x.scalar_type()), p, l.numel());
   return dx;
 }
 

@@ -1,5 +1,7 @@
 // Memory that kernels under test may touch: exactly the elements of the buffers that are lent to them.
 #pragma once
+#include <tuple>
+
 #include "emulator.h"
 #include "memory.h"
 
@@ -30,5 +32,11 @@ class Lent {
   size_t bytes_;
   bool writable_;
 };
+
+// Several of them at once.
+template <class T>
+using LentAs = Lent;
+template <class... Buffers>
+using LentAll = std::tuple<LentAs<Buffers>...>;
 
 }  // namespace test

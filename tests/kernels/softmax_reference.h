@@ -19,20 +19,20 @@ inline Moments moments(const std::vector<double>& x) {
   return {m, (double)std::log(sum)};
 }
 
-// A device's arguments, which begin with a SoftmaxProblem, with all of it but gradients and results of rows.
-template <class Arguments, class T>
-Arguments softmax_arguments(const Rows<T>& in, Rows<T>* out, bool log) {
-  Arguments a = {};
-  a.input = in.memory.data();
-  a.in = a.grad_in = in.layout;
-  a.out = {1, 0, 0, 1};
+// All of a call but gradients and results of rows.
+template <class T>
+rf::SoftmaxProblem softmax_problem(const Rows<T>& in, Rows<T>* out, bool log) {
+  rf::SoftmaxProblem p = {};
+  p.input = in.memory.data();
+  p.in = p.grad_in = in.layout;
+  p.out = {1, 0, 0, 1};
   if (out) {
-    a.output = out->memory.data();
-    a.out = out->layout;
+    p.output = out->memory.data();
+    p.out = out->layout;
   }
-  a.classes = in.shape.classes;
-  a.log = log;
-  return a;
+  p.classes = in.shape.classes;
+  p.log = log;
+  return p;
 }
 
 template <class T>

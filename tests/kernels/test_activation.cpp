@@ -2,9 +2,8 @@
 #include <cmath>
 #include <vector>
 
-#include "activation_reference.h"
+#include "activation_cases.h"
 #include "cpu/drivers/drivers.h"
-#include "layouts.h"
 
 namespace test {
 namespace {
@@ -26,79 +25,27 @@ void apply(Activation activation, const Buffer<T>& x, Buffer<T>& y, Buffer<T>* z
   rf::gemm(Format<T>::dtype, g);
 }
 
+struct Cpu {
+  template <class T>
+  using Sum = rf::acc_t<T>;
+
+  template <class... Buffers>
+  static void backward(rf::DType dtype, const rf::ActivationBackward& p, int64_t rows, void* sums, Buffers&...) {
+    rf::activation_backward(dtype, {p, sums}, rows);
+  }
+};
+
 template <class T>
 void forward(Activation activation, Random& random) {
-  const char* name = name_of(activation);
-  describe("activation %s %s forward", name, Format<T>::name);
-  // Every magnitude that matters, both signs, and the ends.
-  std::vector<double> points = {0, kInfinity, -kInfinity, kNaN};
-  for (int i = 0; i < 3000; ++i) points.push_back(random.between(-20, 20));
-  for (int i = 0; i < 500; ++i) points.push_back((random.chance(0.5) ? 1 : -1) * std::exp(random.between(-12, 6.5)));
-  size_t i = 0;
-  const Buffer<T> x = input<T>((int64_t)points.size(), [&] { return points[i++]; });
+  describe("activation %s %s forward", name_of(activation), Format<T>::name);
+  const Buffer<T> x = preactivations<T>(3000, 500, 0, random);
   Buffer<T> y(x.count()), z(x.count()), alone(x.count());
   apply(activation, x, y, &z);
   rf::activation_forward(Format<T>::dtype, x.data(), alone.data(), x.count(), activation);
-  {
-    Comparison<T> compare("y"), of_z("z"), of_alone("y of activation_forward");
-    for (int64_t j = 0; j < x.count(); ++j) {
-      compare.add(y.result(j), activate(activation, x.value(j)), activate_units(activation, x.value(j)), j);
-      of_alone.add(alone.result(j), activate(activation, x.value(j)), activate_units(activation, x.value(j)), j);
-      of_z.add(z.result(j), x.value(j), 0, j);
-    }
-  }
+  check_activation("y", activation, x, y);
+  check_activation("y of activation_forward", activation, x, alone);
+  check_activation("z", Activation::none, x, z);
   CHECK(y.rest_untouched() && z.rest_untouched() && alone.rest_untouched());
-}
-
-enum class GradRows { adjacent, padded, expanded, collapsed };
-
-template <class T>
-void backward(Activation activation, int64_t rows, int64_t columns, GradRows kind, bool write, bool sum,
-              Random& random) {
-  using A = rf::acc_t<T>;
-  describe("activation %s %s backward %lld x %lld gradient %d output=%d sums=%d", name_of(activation), Format<T>::name,
-           (long long)rows, (long long)columns, (int)kind, write, sum);
-  const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
-  rf::RowLayout layout = {1, columns, 0, 1};
-  if (kind == GradRows::padded) layout.outer_stride = columns + 3;
-  if (kind == GradRows::expanded) layout.outer_stride = 0;
-  if (kind == GradRows::collapsed) layout = {3, 5 * columns, columns + 1, 1};
-  const Buffer<T> grad = input<T>(
-      layout.offset(rows - 1) + columns + (kind == GradRows::collapsed ? 2 * columns + 2 : 0),
-      [&] { return random.spiky(); }, guard);
-  const bool from_output = rf::saved_for(activation) == rf::Saved::output;
-  const Buffer<T> saved = input<T>(
-      rows * columns,
-      [&] {
-        const double z = random.chance(0.01) ? random.between(-90, 90) : 2 * random.spiky();
-        return from_output ? activate(activation, z) : z;
-      },
-      guard, 1);
-  Buffer<T> dz(rows * columns, guard, random.integer(0, 3));
-  Buffer<A> sums(columns, guard);
-  const rf::ActivationBackwardArgs a = {{grad.data(), activation == Activation::none ? nullptr : saved.data(), layout,
-                                         write ? dz.data() : nullptr, columns, activation},
-                                        sum ? sums.data() : nullptr};
-  rf::activation_backward(Format<T>::dtype, a, rows);
-  std::vector<double> total(columns), size(columns);
-  {
-    Comparison<T> compare("dz");
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t j = 0; j < columns; ++j) {
-        const double g = grad.value(layout.offset(r) + j), s = saved.value(r * columns + j);
-        const double expected = g * derivative(activation, s);
-        const double tail = derivative_tail(activation, s) / kUnit<T>;
-        const double units = std::fabs(g) * (derivative_units(activation, s) + tail) + 2 * std::fabs(expected);
-        if (write) compare.add(dz.result(r * columns + j), expected, units, r * columns + j);
-        total[j] += expected;
-        size[j] += units + std::fabs(expected) * sum_error(rows);
-      }
-  }
-  if (sum) {
-    Comparison<A> compare("column sums");
-    for (int64_t j = 0; j < columns; ++j) compare.add(sums.result(j), total[j], size[j], j);
-  }
-  CHECK(dz.rest_untouched() && sums.rest_untouched());
 }
 
 // The derivative's ends, and NaN and infinity through both of its arguments.
@@ -174,10 +121,10 @@ void all() {
     special_values<T>(a);
     for (int64_t columns : {1, 2, 7, 15, 16, 17, 31, 33, 300, 2049})
       for (int outputs = 1; outputs <= 3; ++outputs)
-        backward<T>(a, random.pick({1, 3, 31, 32, 65}), columns, (GradRows)random.integer(0, 3), outputs & 1,
-                    outputs & 2, random);
+        activation_backward<Cpu, T>(a, random.pick({1, 3, 31, 32, 65}), columns, (GradRows)random.integer(0, 3),
+                                    outputs & 1, outputs & 2, random);
   }
-  backward<T>(Activation::silu, 2000, 33, GradRows::padded, true, true, random);
+  activation_backward<Cpu, T>(Activation::silu, 2000, 33, GradRows::padded, true, true, random);
   for (int64_t rows : {1000, 65535, 3000000}) many_rows<T>(rows);
   any_number_of_threads<T>();
 }

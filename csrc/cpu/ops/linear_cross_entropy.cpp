@@ -1,58 +1,24 @@
-// linear_cross_entropy on the CPU. A chunk of rows at a time: their logits into one panel that is used again and again,
-// the panel turned into loss and gradient in place, the gradient multiplied into dX and dW, whose sums over the chunks
-// stay in the accumulator's type. Nothing else has the size of the logits.
+// linear_cross_entropy on the CPU: the row loss of the loop over chunks. Panels have the accumulator's type; rows
+// without a loss take no part; few large entries of the slopes are multiplied one by one.
 #include "shared/torch_api.h"
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <vector>
 
-#include "cpu/drivers/drivers.h"
 #include "cpu/drivers/linear_cross_entropy.h"
+#include "cpu/ops/device.h"
 #include "cpu/ops/linear_cross_entropy_problem.h"
-#include "cpu/ops/outputs.h"
-#include "cpu/ops/products.h"
-#include "shared/op_checks.h"
+#include "shared/linear_cross_entropy_ops.h"
 
 namespace rf {
 namespace {
 
-using Operands = LinearCrossEntropyOperands;
-using Options = CrossEntropyOptions;
-using Budget = std::optional<int64_t>;
-using Problem = LinearCrossEntropyProblem;
-
-// The bounds under which filter_eps drops entries of a chunk's gradient: a row's upstream gradients, of its positions
-// those of the least.
-std::vector<double> filter_bounds(const Problem& p, double eps, const CrossEntropyGrads& g, int64_t rows) {
-  const auto number = [&](const void* at, int64_t i) {
-    return !at ? 0.0 : std::fabs(p.dtype == DType::f64 ? ((const double*)at)[i] : (double)((const float*)at)[i]);
-  };
-  const double most = p.dtype == DType::f64 ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
-  std::vector<double> bounds(rows, most);
-  for (int64_t i = 0; i < rows * p.positions; ++i) {
-    const double upstream = number(g.loss, i * g.loss_stride) * std::fabs(g.loss_scale) + number(g.lse, i) +
-                            number(g.entropy, i) + number(g.logprob, i);
-    // A bound that is not finite would drop infinities.
-    const double bound = eps * upstream < most ? eps * upstream : 0;
-    bounds[i / p.positions] = std::min(bounds[i / p.positions], bound);
-  }
-  return bounds;
-}
-
-// What to compute: numbers per loss (acc, in the order of the rows that take part; null: not wanted), and gradients.
-struct Upstream {
-  const void* one_loss = nullptr;      // acc, one number for all losses, or
-  Tensor loss, lse, entropy, logprob;  // acc, per loss
-  double scale = 1;
-};
+using Outputs = LinearCrossEntropyOutputs;
 using Gradients = LinearCrossEntropyGradients;
-
-// Advances a pointer to a number per loss.
-void* at_loss(const Tensor& t, int64_t index) {
-  return t.defined() ? (char*)t.data_ptr() + index * (int64_t)t.element_size() : nullptr;
-}
+using Upstream = LinearCrossEntropyUpstream;
 
 // Memory that all chunks use in turn.
 struct Work {
@@ -63,7 +29,7 @@ struct Work {
   Tensor stats;        // of the losses
   Tensor x, dx, sums;  // listed rows, their gradient; column sums of a chunk
 
-  Work(const Problem& p, Budget memory_budget, const Gradients& grads, bool entropy) {
+  Work(const LinearCrossEntropyProblem& p, std::optional<int64_t> memory_budget, const Gradients& grads, bool entropy) {
     const bool widens = p.probabilities.defined() && p.probabilities.scalar_type() != p.acc;
     const bool narrows = widens && grads.target.defined();
     rows = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
@@ -80,232 +46,184 @@ struct Work {
   }
 };
 
-// Rows of a chunk: what they read, and what their losses' kernels are told.
-struct Chunk {
-  int64_t begin, rows;
-  Tensor x, logits;
-  CrossEntropyArgs args;
-  CrossEntropyGrads upstream = {};
+struct RowLoss : LinearCrossEntropyProblem, RowLossOfAll {
+  RowLoss(const LinearCrossEntropyOperands& t, const CrossEntropyOptions& o, std::optional<int64_t> memory_budget,
+          double filter_eps, bool every_row)
+      : LinearCrossEntropyProblem(t, o, every_row),
+        device(t.input),
+        reduction(o.reduction),
+        memory_budget(memory_budget),
+        filter_eps(filter_eps) {}
+
+  bool writes_x() const { return !listed; }
+  bool writes_w() const { return rows > 0; }
+  void finish(const Gradients&) const {}
+  Tensor reduced(double sum, at::ScalarType type) const {
+    return number(reduction == at::Reduction::Mean ? mean_of(sum, denominator) : sum, type);
+  }
+
+  // The sum of the losses.
+  double run(const Outputs& results, const Upstream* upstream, const Gradients& gradients) {
+    const Work memory(*this, memory_budget, gradients, upstream && upstream->entropy.defined());
+    work = &memory;
+    out = &results;
+    up = upstream;
+    grads = &gradients;
+    bias_sums.resize(gradients.bias.defined() ? outputs : 0);
+    over_chunks(device, {x, w, bias, rows, gradients.x, gradients.w}, memory.rows, memory.panel, *this);
+    if (gradients.bias.defined())
+      round_totals(acc_dtype(dtype), bias_sums.data(), outputs, gradients.bias.mutable_data_ptr());
+    return total.value();
+  }
+
+  // ---- what over_chunks asks for ----
+
+  Tensor read(const Tensor& x, const Chunk& c) const {
+    if (!listed) return rows_of_chunk(x, c);
+    const Tensor gathered = rows_from(work->x, 0, c.rows);
+    copy_rows(c, gathered, x, true);
+    return gathered;
+  }
+  Tensor to_write(const Tensor& dx, const Chunk& c) const {
+    return listed ? rows_from(work->dx, 0, c.rows) : rows_of_chunk(dx, c);
+  }
+  void written(const Tensor& dx, const Chunk& c, const Tensor& packed) const {
+    if (listed) copy_rows(c, packed, dx, false);
+  }
+  Tensor turn(const Chunk& c, const Tensor& logits);
+  bool multiply_slopes(const Chunk& c, const Tensor& x, const Tensor& slopes) const;
+
+  const Cpu device;
+
+ private:
+  CrossEntropyGrads upstream_of(const Chunk& c, const Tensor& logits) const;
+  std::vector<double> filter_bounds(const Chunk& c, const Tensor& slopes) const;
+  void add_bias_gradient(const Chunk& c, const Tensor& slopes);
+
+  const int64_t reduction;
+  const std::optional<int64_t> memory_budget;
+  const double filter_eps;
+  // Of a run.
+  const Work* work;
+  const Outputs* out;
+  const Upstream* up;  // null: no gradients
+  const Gradients* grads;
+  CompensatedSum total;
+  std::vector<CompensatedSum> bias_sums;
 };
 
-// Losses and statistics of a chunk's logits and, with upstream gradients, the logits' gradient in their place.
-CrossEntropyPartial turn_to_loss(const Problem& p, const Work& work, const CrossEntropyOutputs& out,
-                                 const Tensor& entropy, const Upstream* up, const Gradients& grads, Chunk& c) {
-  const int64_t first = c.begin * p.positions, losses = c.rows * p.positions, size = acc_size(p.dtype);
-  const DType acc = acc_dtype(p.dtype);
-  CrossEntropyArgs& a = c.args = p.loss;
-  a.logits = c.logits.data_ptr();
-  point_to_stats(a, work.stats);
-  // Null, and not computed, where nobody wants it.
-  if (!up || !up->entropy.defined()) a.row_entropy = at_loss(entropy, first);
-  Tensor dt;  // in the kernel's type
-  if (p.probabilities.defined()) {
-    const Tensor t = rows_from(p.probabilities, c.begin, c.rows);
-    const auto in_panel = [&](const Tensor& panel) { return rows_from(panel, 0, c.rows).view(t.sizes()); };
-    const Tensor read = work.wide.defined() ? in_panel(work.wide).copy_(t) : t;
-    a.probabilities = read.const_data_ptr();
-    a.probability_layout = *row_layout(read, 1);
-    if (grads.target.defined()) {
-      dt = work.wide_grad.defined() ? in_panel(work.wide_grad) : rows_from(grads.target, c.begin, c.rows);
-      c.upstream.grad_probabilities = dt.mutable_data_ptr();
-      c.upstream.grad_probability_layout = *row_layout(dt, 1);
-    }
-  } else {
-    a.target = p.classes_of_rows.const_data_ptr<int64_t>() + first;
-  }
-  CrossEntropyOutputs here = out;
-  for (void** each : {&here.loss, &here.lse, &here.logprob})
-    if (*each) *each = (char*)*each + first * size;
-  if (here.argmax) here.argmax += first;
-  if (!up) return cross_entropy_forward(acc, a, here, losses);
-
-  CrossEntropyGrads& g = c.upstream;
-  g.loss = up->one_loss ? up->one_loss : at_loss(up->loss, first);
-  g.loss_stride = up->loss.defined();
-  g.loss_scale = up->scale;
+// Upstream gradients of a chunk's losses, and that the logits' takes their place.
+CrossEntropyGrads RowLoss::upstream_of(const Chunk& c, const Tensor& logits) const {
+  static const float single = 1;
+  static const double wide = 1;
+  const int64_t first = c.begin * positions;
+  CrossEntropyGrads g = {};
+  g.loss_stride = reduction == at::Reduction::None && up->loss.defined();
+  g.loss = !up->is_one ? at_loss(up->loss, g.loss_stride * first) : acc == at::kDouble ? (const void*)&wide : &single;
+  g.loss_scale = reduction == at::Reduction::Mean ? 1 / denominator : 1;
   g.lse = at_loss(up->lse, first);
   g.entropy = at_loss(up->entropy, first);
   g.logprob = at_loss(up->logprob, first);
-  g.grad_logits = c.logits.data_ptr();
-  g.grad_layout = p.loss.layout;
-  const CrossEntropyPartial sums = cross_entropy_forward_backward(acc, a, here, g, losses);
-  if (work.wide_grad.defined()) rows_from(grads.target, c.begin, c.rows).copy_(dt);
-  return sums;
+  g.grad_logits = logits.data_ptr();
+  g.grad_layout = loss.layout;
+  return g;
 }
 
-void add_bias_gradient(const Problem& p, const Work& work, const Chunk& c, std::vector<CompensatedSum>& totals) {
+// Losses and statistics of a chunk's logits and, with upstream gradients, the logits' gradient in their place.
+Tensor RowLoss::turn(const Chunk& c, const Tensor& logits) {
+  const int64_t first = c.begin * positions, losses = c.rows * positions;
+  CrossEntropyArgs a = loss;
+  a.logits = logits.data_ptr();
+  point_to_stats(a, work->stats);
+  // Null, and not computed, where nobody wants it.
+  if (!up || !up->entropy.defined()) a.row_entropy = at_loss(out->entropy, first);
+  CrossEntropyGrads g = up ? upstream_of(c, logits) : CrossEntropyGrads{};
+  Tensor dt;  // in the kernel's type
+  if (probabilities.defined()) {
+    const Tensor t = rows_of_chunk(probabilities, c);
+    const auto in_panel = [&](const Tensor& panel) { return rows_from(panel, 0, c.rows).view(t.sizes()); };
+    const Tensor read = work->wide.defined() ? in_panel(work->wide).copy_(t) : t;
+    a.probabilities = read.const_data_ptr();
+    a.probability_layout = *row_layout(read, 1);
+    if (grads->target.defined()) {
+      dt = work->wide_grad.defined() ? in_panel(work->wide_grad) : rows_of_chunk(grads->target, c);
+      g.grad_probabilities = dt.mutable_data_ptr();
+      g.grad_probability_layout = *row_layout(dt, 1);
+    }
+  } else {
+    a.target = classes_of_rows.const_data_ptr<int64_t>() + first;
+  }
+  const CrossEntropyOutputs here = {at_loss(out->loss, first), at_loss(out->lse, first), at_loss(out->logprob, first),
+                                    (int64_t*)at_loss(out->argmax, first)};
+  const DType type = acc_dtype(dtype);
+  if (!up) {
+    total.add(cross_entropy_forward(type, a, here, losses).loss);
+    return {};
+  }
+  total.add(cross_entropy_forward_backward(type, a, here, g, losses).loss);
+  if (work->wide_grad.defined()) rows_of_chunk(grads->target, c).copy_(dt);
+  if (grads->bias.defined()) add_bias_gradient(c, logits);
+  return logits;
+}
+
+void RowLoss::add_bias_gradient(const Chunk& c, const Tensor& slopes) {
   ActivationBackwardArgs a = {};
-  a.grad = c.logits.const_data_ptr();
-  a.grad_layout = {1, p.outputs, 0, 1};
-  a.columns = p.outputs;
+  a.grad = slopes.const_data_ptr();
+  a.grad_layout = {1, outputs, 0, 1};
+  a.columns = outputs;
   a.activation = Activation::none;
-  a.column_sums = work.sums.mutable_data_ptr();
-  activation_backward(acc_dtype(p.dtype), a, c.rows);
-  add_to_totals(acc_dtype(p.dtype), work.sums.const_data_ptr(), p.outputs, totals.data());
+  a.column_sums = work->sums.mutable_data_ptr();
+  activation_backward(acc_dtype(dtype), a, c.rows);
+  add_to_totals(acc_dtype(dtype), work->sums.const_data_ptr(), outputs, bias_sums.data());
+}
+
+// The bounds under which filter_eps drops entries of a chunk's gradient: a row's upstream gradients, of its positions
+// those of the least.
+std::vector<double> RowLoss::filter_bounds(const Chunk& c, const Tensor& slopes) const {
+  const CrossEntropyGrads g = upstream_of(c, slopes);
+  const auto number = [&](const void* at, int64_t i) {
+    return !at ? 0.0 : std::fabs(dtype == DType::f64 ? ((const double*)at)[i] : (double)((const float*)at)[i]);
+  };
+  const double most = dtype == DType::f64 ? std::numeric_limits<double>::max() : std::numeric_limits<float>::max();
+  std::vector<double> bounds(c.rows, most);
+  for (int64_t i = 0; i < c.rows * positions; ++i) {
+    const double upstream = number(g.loss, i * g.loss_stride) * std::fabs(g.loss_scale) + number(g.lse, i) +
+                            number(g.entropy, i) + number(g.logprob, i);
+    // A bound that is not finite would drop infinities.
+    const double bound = filter_eps * upstream < most ? filter_eps * upstream : 0;
+    bounds[i / positions] = std::min(bounds[i / positions], bound);
+  }
+  return bounds;
 }
 
 // dX of a chunk and its part of dW, entry by entry, if few entries of the gradient are above filter_eps' bounds.
-bool multiply_large_entries(const Problem& p, double filter_eps, const Gradients& grads, const Chunk& c) {
+bool RowLoss::multiply_slopes(const Chunk& c, const Tensor& x_rows, const Tensor& slopes) const {
   // Rows of W and x are read where they lie.
-  if (filter_eps <= 0 || p.w.stride(1) != 1 || (grads.w.defined() && p.x.stride(1) != 1)) return false;
+  if (filter_eps <= 0 || w.stride(1) != 1 || (grads->w.defined() && x.stride(1) != 1)) return false;
   SparseMatrix large;
-  if (!list_large_entries(p.dtype, c.logits.const_data_ptr(), c.rows, p.outputs,
-                          filter_bounds(p, filter_eps, c.upstream, c.rows).data(),
-                          most_sparse_entries(c.rows, p.outputs), &large))
+  if (!list_large_entries(dtype, slopes.const_data_ptr(), c.rows, outputs, filter_bounds(c, slopes).data(),
+                          most_sparse_entries(c.rows, outputs), &large))
     return false;
-  if (grads.x.defined()) {
-    const bool in_place = grads.x.scalar_type() == p.acc && !p.listed;
-    const Tensor dx = in_place ? rows_from(grads.x, c.begin, c.rows)
-                               : at::empty({c.rows, p.features}, grads.x.options().dtype(p.acc));
-    sparse_product(p.dtype, large, view_of(p.w), p.features, dx.mutable_data_ptr(), p.features, false);
-    if (p.listed)
-      copy_rows(p, c.begin, dx.to(grads.x.scalar_type()), grads.x, false);
+  if (grads->x.defined()) {
+    const bool in_place = grads->x.scalar_type() == acc && !listed;
+    const Tensor dx =
+        in_place ? rows_of_chunk(grads->x, c) : at::empty({c.rows, features}, grads->x.options().dtype(acc));
+    sparse_product(dtype, large, view_of(w), features, dx.mutable_data_ptr(), features, false);
+    if (listed)
+      copy_rows(c, dx.to(grads->x.scalar_type()), grads->x, false);
     else if (!in_place)
-      rows_from(grads.x, c.begin, c.rows).copy_(dx);
+      rows_of_chunk(grads->x, c).copy_(dx);
   }
-  if (grads.w.defined()) {
-    if (c.begin == 0) Tensor(grads.w).zero_();
-    sparse_product(p.dtype, transposed(p.dtype, large, p.outputs), view_of(c.x), p.features, grads.w.mutable_data_ptr(),
-                   p.features, true);
+  if (grads->w.defined()) {
+    if (c.begin == 0) Tensor(grads->w).zero_();
+    sparse_product(dtype, transposed(dtype, large, outputs), view_of(x_rows), features, grads->w.mutable_data_ptr(),
+                   features, true);
   }
   return true;
 }
 
-void multiply_gradient(const Problem& p, const Work& work, const Gradients& grads, const Chunk& c) {
-  if (grads.x.defined()) {
-    const Tensor dx = p.listed ? rows_from(work.dx, 0, c.rows) : rows_from(grads.x, c.begin, c.rows);
-    multiply(c.logits, p.w, dx, Tensor(), false);
-    if (p.listed) copy_rows(p, c.begin, dx, grads.x, false);
-  }
-  if (grads.w.defined()) multiply(transpose(c.logits), c.x, grads.w, Tensor(), c.begin > 0);
-}
-
-// The sum of the losses; results and gradients go where `out`, `entropy` and `grads` say.
-double over_chunks(const Problem& p, Budget memory_budget, double filter_eps, const CrossEntropyOutputs& out,
-                   const Tensor& entropy, const Upstream* up, const Gradients& grads) {
-  const Work work(p, memory_budget, grads, up && up->entropy.defined());
-  CompensatedSum loss;
-  std::vector<CompensatedSum> bias(grads.bias.defined() ? p.outputs : 0);
-  for (int64_t begin = 0; begin < p.rows; begin += work.rows) {
-    Chunk c = {};
-    c.begin = begin;
-    c.rows = std::min(work.rows, p.rows - begin);
-    c.x = p.listed ? rows_from(work.x, 0, c.rows) : rows_from(p.x, begin, c.rows);
-    c.logits = rows_from(work.panel, 0, c.rows);
-    if (p.listed) copy_rows(p, begin, c.x, p.x, true);
-    multiply(c.x, transpose(p.w), c.logits, p.bias, false);
-    loss.add(turn_to_loss(p, work, out, entropy, up, grads, c).loss);
-    if (grads.bias.defined()) add_bias_gradient(p, work, c, bias);
-    if (!multiply_large_entries(p, filter_eps, grads, c)) multiply_gradient(p, work, grads, c);
-  }
-  if (grads.bias.defined()) round_totals(acc_dtype(p.dtype), bias.data(), p.outputs, grads.bias.mutable_data_ptr());
-  return loss.value();
-}
-
-std::vector<Tensor> forward_cpu(const Operands& t, const Options& o, int64_t outputs, Budget memory_budget,
-                                OptionalType loss_dtype) {
-  check_linear_cross_entropy_forward(t, o, outputs, memory_budget, loss_dtype);
-  const bool every_row = outputs & ~(kOutputLoss | kOutputLogprob);
-  const Problem p = linear_cross_entropy_problem(t, o, every_row);
-  const Tensor& input = t.input;
-  const auto shape = loss_shape(input, t.linear_weight);
-  const int64_t all_rows = as_matrix(input).size(0);
-  const auto per_loss = [&](bool wanted) {
-    return wanted ? at::empty({p.rows * p.positions}, input.options().dtype(p.acc)) : Tensor();
-  };
-  const bool each = o.reduction == at::Reduction::None && (outputs & kOutputLoss);
-  const Tensor loss = per_loss(each), lse = per_loss(outputs & kOutputLse),
-               entropy = per_loss(outputs & kOutputEntropy), logprob = per_loss(outputs & kOutputLogprob);
-  const Tensor argmax =
-      outputs & kOutputArgmax ? at::empty({p.rows * p.positions}, input.options().dtype(at::kLong)) : Tensor();
-  const CrossEntropyOutputs out = {at_loss(loss, 0), at_loss(lse, 0), at_loss(logprob, 0),
-                                   (int64_t*)at_loss(argmax, 0)};
-  const double sum = over_chunks(p, memory_budget, 0, out, entropy, nullptr, {});
-
-  const auto type = loss_type(input, t.target, loss_dtype), other = loss_dtype.value_or(input.scalar_type());
-  const auto finished = [&](const Tensor& t, at::ScalarType to) {
-    return as_type(of_all(p, t, all_rows).reshape(shape), to);
-  };
-  std::vector<Tensor> results;
-  if (each)
-    results.push_back(finished(loss, type));
-  else if (outputs & kOutputLoss)
-    results.push_back(number(o.reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum, type));
-  if (outputs & kOutputLse) results.push_back(finished(lse, other));
-  if (outputs & kOutputEntropy) results.push_back(finished(entropy, other));
-  if (outputs & kOutputLogprob) results.push_back(finished(logprob, type));
-  if (outputs & kOutputArgmax) results.push_back(argmax.reshape(shape));
-  return results;
-}
-
-Gradients new_gradients(const Problem& p, const Operands& t, at::ScalarType dx_type, std::array<bool, 4> mask) {
-  const Tensor& input = t.input;
-  const auto options = input.options();
-  Gradients g;
-  if (mask[0])
-    g.x = p.listed ? at::zeros(as_matrix(input).sizes(), options.dtype(dx_type))
-                   : empty_result(as_matrix(input).sizes(), options.dtype(dx_type));
-  if (mask[1]) {
-    g.w = empty_result({p.outputs, p.features}, options.dtype(p.acc));
-    if (p.rows == 0) g.w.zero_();
-  }
-  if (mask[2]) g.bias = at::empty({p.outputs}, options.dtype(p.acc));
-  if (mask[3]) g.target = empty_result(p.probabilities.sizes(), t.target.options());
-  return g;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward_cpu(const Operands& t, const Options& o,
-                                                                        bool argmax_too, Budget memory_budget,
-                                                                        double filter_eps, OptionalType loss_dtype,
-                                                                        std::array<bool, 3> mask) {
-  check_linear_cross_entropy_forward(t, o, kOutputLoss, memory_budget, loss_dtype, filter_eps);
-  check_reduced("linear_cross_entropy_forward_backward", o.reduction);
-  const Problem p = linear_cross_entropy_problem(t, o, argmax_too);
-  const Gradients g = new_gradients(p, t, p.acc, {mask[0], mask[1], mask[2], false});
-  const auto options = t.input.options();
-  Upstream up;
-  static const float single = 1;
-  static const double wide = 1;
-  up.one_loss = p.acc == at::kDouble ? (const void*)&wide : &single;
-  up.scale = o.reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
-  const Tensor argmax = at::empty({argmax_too ? p.rows * p.positions : 0}, options.dtype(at::kLong));
-  CrossEntropyOutputs out = {};
-  if (argmax_too) out.argmax = argmax.mutable_data_ptr<int64_t>();
-  const double sum = over_chunks(p, memory_budget, filter_eps, out, Tensor(), &up, g);
-  auto [dx, dw, db, none] = g.shaped(t, false);
-  return {number(o.reduction == at::Reduction::Mean ? mean_of(sum, p.denominator) : sum,
-                 loss_type(t.input, t.target, loss_dtype)),
-          argmax_too ? argmax.reshape(loss_shape(t.input, t.linear_weight)) : argmax, dx, dw, db};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_cpu(const CrossEntropyOutputGrads& grads, const Operands& t,
-                                                        const Options& o, Budget memory_budget, double filter_eps,
-                                                        std::array<bool, 4> mask) {
-  check_linear_cross_entropy_backward(grads, t, o, memory_budget, filter_eps, mask[3]);
-  const bool every_row = grads.lse.has_value() || grads.entropy.has_value();
-  const Problem p = linear_cross_entropy_problem(t, o, every_row);
-  const Gradients g = new_gradients(p, t, t.input.scalar_type(), mask);
-  Upstream up;
-  const auto rows = [&](const OptionalTensor& t) { return t.has_value() ? of_listed(p, *t) : Tensor(); };
-  const Tensor one = grads.loss.has_value() ? as_type(*grads.loss, p.acc) : Tensor();
-  if (o.reduction == at::Reduction::None)
-    up.loss = rows(grads.loss);
-  else if (one.defined())
-    up.one_loss = one.const_data_ptr();
-  up.scale = o.reduction == at::Reduction::Mean ? 1 / p.denominator : 1;
-  up.lse = rows(grads.lse);
-  up.entropy = rows(grads.entropy);
-  up.logprob = rows(grads.logprob);
-  over_chunks(p, memory_budget, filter_eps, {}, Tensor(), &up, g);
-  return g.shaped(t, true);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(regfast, CPU, m) {
-  register_kernels<forward_cpu>(m, "linear_cross_entropy_forward", isa_in_use);
-  register_kernels<forward_backward_cpu>(m, "linear_cross_entropy_forward_backward", isa_in_use);
-  register_kernels<backward_cpu>(m, "linear_cross_entropy_backward", isa_in_use);
-}
+TORCH_LIBRARY_IMPL(regfast, CPU, m) { register_linear_cross_entropy<RowLoss>(m, isa_in_use); }
 
 }  // namespace rf

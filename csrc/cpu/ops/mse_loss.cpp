@@ -5,9 +5,7 @@
 
 #include <algorithm>
 
-#include "cpu/drivers/drivers.h"
-#include "cpu/ops/outputs.h"
-#include "cpu/ops/traced.h"
+#include "cpu/ops/device.h"
 #include "cpu/tuning.h"
 #include "shared/layouts.h"
 #include "shared/op_checks.h"

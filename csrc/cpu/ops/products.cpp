@@ -3,8 +3,6 @@
 // its size or by tuning.h's table, goes on to ATen's kernels.
 #include "shared/torch_api.h"
 
-#include "cpu/ops/products.h"
-
 #include <ATen/ExpandUtils.h>
 #include <ATen/native/Resize.h>
 #include <ATen/ops/addmm_cpu_dispatch.h>
@@ -19,7 +17,7 @@
 #include <mutex>
 #include <optional>
 
-#include "cpu/ops/outputs.h"
+#include "cpu/ops/device.h"
 #include "cpu/platform.h"
 #include "cpu/tuning.h"
 
@@ -59,7 +57,7 @@ class Record {
 void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& c) {
   const Tensor first_a = a.select(0, 0), first_b = b.select(0, 0);
   const DType dtype = dtype_of(a.scalar_type());
-  const Gemm g = gemm_of(first_a, first_b, c.select(0, 0));
+  const Gemm g = as_gemm(gemm_problem(first_a, first_b, c.select(0, 0)));
   const int64_t batches = a.size(0);
   const int64_t a_bytes = a.stride(0) * a.element_size(), b_bytes = b.stride(0) * b.element_size(),
                 c_bytes = c.stride(0) * c.element_size();
@@ -79,7 +77,7 @@ void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& c) {
 }
 
 void multiply_any(const Tensor& a, const Tensor& b, const Tensor& c) {
-  a.dim() == 2 ? multiply(a, b, c, Tensor(), false) : multiply_batches(a, b, c);
+  a.dim() == 2 ? multiply(Cpu(a), a, b, c) : multiply_batches(a, b, c);
 }
 
 std::vector<int64_t> sizes_of_product(const Tensor& a, const Tensor& b) {
@@ -101,7 +99,7 @@ Tensor sum(const Tensor& self, const Tensor& a, const Tensor& b, const at::Scala
   if (plain && a.dim() == 2 && beta.toDouble() == 1 && self.numel() == b.size(1) && self.dim() > 0 &&
       self.size(-1) == b.size(1)) {
     Tensor c = empty_result(sizes_of_product(a, b), a.options());
-    multiply(a, b, c, self.reshape({b.size(1)}).contiguous(), false);
+    multiply(Cpu(a), a, b, c, self.reshape({b.size(1)}).contiguous());
     return c;
   }
   Tensor c = at::empty(sizes_of_product(a, b), a.options().dtype(acc_type(a.scalar_type())));

@@ -84,19 +84,8 @@ struct PartProducts {  // sums(j, i) = over all rows the dot products of part j 
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------
 
-// C = op(A) op(B) with an epilogue, as csrc/cpu/drivers/drivers.h has it: all strides of A and B, C's columns adjacent.
-struct Gemm {
-  int64_t m, n, k;
-  MatrixView a;  // a(i, k), or a(k, i) where transposed
-  bool a_transposed;
-  MatrixView b;  // b(k, j), or b(j, k) where transposed, as in X W^T
-  bool b_transposed;
-  void* c;
-  int64_t c_stride;
-  const void* bias;  // n of `dtype`, or null
-  Activation activation;
-  void* preactivation;  // laid out as c, or null
-  void* workspace;      // gemm_workspace bytes
+struct Gemm : GemmProblem {
+  void* workspace;  // gemm_workspace bytes
 };
 
 }  // namespace rf::cuda

@@ -48,11 +48,11 @@ void take(int device, const CudaChoices& choices) {
 
 }  // namespace
 
-bool fused_by_aten(const Tensor& like, Activation activation) {
+bool Cuda::fused_by_aten(DType dtype, Activation activation) const {
   const auto e = std::find(std::begin(kEpilogues), std::end(kEpilogues), activation) - std::begin(kEpilogues);
-  const int a = tf32_allowed(like) ? kDTypes : (int)dtype_of(like.scalar_type());
-  const int device = std::max(0, (int)like.device().index());  // the emulator's tensors have none
-  return e < (int)std::size(kEpilogues) && fused[device][a][e];
+  const int a = tf32_allowed(dtype) ? kDTypes : (int)dtype;
+  const int index = std::max(0, (int)like.device().index());  // the emulator's tensors have none
+  return e < (int)std::size(kEpilogues) && fused[index][a][e];
 }
 
 }  // namespace rf::cuda

@@ -1,7 +1,9 @@
-// What the files of csrc/cuda/ops share. They are all of csrc/cuda that knows torch.
+// A CUDA device as the ops of csrc/shared see one, and what the files of csrc/cuda/ops share. They are all of csrc/cuda
+// that knows torch.
 #pragma once
 #include "cuda/launch.h"
 #include "cuda/ops/torch_device.h"
+#include "shared/product.h"
 
 namespace rf::cuda {
 
@@ -10,29 +12,38 @@ struct Workspace {
   Workspace(int64_t bytes, const Tensor& like) {
     if (bytes > 0) memory = at::empty({bytes}, like.options().dtype(at::kByte));
   }
-  void* data() { return memory.defined() ? memory.mutable_data_ptr() : nullptr; }
+  void* data() { return data_or_null(memory); }
   Tensor memory;
 };
 
-// Whether float32 may be multiplied in tf32.
-bool tf32_allowed(const Tensor& t);
+// Whether elements of a type may be multiplied in tf32.
+bool tf32_allowed(DType dtype);
 
-// Whether torch's product applies the activation in its epilogue, with results as good as ours: where that was proven.
-bool fused_by_aten(const Tensor& like, Activation activation);
+// Results, products and activations on the device of a tensor, on whose current stream they are queued. Nothing here
+// waits for it.
+struct Cuda : OnDevice {
+  explicit Cuda(const Tensor& t) : OnDevice(t), like(t) {}
 
-// A product by launch_gemm of elements of like's type; its workspace is filled in.
-void product(const OnDevice& device, const Tensor& like, Gemm g);
+  Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) const { return at::empty(sizes, options); }
+  Tensor empty_like(const Tensor& t) const { return at::empty_like(t); }
 
-// out = x w^T + bias of matrices, bias undefined where there is none, by the GEMM that linear takes.
-void linear_into(const OnDevice& device, const Tensor& x, const Tensor& w, const Tensor& bias, Tensor& out);
+  const char* why_aten(const ProductSize& size) const;
+  // Whether torch's product applies the activation in its epilogue, as well as our kernel: where that was proven.
+  bool fused_by_aten(DType dtype, Activation activation) const;
+  void gemm(DType dtype, const GemmProblem& problem) const;
+  void wide_product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) const {
+    rf::cuda::wide_product(out, a, b, accumulate);
+  }
 
-// What went into an activation has this gradient, the activation's result having `grad`, whose column sums are made on
-// the way where they are wanted. The gradient is grad itself where there is no activation.
-struct ActivationGradient {
-  Tensor dz, column_sums;
+  void activate(const Tensor& z, const Tensor& y, Activation activation) const {
+    launch_activation_forward(dtype_of(z.scalar_type()), z.const_data_ptr(), y.mutable_data_ptr(), z.numel(),
+                              activation, stream);
+  }
+  Tensor readable_rows(const Tensor& grad) const { return as_strided_rows(grad, grad.dim() - 1); }
+  Tensor activation_backward(const Tensor& like, const ActivationBackward& p, int64_t rows, bool column_sums) const;
+
+  const Tensor& like;
 };
-ActivationGradient activation_gradient(const OnDevice& device, const Tensor& grad, const OptionalTensor& saved,
-                                       Activation activation, bool column_sums);
 
 void register_linear(torch::Library& m);
 void register_softmax(torch::Library& m);

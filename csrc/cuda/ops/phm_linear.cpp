@@ -1,125 +1,79 @@
-// phm_linear on CUDA, as csrc/cpu/ops/phm_linear.cpp has it: a chunk of rows is mixed, in their own type for the tensor
-// cores, and multiplied by S; backward multiplies the output's gradient by S, in the accumulator's type, and by the
-// mixed rows. W is never stored. Products are ATen's; nothing here waits for the device.
+// phm_linear on CUDA: rows are mixed in their own type, for the tensor cores, and multiplied by ATen, with the bias
+// laid out before. Gradients of mixed rows have the accumulator's type. Nothing here waits for the device.
 #include "shared/torch_api.h"
 
 #include "cuda/ops/ops.h"
 #include "cuda/tuning.h"
-#include "shared/op_checks.h"
-#include "shared/phm_linear_tensors.h"
+#include "shared/phm_linear_ops.h"
 
 namespace rf::cuda {
 namespace {
 
-struct PhmProblem : PhmTensors {
-  using PhmTensors::PhmTensors;
+struct CudaPhm : Cuda {
+  using Cuda::Cuda;
+
+  struct PartSums {
+    PartSums(const PhmTensors& p, bool) : p(p) {}
+    Tensor tensor() const {
+      const auto options = p.s.options().dtype(p.acc);
+      return blocks.empty() ? at::zeros({p.n, p.n, p.n}, options) : at::cat(blocks).sum(0).view({p.n, p.n, p.n});
+    }
+    const PhmTensors& p;
+    std::vector<Tensor> blocks;
+  };
+
+  void forward(const PhmTensors& p, const Tensor& bias, Activation activation, const Tensor& y,
+               const Tensor& preactivation) const {
+    const int64_t step = chunk_rows(p);
+    const Tensor coefficients = p.mixing(), mixed = at::empty({step * p.n, p.inputs}, p.x.options());
+    const Tensor& kept = preactivation.defined() ? preactivation : y;
+    const Tensor sums = kept.view({p.rows * p.n, p.to_part});
+    if (bias.defined()) kept.copy_(bias);
+    for (int64_t begin = 0; begin < p.rows; begin += step) {
+      const int64_t count = std::min(step, p.rows - begin) * p.n;
+      const Tensor z = mixed.narrow(0, 0, count);
+      mix(p, coefficients, begin, z);
+      Tensor to = sums.narrow(0, begin * p.n, count);
+      bias.defined() ? at::addmm_out(to, to, z, p.s.t()) : at::mm_out(to, z, p.s.t());
+    }
+    if (activation != Activation::none) activate(kept, y, activation);
+  }
+  bool backward(const PhmTensors&, const Tensor&, const Tensor&, const Tensor&, PartSums*) const { return false; }
 
   // Equal chunks.
-  int64_t chunk_rows() const {
-    const int64_t row = std::max<int64_t>(1, n * inputs * size_of(dtype));
-    const int64_t most = std::max(tuning::kMixedBytes / row, ceil_div(tuning::kLeastMixedRows, n));
-    return std::max<int64_t>(1, ceil_div(rows, ceil_div(std::max<int64_t>(1, rows), most)));
+  int64_t chunk_rows(const PhmTensors& p) const {
+    const int64_t row = std::max<int64_t>(1, p.n * p.inputs * size_of(p.dtype));
+    const int64_t most = std::max(tuning::kMixedBytes / row, ceil_div(tuning::kLeastMixedRows, p.n));
+    return std::max<int64_t>(1, ceil_div(p.rows, ceil_div(std::max<int64_t>(1, p.rows), most)));
   }
-  // Rows from `begin` on, of which each makes n of z.
-  void mix(const OnDevice& device, const Tensor& coefficients, int64_t begin, const Tensor& z) const {
-    launch_combine_parts(dtype,
-                         {z.size(0) / n, n, n * n, from_part, x.narrow(0, begin, z.size(0) / n).const_data_ptr(),
-                          x.stride(0), false, coefficients.const_data_ptr(), z.mutable_data_ptr()},
-                         device.stream);
+  at::ScalarType mixed_type(const PhmTensors& p) const { return p.x.scalar_type(); }
+  void mix(const PhmTensors& p, const Tensor& coefficients, int64_t begin, const Tensor& z) const {
+    const int64_t rows = z.size(0) / p.n;
+    launch_combine_parts(p.dtype,
+                         {rows, p.n, p.n * p.n, p.from_part, p.x.narrow(0, begin, rows).const_data_ptr(), p.x.stride(0),
+                          false, coefficients.const_data_ptr(), z.mutable_data_ptr()},
+                         stream);
+  }
+  void unmix(const PhmTensors& p, const Tensor& coefficients, int64_t begin, const Tensor& dz, const Tensor& dx) const {
+    const int64_t rows = dz.size(0) / p.n;
+    launch_combine_parts(p.dtype,
+                         {rows, p.n * p.n, p.n, p.from_part, dz.const_data_ptr(), p.n * p.inputs, true,
+                          coefficients.const_data_ptr(), dx.narrow(0, begin, rows).data_ptr()},
+                         stream);
+  }
+  void add_part_products(const PhmTensors& p, int64_t begin, const Tensor& dz, PartSums& da) const {
+    const int64_t rows = dz.size(0) / p.n, parts = p.n * p.n;
+    const Tensor sums = at::empty({part_products_blocks(p.dtype, rows, p.from_part), parts, p.n}, dz.options());
+    launch_part_products(p.dtype,
+                         {rows, parts, p.n, p.from_part, dz.const_data_ptr(),
+                          p.x.narrow(0, begin, rows).const_data_ptr(), p.x.stride(0), sums.mutable_data_ptr()},
+                         stream);
+    da.blocks.push_back(sums);
   }
 };
 
-std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor& a, const Tensor& s,
-                                              const OptionalTensor& bias, string_view activation,
-                                              bool save_preactivation) {
-  const Activation act = check_phm_linear_forward(input, a, s, bias, activation);
-  const OnDevice device(input);
-  PhmProblem p(input, a, s);
-  auto sizes = input.sizes().vec();
-  sizes.back() = p.outputs;
-  Tensor y = at::empty(sizes, input.options());
-  Tensor z = at::empty(save_preactivation ? at::IntArrayRef(sizes) : at::IntArrayRef{0}, input.options());
-  if (y.numel() == 0) return {y, z};
-  p.set_input(input);
-  const int64_t step = p.chunk_rows();
-  const Tensor coefficients = p.mixing(), mixed = at::empty({step * p.n, p.inputs}, input.options());
-  const Tensor& kept = save_preactivation ? z : y;
-  const Tensor sums = kept.view({p.rows * p.n, p.to_part});
-  if (bias.has_value()) kept.copy_(*bias);
-  for (int64_t begin = 0; begin < p.rows; begin += step) {
-    const int64_t count = std::min(step, p.rows - begin) * p.n;
-    const Tensor of_chunk = mixed.narrow(0, 0, count);
-    p.mix(device, coefficients, begin, of_chunk);
-    Tensor to = sums.narrow(0, begin * p.n, count);
-    bias.has_value() ? at::addmm_out(to, to, of_chunk, p.s.t()) : at::mm_out(to, of_chunk, p.s.t());
-  }
-  if (act != Activation::none)
-    launch_activation_forward(p.dtype, kept.const_data_ptr(), y.mutable_data_ptr(), y.numel(), act, device.stream);
-  return {y, z};
-}
-
-// input is needed for the gradients of a and s.
-std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& grad, const OptionalTensor& input,
-                                                               const Tensor& a, const Tensor& s,
-                                                               const OptionalTensor& saved, string_view activation_name,
-                                                               std::array<bool, 4> mask) {
-  const Activation activation = check_phm_linear_backward(grad, input, a, s, saved, activation_name, mask);
-  const OnDevice device(grad);
-  const auto none = [&] { return at::empty({0}, grad.options()); };
-  PhmProblem p(grad, a, s);
-  if (mask[1] || mask[2]) p.set_input(*input);
-  const ActivationGradient of = activation_gradient(device, grad, saved, activation, mask[3]);
-  const Tensor dz = of.dz.contiguous().view({p.rows * p.n, p.to_part});
-
-  const auto wide = grad.options().dtype(p.acc);
-  auto sizes = grad.sizes().vec();
-  sizes.back() = p.inputs;
-  Tensor dx = mask[0] ? at::empty(sizes, grad.options()) : none();
-  Tensor ds = mask[2] ? at::zeros({p.to_part, p.inputs}, wide) : none();
-  const int64_t step = p.chunk_rows(), parts = p.n * p.n;
-  const Tensor z = mask[2] ? at::empty({step * p.n, p.inputs}, grad.options()) : Tensor();
-  const Tensor dmixed = mask[0] || mask[1] ? at::empty({step * p.n, p.inputs}, wide) : Tensor();
-  const Tensor mixing = mask[2] ? p.mixing() : Tensor(), unmixing = mask[0] ? p.unmixing() : Tensor();
-  std::vector<Tensor> da_sums;  // of blocks
-  for (int64_t begin = 0; begin < p.rows; begin += step) {
-    const int64_t rows = std::min(step, p.rows - begin), count = rows * p.n;
-    const Tensor g = dz.narrow(0, begin * p.n, count);
-    if (mask[2]) {
-      const Tensor of_chunk = z.narrow(0, 0, count);
-      p.mix(device, mixing, begin, of_chunk);
-      wide_addmm(ds, g.t(), of_chunk, begin > 0);
-    }
-    if (!mask[0] && !mask[1]) continue;
-    Tensor of_chunk = dmixed.narrow(0, 0, count);
-    wide_addmm(of_chunk, g, p.s, false);
-    if (mask[0])
-      launch_combine_parts(p.dtype,
-                           {rows, parts, p.n, p.from_part, of_chunk.const_data_ptr(), p.n * p.inputs, true,
-                            unmixing.const_data_ptr(), dx.view({p.rows, p.inputs}).narrow(0, begin, rows).data_ptr()},
-                           device.stream);
-    if (mask[1]) {
-      const Tensor sums = at::empty({part_products_blocks(p.dtype, rows, p.from_part), parts, p.n}, wide);
-      launch_part_products(p.dtype,
-                           {rows, parts, p.n, p.from_part, of_chunk.const_data_ptr(),
-                            p.x.narrow(0, begin, rows).const_data_ptr(), p.x.stride(0), sums.mutable_data_ptr()},
-                           device.stream);
-      da_sums.push_back(sums);
-    }
-  }
-  if (mask[2]) ds = ds.to(grad.scalar_type()).view({p.to_part, p.n, p.from_part}).permute({1, 0, 2});
-  Tensor da = none();
-  if (mask[1]) {
-    da = da_sums.empty() ? at::zeros({parts, p.n}, wide) : at::cat(da_sums).sum(0);
-    da = da.view({p.n, p.n, p.n}).permute({1, 0, 2}).to(grad.scalar_type()).contiguous();  // was u, m, p
-  }
-  return {dx, da, ds, of.column_sums};
-}
-
 }  // namespace
 
-void register_phm_linear(torch::Library& m) {
-  register_kernels<phm_linear_forward>(m, "phm_linear_forward", architecture_in_use);
-  register_kernels<phm_linear_backward>(m, "phm_linear_backward", architecture_in_use);
-}
+void register_phm_linear(torch::Library& m) { rf::register_phm_linear<CudaPhm>(m, architecture_in_use); }
 
 }  // namespace rf::cuda

@@ -7,22 +7,18 @@
 namespace rf::cuda {
 namespace {
 
-struct Cuda {
+struct CudaSoftmax : Cuda {
+  using Cuda::Cuda;
   static constexpr auto forward = launch_softmax_forward, backward = launch_softmax_backward;
   static constexpr auto logsumexp_forward = launch_logsumexp_forward, logsumexp_backward = launch_logsumexp_backward;
 
-  explicit Cuda(const Tensor& t) : device(t), dtype(dtype_of(t.scalar_type())) {}
-  Tensor empty(at::IntArrayRef sizes, at::TensorOptions options) const { return at::empty(sizes, options); }
-  void run(decltype(forward) launch, const SoftmaxProblem& p, int64_t rows) const {
-    launch(dtype, {p, rows}, device.stream);
+  void run(decltype(forward) launch, DType dtype, const SoftmaxProblem& p, int64_t rows) const {
+    launch(dtype, {p, rows}, stream);
   }
-
-  OnDevice device;
-  DType dtype;
 };
 
 }  // namespace
 
-void register_softmax(torch::Library& m) { rf::register_softmax<Cuda>(m, architecture_in_use); }
+void register_softmax(torch::Library& m) { rf::register_softmax<CudaSoftmax>(m, architecture_in_use); }
 
 }  // namespace rf::cuda

@@ -45,20 +45,15 @@ inline int64_t memory_of_device(const Tensor& t) {
   return known.at(t.device().index());
 }
 
-// out = a b, or out += a b; out has their type, or float32 where that is a half type. By ATen.
-inline void wide_addmm(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  if (trace::on())
-    trace::product_by_aten(a.scalar_type(), out.size(0), out.size(1), a.size(1), "a sum that stays in its own type");
-  const auto type = out.scalar_type();
-  if (type == a.scalar_type())
-    accumulate ? at::addmm_out(out, out, a, b) : at::mm_out(out, a, b);
-  else if (!accumulate)
-    at::mm_out(out, a, b, type);
+// out = a b, or out += a b, of half types into float32. By ATen.
+inline void wide_product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
+  if (!accumulate)
+    at::mm_out(out, a, b, at::kFloat);
   else
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 14
-    at::addmm_out(out, out, a, b, type);
+    at::addmm_out(out, out, a, b, at::kFloat);
 #else  // older ones want a summand of the half type
-    out.add_(at::mm(a, b, type));
+    out.add_(at::mm(a, b, at::kFloat));
 #endif
 }
 

@@ -21,9 +21,7 @@ inline int64_t memory_of_all = int64_t(2) << 30;  // a test may want a small dev
 inline int64_t memory_of_device(const Tensor&) { return memory_of_all; }
 
 // CPUs have no product of half types with a float32 result.
-inline void wide_addmm(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
-  if (trace::on())
-    trace::product_by_aten(a.scalar_type(), out.size(0), out.size(1), a.size(1), "a sum that stays in its own type");
+inline void wide_product(Tensor& out, const Tensor& a, const Tensor& b, bool accumulate) {
   const Tensor left = a.to(out.scalar_type()), right = b.to(out.scalar_type());
   accumulate ? at::addmm_out(out, out, left, right) : at::mm_out(out, left, right);
 }
