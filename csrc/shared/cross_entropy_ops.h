@@ -20,10 +20,10 @@ using Operands = CrossEntropyOperands;
 using Options = CrossEntropyOptions;
 
 // Memory for the rows' statistics, which its arguments point to from then on.
-template <class Tensors>
-Tensor new_stats(Tensors& t, bool entropy) {
-  const Tensor stats = at::empty({cross_entropy_stat_rows(t.probabilities.defined(), entropy), t.rows},
-                                 t.x.options().dtype(acc_type(t.x.scalar_type())));
+template <class Device, class Tensors>
+Tensor new_stats(const Device& device, Tensors& t, bool entropy) {
+  const Tensor stats = device.empty({cross_entropy_stat_rows(t.probabilities.defined(), entropy), t.rows},
+                                    t.x.options().dtype(acc_type(t.x.scalar_type())));
   point_to_stats(t.args, stats);
   return stats;
 }
@@ -35,11 +35,11 @@ std::vector<Tensor> forward(const Operands& given, const Options& o, int64_t out
   const Tensor& input = given.input;
   const Device device(input);
   auto t = device.tensors(given, o);
-  const Tensor stats = new_stats(t, outputs & kOutputEntropy);
+  const Tensor stats = new_stats(device, t, outputs & kOutputEntropy);
   const auto row_shape = reduced_sizes(input, class_dim(input), false);
   const auto acc = acc_type(input.scalar_type()), type = loss_dtype.value_or(input.scalar_type());
   const auto per_row = [&](bool wanted, at::ScalarType of) {
-    return wanted ? at::empty(row_shape, input.options().dtype(of)) : Tensor();
+    return wanted ? device.empty(row_shape, input.options().dtype(of)) : Tensor();
   };
   const bool loss_too = outputs & kOutputLoss, each = o.reduction == at::Reduction::None;
   const Tensor loss = per_row(loss_too && (each || Device::kSumsRows), acc), lse = per_row(outputs & kOutputLse, acc),
@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_backward(const Operands& give
   const Tensor& input = given.input;
   const Device device(input);
   auto t = device.tensors(given, o);
-  const Tensor stats = new_stats(t, false), grad = device.empty_like(input),
+  const Tensor stats = new_stats(device, t, false), grad = device.empty_like(input),
                dx = as_strided_rows(grad, class_dim(input));
   CrossEntropyBackward g = {};
   g.grad_logits = dx.mutable_data_ptr();
@@ -96,7 +96,7 @@ Tensor backward_into(const Tensor* grad_input, const CrossEntropyOutputGrads& gr
   g.loss_stride = o.reduction == at::Reduction::None ? 1 : 0;
 
   const int64_t dim = class_dim(input);
-  Tensor dx, dt = at::empty({0}, input.options());
+  Tensor dx, dt = device.empty({0}, input.options());
   if (grad_input) {
     dx = as_strided_rows(*grad_input, dim);
     g.grad_logits = dx.mutable_data_ptr();
@@ -117,7 +117,8 @@ template <class Device>
 std::tuple<Tensor, Tensor> backward(const CrossEntropyOutputGrads& grads, const Operands& t, const Tensor& stats,
                                     const Tensor& weight_sum, const Options& o, std::array<bool, 2> mask) {
   check_cross_entropy_backward("cross_entropy_backward", grads, t, stats, weight_sum, o, mask[1]);
-  Tensor dx = mask[0] ? Device(t.input).empty_like(t.input) : at::empty({0}, t.input.options());
+  const Device device(t.input);
+  Tensor dx = mask[0] ? device.empty_like(t.input) : device.empty({0}, t.input.options());
   Tensor dt = backward_into<Device>(mask[0] ? &dx : nullptr, grads, t, stats, weight_sum, o, mask[1]);
   return {dx, dt};
 }

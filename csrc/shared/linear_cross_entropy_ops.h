@@ -28,7 +28,7 @@ inline std::vector<int64_t> loss_shape(const Operands& t) {
 template <class RowLoss>
 Outputs new_outputs(const RowLoss& p, int64_t reduction, int64_t outputs) {
   const auto per_loss = [&](bool wanted, at::ScalarType type) {
-    return wanted ? at::empty({p.rows * p.positions}, p.x.options().dtype(type)) : Tensor();
+    return wanted ? p.device.empty({p.rows * p.positions}, p.x.options().dtype(type)) : Tensor();
   };
   const bool loss = outputs & kOutputLoss, each = reduction == at::Reduction::None;
   return {per_loss(loss && each, p.acc),
@@ -49,15 +49,17 @@ Gradients new_gradients(const RowLoss& p, const Tensor& target, at::ScalarType d
   Gradients g;
   if (mask[0]) g.x = matrix(p.x.sizes(), dx_type, p.writes_x());
   if (mask[1]) g.w = matrix({p.outputs, p.features}, p.acc, p.writes_w());
-  if (mask[2]) g.bias = at::empty({p.outputs}, options);
+  if (mask[2]) g.bias = p.device.empty({p.outputs}, options);
   if (mask[3]) g.target = p.device.empty(p.probabilities.sizes(), target.options());
   return g;
 }
 
 // As the ops return them: in the shapes of what they belong to, and, rounded, in its types.
-inline std::tuple<Tensor, Tensor, Tensor, Tensor> shaped(const Gradients& g, const Operands& of, bool rounded) {
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor, Tensor> shaped(const Device& device, const Gradients& g, const Operands& of,
+                                                  bool rounded) {
   const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
-    if (!t.defined()) return at::empty({0}, like.options());
+    if (!t.defined()) return device.empty({0}, like.options());
     const Tensor result = rounded ? as_type(t, like.scalar_type()) : t;
     return result.sizes() == sizes ? result : result.view(sizes);
   };
@@ -103,10 +105,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_backward(const Operan
   one.is_one = true;
   const auto total = p.run(out, &one, g);
   p.finish(g);
-  auto [dx, dw, db, none] = shaped(g, t, false);
+  auto [dx, dw, db, none] = shaped(p.device, g, t, false);
   return {p.reduced(total, loss_type(t.input, t.target, loss_dtype)),
-          argmax_too ? out.argmax.reshape(loss_shape(t)) : at::empty({0}, t.input.options().dtype(at::kLong)), dx, dw,
-          db};
+          argmax_too ? out.argmax.reshape(loss_shape(t)) : p.device.empty({0}, t.input.options().dtype(at::kLong)), dx,
+          dw, db};
 }
 
 template <class RowLoss>
@@ -124,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const CrossEntropyOutputGrad
                                          .entropy = rows(grads.entropy),
                                          .logprob = rows(grads.logprob)};
   p.run({}, &up, g);
-  return shaped(g, t, true);
+  return shaped(p.device, g, t, true);
 }
 
 }  // namespace linear_cross_entropy_ops

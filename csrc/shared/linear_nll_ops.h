@@ -65,7 +65,7 @@ void new_gradients(RowLoss& p, at::ScalarType dx_type, std::array<bool, 4> mask)
 template <class RowLoss>
 std::tuple<Tensor, Tensor, Tensor, Tensor> gradients_of(const RowLoss& p, const Operands& of, bool rounded) {
   const auto finished = [&](const Tensor& t, const Tensor& like, at::IntArrayRef sizes) {
-    if (!t.defined()) return at::empty({0}, like.options());
+    if (!t.defined()) return p.device.empty({0}, like.options());
     p.finish(t);
     const Tensor result = rounded ? as_type(t, like.scalar_type()) : t;
     return result.sizes() == sizes ? result : result.view(sizes);

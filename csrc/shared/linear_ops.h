@@ -16,7 +16,7 @@ template <class Device>
 ActivationGradient activation_gradient(const Device& device, const Tensor& grad, const OptionalTensor& saved,
                                        Activation activation, bool column_sums) {
   const bool derives = activation != Activation::none;
-  if (!derives && !column_sums) return {grad, at::empty({0}, grad.options())};
+  if (!derives && !column_sums) return {grad, device.empty({0}, grad.options())};
   const Tensor g = device.readable_rows(grad), s = saved.has_value() ? saved->contiguous() : Tensor();
   const Tensor dz = derives ? device.empty(grad.sizes(), grad.options()) : g;
   const ActivationBackward p = {.grad = g.const_data_ptr(),
@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& w, cons
   auto sizes = x.sizes().vec();
   sizes.back() = n;
   const auto new_result = [&](bool wanted) {
-    return wanted ? device.empty(sizes, x.options()) : at::empty({0}, x.options());
+    return wanted ? device.empty(sizes, x.options()) : device.empty({0}, x.options());
   };
   if (by_aten(device, {x.scalar_type(), m, n, k})) {
     // What is kept for gelu_tanh's derivative is the pre-activation, which the epilogue does not leave.
@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
                                                .c_stride = columns});
     return c;
   };
-  Tensor dx = at::empty({0}, grad.options()), dw = at::empty({0}, grad.options());
+  Tensor dx = device.empty({0}, grad.options()), dw = device.empty({0}, grad.options());
   if (mask[0]) {
     auto sizes = grad.sizes().vec();
     sizes.back() = weight->size(1);

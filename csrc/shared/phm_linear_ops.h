@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor> phm_linear_forward(const Tensor& input, const Tensor&
   auto sizes = input.sizes().vec();
   sizes.back() = p.outputs;
   Tensor y = device.empty(sizes, input.options());
-  Tensor pre = save_preactivation ? device.empty(sizes, input.options()) : at::empty({0}, input.options());
+  Tensor pre = save_preactivation ? device.empty(sizes, input.options()) : device.empty({0}, input.options());
   if (y.numel() == 0) return {y, pre};
   p.set_input(input);
   device.forward(p, bias.has_value() ? bias->contiguous() : Tensor(), act, as_rows(y, p.rows, p.outputs),
@@ -36,7 +36,7 @@ template <class Device>
 void phm_backward_by_chunks(const Device& device, const PhmTensors& p, const Tensor& dy, const Tensor& dx,
                             const Tensor& ds, typename Device::PartSums* da) {
   const int64_t step = device.chunk_rows(p), most = std::min(p.rows, step) * p.n;
-  const auto new_mixed = [&](at::ScalarType type) { return at::empty({most, p.inputs}, p.s.options().dtype(type)); };
+  const auto new_mixed = [&](at::ScalarType type) { return device.empty({most, p.inputs}, p.s.options().dtype(type)); };
   const bool unmixes = dx.defined() || da;
   const Tensor all = dy.view({p.rows * p.n, p.to_part});
   // One memory for both where they have the same type.
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> phm_linear_backward(const Tensor& gra
   const Tensor dy = as_rows(dz.contiguous(), p.rows, p.outputs);
   auto sizes = grad.sizes().vec();
   sizes.back() = p.inputs;
-  const auto none = [&] { return at::empty({0}, grad.options()); };
+  const auto none = [&] { return device.empty({0}, grad.options()); };
   Tensor dx = mask[0] ? device.empty(sizes, grad.options()) : none();
   Tensor ds = mask[2] ? device.empty({p.to_part, p.inputs}, grad.options().dtype(p.acc)) : none();
   typename Device::PartSums da(p, mask[1]);

@@ -53,7 +53,7 @@ Tensor logsumexp_forward(const Tensor& input, int64_t dim, bool keepdim) {
   dim = check_softmax_forward("logsumexp", input, dim);
   const Device device(input);
   const Tensor x = as_strided_rows(input, dim);
-  const Tensor result = at::empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
+  const Tensor result = device.empty(reduced_sizes(x, dim, keepdim), x.options().dtype(acc_type(x.scalar_type())));
   if (result.numel() == 0) return result;
   SoftmaxProblem p = softmax_problem(x, dim, false);
   p.row_result = result.mutable_data_ptr();

@@ -48,7 +48,7 @@ struct Cpu {
   }
   Tensor activation_backward(const Tensor& like, const ActivationBackward& p, int64_t rows, bool column_sums) const {
     const auto type = like.scalar_type();
-    const Tensor sums = at::empty({column_sums ? p.columns : 0}, like.options().dtype(acc_type(type)));
+    const Tensor sums = empty_result({column_sums ? p.columns : 0}, like.options().dtype(acc_type(type)));
     rf::activation_backward(dtype_of(type), {p, column_sums ? sums.mutable_data_ptr() : nullptr}, rows);
     return sums.to(type);
   }

@@ -39,10 +39,10 @@ struct Work {
     panel = panel_like();
     if (widens) wide = panel_like();
     if (narrows) wide_grad = panel_like();
-    stats = at::empty({cross_entropy_stat_rows(p.probabilities.defined(), entropy), rows * p.positions}, options);
-    if (p.listed) x = at::empty({rows, p.features}, p.x.options());
-    if (p.listed && grads.x.defined()) dx = at::empty({rows, p.features}, grads.x.options());
-    if (grads.bias.defined()) sums = at::empty({p.outputs}, options);
+    stats = empty_result({cross_entropy_stat_rows(p.probabilities.defined(), entropy), rows * p.positions}, options);
+    if (p.listed) x = empty_result({rows, p.features}, p.x.options());
+    if (p.listed && grads.x.defined()) dx = empty_result({rows, p.features}, grads.x.options());
+    if (grads.bias.defined()) sums = empty_result({p.outputs}, options);
   }
 };
 
@@ -207,7 +207,7 @@ bool RowLoss::multiply_slopes(const Chunk& c, const Tensor& x_rows, const Tensor
   if (grads->x.defined()) {
     const bool in_place = grads->x.scalar_type() == acc && !listed;
     const Tensor dx =
-        in_place ? rows_of_chunk(grads->x, c) : at::empty({c.rows, features}, grads->x.options().dtype(acc));
+        in_place ? rows_of_chunk(grads->x, c) : empty_result({c.rows, features}, grads->x.options().dtype(acc));
     sparse_product(dtype, large, view_of(w), features, dx.mutable_data_ptr(), features, false);
     if (listed)
       copy_rows(c, dx.to(grads->x.scalar_type()), grads->x, false);

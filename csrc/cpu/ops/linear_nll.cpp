@@ -76,7 +76,7 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
 // A number for each output, and the same one for all.
 template <class F>
 Tensor RowLoss::by_output(F&& value) const {
-  Tensor t = at::empty({outputs}, options());
+  Tensor t = empty_result({outputs}, options());
   const auto fill = [&](auto* to) {
     for (int64_t j = 0; j < outputs; ++j) to[j] = value(j);
   };
@@ -189,9 +189,9 @@ void RowLoss::by_chunks() {
                                    .positions = 1,
                                    .panels = widens ? 2 : 1,
                                    .memory_budget = default_memory_budget()});
-  const Tensor panel = at::empty({most, outputs}, options());
-  if (bias_too) bias_sums = at::empty_like(dbias);
-  if (scale_too) scale_sums = at::empty_like(dscale);
+  const Tensor panel = empty_result({most, outputs}, options());
+  if (bias_too) bias_sums = empty_result_like(dbias);
+  if (scale_too) scale_sums = empty_result_like(dscale);
   bias_totals.resize(bias_too ? outputs : 0);
   scale_totals.resize(scale_too ? outputs : 0);
   over_chunks(device, {x, w, bias, rows, dx, dw}, most, panel, *this);
@@ -201,7 +201,7 @@ void RowLoss::by_chunks() {
 }
 
 void RowLoss::run() {
-  const auto column = [&] { return empty() ? at::zeros({outputs}, options()) : at::empty({outputs}, options()); };
+  const auto column = [&] { return empty() ? at::zeros({outputs}, options()) : empty_result({outputs}, options()); };
   if (bias_too) dbias = column();
   if (scale_too) dscale = column();
   if (empty()) return;

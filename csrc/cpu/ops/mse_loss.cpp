@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor> mse_loss_backward_cpu(const Tensor& grad, const Tenso
   const bool each = reduction == at::Reduction::None;
   const Elements x = elements(input, input, &keep_x), y = elements(input, target, &keep_y);
   const Elements g = each ? elements(input, grad, &keep_grad) : Elements{grad.const_data_ptr()};
-  Tensor dx = mask[0] ? empty_result_like(input) : at::empty({0}, input.options());
-  Tensor dy = mask[1] ? empty_result_like(input) : at::empty({0}, input.options());
+  Tensor dx = mask[0] ? empty_result_like(input) : empty_result({0}, input.options());
+  Tensor dy = mask[1] ? empty_result_like(input) : empty_result({0}, input.options());
   const double scale = reduction == at::Reduction::Mean ? 2.0 / (double)input.numel() : 2.0;
   mse_loss_backward(dtype_of(input.scalar_type()), x, y, g, each, scale, mask[0] ? dx.mutable_data_ptr() : nullptr,
                     mask[1] ? dy.mutable_data_ptr() : nullptr, input.numel());

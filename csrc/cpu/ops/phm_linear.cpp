@@ -62,7 +62,7 @@ struct CpuPhm : Cpu {
     return {(const char*)p.x.const_data_ptr() + begin * p.x.stride(0) * size_of(p.dtype), 1, p.x.stride(0), 0, 1};
   }
   static Tensor part_of_weight(const PhmTensors& p) {
-    return at::empty({p.to_part, p.inputs}, p.s.options().dtype(p.acc));
+    return empty_result({p.to_part, p.inputs}, p.s.options().dtype(p.acc));
   }
   // Parts of S's rows combined into those of an n-th of W, (v, (p, r)) for one u or (v, (u, r)) for one p.
   static void combine(const PhmTensors& p, const Tensor& coefficients, int64_t which, const Tensor& w) {
@@ -121,7 +121,8 @@ void CpuPhm::backward_by_weights(const PhmTensors& p, const Tensor& dy, const Te
   if (!ds.defined() && !da) return;
   const auto options = p.s.options().dtype(p.acc);
   const Tensor coefficients = p.a.permute({1, 0, 2}).contiguous();  // u, m, p
-  const Tensor dw = at::empty({p.to_part, p.inputs}, options), term = ds.defined() ? at::empty_like(dw) : Tensor();
+  const Tensor dw = empty_result({p.to_part, p.inputs}, options),
+               term = ds.defined() ? empty_result_like(dw) : Tensor();
   std::vector<double> products(p.n * p.n);
   for (int64_t u = 0; u < p.n; ++u) {
     multiply(*this, transpose(dy.narrow(1, u * p.to_part, p.to_part)), p.x, dw);
@@ -148,7 +149,7 @@ void CpuPhm::by_mixed_rows(const PhmTensors& p, const Tensor& bias, Activation a
                            const Tensor& preactivation) const {
   const int64_t step = chunk_rows(p);
   const Tensor coefficients = p.mixing(),
-               z = at::empty({std::min(p.rows, step) * p.n, p.inputs}, p.s.options().dtype(p.acc));
+               z = empty_result({std::min(p.rows, step) * p.n, p.inputs}, p.s.options().dtype(p.acc));
   const bool wide = p.dtype != acc_dtype(p.dtype);
   for (int64_t begin = 0; begin < p.rows; begin += step) {
     const int64_t count = std::min(step, p.rows - begin), mixed = count * p.n;

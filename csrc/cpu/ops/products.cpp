@@ -102,7 +102,7 @@ Tensor sum(const Tensor& self, const Tensor& a, const Tensor& b, const at::Scala
     multiply(Cpu(a), a, b, c, self.reshape({b.size(1)}).contiguous());
     return c;
   }
-  Tensor c = at::empty(sizes_of_product(a, b), a.options().dtype(acc_type(a.scalar_type())));
+  Tensor c = empty_result(sizes_of_product(a, b), a.options().dtype(acc_type(a.scalar_type())));
   multiply_any(a, b, c);
   if (!plain) c.mul_(alpha);
   if (!ignored) c.add_(self, beta);
