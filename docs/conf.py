@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from docutils import nodes
@@ -69,6 +70,12 @@ def without_overloads(analyze):
     return call
 
 
+def names_of_types(app, what, name, thing, options, signature, returns):
+    """Aliases by their names inside of unions too, where Sphinx 9 shows what it stands in for them."""
+    return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
+
+
 def setup(app) -> None:
+    app.connect("autodoc-process-signature", names_of_types)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))

@@ -3,17 +3,15 @@ no file asked of another host and no script in error. Leaves a picture of each p
 
 from __future__ import annotations
 
-import functools
-import http.server
 import shutil
 import sys
-import threading
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE, PICTURES = ROOT / "build" / "docs", ROOT / "build" / "screenshots"
+PATIENCE = 120_000  # milliseconds, on a machine that others use as well
 WIDTHS = {"phone": 390, "desk": 1440}
 # What sticks out of the page to the right and is in nothing that scrolls by itself.
 TOO_WIDE = """() => {
@@ -24,10 +22,6 @@ TOO_WIDE = """() => {
     .map(e => `${e.tagName.toLowerCase()} ${e.textContent.trim().slice(0, 60)}`).slice(0, 3);
 }"""
 MISSING = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)"
-
-
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None: ...
 
 
 def faults(page, address: str, errors: list[str]) -> list[str]:
@@ -47,30 +41,31 @@ def faults(page, address: str, errors: list[str]) -> list[str]:
 
 def look(names: list[str]) -> list[str]:
     """Faults of these pages at each width; pictures of them are left behind."""
-    server = http.server.ThreadingHTTPServer(("localhost", 0), functools.partial(Quiet, directory=str(SITE)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    host, found = f"http://localhost:{server.server_port}/", []
+    found: list[str] = []
     browser_path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     PICTURES.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        # It would look for a proxy, which can take as long as a network that is not there.
+        flags = ["--no-sandbox", "--no-proxy-server", "--disable-gpu"]
+        browser = driver.chromium.launch(executable_path=browser_path, args=flags, timeout=PATIENCE)
         for device, width in WIDTHS.items():
             page, errors = browser.new_page(viewport={"width": width, "height": 900}), []
+            page.set_default_timeout(PATIENCE)
             page.on("pageerror", lambda error, errors=errors: errors.append(f"script: {error}"))
             page.on("requestfailed", lambda r, errors=errors: errors.append(f"not loaded: {r.url}"))
             page.on(
                 "request",
                 lambda r, errors=errors: (
                     None
-                    if r.url.startswith((host, "data:", "blob:"))
+                    if r.url.startswith(("file:", "data:", "blob:"))
                     else errors.append(f"asked of another host: {r.url}")
                 ),
             )
             for name in names:
-                found += [f"{name} at {width}: {fault}" for fault in faults(page, host + name, errors)]
+                print(f"{name} at {width}", flush=True)
+                found += [f"{name} at {width}: {fault}" for fault in faults(page, (SITE / name).as_uri(), errors)]
                 page.screenshot(path=PICTURES / f"{name.replace('/', '-').removesuffix('.html')}-{device}.png")
         browser.close()
-    server.shutdown()
     return found
 
 

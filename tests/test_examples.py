@@ -121,14 +121,6 @@ def test_unmodified_llama(tmp_path):
     assert len(re.findall(r"│ +\d+\.\d+ +│ +\d+\.\d+x +│ +\d+ +│ +[\d.]+ +│", output)) == 8
 
 
-def test_policy_gradients_of_the_docs():
-    text = (EXAMPLES.parent / "docs" / "accelerate.md").read_text()
-    (block,) = re.findall(r"## Policy gradients.*?```python\n(.*?)```", text, re.DOTALL)
-    names = {}
-    exec(block, names)
-    assert names["hidden"].grad.isfinite().all() and names["weight"].grad.any()
-
-
 def test_losses_that_differ_are_an_error(tmp_path):
     code = f"""
 import runpy, sys, torch, regfast
