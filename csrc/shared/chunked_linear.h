@@ -14,6 +14,10 @@ struct Chunk {
 };
 inline Tensor rows_of_chunk(const Tensor& t, const Chunk& c) { return rows_from(t, c.begin, c.rows); }
 
+// Whether a matrix's elements lie apart along its rows and down its columns: where products read it several times, a
+// chunk of it is better copied once.
+inline bool is_scattered(const Tensor& t) { return t.size(1) > 1 && t.stride(1) != 1 && t.stride(0) != 1; }
+
 // What a row loss inherits and may do otherwise. What it has to have is
 //   Tensor turn(chunk, predictions)   its losses; returns the slopes, undefined where nothing is to be multiplied
 struct RowLossOfAll {

@@ -27,7 +27,7 @@ struct Work {
   Tensor wide;         // probabilities in acc, where they have another type
   Tensor wide_grad;    // and their gradient
   Tensor stats;        // of the losses
-  Tensor x, dx, sums;  // listed rows, their gradient; column sums of a chunk
+  Tensor x, dx, sums;  // listed or scattered rows; the former's gradient; column sums of a chunk
 
   Work(const LinearCrossEntropyProblem& p, std::optional<int64_t> memory_budget, const Gradients& grads, bool entropy) {
     const bool widens = p.probabilities.defined() && p.probabilities.scalar_type() != p.acc;
@@ -40,7 +40,7 @@ struct Work {
     if (widens) wide = panel_like();
     if (narrows) wide_grad = panel_like();
     stats = empty_result({cross_entropy_stat_rows(p.probabilities.defined(), entropy), rows * p.positions}, options);
-    if (p.listed) x = empty_result({rows, p.features}, p.x.options());
+    if (p.listed || is_scattered(p.x)) x = empty_result({rows, p.features}, p.x.options());
     if (p.listed && grads.x.defined()) dx = empty_result({rows, p.features}, grads.x.options());
     if (grads.bias.defined()) sums = empty_result({p.outputs}, options);
   }
@@ -79,10 +79,11 @@ struct RowLoss : LinearCrossEntropyProblem, RowLossOfAll {
   // ---- what over_chunks asks for ----
 
   Tensor read(const Tensor& x, const Chunk& c) const {
-    if (!listed) return rows_of_chunk(x, c);
-    const Tensor gathered = rows_from(work->x, 0, c.rows);
-    copy_rows(c, gathered, x, true);
-    return gathered;
+    if (!work->x.defined()) return rows_of_chunk(x, c);
+    const Tensor packed = rows_from(work->x, 0, c.rows);
+    if (!listed) return packed.copy_(rows_of_chunk(x, c));
+    copy_rows(c, packed, x, true);
+    return packed;
   }
   Tensor to_write(const Tensor& dx, const Chunk& c) const {
     return listed ? rows_from(work->dx, 0, c.rows) : rows_of_chunk(dx, c);

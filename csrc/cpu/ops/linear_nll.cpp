@@ -38,6 +38,10 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
   Tensor of_scale(bool one) const { return one && dscale.defined() ? number(ordered_sum(dscale), acc) : dscale; }
   void finish(const Tensor&) const {}
 
+  Tensor read(const Tensor& x, const Chunk& c) const {
+    const Tensor rows_x = rows_of_chunk(x, c);
+    return packed.defined() ? rows_from(packed, 0, c.rows).copy_(rows_x) : rows_x;
+  }
   Tensor turn(const Chunk& c, const Tensor& predictions);
 
   const Cpu device;
@@ -67,7 +71,8 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
   // Results: losses, gradients of bias and scale, acc; and the losses' sum.
   Tensor losses, dbias, dscale;
   double sum = 0;
-  // Of the loop: sums of a chunk's columns, and of those.
+  // Of the loop: scattered rows; sums of a chunk's columns, and of those.
+  Tensor packed;
   Tensor bias_sums, scale_sums;
   std::vector<CompensatedSum> bias_totals, scale_totals;
   CompensatedSum total;
@@ -190,6 +195,7 @@ void RowLoss::by_chunks() {
                                    .panels = widens ? 2 : 1,
                                    .memory_budget = default_memory_budget()});
   const Tensor panel = empty_result({most, outputs}, options());
+  if (is_scattered(x)) packed = empty_result({most, features}, x.options());
   if (bias_too) bias_sums = empty_result_like(dbias);
   if (scale_too) scale_sums = empty_result_like(dscale);
   bias_totals.resize(bias_too ? outputs : 0);
@@ -207,7 +213,10 @@ void RowLoss::run() {
   if (empty()) return;
   // Of transposed rows, the products' kernels have columns to read; a copy would take longer than they do.
   const bool transposed = features > most_in_tiles() && x.stride(1) != 1 && x.stride(0) == 1;
-  !transposed&& few_outputs_fit(dtype, features, outputs) ? one_pass() : by_chunks();
+  if (!transposed && few_outputs_fit(dtype, features, outputs))
+    one_pass();
+  else
+    by_chunks();
 }
 
 }  // namespace
