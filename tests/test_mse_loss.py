@@ -47,6 +47,20 @@ def test_layouts(reduction, x_layout, y_layout):
     check_mse(x, lay_out(spiky(9, 4, 13), y_layout).requires_grad_(), reduction)
 
 
+# Runs of adjacent numbers around those that are moved without a call (tuning.h: kShortRun = 16), of every other and every
+# third one; more elements than are gathered at a time (kGatherPiece = 2048), than a thread's block, and 3 runs deep.
+@reduction
+@pytest.mark.parametrize("size, step", [*((n, 1) for n in (1, 2, 3, 15, 16, 17, 40)), (7, 2), (20, 2), (9, 3)])
+def test_slices(reduction, size, step, dtype):
+    full = (5, 600 // size + 40, size * step + 3)
+    cut = (slice(1, None), slice(None, -2), slice(1, 1 + size * step, step))
+    x, y = (spiky(*full, dtype=dtype)[cut].detach().requires_grad_() for _ in range(2))
+    check_mse(x, y, reduction, grads=None if reduction != "none" else [spiky(*full, dtype=dtype)[cut]])
+    other = spiky(*reversed(full), dtype=dtype).permute(2, 1, 0)[cut].detach().requires_grad_()
+    check_mse(x, other, reduction)
+    check_mse(spiky(*x.shape, dtype=dtype).requires_grad_(), y, reduction)
+
+
 @with_all_kernels
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_the_gradient(layout, dtype):

@@ -65,9 +65,11 @@ constexpr int64_t kCachedRowBytes = 256 * 1024;
 // Rows whose sums' logarithms are taken together are read again after that, from L1.
 constexpr int64_t kRowGroupBytes = 16 * 1024;
 
-// mse_loss copies elements that are not adjacent together by itself, block by block: runs of so many at least, and no
-// further apart than so many numbers, that lines of memory are used.
-constexpr int64_t kGatherRun = 16, kGatherStep = 4;
+// mse_loss copies elements that are not adjacent together by itself, so many at a time, which stay in L1: runs of so
+// many at least, and no further apart than so many numbers, that lines of memory are used. Up to kShortRun numbers are
+// copied by moves.
+constexpr int64_t kGatherPiece = 2048, kGatherRun = 2, kGatherStep = 4;
+constexpr int kShortRun = 16;
 
 // Elements below which a second thread costs more than it brings (a fork and join of the pool is about 3 us, and a
 // core does about four exponentials a nanosecond).

@@ -7,10 +7,10 @@ namespace rf {
 // ---- softmax family, cross-entropy ---------------------------------------------------------------------------------
 
 struct SoftmaxArgs : SoftmaxProblem {
-  int64_t rows;  // of the call: how a row is taken depends on them, never on the range that it is in
+  int64_t rows = 0;  // of the call: how a row is taken depends on them, never on the range that it is in
   // acc: 3 * kTileRows * classes of them where a class_stride is not 1; else of a half type as many as classes, or
   // null where they are not kept.
-  void* scratch;
+  void* scratch = nullptr;
 };
 
 struct CrossEntropyArgs : CrossEntropyProblem {
