@@ -47,8 +47,8 @@ def test_layouts(reduction, x_layout, y_layout):
     check_mse(x, lay_out(spiky(9, 4, 13), y_layout).requires_grad_(), reduction)
 
 
-# Runs of adjacent numbers around those that are moved without a call (tuning.h: kShortRun = 16), of every other and every
-# third one; more elements than are gathered at a time (kGatherPiece = 2048), than a thread's block, and 3 runs deep.
+# Runs of adjacent numbers around those that are moved without a call (tuning.h: kShortRun = 16), of every other one and
+# every third; more elements than are gathered at a time (kGatherPiece = 2048) and than a thread's block; 3 runs deep.
 @reduction
 @pytest.mark.parametrize("size, step", [*((n, 1) for n in (1, 2, 3, 15, 16, 17, 40)), (7, 2), (20, 2), (9, 3)])
 def test_slices(reduction, size, step, dtype):
