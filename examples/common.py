@@ -1,4 +1,4 @@
-"""What the two trainings share: the loop of the notes, run once per backend, then the table and the picture."""
+"""What the two trainings share: the training loop, run once per backend, then the table and the picture."""
 
 from __future__ import annotations
 

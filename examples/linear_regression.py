@@ -1,6 +1,6 @@
 """Linear regression, trained twice from the same seed: with stock PyTorch and with regfast.
 
-First the notes' model, 2 inputs -> 1 output, on y = Xw + b + noise with w = (2, -3.4), b = 4.2; then the diabetes
+First a model of 2 inputs -> 1 output, on y = Xw + b + noise with w = (2, -3.4), b = 4.2; then the diabetes
 data that ships with scikit-learn. Prints both trainings side by side and how likely their models make the data, saves
 a picture of the curves and exits with an error if the losses after training differ by more than rounding.
 """

@@ -108,6 +108,7 @@ class LazyLogits(Tensor):
     _versions: list[tuple[Tensor, int]]  # of each tensor, when the logits were made
     _dense: Tensor | None
     _written: list[bool]
+    _recorded: bool  # whether a gradient goes through them
 
     @staticmethod
     def __new__(cls: Any, formula: _Formula, written: list[bool] | None = None) -> Any:
@@ -125,13 +126,15 @@ class LazyLogits(Tensor):
         logits._versions = [(t, t._version) for t in tensors if not t.is_inference()]
         logits._dense = None
         logits._written = [False] if written is None else written  # shared with what was made of it
-        if logits.requires_grad:
+        logits._recorded = logits.requires_grad
+        if logits._recorded:
             with torch._C.DisableTorchFunctionSubclass():
                 logits.register_hook(_refuse_gradient)
         return logits
 
     def multiplied(self) -> Tensor:
         """The logits as an ordinary tensor: the same one each time, with its graph."""
+        self._refuse_adoption()
         if self._dense is None:
             self._dense = self._now().multiply()
         return self._dense
@@ -144,7 +147,18 @@ class LazyLogits(Tensor):
                 "got one that was changed in place since, as by an optimizer's step; look at logits before, or take "
                 "them under torch.no_grad()"
             )
+        self._refuse_adoption()
         return self._formula
+
+    def _refuse_adoption(self) -> None:
+        """Autograd takes logits that were made inside of a Function, without a graph, for the Function's result."""
+        with torch._C.DisableTorchFunctionSubclass():
+            adopted = self.requires_grad
+        if adopted and not self._recorded:
+            raise RuntimeError(
+                "regfast.LazyLogits: expected logits whose gradient goes to input, weight or bias, got the result of a "
+                "torch.autograd.Function that was applied to lazy logits; give that logits.multiplied()"
+            )
 
     def _view(self, formula: _Formula) -> LazyLogits:
         """Logits that would share memory with these."""
@@ -289,8 +303,12 @@ def _unsqueeze(logits: Any, dim: Any) -> Any:
     return NotImplemented if place >= n - 1 else _rows(logits, (*logits.shape[:place], 1, *logits.shape[place:]))
 
 
-def _squeeze(logits: Any, dim: Any) -> Any:
+def _squeeze(logits: Any, dim: Any = None) -> Any:
     n = logits.dim()
+    if dim is None:  # all that are 1, the classes among them
+        if logits.shape[-1] == 1:
+            return NotImplemented
+        return _rows(logits, (*(size for size in logits.shape[:-1] if size != 1), logits.shape[-1]))
     place = dim % n if type(dim) is int and -n <= dim < n else n
     if place >= n - 1 or logits.shape[place] != 1:
         return NotImplemented
@@ -575,6 +593,17 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return input.dtype.is_floating_point and input.device == weight.device
 
 
+def _has_backward_hooks(module: torch.nn.Module) -> bool:
+    """Whether hooks want the gradient of what the module returns, which lazy logits do not have."""
+    everywhere = torch.nn.modules.module
+    return bool(
+        module._backward_hooks
+        or module._backward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
+    )
+
+
 class LazyHead(Linear):
     """The last layer of a classifier or a language model: :class:`regfast.Linear` by :func:`lazy_logits`.
 
@@ -585,7 +614,7 @@ class LazyHead(Linear):
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
             return torch.ops.regfast.linear(input, self.weight, self.bias, "none")
-        if _is_common(input, self.weight, self.bias):
+        if _is_common(input, self.weight, self.bias) and not _has_backward_hooks(self):
             return lazy_logits(input, self.weight, self.bias)
         return super().forward(input)
 

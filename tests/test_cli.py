@@ -57,7 +57,24 @@ def test_bench_prints_a_table_and_a_line_to_paste():
     assert last.endswith(f": cross_entropy 256 x 10 {row[1]}x") and f"torch {torch.__version__}" in last
 
 
-@pytest.mark.parametrize("arguments", [["--only", "nothing like it"], ["--seconds", "0"]])
-def test_bench_without_anything_to_time(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(["--only", "nothing like it"], "--only: expected a part of one of: linear"), (["--seconds", "0"], "--seconds")],
+    ids=["only", "seconds"],
+)
+def test_bench_without_anything_to_time(arguments, said, capsys):
     assert main(["bench", *arguments]) == 2
-    assert "expected a positive time and a case" in capsys.readouterr().out
+    assert said in capsys.readouterr().err
+
+
+def test_commands_are_named_where_none_is(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("info", "prove", "bench"))
+
+
+@pytest.mark.parametrize("command", ["info", "prove", "bench"])
+def test_wrong_options_are_the_commands(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--bogus"])
+    assert f"usage: python -m regfast {command}" in capsys.readouterr().err

@@ -353,6 +353,45 @@ def test_no_gradient_is_lost_in_silence(tensors):
     Squared.apply(z.multiplied()).sum().backward()
 
 
+class Cloned(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, change):
+        return change(z)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+# What stays lazy inside of a Function has no graph, and autograd takes it for the Function's result.
+@pytest.mark.parametrize("change", [torch.clone, lambda z: z * 2, lambda z: z.reshape(-1, V), lambda z: z.float() / 3])
+def test_results_of_a_function_are_not_taken_for_logits(change, tensors):
+    z = Cloned.apply(regfast.lazy_logits(*tensors), change)
+    other = tensors[0].square().sum()
+    with pytest.raises(RuntimeError, match=r"regfast\.LazyLogits: expected .* torch\.autograd\.Function"):
+        (F.cross_entropy(z.reshape(-1, V), TARGET) + other).backward()
+    z = Cloned.apply(regfast.lazy_logits(*tensors), change)
+    with pytest.raises(RuntimeError, match=r"regfast\.LazyLogits: expected"):
+        (z.sum() + other).backward()
+
+
+def test_squeeze_of_all_dimensions(tensors):
+    input, w, *bias = tensors
+    z = regfast.lazy_logits(input[:1], w, *bias)
+    assert type(z.squeeze()) is LazyLogits and type(torch.squeeze(z)) is LazyLogits
+    assert_close(z.squeeze().multiplied(), z.multiplied().squeeze())
+    one = regfast.lazy_logits(input[:1], w[:1])
+    assert_close(one.squeeze(), one.multiplied().squeeze())
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_head_with_backward_hooks(register, tensors):
+    layer, seen = regfast.LazyHead(D, V), []
+    getattr(layer, register)(lambda module, *grads: seen.append(grads))
+    F.cross_entropy(layer(tensors[0]).view(-1, V), TARGET).backward()
+    assert len(seen) == 1 and layer.weight.grad.any()
+
+
 def test_empty_and_one_dimensional():
     w = torch.randn(V, D, requires_grad=True)
     z = regfast.lazy_logits(torch.randn(D), w)

@@ -158,9 +158,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    wanted = [case for case in cases() if args.only in case.name]
-    if not wanted or args.seconds <= 0:
-        print(f"regfast bench: expected a positive time and a case, got {args.seconds} and {args.only!r}")
+    known = list(cases())
+    wanted = [case for case in known if args.only.lower() in case.name.lower()]
+    if args.seconds <= 0:
+        print(f"regfast bench: --seconds: expected a positive time, got {args.seconds}", file=sys.stderr)
+        return 2
+    if not wanted:
+        names = "; ".join(case.name for case in known)
+        print(f"regfast bench: --only: expected a part of one of: {names}; got {args.only!r}", file=sys.stderr)
         return 2
     built = regfast.build_info()
     place = f"{processor()}, {torch.get_num_threads()} threads, regfast {regfast.__version__} on {built['isa']}"

@@ -21,7 +21,7 @@ from .. import _C
 # What the environment decides, and when. The documentation's table is compared with this one.
 ENVIRONMENT = {
     "REGFAST_ISA": "the instruction set of the CPU's kernels: scalar, avx2, avx512, avx512_bf16 or neon",
-    "REGFAST_GEMM": "own or aten: who multiplies, where the table would choose",
+    "REGFAST_GEMM": "auto, own or aten: who multiplies, where the table would choose",
     "REGFAST_POOL": "bytes of large results' memory that are kept for the next ones; 0 keeps none",
     "REGFAST_VERBOSE": "1 prints a line for each call to standard error",
     "REGFAST_CUDA_KERNELS": "0 or 1: the CUDA kernels are off or on, whatever a proof says",

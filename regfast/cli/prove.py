@@ -27,7 +27,10 @@ HEADER = ["what", "result", "regfast", "PyTorch", "ceiling", "share", "predicted
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=int, default=0, help="the GPU's number, 0 by default")
     parser.add_argument(
-        "--seconds", type=float, default=90, help="for all: what checks leave of them goes to measurements"
+        "--seconds",
+        type=float,
+        default=90,
+        help="for all (%(default)s): what checks leave of them goes to measurements",
     )
 
 

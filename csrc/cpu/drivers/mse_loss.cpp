@@ -80,12 +80,11 @@ double mse_loss(DType dtype, const Elements& x, const Elements& y, void* each, i
   const auto kernel = kernels().mse_loss[(int)dtype];
   // Blocks by the shape alone, so that the sum has the same bits with any number of threads.
   const int64_t block = tuning::kSumElements, blocks = ceil_div(n, block), size = size_of(dtype);
-  const int64_t piece = x.runs.empty() && y.runs.empty() ? block : tuning::kGatherPiece;
+  constexpr int64_t piece = tuning::kGatherPiece;  // of elements that are adjacent too: the sums have the same bits
   std::vector<double> partial(blocks);
   parallel_for(blocks, 2, [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       const int64_t from = b * block, count = b + 1 == blocks ? n - from : block;
-      // Of a piece the kernel puts its sums aside no less often.
       partial[b] = 0;
       for (int64_t at = 0; at < count; at += piece) {
         const int64_t begin = from + at, some = std::min(piece, count - at);
@@ -103,8 +102,7 @@ void mse_loss_backward(DType dtype, const Elements& x, const Elements& y, const 
                        double scale, void* dx, void* dy, int64_t n) {
   const auto kernel = kernels().mse_loss_backward[(int)dtype];
   const int64_t size = size_of(dtype), block = tuning::kSumElements;
-  const bool as_they_lie = x.runs.empty() && y.runs.empty() && grad.runs.empty();
-  const int64_t piece = as_they_lie ? block : tuning::kGatherPiece;
+  constexpr int64_t piece = tuning::kGatherPiece;
   parallel_for(ceil_div(n, block), 2, [&](int64_t first, int64_t last) {
     const int64_t end = std::min(n, last * block);
     for (int64_t from = first * block; from < end; from += piece) {
