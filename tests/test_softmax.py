@@ -183,6 +183,19 @@ def test_huge_and_offset_logits(op, dtype):
     torch.testing.assert_close(ours(extreme, 1), theirs(extreme, 1), equal_nan=True)
 
 
+# Columns in lanes where they lie (classes up to kLaneClasses = 512), and in tiles whose sums are put aside (8192).
+@with_all_kernels
+@pytest.mark.parametrize("classes", [40, 512, 513, 2048, 8192, 9000])
+@pytest.mark.parametrize("below", [-20.0, -17.0, -0.3, -0.01, 0.0])
+def test_sums_down_columns_lose_no_terms(classes, below):
+    """Equal terms beside a large one, each of which may be less than the last digit of the sum."""
+    x = torch.full((classes, 40), below)
+    x[classes // 3] = 0
+    exact = x.double().log_softmax(0)
+    torch.testing.assert_close(regfast.log_softmax(x, 0).double(), exact, rtol=2e-6, atol=1e-12)
+    torch.testing.assert_close(regfast.softmax(x, 0).double(), exact.exp(), rtol=2e-6, atol=0)
+
+
 @with_all_kernels
 def test_log_softmax_keeps_small_probabilities():
     # log(softmax) underflows to -inf where log_softmax is -200.

@@ -160,9 +160,9 @@ inline f32v tanh(f32v x) {
   p = fma(p, x2, set1(-5.37397155531e-2f));
   p = fma(p, x2, set1(1.33314422036e-1f));
   p = fma(p, x2, set1(-3.33332819422e-1f));
-  f32v small = fma(p * x2, x, x);
+  f32v small = fma(p * x2, a, a);
   f32v large = set1(1.0f) - set1(2.0f) / (exp(a + a) + set1(1.0f));
-  return select_lt(a, set1(0.625f), small, copysign(large, x));
+  return copysign(select_lt(a, set1(0.625f), small, large), x);  // -0 keeps its sign
 }
 
 inline f64v tanh(f64v x) {
@@ -173,9 +173,9 @@ inline f64v tanh(f64v x) {
   f64v q = xx + set1(1.12811678491632931402e2);
   q = fma(q, xx, set1(2.23548839060100448583e3));
   q = fma(q, xx, set1(4.84406305325125486048e3));
-  const f64v small = fma(x * xx, p / q, x);
+  const f64v small = fma(a * xx, p / q, a);
   const f64v large = set1(1.0) - set1(2.0) / (exp(a + a) + set1(1.0));
-  return select_lt(a, set1(0.625), small, copysign(large, x));
+  return copysign(select_lt(a, set1(0.625), small, large), x);
 }
 
 // exp(-x^2 / 2), which both Phi and its derivative need.

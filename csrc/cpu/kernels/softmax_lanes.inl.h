@@ -129,8 +129,8 @@ inline bool lie_by_columns(const RowLayout& l) {
 }
 
 // Any number of classes, of kLaneRows rows at a time, so many classes at a time as a tile holds: their maxima and sums,
-// the latter rescaled when a maximum grows, and then the results from a second read. Sums of tiles are put aside after
-// so many that no chain of additions is long.
+// the latter rescaled when a maximum grows, and then the results from a second read. A tile's sums are by themselves,
+// and those of tiles are put aside after so many that no chain of additions is long.
 template <class T>
 inline void softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
@@ -138,41 +138,49 @@ inline void softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   constexpr int64_t R = tuning::kLaneRows, W = V::size, C = tuning::kFewColumns;
   const V zero = set1(A(0)), lowest = set1(minus_infinity<A>());
   ColumnTile<A> z;
-  A max_of[R], sum[R], total[R];
+  A max_of[R], ones[R], rest[R], aside[R];  // of ExpSum, and what of the rest was put aside
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     for (int64_t i = 0; i < R; i += W) {
       store(max_of + i, lowest);
-      store(sum + i, zero);
-      store(total + i, zero);
+      store(ones + i, zero);
+      store(rest + i, zero);
+      store(aside + i, zero);
     }
     const T* x = (const T*)a.input;
     for (int64_t c = 0; c < a.classes; c += C) {
       const int64_t classes = std::min(C, a.classes - c);
       load_tile(x + c * a.in.class_stride, a.in, row, rows, classes, z);
-      const bool aside = c / C % tuning::kChain == tuning::kChain - 1;
+      const bool puts_aside = c / C % tuning::kChain == tuning::kChain - 1;
       for (int64_t i = 0; i < rows; i += W) {
         const V before = load(max_of + i);
         V m = before;
         for (int64_t k = 0; k < classes; ++k) m = max(load(z.at + k * R + i), m);
         store(max_of + i, m);
         const V origin = select_eq(m, lowest, zero, m), scale = exp(before - origin);
-        V s = load(sum + i) * scale;
-        for (int64_t k = 0; k < classes; ++k) s = s + exp_for<T>(load(z.at + k * R + i) - origin);
-        const V t = load(total + i) * scale;
-        store(total + i, aside ? t + s : t);
-        store(sum + i, aside ? zero : s);
+        // What was 1 is less beside a larger maximum.
+        const V was_one = load(ones + i), still_one = select_eq(before, m, was_one, zero);
+        V r = load(rest + i) * scale + select_eq(before, m, zero, was_one * scale), p = load(aside + i) * scale;
+        ExpSum<V> tile = {zero, zero};
+        for (int64_t k = 0; k < classes; ++k) {
+          const V zk = load(z.at + k * R + i);
+          tile.add(exp_for<T>(zk - origin), zk, m);
+        }
+        r = r + tile.rest;
+        store(ones + i, still_one + tile.ones);
+        store(rest + i, puts_aside ? zero : r);
+        store(aside + i, puts_aside ? p + r : p);
       }
     }
     for (int64_t i = 0; i < rows; i += W) {
-      const V s = load(sum + i) + load(total + i);
-      store(sum + i, a.log ? log(s) : set1(A(1)) / s);
+      const ExpSum<V> sum = {load(ones + i), load(rest + i) + load(aside + i)};
+      store(rest + i, a.log ? sum.log_of_sum() : set1(A(1)) / sum.sum());
     }
     for (int64_t c = 0; c < a.classes; c += C) {
       const int64_t classes = std::min(C, a.classes - c);
       load_tile(x + c * a.in.class_stride, a.in, row, rows, classes, z);
       for (int64_t i = 0; i < rows; i += W) {
-        const V m = load(max_of + i), finish = load(sum + i);
+        const V m = load(max_of + i), finish = load(rest + i);
         for (int64_t k = 0; k < classes; ++k) {
           const V t = load(z.at + k * R + i) - m;
           store(z.at + k * R + i, a.log ? t - finish : exp_for<T>(t) * finish);

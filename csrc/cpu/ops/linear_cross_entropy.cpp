@@ -200,7 +200,7 @@ std::vector<double> RowLoss::filter_bounds(const Chunk& c, const Tensor& slopes)
 // dX of a chunk and its part of dW, entry by entry, if few entries of the gradient are above filter_eps' bounds.
 bool RowLoss::multiply_slopes(const Chunk& c, const Tensor& x_rows, const Tensor& slopes) const {
   // Rows of W and x are read where they lie.
-  if (filter_eps <= 0 || w.stride(1) != 1 || (grads->w.defined() && x.stride(1) != 1)) return false;
+  if (filter_eps <= 0 || w.stride(1) != 1 || (grads->w.defined() && x_rows.stride(1) != 1)) return false;
   SparseMatrix large;
   if (!list_large_entries(dtype, slopes.const_data_ptr(), c.rows, outputs, filter_bounds(c, slopes).data(),
                           most_sparse_entries(c.rows, outputs), &large))

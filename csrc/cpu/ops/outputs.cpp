@@ -33,7 +33,7 @@ constexpr c10::DispatchKeySet kCpu(c10::DispatchKey::CPU);
 
 c10::Allocator* allocator_for(at::IntArrayRef sizes, at::ScalarType type) {
   const int64_t bytes = c10::multiply_integers(sizes) * (int64_t)c10::elementSize(type);
-  return bytes >= tuning::kLargeBytes ? &large : c10::GetDefaultCPUAllocator();
+  return bytes >= tuning::kLargeBytes ? &large : c10::GetCPUAllocator();
 }
 
 }  // namespace
