@@ -43,7 +43,7 @@ constexpr int64_t kFewColumns = 64, kFewSides = 32, kLaneRows = 64;
 // 2000 rows of 17 take 26 us so and 29 in registers, of 24 28 both, of 32 36 and 29; log-softmax of 24 31 and 44, of 48
 // 57 and 53 (float32, Zen 4, one core). Backward, which has no maximum to find, of 32 0.20 ms so and 0.11 row by row,
 // of 24 0.13 and 0.14 (40,000 rows, Zen 5, 2 cores).
-constexpr int64_t kLaneForward = 24, kLaneBackward = 24;
+constexpr int64_t kLaneForward = 24, kLaneLonger = 48, kLaneBackward = 24;  // kLaneLonger: beyond the registers
 // From so many classes on, rows of adjacent classes are transposed by squares of vectors, below by single numbers.
 constexpr int64_t kLoadSquares = 3, kStoreSquares = 5;
 // Up to so many classes, or with planes that are not whole pages apart, a vector's classes stay in L1 where they lie.

@@ -6,10 +6,16 @@
 #include "cpu/kernels/softmax_lanes.inl.h"
 #include "cpu/kernels/softmax_rows.inl.h"
 
+// Whether a row of adjacent classes is held in registers, which like lanes keeps the digits of confident rows.
+template <class T>
+inline bool fit_registers(int64_t classes) {
+  return classes <= 4 * vec_t<T>::size;
+}
+
 // Adjacent classes up to which rows are worth a lane each: none where most lanes would be idle.
 template <class T>
 inline int64_t most_in_lanes(const SoftmaxArgs& a, int64_t classes) {
-  return 2 * a.rows < vec_t<T>::size ? 0 : classes;
+  return 2 * a.rows < vec_t<T>::size && fit_registers<T>(a.classes) ? 0 : classes;
 }
 
 template <class T>
@@ -17,7 +23,8 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   T* y = (T*)a.output;
-  if (a.classes > most_in_lanes<T>(a, tuning::kLaneForward) && a.in.class_stride == 1 && a.out.class_stride == 1)
+  const int64_t lanes_up_to = fit_registers<T>(a.classes) ? tuning::kLaneForward : tuning::kLaneLonger;
+  if (a.classes > most_in_lanes<T>(a, lanes_up_to) && a.in.class_stride == 1 && a.out.class_stride == 1)
     return softmax_rows(a.log, x, a.in, y, a.out, begin, end, a.classes, (A*)a.scratch);
   if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
     for (int64_t r = begin, lanes; r < end; r += lanes) {
