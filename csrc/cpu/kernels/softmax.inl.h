@@ -6,12 +6,6 @@
 #include "cpu/kernels/softmax_lanes.inl.h"
 #include "cpu/kernels/softmax_rows.inl.h"
 
-// Whether a row of adjacent classes is held in registers, which like lanes keeps the digits of confident rows.
-template <class T>
-inline bool fit_registers(int64_t classes) {
-  return classes <= 4 * vec_t<T>::size;
-}
-
 // Adjacent classes up to which rows are worth a lane each: none where most lanes would be idle.
 template <class T>
 inline int64_t most_in_lanes(const SoftmaxArgs& a, int64_t classes) {

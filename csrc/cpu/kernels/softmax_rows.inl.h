@@ -35,6 +35,13 @@ inline RowSum<acc_t<T>> row_sum(const T* x, int64_t n) {
 
 // ---- a row in registers --------------------------------------------------------------------------------------------
 
+// Whether a row of adjacent classes is held in registers, up to four vectors of them: softmax_rows has a case for each.
+// Like lanes, that keeps the digits of confident rows.
+template <class T>
+inline bool fit_registers(int64_t classes) {
+  return classes <= 4 * vec_t<T>::size;
+}
+
 // The n classes of a row in N vectors, -inf in the lanes beyond the last; returns their maximum.
 template <int N, class T, class V>
 [[gnu::always_inline]] inline scalar_t<V> load_row(const T* x, int64_t n, V (&z)[N]) {
@@ -116,16 +123,6 @@ inline void softmax_row(const T* x, T* y, int64_t n, acc_t<T>* exponentials) {
   const V scale = set1(A(1 / sum));
   for (j = 0; j + V::size <= n; j += V::size) store(y + j, load(exponentials + j) * scale);
   if (j < n) store_n(y + j, load_n(exponentials + j, n - j) * scale, n - j);
-}
-
-template <int N, class T>
-[[gnu::always_inline]] inline void log_softmax_row(const T* x, T* y, int64_t n, acc_t<T> max, acc_t<T> log_sum) {
-  using V = vec_t<T>;
-  const V m = set1(max), l = set1(log_sum);
-  const int64_t last = n - (N - 1) * V::size;
-#pragma GCC unroll 4
-  for (int64_t i = 0; i < (N - 1) * V::size; i += V::size) store(y + i, load(x + i) - m - l);
-  store_up_to(y + n - last, load_up_to(x + n - last, last) - m - l, last);
 }
 
 template <class T>
@@ -235,14 +232,8 @@ inline void log_softmax_rows(const T* x, const RowLayout& in, T* y, const RowLay
       l = l + (t - (s - ones)) / s;
     }
     store(log_sum, l);
-    for (int64_t i = 0; i < rows; ++i) {
-      const T* from = x + in.offset(r + i);
-      T* to = y + out.offset(r + i);
-      if constexpr (N > 0)
-        log_softmax_row<N>(from, to, n, max[i], log_sum[i]);
-      else
-        log_softmax_row(from, to, n, max[i], log_sum[i]);
-    }
+    for (int64_t i = 0; i < rows; ++i)
+      log_softmax_row(x + in.offset(r + i), y + out.offset(r + i), n, max[i], log_sum[i]);
   }
 }
 
