@@ -23,21 +23,11 @@ import torch
 MIB = 1 << 20
 QUICK = os.environ.get("REGFAST_BENCH_QUICK") == "1"  # a smoke test: few cases, few rounds
 _CACHE_DIR = Path("/sys/devices/system/cpu/cpu0/cache")
-_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def num_threads() -> int:
     """The thread count of every benchmark: REGFAST_BENCH_THREADS, else torch's own choice."""
     return int(os.environ.get("REGFAST_BENCH_THREADS", torch.get_num_threads()))
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
-        if found:
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
 
 
 def caches() -> dict[str, int]:
@@ -50,14 +40,6 @@ def caches() -> dict[str, int]:
         factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(size[-1], 1)
         found["L" + (index / "level").read_text().strip()] = int(size.rstrip("KMG")) * factor
     return found
-
-
-def huge_pages() -> str:
-    """The kernel's transparent huge page setting: always, madvise, never or unknown."""
-    if not _HUGE_PAGES.exists():
-        return "unknown"
-    found = re.search(r"\[(\w+)\]", _HUGE_PAGES.read_text())
-    return found.group(1) if found else "unknown"
 
 
 @functools.cache
@@ -172,10 +154,11 @@ def fma_peak(threads: int, seconds: float = 0.3) -> dict[str, float]:
 def describe(threads: int) -> dict:
     """What can be told without measuring."""
     import regfast
+    from regfast.cli.info import huge_pages, processor
 
     return {
-        "cpu": cpu_name(),
-        "slug": slug(cpu_name(), threads, regfast.isa()),
+        "cpu": processor(),
+        "slug": slug(processor(), threads, regfast.isa()),
         "arch": platform.machine(),
         "threads": threads,
         "logical_cpus": os.cpu_count(),

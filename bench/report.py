@@ -11,16 +11,11 @@ from facts import BUSY, Row, combined, compact, disturbed, further_facts, grids,
 from rich.console import Console
 from rich.table import Table
 
+from regfast.cli.table import duration
+
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 HEADER = ["case", "regfast", "PyTorch", "eager", "huge pages", "chunks", "compile", "JAX", "ceiling"]
-
-
-def duration(seconds: float) -> str:
-    for unit, scale in (("s", 1), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
 
 
 def times(ratio: float | None) -> str:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 import regfast
 
 from .info import processor
+from .table import duration
 
 Step = Callable[[], object]
 _BUSY = 0.3  # CPUs that others may use before a measurement counts as disturbed
@@ -113,13 +114,6 @@ def cases() -> list[Case]:
     ]
 
 
-def _duration(seconds: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
 def _seconds(step: Step, times: int) -> float:
     begin = time.perf_counter()
     for _ in range(times):
@@ -185,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         busy = others is not None and after is not None and after - others > _BUSY * (time.perf_counter() - begin)
         disturbed += [case.name] if busy else []
         print(
-            f"{case.name:{width}}  {_duration(statistics.median(ours)):>9}  {_duration(statistics.median(torchs)):>9}  "
+            f"{case.name:{width}}  {duration(statistics.median(ours)):>9}  {duration(statistics.median(torchs)):>9}  "
             f"{ratios[case.name]:5.2f}x  {low:.2f} to {high:.2f}{'  (others were busy)' if busy else ''}",
             flush=True,
         )

@@ -19,7 +19,7 @@ from ..proof import decide, store
 from ..proof.choice_cases import is_ours
 from ..proof.prove import prove, worker_command
 from ..proof.run import NotRun, Subject
-from .table import print_table
+from .table import duration, print_table
 
 HEADER = ["what", "result", "regfast", "PyTorch", "ceiling", "share", "predicted"]
 
@@ -102,17 +102,13 @@ def rows(proof: store.Proof, subjects: dict[str, Subject], sanitized: str) -> It
         yield [
             entry["name"],
             ("taken" if chosen else "not taken") if "choice" in entry else "",
-            seconds_text(entry["median_s"]["regfast"]) if "median_s" in entry else "",
+            duration(entry["median_s"]["regfast"]) if "median_s" in entry else "",
             f"{entry['ratio']:.2f}x",
             str(entry.get("bound") or "").removesuffix("_gb_s"),
             share_text(entry.get("share")),
             share_text(entry.get("predicted")),
         ]
     yield ["compute-sanitizer", sanitized, "", "", "", "", ""]
-
-
-def seconds_text(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
 def share_text(share: float | None) -> str:

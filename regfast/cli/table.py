@@ -1,6 +1,14 @@
-"""A table on the terminal."""
+"""A table on the terminal, and times in it."""
 
 from __future__ import annotations
+
+
+def duration(seconds: float) -> str:
+    """Three digits of it, in s, ms or us."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def print_table(title: str, header: list[str], lines: list[list[str]], texts: int = 1) -> None:
