@@ -21,6 +21,13 @@ def test_links_lead_to_files(page):
     assert not missing
 
 
+def test_pages_of_the_site_do_not_link_to_pages_outside_of_it():
+    # README.md is for code hosts; the site has docs/index.md. Sphinx says so too, but later.
+    site = [*DOCS.glob("*.md"), *(ROOT / name for name in ("bench/README.md", "CONTRIBUTING.md", "KERNELS.md"))]
+    linked = [(page.name, link) for page in site for link in re.findall(r"\]\(([^)#]*\bREADME\.md)", page.read_text())]
+    assert [entry for entry in linked if not entry[1].endswith("bench/README.md")] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_named_files_exist(page):
     paths = re.findall(r"`((?:csrc|regfast|tests|bench|docs|examples)/[\w./]+)`", page.read_text())
