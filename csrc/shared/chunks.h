@@ -3,6 +3,7 @@
 // build without CUDA too. That for the CPU is in cpu/drivers/linear_cross_entropy.h: it asks the GEMM for its scratch.
 #pragma once
 #include <algorithm>
+#include <optional>
 
 #include "shared/types.h"
 
@@ -12,7 +13,7 @@ struct LinearCrossEntropySize {
   DType dtype;
   int64_t rows, features, classes, positions;  // positions: of a K-dimensional loss, else 1
   int64_t panels = 1;                          // as large as a chunk's logits: they, and what is widened beside them
-  int64_t memory_budget;                       // bytes
+  std::optional<int64_t> memory_budget;        // bytes; without it the CPU's default, where chunks fit its caches too
 };
 
 // ---- on a CUDA device ----------------------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ inline int64_t cuda_bytes_per_row(const LinearCrossEntropySize& s) {
 
 // Equal chunks that fit the budget, of at least kCudaChunkRows rows; one if all rows fit.
 inline int64_t cuda_chunk_rows(const LinearCrossEntropySize& s) {
-  const int64_t most = s.memory_budget / std::max<int64_t>(1, cuda_bytes_per_row(s));
+  const int64_t most = s.memory_budget.value() / std::max<int64_t>(1, cuda_bytes_per_row(s));
   if (s.rows <= most) return std::max<int64_t>(1, s.rows);
   const int64_t chunks = ceil_div(s.rows, std::max<int64_t>(1, most / kCudaChunkRows) * kCudaChunkRows);
   return std::min(s.rows, round_up(ceil_div(s.rows, chunks), kCudaChunkRows));

@@ -72,8 +72,8 @@ struct LikelihoodProblem {
   Family family;
   int64_t outputs;
   const void* target;
-  const void *row_weight, *grad;  // acc, or null: 1. Of a row's losses and slopes; upstream, of each slope alone
-  void* loss;                     // acc; null where not wanted
+  const void *row_weight, *grad;  // or null: 1. acc, of a row's losses and slopes; upstream, of each slope alone
+  void* loss;                     // or null where not wanted. Target, grad and loss: acc, or the kernel's dtype
 };
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------

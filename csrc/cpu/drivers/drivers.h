@@ -60,8 +60,9 @@ void mse_loss_backward(DType dtype, const Elements& x, const Elements& y, const 
 // ---- linear_nll.cpp ------------------------------------------------------------------------------------------------
 
 // Losses of predictions (acc, rows x outputs, replaced by their slopes where those are asked for), and sums: their own
-// over all rows is returned, those of columns are written where `sums` points.
-double likelihood(DType acc, const LikelihoodArgs& args, void* predictions, int64_t rows, LikelihoodSums sums);
+// over all rows is returned, those of columns are written where `sums` points. `observed`: the type of targets, losses
+// and upstream gradients.
+double likelihood(DType observed, const LikelihoodArgs& args, void* predictions, int64_t rows, LikelihoodSums sums);
 // The same for predictions of a linear model with few outputs, and the gradients of its operands. few_outputs_fit tells
 // whether a model of that size is one.
 bool few_outputs_fit(DType dtype, int64_t features, int64_t outputs);

@@ -245,7 +245,8 @@ bool short_and_far(int64_t row_bytes, int64_t rows) {
 GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool a_walks = !g.a_transposed || g.a.inner == 1, b_is_plain = g.b.inner == 1;
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
-  const bool long_rows = along_k && g.k >= g.n * tuning::kDotInner;
+  const bool long_rows = along_k && (g.k >= g.n * tuning::kDotInner ||
+                                     (g.n <= tuning::kShortDots && g.k * acc_size(dtype) > tuning::kShortDotBytes));
   if (both_few(g.n, g.k) && !long_rows && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks && b_is_plain &&
       g.epilogue.bias_rows == 1)
     return GemmPath::lanes;

@@ -38,18 +38,27 @@ int64_t engine_bytes(const LinearCrossEntropySize& s, int64_t rows) {
   return most + outputs * (acc_size(s.dtype) + (int64_t)sizeof(CompensatedSum));
 }
 
+// Rows that stay in a core's cache from one product to the next, where the weight and its gradient do not ask for more.
+int64_t cached_rows(const LinearCrossEntropySize& s) {
+  const int64_t outputs = s.classes * s.positions, wide = acc_size(s.dtype);
+  if (outputs * s.features * wide > tuning::kCachedWeightBytes) return INT64_MAX;
+  return tuning::kCachedChunkBytes / (s.features * size_of(s.dtype) + s.panels * outputs * wide + 1);
+}
+
 }  // namespace
 
 int64_t default_memory_budget() { return std::min(cores() * tuning::kCoreBudget, tuning::kMostBudget); }
 
 int64_t chunk_rows(const LinearCrossEntropySize& s) {
   constexpr int64_t step = tuning::kLeastChunkRows;
+  const int64_t budget = s.memory_budget.value_or(default_memory_budget());
   // The most steps that fit the budget; one does, or has to.
   int64_t fits = 1, too_many = ceil_div(std::max<int64_t>(1, s.rows), step) + 1;
   while (too_many - fits > 1) {
     const int64_t middle = fits + (too_many - fits) / 2;
-    (budget_for_chunk(s, middle * step) <= s.memory_budget ? fits : too_many) = middle;
+    (budget_for_chunk(s, middle * step) <= budget ? fits : too_many) = middle;
   }
+  if (!s.memory_budget) fits = std::min(fits, std::max<int64_t>(1, cached_rows(s) / step));
   const int64_t chunks = std::max<int64_t>(1, ceil_div(s.rows, fits * step));
   return std::max<int64_t>(1, std::min(s.rows, round_up(ceil_div(s.rows, chunks), step)));
 }

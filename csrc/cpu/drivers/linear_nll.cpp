@@ -18,8 +18,9 @@ double in_order(const std::vector<double>& parts) {
 
 }  // namespace
 
-double likelihood(DType acc, const LikelihoodArgs& args, void* predictions, int64_t rows, LikelihoodSums sums) {
-  const auto kernel = kernels().likelihood[(int)acc];
+double likelihood(DType observed, const LikelihoodArgs& args, void* predictions, int64_t rows, LikelihoodSums sums) {
+  const auto kernel = kernels().likelihood[(int)observed];
+  const DType acc = acc_dtype(observed);
   // Blocks by the shape alone, each with sums of its own: the same bits with any number of threads.
   const int64_t outputs = args.outputs, block = tuning::kColumnSumRows, blocks = ceil_div(rows, block);
   const int64_t stride = (sums.bias ? outputs : 0) + (sums.variance ? outputs : 0), size = size_of(acc);

@@ -214,7 +214,25 @@ inline void zip(f64v even, f64v odd, f64v* a, f64v* b) {
   return {_mm256_add_ps(_mm256_shuffle_ps(pair[0], pair[1], 0x88), _mm256_shuffle_ps(pair[0], pair[1], 0xdd))};
 }
 
-// 8 x 8: r[i][j] becomes r[j][i].
+[[gnu::always_inline]] inline f64v reduce_each(const f64v (&v)[4]) {
+  __m256d pair[2];
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k)
+    pair[k] = _mm256_add_pd(_mm256_permute2f128_pd(v[k].v, v[2 + k].v, 0x20),
+                            _mm256_permute2f128_pd(v[k].v, v[2 + k].v, 0x31));
+  return {_mm256_add_pd(_mm256_unpacklo_pd(pair[0], pair[1]), _mm256_unpackhi_pd(pair[0], pair[1]))};
+}
+
+// 4 x 4: r[i][j] becomes r[j][i].
+inline void transpose(f64v (&r)[4]) {
+  const __m256d lo01 = _mm256_unpacklo_pd(r[0].v, r[1].v), hi01 = _mm256_unpackhi_pd(r[0].v, r[1].v);
+  const __m256d lo23 = _mm256_unpacklo_pd(r[2].v, r[3].v), hi23 = _mm256_unpackhi_pd(r[2].v, r[3].v);
+  r[0].v = _mm256_permute2f128_pd(lo01, lo23, 0x20);
+  r[1].v = _mm256_permute2f128_pd(hi01, hi23, 0x20);
+  r[2].v = _mm256_permute2f128_pd(lo01, lo23, 0x31);
+  r[3].v = _mm256_permute2f128_pd(hi01, hi23, 0x31);
+}
+// 8 x 8, as above.
 inline void transpose(f32v (&r)[8]) {
   __m256 t[8];
 #pragma GCC unroll 4

@@ -170,6 +170,20 @@ inline void zip(f64v even, f64v odd, f64v* a, f64v* b) {
   return {_mm512_add_ps(_mm512_shuffle_ps(pair[0], pair[1], 0x88), _mm512_shuffle_ps(pair[0], pair[1], 0xdd))};
 }
 
+[[gnu::always_inline]] inline f64v reduce_each(const f64v (&v)[8]) {
+  __m512d half[4], pair[2];
+#pragma GCC unroll 4
+  for (int k = 0; k < 4; ++k) {  // of v[0] and v[2], v[4] and v[6], v[1] and v[3], v[5] and v[7]
+    const __m512d a = v[k % 2 * 4 + k / 2].v, b = v[k % 2 * 4 + k / 2 + 2].v;
+    half[k] = _mm512_add_pd(_mm512_shuffle_f64x2(a, b, 0x44), _mm512_shuffle_f64x2(a, b, 0xee));
+  }
+#pragma GCC unroll 2
+  for (int k = 0; k < 2; ++k)
+    pair[k] = _mm512_add_pd(_mm512_shuffle_f64x2(half[2 * k], half[2 * k + 1], 0x88),
+                            _mm512_shuffle_f64x2(half[2 * k], half[2 * k + 1], 0xdd));
+  return {_mm512_add_pd(_mm512_unpacklo_pd(pair[0], pair[1]), _mm512_unpackhi_pd(pair[0], pair[1]))};
+}
+
 // 16 x 16: r[i][j] becomes r[j][i].
 inline void transpose(f32v (&r)[16]) {
   __m512 t[16];
@@ -199,6 +213,26 @@ inline void transpose(f32v (&r)[16]) {
   }
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) r[i].v = t[i];
+}
+
+// 8 x 8, as above.
+inline void transpose(f64v (&r)[8]) {
+  __m512d t[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    t[2 * i] = _mm512_unpacklo_pd(r[2 * i].v, r[2 * i + 1].v);
+    t[2 * i + 1] = _mm512_unpackhi_pd(r[2 * i].v, r[2 * i + 1].v);
+  }
+  // t[2i + j] holds column 2q + j of rows 2i and 2i + 1 in its quarter q: exchange quarters.
+#pragma GCC unroll 2
+  for (int j = 0; j < 2; ++j) {
+    __m512d a = _mm512_shuffle_f64x2(t[j], t[2 + j], 0x88), b = _mm512_shuffle_f64x2(t[4 + j], t[6 + j], 0x88);
+    __m512d c = _mm512_shuffle_f64x2(t[j], t[2 + j], 0xdd), d = _mm512_shuffle_f64x2(t[4 + j], t[6 + j], 0xdd);
+    r[j].v = _mm512_shuffle_f64x2(a, b, 0x88);
+    r[4 + j].v = _mm512_shuffle_f64x2(a, b, 0xdd);
+    r[2 + j].v = _mm512_shuffle_f64x2(c, d, 0x88);
+    r[6 + j].v = _mm512_shuffle_f64x2(c, d, 0xdd);
+  }
 }
 
 // The first n of up to 8 lanes from `low` and as many from `high`, one behind the other; the other lanes are zero.

@@ -179,7 +179,15 @@ inline double reduce_max(f64v a) { return vmaxvq_f64(a.v); }
   return {vpaddq_f32(a, b)};
 }
 
-// 4 x 4: r[i][j] becomes r[j][i].
+[[gnu::always_inline]] inline f64v reduce_each(const f64v (&v)[2]) { return {vpaddq_f64(v[0].v, v[1].v)}; }
+
+// 2 x 2: r[i][j] becomes r[j][i].
+inline void transpose(f64v (&r)[2]) {
+  const float64x2_t low = vtrn1q_f64(r[0].v, r[1].v);
+  r[1].v = vtrn2q_f64(r[0].v, r[1].v);
+  r[0].v = low;
+}
+// 4 x 4, as above.
 inline void transpose(f32v (&r)[4]) {
   float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(r[0].v, r[1].v));
   float64x2_t odd01 = vreinterpretq_f64_f32(vtrn2q_f32(r[0].v, r[1].v));

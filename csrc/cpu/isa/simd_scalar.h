@@ -126,4 +126,6 @@ inline void zip(V even, V odd, V* a, V* b) {
   *b = odd;
 }
 inline f32v reduce_each(const f32v (&v)[1]) { return v[0]; }
+inline f64v reduce_each(const f64v (&v)[1]) { return v[0]; }
 inline void transpose(f32v (&)[1]) {}
+inline void transpose(f64v (&)[1]) {}

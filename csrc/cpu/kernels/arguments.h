@@ -43,7 +43,7 @@ struct ActivationBackwardArgs : ActivationBackward {
 //   gaussian   w (f (eta - y)^2 / 2 + constant)   its slope w g f (eta - y); f is 1 / variance
 //   bernoulli  w ((1 - y) log(1 + exp(eta)) + f y log(1 + exp(-eta)))
 //   poisson    w (exp(eta) - y eta)
-// squared is gaussian with f = 2 and constant 0. Pointers to void are acc.
+// squared is gaussian with f = 2 and constant 0. Pointers to void are acc, but those that have a dtype of their own.
 struct LikelihoodArgs : LikelihoodProblem {
   const void* output_factor;  // one per output; not read for poisson
   const void* constant;       // one per output, gaussian's; or null

@@ -41,7 +41,7 @@ inline int64_t rows_of_run(const RowLayout& l, int64_t row, int64_t rows) {
 // a square would be padding.
 template <class T>
 inline bool in_squares(const RowLayout& l, int64_t classes, int64_t least) {
-  return !std::is_same_v<T, double> && f32v::size > 1 && l.class_stride == 1 && classes >= least;
+  return vec_t<T>::size > 1 && l.class_stride == 1 && classes >= least;
 }
 
 // Of rows of n numbers, how many may be read to `width` numbers: where others follow, that reads them and not beyond
@@ -52,7 +52,7 @@ inline int64_t readable_rows(int64_t rows, int64_t step, int64_t n, int64_t widt
 }
 
 template <class T>
-inline void load_squares(const T* from, int64_t step, int64_t rows, int64_t classes, float* to) {
+inline void load_squares(const T* from, int64_t step, int64_t rows, int64_t classes, acc_t<T>* to) {
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<T>::size, F = 8;
   for (int64_t c = 0; c < classes; c += W) {
     const int64_t count = std::min(W, classes - c);
@@ -80,7 +80,7 @@ inline void load_squares(const T* from, int64_t step, int64_t rows, int64_t clas
       if (r + W <= whole) {
         for (int64_t i = 0; i < W; ++i) square[i] = load(p + i * step);
       } else {
-        for (int64_t i = 0; i < W; ++i) square[i] = i < lanes ? load_up_to(p + i * step, count) : set1(0.0f);
+        for (int64_t i = 0; i < W; ++i) square[i] = i < lanes ? load_up_to(p + i * step, count) : set1(acc_t<T>(0));
       }
       transpose(square);
       for (int64_t i = 0; i < count; ++i) store_up_to(to + (c + i) * R + r, square[i], lanes);
@@ -89,14 +89,15 @@ inline void load_squares(const T* from, int64_t step, int64_t rows, int64_t clas
 }
 
 template <class T>
-inline void store_squares(const float* from, T* to, int64_t step, int64_t rows, int64_t classes) {
-  constexpr int64_t R = tuning::kLaneRows, W = f32v::size;
+inline void store_squares(const acc_t<T>* from, T* to, int64_t step, int64_t rows, int64_t classes) {
+  constexpr int64_t R = tuning::kLaneRows, W = vec_t<T>::size;
   for (int64_t r = 0; r < rows; r += W) {
     const int64_t lanes = std::min(W, rows - r);
     for (int64_t c = 0; c < classes; c += W) {
       const int64_t count = std::min(W, classes - c);
-      f32v square[W];
-      for (int64_t i = 0; i < W; ++i) square[i] = i < count ? load_up_to(from + (c + i) * R + r, lanes) : set1(0.0f);
+      vec_t<T> square[W];
+      for (int64_t i = 0; i < W; ++i)
+        square[i] = i < count ? load_up_to(from + (c + i) * R + r, lanes) : set1(acc_t<T>(0));
       transpose(square);
       for (int64_t i = 0; i < lanes; ++i) store_up_to(to + (r + i) * step + c, square[i], count);
     }
@@ -174,11 +175,9 @@ inline void load_tile(const T* base, const RowLayout& l, int64_t row, int64_t ro
                      : load_pairs<T, 8>(from, run, tile.at + r);
       continue;
     }
-    if constexpr (!std::is_same_v<T, double>) {
-      if (in_squares<T>(l, classes, tuning::kLoadSquares)) {
-        load_squares(from, step, run, classes, tile.at + r);
-        continue;
-      }
+    if (in_squares<T>(l, classes, tuning::kLoadSquares)) {
+      load_squares(from, step, run, classes, tile.at + r);
+      continue;
     }
     for (int64_t c = 0; c < classes; ++c) {
       const T* p = from + c * l.class_stride;
@@ -221,11 +220,9 @@ inline void store_tile(const ColumnTile<acc_t<T>>& tile, T* base, const RowLayou
                      : store_pairs<T, 8>(tile.at + r, to, run);
       continue;
     }
-    if constexpr (!std::is_same_v<T, double>) {
-      if (in_squares<T>(l, classes, tuning::kStoreSquares)) {
-        store_squares(tile.at + r, to, step, run, classes);
-        continue;
-      }
+    if (in_squares<T>(l, classes, tuning::kStoreSquares)) {
+      store_squares(tile.at + r, to, step, run, classes);
+      continue;
     }
     for (int64_t c = 0; c < classes; ++c) {
       T* p = to + c * l.class_stride;

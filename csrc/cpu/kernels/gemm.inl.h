@@ -139,7 +139,7 @@ inline void multiply_tile(int64_t rows, int64_t k, const scalar_t<P>* a, int64_t
 template <class V>
 inline void transpose_tile(const scalar_t<V>* tile, int64_t rows, scalar_t<V>* strip, int64_t stride) {
   constexpr int64_t W = V::size, N = kTileColumns<V>;
-  if constexpr (W > 1 && std::is_same_v<V, f32v>) {
+  if constexpr (W > 1) {
     for (int64_t i = 0; i < rows; i += W)
       for (int64_t j = 0; j < N; j += W) {
         V square[W];

@@ -27,6 +27,16 @@ inline F load_factors_n(const T* p, int64_t n) {
     return load_n(p, n);
 }
 
+// The last n factors of a row, a vector at most, zeros behind them; `readable` where a whole vector may be read.
+template <class T, class F>
+inline F load_last(const T* p, int64_t n, bool readable) {
+  if (n >= kNumbers<T, F>) return load_factors<T, F>(p);
+  if constexpr (kPairs<T, F>)
+    return load_pairs_n(p, n);
+  else
+    return readable ? first_n(load(p), n, set1(acc_t<T>(0))) : load_n(p, n);
+}
+
 // out[r * out_many + q * out_few] = many_r . few_q: R x Q accumulators along K, so each loaded vector is used R or Q
 // times. `readable`: many's rows may be read beyond k to a whole vector.
 template <class T, class F, int R, int Q>
@@ -56,12 +66,7 @@ template <class T, class F, int R, int Q>
     if (j < end) {
       F x[R];
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        if constexpr (kPairs<T, F>)
-          x[r] = load_pairs_n(many[r] + j, end - j);
-        else
-          x[r] = readable ? first_n(load(many[r] + j), end - j, set1(acc_t<T>(0))) : load_n(many[r] + j, end - j);
-      }
+      for (int r = 0; r < R; ++r) x[r] = load_last<T, F>(many[r] + j, end - j, readable);
 #pragma GCC unroll 8
       for (int q = 0; q < Q; ++q) {
         F w = load_factors_n<T, F>(few[q] + j, end - j);
@@ -70,15 +75,13 @@ template <class T, class F, int R, int Q>
       }
     }
     acc_t<T> sums[R * Q];
-    constexpr int kGrouped = std::is_same_v<V, f32v> ? R * Q / V::size * V::size : 0;
-    if constexpr (kGrouped > 0) {
+    constexpr int kGrouped = R * Q / V::size * V::size;
 #pragma GCC unroll 8
-      for (int i = 0; i < kGrouped; i += V::size) {
-        V group[V::size];
+    for (int i = 0; i < kGrouped; i += V::size) {
+      V group[V::size];
 #pragma GCC unroll 16
-        for (int j = 0; j < V::size; ++j) group[j] = acc[(i + j) / Q][(i + j) % Q];
-        store(sums + i, reduce_each(group));
-      }
+      for (int j = 0; j < V::size; ++j) group[j] = acc[(i + j) / Q][(i + j) % Q];
+      store(sums + i, reduce_each(group));
     }
 #pragma GCC unroll 16
     for (int i = kGrouped; i < R * Q; ++i) sums[i] = reduce_add(acc[i / Q][i % Q]);
@@ -103,6 +106,46 @@ inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows
       return dot_tile<T, F, R, 2>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
     case 1:
       return dot_tile<T, F, R, 1>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
+  }
+}
+
+// The same for rows of up to G vectors at one distance, with the same bits: a lane's number of rows at a time, whose
+// sums come out of the registers together. Rows are read in the order in which they lie, and factors stay in registers.
+template <class T, class F, int G>
+inline void dot_short_rows(const T* many, int64_t stride, int64_t rows, int64_t whole, const T* few, int64_t k,
+                           acc_t<T>* out) {
+  using V = vec_t<T>;
+  constexpr int64_t R = V::size, W = kNumbers<T, F>;
+  const int64_t last = k - (G - 1) * W;
+  F w[G];
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) w[g] = load_last<T, F>(few + g * W, k - g * W, false);
+  for (int64_t r = 0; r + R <= rows; r += R) {
+    const T* row = many + r * stride;
+    V acc[R];
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i, row += stride) {
+      acc[i] = set1(acc_t<T>(0));
+#pragma GCC unroll 4
+      for (int g = 0; g < G - 1; ++g) acc[i] = fma(load_factors<T, F>(row + g * W), w[g], acc[i]);
+      F x = load_last<T, F>(row + (G - 1) * W, last, r + i < whole);
+      acc[i] = fma(x, w[G - 1], acc[i]);
+    }
+    store(out + r, reduce_each(acc));
+  }
+}
+template <class T, class F>
+inline void dot_short_rows(const T* many, int64_t stride, int64_t rows, int64_t whole, const T* few, int64_t k,
+                           acc_t<T>* out) {
+  switch (ceil_div(k, kNumbers<T, F>)) {
+    case 1:
+      return dot_short_rows<T, F, 1>(many, stride, rows, whole, few, k, out);
+    case 2:
+      return dot_short_rows<T, F, 2>(many, stride, rows, whole, few, k, out);
+    case 3:
+      return dot_short_rows<T, F, 3>(many, stride, rows, whole, few, k, out);
+    case 4:
+      return dot_short_rows<T, F, 4>(many, stride, rows, whole, few, k, out);
   }
 }
 
@@ -140,9 +183,15 @@ inline void dot_strips(const DotArgs& d) {
   const int64_t whole =
       d.many.inner == 1 ? readable_rows(d.end, d.many.outer_stride, d.k, round_up(d.k, kNumbers<T, F>)) : 0;
   const int64_t along_many = by_column ? 1 : d.few_rows, along_few = by_column ? kStrip : 1;
+  const bool are_short =
+      by_column && d.few_rows <= tuning::kShortDots && d.many.inner == 1 && d.k > 0 && d.k <= 4 * kNumbers<T, F>;
   for (int64_t s = d.begin; s < d.end; s += kStrip) {
     const int64_t count = std::min<int64_t>(kStrip, d.end - s);
-    for (int64_t i = 0; i < count; i += R) {
+    const int64_t together = are_short ? count / vec_t<T>::size * vec_t<T>::size : 0;
+    for (int64_t q = 0; together > 0 && q < d.few_rows; ++q)
+      dot_short_rows<T, F>((const T*)d.many.data + d.many.row_offset(s), d.many.outer_stride, together, whole - s,
+                           few[q], d.k, strip + q * kStrip);
+    for (int64_t i = together; i < count; i += R) {
       const int64_t rows = std::min<int64_t>(R, count - i);
       const T* many[R];
       for (int64_t r = 0; r < rows; ++r) many[r] = (const T*)d.many.data + d.many.row_offset(s + i + r);

@@ -46,9 +46,11 @@ inline LossAndSlope<V> loss_and_slope(V eta, V y, V factor, V constant) {
   }
 }
 
-template <class A, Family family, bool value, bool slope>
+// Targets, losses and upstream gradients of type T, all else of the accumulator's.
+template <class T, Family family, bool value, bool slope>
 inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end,
                             LikelihoodSums* sums) {
+  using A = acc_t<T>;
   using V = vec_t<A>;
   const A *factor = (const A*)a.output_factor, *constant = (const A*)a.constant, *row_weight = (const A*)a.row_weight;
   A *bias = (A*)sums->bias, *variance = (A*)sums->variance;
@@ -63,8 +65,8 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
   for (int64_t r = begin; r < end; ++r) {
     const int64_t at = r * a.outputs;
     A* eta = (A*)predictions + at;
-    const A *target = (const A*)a.target + at, *grad = a.grad ? (const A*)a.grad + at : nullptr;
-    A* loss = a.loss ? (A*)a.loss + at : nullptr;
+    const T *target = (const T*)a.target + at, *grad = a.grad ? (const T*)a.grad + at : nullptr;
+    T* loss = a.loss ? (T*)a.loss + at : nullptr;
     const V w = set1(row_weight ? row_weight[r] : A(1)), shared = w * set1(A(a.grad_scale));
     for (int64_t j = 0; j < a.outputs; j += V::size) {
       const int64_t n = std::min<int64_t>(V::size, a.outputs - j);
@@ -117,6 +119,5 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
 
 template <class T>
 inline void likelihood(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end, LikelihoodSums* sums) {
-  using A = acc_t<T>;
-  RF_EACH_LIKELIHOOD(likelihood_rows, A, a, sums, a, predictions, begin, end, sums)
+  RF_EACH_LIKELIHOOD(likelihood_rows, T, a, sums, a, predictions, begin, end, sums)
 }

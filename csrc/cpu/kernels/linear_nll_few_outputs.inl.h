@@ -4,6 +4,7 @@
 // products.
 #pragma once
 #include "cpu/kernels/column_tile.inl.h"
+#include "cpu/kernels/gemm_small.inl.h"
 #include "cpu/kernels/linear_nll.inl.h"
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
@@ -96,7 +97,9 @@ template <class A, Family family, bool value, bool slope>
   if constexpr (value) {
     V l = w * both.loss;
     sums->add_loss(full ? l : first_n(l, n, zero));
-    if (a.loss) {
+    if (a.loss && a.outputs == 1) {
+      store_up_to((A*)a.loss + row, l, n);
+    } else if (a.loss) {
       alignas(64) A lanes[V::size];
       store(lanes, l);
       for (int64_t i = 0; i < n; ++i) ((A*)a.loss)[(row + i) * a.outputs + j] = lanes[i];
@@ -204,8 +207,14 @@ inline void predict_rows(const T* const* x, int64_t rows, const T* const* weight
   for (; r < rows; ++r) dot_rows<T, vec_t<T>, 1>(x + r, weight, outputs, features, false, to + r, 1, kPassRows);
 }
 template <class T>
-inline void predict_block(const T* const* x, int64_t rows, const T* const* weight, int64_t outputs, int64_t features,
-                          bool far, acc_t<T>* to) {
+inline void predict_block(const T* const* x, int64_t rows, int64_t readable, const T* const* weight, int64_t outputs,
+                          int64_t features, bool far, acc_t<T>* to) {
+  const int64_t stride = rows > 1 ? x[1] - x[0] : 0, together = rows / vec_t<T>::size * vec_t<T>::size;
+  if (outputs <= tuning::kShortDots && 0 < features && features <= 4 * vec_t<T>::size && rows == together) {
+    for (int64_t j = 0; j < outputs; ++j)
+      dot_short_rows<T, vec_t<T>>(x[0], stride, rows, readable, weight[j], features, to + j * kPassRows);
+    return;
+  }
   outputs == 1   ? predict_rows<T, 8>(x, rows, weight, outputs, features, far, to)
   : outputs == 2 ? predict_rows<T, 4>(x, rows, weight, outputs, features, far, to)
                  : predict_rows<T, kTile.dot_rows>(x, rows, weight, outputs, features, far, to);
@@ -298,7 +307,8 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
     for (int64_t r = 0; r < rows; ++r) each[r] = x + r * a.x_stride;
     spread(a.likelihood.target, outputs, row, rows, targets);
     if (a.likelihood.grad || row == begin) spread(a.likelihood.grad, outputs, row, rows, grads);
-    predict_block(each, rows, weight, outputs, features, a.x_is_far, slopes);
+    const int64_t readable = readable_rows(end - row, a.x_stride, features, round_up(features, V::size));
+    predict_block(each, rows, readable, weight, outputs, features, a.x_is_far, slopes);
     for (int64_t j = 0; j < outputs; ++j)
       for (int64_t r = 0; r < rows; r += V::size) {
         const int64_t n = std::min<int64_t>(V::size, rows - r);
@@ -318,10 +328,14 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
 template <class T, Family family, bool value, bool slope>
 inline void few_outputs_rows(const FewOutputsArgs& a, int64_t begin, int64_t end, LikelihoodSums* sums) {
   using V = vec_t<T>;
-  if constexpr (std::is_same_v<V, f32v> && V::size == 16)
-    if (a.features <= 8) return few_features<T, 8, family, value, slope>(a, begin, end, sums);
-  if constexpr (V::size > 1)
-    if (a.features <= V::size) return few_features<T, V::size, family, value, slope>(a, begin, end, sums);
+  constexpr int kShort = (int)std::min<int64_t>(V::size, tuning::kShortDotBytes / sizeof(acc_t<T>));
+  if constexpr (V::size > 1) {
+    if (a.features <= kShort) return few_features<T, kShort, family, value, slope>(a, begin, end, sums);
+    // Half types are widened once for all outputs.
+    const bool many_uses = sizeof(T) == 2 && a.likelihood.outputs > 2;
+    if (a.features <= V::size && (a.feature_stride != 1 || many_uses))
+      return few_features<T, V::size, family, value, slope>(a, begin, end, sums);
+  }
   many_features<T, family, value, slope>(a, begin, end, sums);
 }
 

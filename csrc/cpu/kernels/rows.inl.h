@@ -121,30 +121,28 @@ inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t 
     for (int64_t r = 0; r < rows; ++r) gather_row(p + r * l.inner_stride, l.class_stride, classes, to + r * classes);
     return;
   }
-  if constexpr (!std::is_same_v<T, double>) {
-    if (l.inner_stride == 1 && f32v::size > 1) {
-      constexpr int64_t W = f32v::size;
-      for (int64_t r0 = 0; r0 < rows; r0 += W) {
-        const int64_t lanes = std::min<int64_t>(W, rows - r0);
-        for (int64_t c0 = 0; c0 < classes; c0 += W) {
-          const int64_t count = std::min<int64_t>(W, classes - c0);
-          f32v block[W];
-          for (int64_t c = 0; c < W; ++c) {
-            const T* q = p + (c0 + c) * l.class_stride + r0;
-            block[c] = c >= count ? set1(0.0f) : lanes == W ? load(q) : load_n(q, lanes);
-          }
-          transpose(block);
-          for (int64_t r = 0; r < lanes; ++r) {
-            float* q = to + (r0 + r) * classes + c0;
-            if (count == W)
-              store(q, block[r]);
-            else
-              store_n(q, block[r], count);
-          }
+  if (l.inner_stride == 1 && vec_t<T>::size > 1) {
+    constexpr int64_t W = vec_t<T>::size;
+    for (int64_t r0 = 0; r0 < rows; r0 += W) {
+      const int64_t lanes = std::min<int64_t>(W, rows - r0);
+      for (int64_t c0 = 0; c0 < classes; c0 += W) {
+        const int64_t count = std::min<int64_t>(W, classes - c0);
+        vec_t<T> block[W];
+        for (int64_t c = 0; c < W; ++c) {
+          const T* q = p + (c0 + c) * l.class_stride + r0;
+          block[c] = c >= count ? set1(acc_t<T>(0)) : lanes == W ? load(q) : load_n(q, lanes);
+        }
+        transpose(block);
+        for (int64_t r = 0; r < lanes; ++r) {
+          acc_t<T>* q = to + (r0 + r) * classes + c0;
+          if (count == W)
+            store(q, block[r]);
+          else
+            store_n(q, block[r], count);
         }
       }
-      return;
     }
+    return;
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t r = 0; r < rows; ++r) to[r * classes + c] = load_one(p + c * l.class_stride + r * l.inner_stride);
@@ -158,30 +156,28 @@ inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int6
     for (int64_t r = 0; r < rows; ++r) scatter_row(from + r * classes, p + r * l.inner_stride, l.class_stride, classes);
     return;
   }
-  if constexpr (!std::is_same_v<T, double>) {
-    if (l.inner_stride == 1 && f32v::size > 1) {
-      constexpr int64_t W = f32v::size;
-      for (int64_t r0 = 0; r0 < rows; r0 += W) {
-        const int64_t lanes = std::min<int64_t>(W, rows - r0);
-        for (int64_t c0 = 0; c0 < classes; c0 += W) {
-          const int64_t count = std::min<int64_t>(W, classes - c0);
-          f32v block[W];
-          for (int64_t r = 0; r < W; ++r) {
-            const float* q = from + (r0 + r) * classes + c0;
-            block[r] = r >= lanes ? set1(0.0f) : count == W ? load(q) : load_n(q, count);
-          }
-          transpose(block);
-          for (int64_t c = 0; c < count; ++c) {
-            T* q = p + (c0 + c) * l.class_stride + r0;
-            if (lanes == W)
-              store(q, block[c]);
-            else
-              store_n(q, block[c], lanes);
-          }
+  if (l.inner_stride == 1 && vec_t<T>::size > 1) {
+    constexpr int64_t W = vec_t<T>::size;
+    for (int64_t r0 = 0; r0 < rows; r0 += W) {
+      const int64_t lanes = std::min<int64_t>(W, rows - r0);
+      for (int64_t c0 = 0; c0 < classes; c0 += W) {
+        const int64_t count = std::min<int64_t>(W, classes - c0);
+        vec_t<T> block[W];
+        for (int64_t r = 0; r < W; ++r) {
+          const acc_t<T>* q = from + (r0 + r) * classes + c0;
+          block[r] = r >= lanes ? set1(acc_t<T>(0)) : count == W ? load(q) : load_n(q, count);
+        }
+        transpose(block);
+        for (int64_t c = 0; c < count; ++c) {
+          T* q = p + (c0 + c) * l.class_stride + r0;
+          if (lanes == W)
+            store(q, block[c]);
+          else
+            store_n(q, block[c], lanes);
         }
       }
-      return;
     }
+    return;
   }
   for (int64_t c = 0; c < classes; ++c)
     for (int64_t r = 0; r < rows; ++r) store_one(p + c * l.class_stride + r * l.inner_stride, from[r * classes + c]);

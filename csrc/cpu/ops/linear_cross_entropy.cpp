@@ -32,8 +32,7 @@ struct Work {
   Work(const LinearCrossEntropyProblem& p, std::optional<int64_t> memory_budget, const Gradients& grads, bool entropy) {
     const bool widens = p.probabilities.defined() && p.probabilities.scalar_type() != p.acc;
     const bool narrows = widens && grads.target.defined();
-    rows = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows,
-                       memory_budget.value_or(default_memory_budget())});
+    rows = chunk_rows({p.dtype, p.rows, p.features, p.classes, p.positions, 1 + widens + narrows, memory_budget});
     const auto options = p.x.options().dtype(p.acc);
     const auto panel_like = [&] { return empty_result({rows, p.outputs}, options); };
     panel = panel_like();

@@ -25,11 +25,14 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
   at::ScalarType dx_type() const { return x.scalar_type(); }
   void set_upstream(const Tensor& upstream) {
     if (each())
-      grad = as_type(upstream, acc).reshape({rows, outputs}).contiguous();
+      set_grad(upstream.reshape({rows, outputs}));
     else
       grad_scale = upstream.item<double>() / (reduction == at::Reduction::Mean ? denominator : 1);
   }
-  Tensor new_losses(at::ScalarType) { return losses = device.empty({rows, outputs}, options()); }
+  Tensor new_losses(at::ScalarType type) {
+    set_observed(type);
+    return losses = device.empty({rows, outputs}, options().dtype(observed));
+  }
   void run();
   Tensor reduced(at::ScalarType type) const {
     return number(reduction == at::Reduction::Mean ? sum / denominator : sum, type);
@@ -53,7 +56,15 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
     return by_output([&](int64_t) { return value; });
   }
   void set_gaussian(const LinearNllOperands& t, const LinearNllOptions& o);
-  LikelihoodArgs likelihood_args(const Chunk& c, Tensor* rows_target) const;
+  void set_observed(at::ScalarType type);
+  void set_grad(const Tensor& upstream) {
+    set_observed(upstream.scalar_type());
+    grad = as_type(upstream, observed);
+  }
+  struct Observed {  // of a chunk, rows adjacent
+    Tensor target, grad;
+  };
+  LikelihoodArgs likelihood_args(const Chunk& c, Observed* keep) const;
   template <class A>
   double add_stirling(const Chunk& c, const Tensor& rows_target) const;
   double add_stirling(const Chunk& c, const Tensor& rows_target) const;
@@ -61,14 +72,20 @@ struct RowLoss : LinearNllTensors, RowLossOfAll {
   void by_chunks();
   // Features that may lie apart in one pass: one is a column however that lies.
   int64_t most_in_tiles() const { return std::max<int64_t>(1, kernels().tile_features[(int)dtype]); }
+  // Of transposed rows, the products' kernels have columns to read; a copy would take longer than they do.
+  bool takes_one_pass() const {
+    const bool transposed = features > most_in_tiles() && x.stride(1) != 1 && x.stride(0) == 1;
+    return !transposed && few_outputs_fit(dtype, features, outputs);
+  }
   bool slope() const { return dx.defined() || dw.defined() || bias_too || scale_too; }
 
   Tensor output_factor, constant;  // acc
   bool full_poisson;               // with Stirling's term
   double denominator;              // of a mean
-  Tensor grad;                     // upstream, acc: of each loss; or none, and
+  at::ScalarType observed;         // the type of targets, losses and upstream gradients as the kernels see them
+  Tensor grad;                     // upstream, observed: of each loss; or none, and
   double grad_scale = 1;
-  // Results: losses, gradients of bias and scale, acc; and the losses' sum.
+  // Results: losses, observed; gradients of bias and scale, acc; and the losses' sum.
   Tensor losses, dbias, dscale;
   double sum = 0;
   // Of the loop: scattered rows; sums of a chunk's columns, and of those.
@@ -101,6 +118,14 @@ RowLoss::RowLoss(const LinearNllOperands& t, const LinearNllOptions& o)
   denominator = (double)rows * (double)outputs;
   if (row_weight.defined()) denominator = (double)outputs * ordered_sum(row_weight);
   if (reduction == at::Reduction::Mean) grad_scale = 1 / denominator;
+  set_observed(each() ? acc : x.scalar_type());
+}
+
+// Rows of predictions are compared with targets of a half type as they are, if each loss or its upstream gradient has
+// that type too: widened, they would be twice the bytes to move. Stirling's term is added to wide losses.
+void RowLoss::set_observed(at::ScalarType type) {
+  const bool as_given = type == x.scalar_type() && type == target.scalar_type() && !full_poisson && !takes_one_pass();
+  observed = as_given ? type : acc;
 }
 
 void RowLoss::set_gaussian(const LinearNllOperands& t, const LinearNllOptions& o) {
@@ -117,15 +142,14 @@ void RowLoss::set_gaussian(const LinearNllOperands& t, const LinearNllOptions& o
   constant = by_output([&](int64_t j) { return 0.5 * std::log(v[j]) + summand; });
 }
 
-// Of a chunk, whose targets are kept in `rows_target`.
-LikelihoodArgs RowLoss::likelihood_args(const Chunk& c, Tensor* rows_target) const {
-  *rows_target = rows_of_chunk(target, c);
-  if (rows_target->scalar_type() != acc || !rows_target->is_contiguous())
-    *rows_target = as_type(*rows_target, acc).contiguous();
-  const int64_t row = acc_size(dtype), at = c.begin * outputs * row;
-  const auto from = [](const Tensor& t, int64_t bytes) { return t.defined() ? (char*)t.data_ptr() + bytes : nullptr; };
-  return {{family, outputs, rows_target->const_data_ptr(), from(row_weight, c.begin * row), from(grad, at),
-           from(losses, at)},
+LikelihoodArgs RowLoss::likelihood_args(const Chunk& c, Observed* keep) const {
+  const auto adjacent = [&](const Tensor& t) { return as_type(rows_of_chunk(t, c), observed).contiguous(); };
+  *keep = {adjacent(target), grad.defined() ? adjacent(grad) : Tensor()};
+  const auto from = [&](const Tensor& t, int64_t row) {
+    return t.defined() ? (char*)t.data_ptr() + c.begin * row * t.element_size() : nullptr;
+  };
+  return {{family, outputs, keep->target.const_data_ptr(), from(row_weight, 1), data_or_null(keep->grad),
+           from(losses, outputs)},
           data_or_null(output_factor),
           data_or_null(constant),
           grad_scale};
@@ -157,7 +181,7 @@ void RowLoss::one_pass() {
   const bool in_place = features <= most_in_tiles() || x.stride(1) == 1;
   const Tensor weight = w.contiguous(), read = in_place ? x : x.contiguous();
   const Chunk all = {0, rows};
-  Tensor rows_target;
+  Observed seen;
   FewOutputsArgs a = {};
   a.x = read.const_data_ptr();
   a.x_stride = read.stride(0);
@@ -165,35 +189,35 @@ void RowLoss::one_pass() {
   a.features = features;
   a.weight = weight.const_data_ptr();
   a.bias = data_or_null(bias);
-  a.likelihood = likelihood_args(all, &rows_target);
+  a.likelihood = likelihood_args(all, &seen);
   a.grad_weight = data_or_null(dw);
   a.grad_x = data_or_null(dx);
   a.wide_grad_x = dx.defined() && dx.scalar_type() == acc;
   sum = few_outputs(dtype, a, rows, {value, slope(), data_or_null(dbias), data_or_null(dscale), 0});
-  sum += add_stirling(all, rows_target);
+  sum += add_stirling(all, seen.target);
 }
 
 Tensor RowLoss::turn(const Chunk& c, const Tensor& predictions) {
-  Tensor rows_target;
-  const LikelihoodArgs args = likelihood_args(c, &rows_target);
+  Observed seen;
+  const LikelihoodArgs args = likelihood_args(c, &seen);
   const DType type = acc_dtype(dtype);
-  total.add(likelihood(type, args, predictions.data_ptr(), c.rows,
+  total.add(likelihood(dtype_of(observed), args, predictions.data_ptr(), c.rows,
                        {value, slope(), data_or_null(bias_sums), data_or_null(scale_sums), 0}));
-  total.add(add_stirling(c, rows_target));
+  total.add(add_stirling(c, seen.target));
   if (bias_too) add_to_totals(type, bias_sums.const_data_ptr(), outputs, bias_totals.data());
   if (scale_too) add_to_totals(type, scale_sums.const_data_ptr(), outputs, scale_totals.data());
   return predictions;
 }
 
 void RowLoss::by_chunks() {
-  const bool widens = target.scalar_type() != acc || !target.is_contiguous();
+  const bool widens = target.scalar_type() != observed || !target.is_contiguous();
   const int64_t most = chunk_rows({.dtype = dtype,
                                    .rows = rows,
                                    .features = features,
                                    .classes = outputs,
                                    .positions = 1,
                                    .panels = widens ? 2 : 1,
-                                   .memory_budget = default_memory_budget()});
+                                   .memory_budget = std::nullopt});
   const Tensor panel = empty_result({most, outputs}, options());
   if (is_scattered(x)) packed = empty_result({most, features}, x.options());
   if (bias_too) bias_sums = empty_result_like(dbias);
@@ -211,12 +235,7 @@ void RowLoss::run() {
   if (bias_too) dbias = column();
   if (scale_too) dscale = column();
   if (empty()) return;
-  // Of transposed rows, the products' kernels have columns to read; a copy would take longer than they do.
-  const bool transposed = features > most_in_tiles() && x.stride(1) != 1 && x.stride(0) == 1;
-  if (!transposed && few_outputs_fit(dtype, features, outputs))
-    one_pass();
-  else
-    by_chunks();
+  takes_one_pass() ? one_pass() : by_chunks();
 }
 
 }  // namespace
