@@ -54,8 +54,8 @@ constexpr int64_t kLeastLanes = 16, kLaneSumRows = 2048;
 // With K of so many numbers for each output, dot products of rows where they lie take less than to transpose them.
 constexpr int64_t kDotInner = 16;
 // Up to so many columns, dot products of rows of a few vectors are taken one column after another, and take less than
-// lanes if rows have more bytes, as the accumulator's type: 10048 x 15 -> 1 of doubles, Zen 4, one core, 20 us and 46, of
-// float32 14 and 28, of bfloat16 12 and 26; x 8 -> 3 37 and 41, 47 and 34, 37 and 27.
+// lanes if rows have more bytes, as the accumulator's type: 10048 x 15 -> 1 of doubles, Zen 4, one core, 20 us and 46,
+// of float32 14 and 28, of bfloat16 12 and 26; x 8 -> 3 37 and 41, 47 and 34, 37 and 27.
 constexpr int64_t kShortDots = 4, kShortDotBytes = 32;
 // Rows of up to so many columns leave dot products with a lane to a row; longer ones are whole vectors.
 constexpr int64_t kLaneOutputs = 8;
@@ -172,6 +172,11 @@ constexpr int64_t kFewRows = 8;
 // kFewPanels panels a rest of half a panel, or less where K is short. Zen 4, one core, float32: 9, 16 and 20 x 1783 ->
 // 257 take 120, 174 and 211 us, and took 265; 1000 x 257 -> 33, 40, 48 189, 240, 301, and took 299, 304, 353.
 constexpr int64_t kFewPanels = 4, kDotK = 128;
+// Of more than kFewColumnsOfDots columns, a vector of dot products is counted as kDotVector multiply-adds of the packed
+// engine's and a sum as kDotSum; packing wins where a panel is mostly filled and K is not long. Zen 4, one core, 4000 x
+// 33 -> 32: 139 us packed and 400 of dot products (PyTorch 159), x 64 -> 18 163 and 175, x 256 -> 18 783 and 580.
+constexpr int64_t kFewColumnsOfDots = 8;
+constexpr double kDotVector = 1.2, kDotSum = 2.5;
 // The same of pairs of bf16, whose dot products take a load and an instruction for 32 numbers: a core of Zen 4 takes 24
 // x 512 -> 512 in 73 us, packed in 81; and 4 x 512 -> 512's gradient of x with widened rows in place in 71, packed 59.
 constexpr int64_t kFewRowsOfPairs = 24;

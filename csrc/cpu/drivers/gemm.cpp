@@ -230,6 +230,16 @@ int64_t whole_panels(DType dtype, const Gemm& g) {
   return splits && rows_along_k(dtype, g) && g.epilogue.bias_rows == 1 ? shorter - rest : 0;
 }
 
+// Whether dot products of rows along K with a few others take less than a panel that those fill in part: vectors of
+// multiply-adds, and what a sum costs. Of half types without pairs, dot products widen both sides again and again.
+bool dots_win(DType dtype, const Gemm& g, bool pairs) {
+  if (g.n <= tuning::kFewColumnsOfDots || g.m < tuning::kSkinny) return true;
+  if (size_of(dtype) != acc_size(dtype) && !pairs) return g.k > tuning::kDotK;
+  const int64_t panel = kernels().nr[(int)dtype], lanes = kernels().lanes[(int)dtype], numbers = (1 + pairs) * lanes;
+  const double packed = (double)(round_up(g.n, panel) / lanes * g.k) / (pairs ? 2 : 1);
+  return (double)g.n * (tuning::kDotVector * (double)ceil_div(g.k, numbers) + tuning::kDotSum) < packed;
+}
+
 bool both_few(int64_t a, int64_t b) { return std::max(a, b) <= tuning::kFewSides; }
 
 }  // namespace
@@ -247,12 +257,15 @@ GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
   const bool long_rows = along_k && (g.k >= g.n * tuning::kDotInner ||
                                      (g.n <= tuning::kShortDots && g.k * acc_size(dtype) > tuning::kShortDotBytes));
-  if (both_few(g.n, g.k) && !long_rows && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks && b_is_plain &&
-      g.epilogue.bias_rows == 1)
+  const bool pairs = pair_kernels(dtype, g);
+  // Columns of whole panels are packed for less than lanes take, of pairs from most of one on.
+  const bool fill_panels = along_k && g.m >= tuning::kSkinny &&
+                           (pairs ? 2 * g.n > kernels().nr[(int)dtype] : g.n == tuning::kSkinny && dtype != DType::f16);
+  if (both_few(g.n, g.k) && !long_rows && !fill_panels && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks &&
+      b_is_plain && g.epilogue.bias_rows == 1)
     return GemmPath::lanes;
   if (both_few(g.m, g.n) && g.k >= tuning::kLeastLanes && g.a_transposed && !g.b_transposed) return GemmPath::lane_sums;
-  const bool pairs = pair_kernels(dtype, g);
-  if (along_k && g.n <= tuning::kSkinny) return GemmPath::dot_few_columns;
+  if (along_k && g.n <= tuning::kSkinny && dots_win(dtype, g, pairs)) return GemmPath::dot_few_columns;
   if (along_k && g.m <= few_rows(dtype, g, pairs)) return GemmPath::dot_few_rows;
   const bool half = size_of(dtype) != acc_size(dtype);
   const bool readable = g.b.col_stride == 1 && g.b.inner == 1 && (half ? g.a.col_stride == 1 : g.a.inner == 1);

@@ -17,6 +17,7 @@ struct PairKernels {
 
 struct Kernels {
   const char* isa;
+  int64_t lanes[kDTypes];            // of a vector of the accumulator's type
   int64_t mr[kDTypes], nr[kDTypes];  // register tile of the GEMM
   int64_t tile_features[kDTypes];    // up to so many features few_outputs has a lane to a row, in tiles of columns
 

@@ -10,6 +10,7 @@ constexpr Kernels make_table(const char* isa, const PairKernels* pairs) {
   constexpr int64_t f32_features = f32v::size > 1 ? f32v::size : 0, f64_features = f64v::size > 1 ? f64v::size : 0;
   return {
       isa,
+      {f32v::size, f64v::size, f32v::size, f32v::size},
       {kTile.rows, kTile.rows, kTile.rows, kTile.rows},
       {f32_columns, f64_columns, f32_columns, f32_columns},
       {f32_features, f64_features, f32_features, f32_features},
