@@ -423,6 +423,8 @@ def linear_cross_entropy_plan(
     if peak > budget:
         fewer = "leave tiles of the products empty" if cuda else "be all packing"
         reason = f"fewer rows would {fewer}; the budget is {budget / 2**20:.1f} MiB"
+    elif not cuda and rows < _C.linear_cross_entropy_plan(N, D, V, _name(dtype), cuda, budget, memory)[0]:
+        reason = "as many rows as stay in a core's cache, since the weight is small"
     elif chunks == 1:
         reason = f"all logits fit the budget of {budget / 2**20:.1f} MiB"
     else:

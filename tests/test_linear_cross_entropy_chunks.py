@@ -343,3 +343,12 @@ def test_peak_memory_is_what_the_plan_says():
         used, planned = map(int, line.split())
         allowed = max(0.25 * planned, 12 * 2**20)
         assert abs(used - planned) <= allowed, f"{used / 2**20:.1f} MiB used, {planned / 2**20:.1f} MiB planned"
+
+
+def test_without_a_budget_chunks_of_a_small_weight_fit_the_caches():
+    plan = regfast.linear_cross_entropy_plan(65536, 784, 10, torch.float32)
+    assert plan.chunks > 1 and plan.peak_bytes < 16 << 20 and "cache" in plan.reason
+    given = regfast.linear_cross_entropy_plan(65536, 784, 10, torch.float32, memory_budget=1 << 30)
+    assert given.chunks == 1 and "all logits fit" in given.reason
+    large = regfast.linear_cross_entropy_plan(65536, 784, 10000, torch.float32)
+    assert "cache" not in large.reason
