@@ -5,6 +5,7 @@ A predicate is given the case and the problem as check.py words it.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -203,14 +204,13 @@ def _infinite_predictions(case: Case, problem: str) -> bool:
     return case.get("family") == "bernoulli" and "PyTorch nan" in problem and _unbounded(case)
 
 
-def _scaled_in_backward(case: Case, problem: str) -> bool:
-    return (
-        case["op"] in ("linear_cross_entropy", "linear_nll")
-        and case["options"].get("reduction", "mean") != "none"
-        and case["upstream"][0][0] == "nan"
-        and problem.startswith("gradient")
-        and ": nan, PyTorch" in problem
-    )
+def _divided_by_zero(case: Case, problem: str) -> bool:
+    """And by what is zero in its dtype, or whose reciprocal is beyond the gradients'."""
+    number = case["options"].get("normalizer", 1)
+    number = abs(number[0] if isinstance(number, list) else number)
+    found = re.search(r": at \d+: (\S+), PyTorch (\S+), in float64 (\S+)", problem)
+    infinite = found is not None and not any(math.isfinite(float(x)) for x in found.groups())
+    return number < 1e-4 and problem.startswith("gradient") and infinite
 
 
 def _bits_of_torch(case: Case, problem: str) -> bool:
@@ -253,7 +253,9 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
         _infinite_weights
     ),
     "at an infinite prediction bernoulli's loss is infinite; torch subtracts infinities": _infinite_predictions,
-    "gradients that forward computed are multiplied by an upstream NaN, those of ignored rows too": _scaled_in_backward,
+    "which infinity or NaN a gradient is of a loss that was divided by zero, the order of operations decides": (
+        _divided_by_zero
+    ),
     "bits of torch's operators, of which composites and ATen's products consist, depend on the number of threads": (
         _bits_of_torch
     ),
