@@ -42,7 +42,7 @@ def draw_options(r, probabilities: bool, c: int) -> dict:
     if options["reduction"] == "mean" and r.chance(0.2):
         number = r.choice(NORMALIZERS)
         options["normalizer"] = [number, r.choice(DTYPES)] if r.chance(0.4) else number  # a list: a tensor, its dtype
-    if r.chance(0.02) and "outputs" not in options:
+    if r.chance(0.02) and not {"outputs", "normalizer"} & set(options):
         options |= r.choice(({"label_smoothing": 1.5}, {"label_smoothing": -0.1}, {"reduction": "max"}))
     return options
 
