@@ -220,6 +220,11 @@ def check(rng: random.Random, seed: int, size: int) -> None:
     if case.linear:
         logits = reference.linear(logits, wide["linear_weight"], wide.get("linear_bias"))
     largest = transformed(logits, case).abs().nan_to_num(0, 0, 0).max().item() if logits.numel() else 0.0
+    target = wide["target"]
+    if target.is_floating_point() and target.numel():  # which need be no distribution
+        mass = target.abs().sum(case.by_class["target"])
+        largest *= max(1.0, mass.max().item())
+        terms += largest * mass.numel()
     if case.options["reduction"] == "mean" and "normalizer" not in case.options:
         terms /= max(1, case.tensors["target"].numel())
     assert len(ours) == len(theirs) == len(exact), what
