@@ -190,12 +190,13 @@ def draw_options(draw: Draw, op: str) -> tuple[str, ...]:
     if op in ("linear", "phm_linear"):
         found += [draw.choice(list(ACTIVATIONS))] * draw.chance(0.2)
     elif op == "cross_entropy":
-        plain = {"": 60, "smoothing": 10, "class weights": 10, "ignored": 10, "probabilities": 10}
-        found += [draw.pick(plain), reduction]
+        plain = {"": 55, "smoothing": 10, "class weights": 10, "ignored": 10, "probabilities": 10, "normalizer": 5}
+        found.append(draw.pick(plain))
+        found.append("" if "normalizer" in found else reduction)
     elif op == "linear_nll":
         found += [draw.choice(("gaussian", "bernoulli", "poisson")), reduction]
     elif op.endswith(("_loss", "_entropy")):
-        found.append(reduction)
+        found.append("normalizer" if op == "linear_cross_entropy" and draw.chance(0.05) else reduction)
     return tuple(filter(None, found))
 
 
@@ -247,6 +248,13 @@ def reduction(case: Drawn) -> str:
     return next((option.split()[1] for option in case.options if option.startswith("reduction")), "mean")
 
 
+def normalized(case: Drawn, loss: Callable, ours: Callable) -> tuple[Callable, Callable]:
+    """The two losses, or, where the case has a normalizer, the sum divided by a number, which regfast takes as one."""
+    if "normalizer" not in case.options:
+        return partial(loss, reduction=reduction(case)), partial(ours, reduction=reduction(case))
+    return lambda *args, **kwargs: loss(*args, **kwargs, reduction="sum") / 100, partial(ours, normalizer=100)
+
+
 def activated(case: Drawn, theirs: Callable, ours: Callable) -> tuple[Callable, Callable]:
     """The two with the case's activation, if it has one."""
     name = next((option for option in case.options if option in ACTIVATIONS), None)
@@ -286,7 +294,7 @@ def build_cross_entropy(case: Drawn) -> Work:
     n, classes, *positions = case.shape
     x = lay_out(values(*case.shape, dtype=case.torch_dtype, scale=3), case.layout).requires_grad_()
     target = torch.randint(classes, (n, *positions))
-    more = {"target": target, "reduction": reduction(case)}
+    more = {"target": target}
     if "probabilities" in case.options:
         more["target"] = x.detach().contiguous().softmax(1)
     elif "smoothing" in case.options:
@@ -296,16 +304,17 @@ def build_cross_entropy(case: Drawn) -> Work:
     elif "ignored" in case.options:
         others = target.view(-1)[1:]  # if all were ignored, the mean would be NaN
         others[torch.rand(others.shape) < 0.3] = -100
-    return Work([x], *(partial(fn, **more) for fn in (F.cross_entropy, regfast.cross_entropy)))
+    return Work([x], *(partial(fn, **more) for fn in normalized(case, F.cross_entropy, regfast.cross_entropy)))
 
 
 def build_linear_cross_entropy(case: Drawn) -> Work:
     n, _, classes = case.shape
-    target, kept = torch.randint(classes, (n,)), reduction(case)
+    target = torch.randint(classes, (n,))
+    loss, ours = normalized(case, F.cross_entropy, regfast.linear_cross_entropy)
     return Work(
         parameters(case),
-        lambda *layer: F.cross_entropy(F.linear(*layer), target, reduction=kept),
-        lambda x, w, b=None: regfast.linear_cross_entropy(x, w, target, linear_bias=b, reduction=kept),
+        lambda *layer: loss(F.linear(*layer), target),
+        lambda x, w, b=None: ours(x, w, target, linear_bias=b),
     )
 
 

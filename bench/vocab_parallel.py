@@ -2,12 +2,17 @@
 
     python bench/vocab_parallel.py                       # starts the processes itself; a minute or two
     python bench/vocab_parallel.py --ranks 2 --rows 512 --classes 131072 --json out.json
+    python bench/vocab_parallel.py --overlap             # how much of its collectives the linear classifier hides
 
 Beside ours: torch's loss_parallel, and Megatron-LM's formula as its vocab_parallel_cross_entropy has it. All take the
 logits of a rank's classes in float32 and give the loss and their gradient. For the linear classifier the others
 multiply with F.linear, and the sum of dX over the ranks is part of the step. Steps of all are taken in turn; the
 slowest rank's time counts, of which medians are shown. The ranks of one machine share its cores, so that more of them
 are no faster: bytes, memory and the ratios are what can be read off.
+
+--overlap takes one process with half of the classes, whose collectives take a known time each: the time that one of two
+ranks would wait for them is what is left of it after the products that run meanwhile. Time is that of the process's one
+thread, so that other programs do not count.
 """
 
 from __future__ import annotations
@@ -35,8 +40,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from regfast.distributed import linear_cross_entropy as ours_linear
-from regfast.distributed import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
+from regfast.distributed import chunks, groups, vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy
 
 
 class Megatron(torch.autograd.Function):
@@ -112,9 +116,8 @@ def products_timed():
 
         return call
 
-    problem = ours_linear._Problem
-    names = ("logits", "input_gradient", "add_weight_gradient")
-    with patch.multiple(problem, **{name: timed(getattr(problem, name)) for name in names}):
+    names = ("_product", "_add_product")
+    with patch.multiple(chunks, **{name: timed(getattr(chunks, name)) for name in names}):
         yield spent
 
 
@@ -203,6 +206,55 @@ def measure(args: argparse.Namespace, linear: bool) -> dict[str, dict[str, float
     return found
 
 
+@contextlib.contextmanager
+def delayed(seconds: float):
+    """Collectives whose results come so long after their start, and what is waited for each, in seconds; nobody sleeps,
+    but the clock goes on as if."""
+    waited: list[float] = []
+    start = groups.Group._start
+
+    def now() -> float:
+        return time.thread_time() + sum(waited)
+
+    def started(self, what, run):
+        wait, due = start(self, what, run), now() + seconds
+
+        def delayed_wait():
+            waited.append(max(0.0, due - now()))
+            return wait()
+
+        return delayed_wait
+
+    with patch.object(groups.Group, "_start", started):
+        yield waited
+
+
+def overlap(args: argparse.Namespace) -> None:
+    """Of a step's collectives, the part that products hide, by their time and by the number of chunks."""
+    store = dist.TCPStore("localhost", 0, 1, is_master=True)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    torch.set_num_threads(1)
+    args.classes //= 2
+    table = Table("budget (MiB)", "chunks", "of each collective (ms)", "of all (ms)", "waited (ms)", "hidden",
+                  title=f"{args.rows} rows, {args.features} features, {args.classes} classes of each rank")  # fmt: skip
+    for budget in (args.budget * 8, args.budget, args.budget // 4):
+        args.budget = budget
+        leaves, calls = contestants(args, True)
+        for milliseconds in (1, 5, 20, 80):
+            for _ in range(2):
+                with delayed(milliseconds / 1e3) as waited:
+                    calls["regfast"]()
+                for leaf in leaves:
+                    leaf.grad = None
+            every = milliseconds * len(waited)
+            left = 1e3 * sum(waited)
+            of_chunks = (len(waited) - 1) // 3  # maxima, sums and dX of each, and the sizes once
+            table.add_row(f"{budget >> 20}", f"{of_chunks}", f"{milliseconds}", f"{every}", f"{left:.0f}",
+                          f"{1 - left / every:.0%}")  # fmt: skip
+    Console(width=120).print(table)
+    dist.destroy_process_group()
+
+
 def worker(args: argparse.Namespace) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // dist.get_world_size()))
@@ -220,12 +272,16 @@ def main() -> None:
     options.add_argument("--features", type=int, default=128)
     options.add_argument("--budget", type=int, default=64 << 20, help="bytes for chunks; default: %(default)s")
     options.add_argument("--rounds", type=int, default=5)
+    options.add_argument("--overlap", action="store_true", help="how much of its collectives products hide")
     options.add_argument("--json", type=Path, help="where the figures go as well")
     args = options.parse_args()
     if any(args.classes % ranks for ranks in args.ranks):
         options.error(f"--classes: expected a multiple of each number of ranks, got {args.classes} and {args.ranks}")
     if "RANK" in os.environ:
         worker(args)
+        return
+    if args.overlap:
+        overlap(args)
         return
     table = Table("ranks", "op", "", "step (ms)", "not in products", "times ours", "bytes sent a row", "peak (MiB)",
                   title=f"{args.rows} rows, {args.features} features, {args.classes} classes, float32")  # fmt: skip

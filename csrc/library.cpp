@@ -24,6 +24,9 @@ TORCH_LIBRARY(regfast, m) {
   m.def(
       "linear_backward(Tensor grad, Tensor? input, Tensor? weight, Tensor? saved, str activation, bool[3] output_mask) "
       "-> (Tensor, Tensor, Tensor)");
+  // Products of matrices in the accumulator's type, which one of the factors of a half type may have.
+  m.def("_product(Tensor a, Tensor b, Tensor? bias) -> Tensor");
+  m.def("_add_product_(Tensor(a!) sum, Tensor a, Tensor b) -> ()");
   m.def("composite_linear(Tensor input, Tensor weight, Tensor? bias, str activation) -> Tensor");
 
   m.def("phm_linear(" RF_PHM_LINEAR ", str activation) -> Tensor");

@@ -53,6 +53,16 @@ def _loss_with_gradients(input: Shape, weight: Shape, *args: Any, **kwargs: Any)
     return _product(input, weight) * (1 + sum(output_mask[:2]))
 
 
+@register_flop_formula(_ops._product)
+def _product_of_chunk(a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(a) * b[1]
+
+
+@register_flop_formula(_ops._add_product_)
+def _added_product(total: Shape, a: Shape, b: Shape, *args: Any, **kwargs: Any) -> int:
+    return 2 * prod(a) * b[1]
+
+
 # Backward of a loss per row computes the logits, or the predictions, again.
 @register_flop_formula(_ops.linear_cross_entropy_backward)
 def _linear_cross_entropy_backward(

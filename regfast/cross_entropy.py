@@ -16,7 +16,7 @@ from . import _C, kinds
 from ._dtensor import is_dtensor
 from ._extension import REDUCTION_NUMBERS, reduction_number, without_tensors
 from .outputs import LOSS, LOSS_BIT, CrossEntropyOutput, require_one_for_scripts, select_outputs
-from .reference import normalized
+from .reference import divided, normalized, sum_to_divide
 from .types import LossOptions, Output, Reduction, Several
 
 _cross_entropy: Callable[..., list[Tensor]] = kinds.op("cross_entropy")
@@ -133,8 +133,10 @@ def cross_entropy(
     is not told of (a write through ``.data``, or through the array of ``input.detach().numpy()``, by a metric, say) may
     make its gradient wrong: do that to a clone, or after backward.
     """
-    if outputs is LOSS and size_average is None and reduce is None and normalizer is None and not is_dynamo_compiling():
-        number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
+    if outputs is LOSS and size_average is None and reduce is None and not is_dynamo_compiling():
+        number, wide = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None, loss_dtype
+        if normalizer is not None:
+            number, wide = sum_to_divide("cross_entropy", input, target, reduction, loss_dtype, normalizer)
         result = _C.cross_entropy(
             input,
             target,
@@ -147,10 +149,10 @@ def cross_entropy(
             logit_scale,
             LOSS_BIT,
             inplace_backward,
-            loss_dtype,
+            wide,
         )
         if result is not None:
-            return result[0]
+            return result[0] if normalizer is None else divided(result[0], normalizer).to(input.dtype)
     further: dict[str, Any] = {
         "z_loss": z_loss,
         "softcap": softcap,

@@ -18,7 +18,7 @@ from ._extension import REDUCTION_NUMBERS, are_tensors, reduction_number, refuse
 from .cross_entropy import cross_entropy
 from .linear import is_product
 from .outputs import LOSS, LOSS_BIT, CrossEntropyOutput, select_outputs
-from .reference import as_batch, normalized, unbatched
+from .reference import as_batch, divided, normalized, sum_to_divide, unbatched
 from .types import LossOptions, Output, Reduction, Several
 
 _linear_cross_entropy: Callable[..., list[Tensor]] = kinds.op("linear_cross_entropy")
@@ -140,9 +140,11 @@ def linear_cross_entropy(
     CUDA kernels are not enabled.
     """
     # A matrix of rows and a class for each, as plain as they come.
-    plain = outputs is LOSS and ignore_index is None and options is None and normalizer is None
+    plain = outputs is LOSS and ignore_index is None and options is None
     if plain and not is_dynamo_compiling():
-        number = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None
+        number, wide = REDUCTION_NUMBERS.get(reduction) if type(reduction) is str else None, loss_dtype
+        if normalizer is not None:
+            number, wide = sum_to_divide("linear_cross_entropy", input, target, reduction, loss_dtype, normalizer)
         if isinstance(input, Tensor) and input.ndim == 2:
             result = _C.linear_cross_entropy(
                 input,
@@ -159,10 +161,10 @@ def linear_cross_entropy(
                 LOSS_BIT,
                 memory_budget,
                 filter_eps,
-                loss_dtype,
+                wide,
             )
             if result is not None:
-                return result[0]
+                return result[0] if normalizer is None else divided(result[0], normalizer).to(input.dtype)
     further: dict[str, Any] = {
         "linear_bias": linear_bias,
         "weight": weight,

@@ -96,6 +96,8 @@ def result_types(input: Tensor, target: Tensor | None, weight: Tensor | None) ->
 
 def require_normalizer(op: str, normalizer: object, reduction: str) -> None:
     """A mean's sum is divided by it, and nothing else is."""
+    if reduction == "mean" and type(normalizer) in (int, float):
+        return
     number = isinstance(normalizer, (int, float, Tensor)) and not isinstance(normalizer, bool)
     _require(number, TypeError, f"{op}: normalizer", "a number or a Tensor", type(normalizer).__name__)
     real = not isinstance(normalizer, Tensor) or not normalizer.is_complex()
@@ -136,6 +138,22 @@ def normalized(
         if name in types:
             values[i] = values[i].to(types[name])
     return values[0] if isinstance(result, Tensor) else type(result)(values)
+
+
+_SUM_TYPES = {torch.float32: None, torch.float64: None, **dict.fromkeys(HALF, torch.float32)}
+
+
+def sum_to_divide(
+    op: str, input: object, target: object, reduction: str, loss_dtype: torch.dtype | None, normalizer: float | Tensor
+) -> tuple[int | None, torch.dtype | None]:
+    """What :func:`normalized` asks for in the plainest of calls, whose loss has input's type: the number of the sum and
+    its loss_dtype. No number in any other."""
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor) or loss_dtype is not None:
+        return None, None
+    if input.dtype not in _SUM_TYPES or target.is_floating_point() or _autocast(input):
+        return None, None
+    require_normalizer(op, normalizer, reduction)
+    return REDUCTIONS.index("sum"), _SUM_TYPES[input.dtype]
 
 
 def _require(condition: bool, error: type[Exception], what: str, expected: object, got: object) -> None:

@@ -4,10 +4,8 @@ import copy
 import itertools
 import random
 import re
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
 import pytest
 import ranks as here
@@ -28,7 +26,6 @@ from regfast.distributed import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
-from regfast.distributed import groups as distributed_groups
 
 NAMES = ("loss", "lse", "entropy", "logprob", "argmax")
 SIZES = (1, 2, 4)
@@ -193,69 +190,6 @@ def linear_cases(size: int, dtype: torch.dtype, first: int, count: int) -> None:
                 grads = [g[c] for g, c in zip(grads, cut, strict=True)]
             results.append(outputs + grads)
         compare(*results, what)
-
-
-@contextmanager
-def counted():
-    """The bytes of each collective of torch.distributed, by its name."""
-    sent: list[tuple[str, int]] = []
-
-    def counting(name, call):
-        def counted_call(tensor, *args, **kwargs):
-            sent.append((name, tensor.nbytes))
-            return call(tensor, *args, **kwargs)
-
-        return counted_call
-
-    names = ("all_reduce", "broadcast", "all_gather", "all_gather_object", "barrier", "all_to_all", "gather", "scatter")
-    of_rows = {name: counting(name, getattr(distributed_groups, name)) for name in ("_gather", "_reduce_scatter")}
-    of_all = {name: counting(name, getattr(dist, name)) for name in names}
-    with patch.multiple(dist, **of_all), patch.multiple(distributed_groups, **of_rows):
-        yield sent
-
-
-def traffic_case() -> None:
-    """Two collectives of at most 16 bytes a row in forward, none in backward beside dX."""
-    rows, features, classes = 4096, 8, 32
-    group, rank = here.groups[4], dist.get_rank()
-    x, target = torch.randn(rows, 8 * classes)[:, rank * classes : (rank + 1) * classes], class_targets((rows,), 128)
-    calls = [
-        ({}, [4, 8]),
-        ({"z_loss": 0.1, "label_smoothing": 0.1, "outputs": ("loss", "lse")}, [4, 8]),
-        ({"weight": torch.rand(classes), "label_smoothing": 0.1}, [4, 12]),
-        ({"outputs": ("loss", "lse", "logprob", "entropy", "argmax")}, [8, 12]),
-    ]
-    for options, expected in calls:
-        logits = leaf(x)
-        with counted() as sent:
-            loss = together(vocab_parallel_cross_entropy(logits, target, group=group, **options))[0]
-        assert [name for name, _ in sent] == ["all_reduce"] * 2, sent
-        # What comes besides does not grow with the rows.
-        assert [nbytes // rows for _, nbytes in sent] == expected, (options, sent)
-        with counted() as sent:
-            loss.backward()
-        assert sent == []
-    hidden, weight = leaf(torch.randn(rows, features)), leaf(torch.randn(classes, features))
-    with counted() as sent:
-        loss = vocab_parallel_linear_cross_entropy(hidden, weight, target, group=group, memory_budget=1 << 18)
-        loss.backward()
-    assert {name for name, _ in sent} == {"all_reduce"}
-    assert sum(nbytes for _, nbytes in sent) // rows == 4 + 8 + 4 * features, sent
-
-
-def sequence_parallel_traffic_case() -> None:
-    """Input is gathered once, dX scattered: each rank gives and gets parts."""
-    rows, features, classes = 256, 8, 32
-    hidden, weight = leaf(torch.randn(rows // 4, features)), leaf(torch.randn(classes, features))
-    with counted() as sent:
-        loss = vocab_parallel_linear_cross_entropy(
-            hidden, weight, class_targets((rows,), 4 * classes), memory_budget=1, sequence_parallel=True
-        )
-        loss.backward()
-    of_each = {name: sum(nbytes for n, nbytes in sent if n == name) for name, _ in sent}
-    assert of_each.keys() == {"all_reduce", "_gather", "_reduce_scatter"}
-    # What the collectives write: all rows of input, and this rank's of dX.
-    assert of_each["_gather"] == 4 * features * rows and of_each["_reduce_scatter"] == 4 * features * rows // 4
 
 
 def resident(key: str) -> int:
@@ -628,8 +562,6 @@ def test_linear(ranks, size):
 @pytest.mark.parametrize(
     "case",
     [
-        traffic_case,
-        sequence_parallel_traffic_case,
         hostile_cases,
         half_cases,
         options_cases,

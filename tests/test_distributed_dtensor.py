@@ -15,7 +15,8 @@ from regfast import reference
 if not dist.is_available():
     pytest.skip("this build of PyTorch has no distributed", allow_module_level=True)
 
-from test_distributed import counted, gradients, leaf, raises, together
+from test_distributed import gradients, leaf, raises, together
+from test_distributed_traffic import counted
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 

@@ -3,13 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from util import assert_as_good, check, class_targets, probability_targets, spiky
+from torch.testing import assert_close
+from util import INF, NAN, assert_as_good, check, class_targets, probability_targets, spiky
 
 import regfast
 from regfast import reference
 
 pytestmark = pytest.mark.kernels("cross_entropy", "linear_cross_entropy")
 NUMBERS = [7, 12.5, torch.tensor(9), torch.tensor([3.5], dtype=torch.float64)]
+
+
+def leaf(t):
+    return t.detach().requires_grad_()
 
 
 def of_linear(fn, **options):
@@ -37,6 +42,65 @@ def test_the_sum_is_divided(dtype, normalizer, probabilities):
         z,
         target,
     )
+
+
+ODD_NUMBERS = [0, -0.0, torch.tensor(0), -2, torch.tensor([-2.5]), 1e-30, 1e300]
+ODD_NUMBERS += [INF, torch.tensor(-INF, dtype=torch.float64), NAN]
+KINDS = ["classes", "some ignored", "all ignored", "no rows", "smoothed and weighted", "probabilities"]
+
+
+@pytest.mark.parametrize("normalizer", ODD_NUMBERS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("outputs", ["loss", ("loss", "lse")], ids=["loss", "loss and lse"])
+def test_an_odd_number_does_what_it_does_in_torch(kind, normalizer, outputs):
+    """x / 0 is infinite, 0 / 0 is NaN, and so are gradients, but for rows that are ignored, which have 0. (Which of
+    infinities and NaN a gradient is, torch's own order of operations decides.)"""
+    rows = 0 if kind == "no rows" else 9
+    options = {}
+    if kind == "probabilities":
+        target = probability_targets(rows, 12)
+    else:
+        ignored = {"some ignored": 0.4, "smoothed and weighted": 0.4, "all ignored": 1.0}.get(kind, 0.0)
+        target = class_targets((rows,), 12, ignored)
+    if kind == "smoothed and weighted":
+        options = {"label_smoothing": 0.1, "weight": torch.rand(12) + 0.5}
+    number = normalizer.reshape(()) if isinstance(normalizer, torch.Tensor) else normalizer
+    x, w, b, z = (leaf(spiky(*shape)) for shape in ((rows, 5), (12, 5), (12,), (rows, 12)))
+    for ours, theirs, leaves in (
+        (
+            lambda **o: regfast.linear_cross_entropy(x, w, target, linear_bias=b, **o),
+            lambda **o: F.cross_entropy(F.linear(x, w, b), target, **o),
+            [x, w, b],
+        ),
+        (lambda **o: regfast.cross_entropy(z, target, **o), lambda **o: F.cross_entropy(z, target, **o), [z]),
+    ):
+        result = ours(normalizer=normalizer, outputs=outputs, **options)
+        true = theirs(reduction="sum", **options) / number
+        for _ in range(2):  # the first time of a graph that is kept, and its last
+            got = torch.autograd.grad(result if outputs == "loss" else result.loss, leaves, retain_graph=True)
+        loss = result if outputs == "loss" else result.loss
+        assert_close(loss, true.to(loss.dtype), equal_nan=True)
+        assert loss.isnan() or torch.signbit(loss) == torch.signbit(true)
+        for ours_, theirs_ in zip(got, torch.autograd.grad(true, leaves), strict=True):
+            finite = theirs_.isfinite()
+            assert torch.equal(ours_.isfinite(), finite)
+            size = theirs_[finite].abs().max().item() if finite.any() else 0.0
+            assert_close(ours_[finite], theirs_[finite], rtol=1e-4, atol=1e-5 * size)
+
+
+def test_a_normalizer_has_a_gradient_as_in_torch():
+    z, x, w = (spiky(*shape, dtype=torch.float64) for shape in ((6, 12), (6, 5), (12, 5)))
+    target = class_targets((6,), 12, 0.3)
+    for ours, total in (
+        (lambda n: regfast.cross_entropy(z, target, normalizer=n), F.cross_entropy(z, target, reduction="sum")),
+        (
+            lambda n: regfast.linear_cross_entropy(x, w, target, normalizer=n),
+            F.cross_entropy(x @ w.T, target, reduction="sum"),
+        ),
+    ):
+        number, true = leaf(torch.tensor(3.0, dtype=torch.float64)), leaf(torch.tensor(3.0, dtype=torch.float64))
+        (got,) = torch.autograd.grad(ours(number), number)
+        assert_close(got, *torch.autograd.grad(total / true, true))
 
 
 def test_micro_batches_add_up_to_the_mean_of_all_rows():

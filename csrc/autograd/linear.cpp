@@ -109,12 +109,20 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward_meta(const Tensor& grad, cons
           mask[2] ? at::empty_symint({outputs}, grad.options()) : none()};
 }
 
+Tensor product_meta(const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
+  const auto acc = check_product("_product", a, b);
+  check_product_bias(a, b, bias);
+  return at::empty_symint({a.sym_size(0), b.sym_size(1)}, a.options().dtype(acc));
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(regfast, m) {
   register_op<linear, composite, linear_autocast>(m, "linear");
   register_meta<linear_forward_meta>(m, "linear_forward");
   register_meta<linear_backward_meta>(m, "linear_backward");
+  register_meta<product_meta>(m, "_product");
+  register_meta<check_add_product>(m, "_add_product_");
 }
 
 }  // namespace rf

@@ -6,6 +6,8 @@
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/graph_task.h>
 
+#include <cmath>
+
 #include "shared/torch_api.h"
 
 namespace rf {
@@ -37,14 +39,17 @@ void keep_wanted(const std::array<Tensor*, n>& grads, const std::array<bool, n>&
 }
 
 // Gradients that forward saved, of the first of an op's inputs, times `up` and in the inputs' types, as far as they
-// are needed; nothing where forward saved none.
+// are needed; nothing where forward saved none, nor for an upstream gradient that is infinite or NaN: that is the
+// kernels' to multiply, since rows that take no part are no 0 times infinity. (A GPU's value nobody waits for.)
 template <size_t n>
 std::optional<torch::autograd::variable_list> take_saved_gradients(const Tensor& up, at::ArrayRef<Tensor> grads,
                                                                    std::initializer_list<const Tensor*> inputs,
                                                                    const std::array<bool, n>& needs) {
   if (std::none_of(grads.begin(), grads.end(), [](const Tensor& g) { return g.defined(); })) return std::nullopt;
   const bool hidden = values_are_hidden(up);
-  const bool one = !hidden && up.is_cpu() && up.item<double>() == 1;
+  const double value = !hidden && up.is_cpu() ? up.item<double>() : 0;
+  if (!std::isfinite(value)) return std::nullopt;
+  const bool one = value == 1;
   torch::autograd::variable_list result(n);
   for (size_t i = 0; i < grads.size(); ++i) {
     if (!needs[i]) continue;

@@ -112,10 +112,35 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Opt
   return {dx, dw, db};
 }
 
+// For chunks of a loss that Python goes through: panels and sums stay in the accumulator's type.
+template <class Device>
+Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
+  const auto acc = check_product("_product", a, b);
+  check_product_bias(a, b, bias);
+  const Device device(a);
+  const Tensor c = device.empty({a.size(0), b.size(1)}, a.options().dtype(acc));
+  const Tensor added = bias.has_value() ? bias->to(acc).contiguous() : Tensor();
+  if (c.numel() > 0 && a.size(1) > 0)
+    multiply(device, a, b, c, added);
+  else if (added.defined())
+    Tensor(c).copy_(added.expand(c.sizes()));
+  else
+    Tensor(c).zero_();
+  return c;
+}
+
+template <class Device>
+void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  check_add_product(sum, a, b);
+  if (sum.numel() > 0 && a.size(1) > 0) multiply(Device(a), a, b, sum, {}, Sum::next);
+}
+
 template <class Device>
 void register_linear(torch::Library& m, std::string (*by)(const Tensor&)) {
   register_kernels<linear_forward<Device>>(m, "linear_forward", by);
   register_kernels<linear_backward<Device>>(m, "linear_backward", by);
+  register_kernels<product<Device>>(m, "_product", by);
+  register_kernels<add_product<Device>>(m, "_add_product_", by);
 }
 
 }  // namespace rf

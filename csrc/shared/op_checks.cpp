@@ -2,6 +2,7 @@
 #include "shared/torch_api.h"
 
 #include "shared/op_checks.h"
+#include "shared/product.h"
 
 namespace rf {
 // ---- any op's arguments --------------------------------------------------------------------------------------------
@@ -144,6 +145,39 @@ Activation check_linear_backward(const Tensor& grad, const OptionalTensor& input
   }
   if (mask[1]) check_layer_input(op, needed(op, "input", input, grad), grad);
   return activation;
+}
+
+at::ScalarType check_product(const char* op, const Tensor& a, const Tensor& b) {
+  check_first(op, "a", a);
+  check_readable(op, "b", b, a);
+  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, has_kernel(b.scalar_type()), op, "b", listed(kDTypeNames), b.scalar_type());
+  const auto type = product_type(a, b), acc = acc_type(type);
+  const auto check_factor = [&](const char* name, const Tensor& t) {
+    RF_CHECK(TORCH_CHECK, t.dim() == 2, op, name, "a matrix", t.sym_sizes());
+    RF_CHECK(TORCH_CHECK, t.scalar_type() == type || t.scalar_type() == acc, op, name, c10::str(type, " or ", acc),
+             t.scalar_type());
+  };
+  check_factor("a", a);
+  check_factor("b", b);
+  RF_CHECK(TORCH_CHECK, b.sym_size(0) == a.sym_size(1), op, "b", c10::str(a.sym_size(1), " rows"), b.sym_sizes());
+  return acc;
+}
+
+void check_product_bias(const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
+  constexpr auto op = "_product";
+  if (!check_optional(op, "bias", bias, a)) return;
+  RF_CHECK(TORCH_CHECK_NOT_IMPLEMENTED, has_kernel(bias->scalar_type()), op, "bias", listed(kDTypeNames),
+           bias->scalar_type());
+  check_sizes(op, "bias", *bias, {b.sym_size(1)});
+}
+
+void check_add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
+  constexpr auto op = "_add_product_";
+  const auto acc = check_product(op, a, b);
+  check_readable(op, "sum", sum, a);
+  check_type(op, "sum", sum, acc);
+  check_sizes(op, "sum", sum, {a.sym_size(0), b.sym_size(1)});
+  RF_CHECK(TORCH_CHECK, sum.is_contiguous(), op, "sum", "a contiguous tensor", c10::str("strides ", sum.sym_strides()));
 }
 
 // ---- phm_linear ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,11 @@ Activation check_linear_forward(const Tensor& x, const Tensor& w, const Optional
 Activation check_linear_backward(const Tensor& grad, const OptionalTensor& input, const OptionalTensor& weight,
                                  const OptionalTensor& saved, string_view activation, std::array<bool, 3> mask);
 
+// Of a product in the accumulator's type, which is returned.
+at::ScalarType check_product(const char* op, const Tensor& a, const Tensor& b);
+void check_product_bias(const Tensor& a, const Tensor& b, const OptionalTensor& bias);
+void check_add_product(const Tensor& sum, const Tensor& a, const Tensor& b);
+
 Activation check_phm_linear_forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& bias,
                                     string_view activation);
 Activation check_phm_linear_backward(const Tensor& grad, const OptionalTensor& input, const Tensor& a, const Tensor& s,

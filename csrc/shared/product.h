@@ -98,8 +98,9 @@ void multiply(const Device& device, const Factor& a, const Factor& b, const Tens
   Tensor out = c;
   if constexpr (requires { device.wide_product(out, out, out, true); })
     if (wide) {
-      TORCH_INTERNAL_ASSERT(!bias.defined());
-      return device.wide_product(out, a.tensor(), b.tensor(), sum == Sum::next);
+      device.wide_product(out, a.tensor(), b.tensor(), sum == Sum::next);
+      if (bias.defined()) out.add_(bias);
+      return;
     }
   if (sum == Sum::next)
     at::addmm_out(out, out, a.tensor(), b.tensor());

@@ -10,26 +10,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import kinds
-from .._extension import not_a_tensor, reduction_number
-from ..outputs import LOSS, CrossEntropyOutput, select_outputs
-from ..reference import HALF, OUTPUTS, divided, require_normalizer, result_types
+from ..outputs import LOSS, CrossEntropyOutput
+from ..reference import divided, result_types
 from ..types import LossOptions, Output, Reduction, Several
-from .groups import (
-    Group,
-    OfGroup,
-    Vocabulary,
-    outside_of_graphs,
-    refuse_second_derivatives,
-    refuse_transforms,
-    require_kernels,
-)
-from .slices import Options, Saved, Slice, class_dim, row_shape, slice_gradient
+from .arguments import FLOATING, call_of, checked_options, in_one_type, require_class_weight, require_target
+from .gradients import slice_gradient
+from .groups import Group, outside_of_graphs, refuse_second_derivatives, refuse_transforms, require_kernels
+from .rows import Options, Saved, bad_targets, class_dim, row_shape
+from .slices import Slice
 
 if TYPE_CHECKING:
     from .groups import GroupOrMesh
 
 _OP = "vocab_parallel_cross_entropy"
-FLOATING = (torch.float32, torch.float64, *HALF)
 
 
 class _Rows(torch.autograd.Function):
@@ -50,7 +43,7 @@ class _Rows(torch.autograd.Function):
         ctx.group, ctx.options, ctx.vocabulary, ctx.in_place = group, options, vocabulary, in_place
         ctx.names = tuple(part.results)
         results = [result.view(part.shape) for result in part.results.values()]
-        counts = row_weights(part.saved, part.rows, part.type)
+        counts = part.saved.row_weights()
         ctx.mark_non_differentiable(counts, *(r for r in results if not r.is_floating_point()))
         return (*results, counts)
 
@@ -60,26 +53,12 @@ class _Rows(torch.autograd.Function):
         logits, probabilities, weight, *saved = ctx.saved_tensors
         upstream = dict(zip(ctx.names, grads, strict=False))
         upstream.pop("argmax", None)
+        needs = ctx.needs_input_grad
         dx, dt = slice_gradient(
             upstream, logits, probabilities, weight, Saved(*saved), ctx.options, ctx.vocabulary,
-            in_place=ctx.in_place, wants=ctx.needs_input_grad[:2],
+            in_place=ctx.in_place and needs[0], wants=needs[:2],
         )  # fmt: skip
-        needs = ctx.needs_input_grad
         return dx if needs[0] else None, dt if needs[1] else None, None, None, None, None, None
-
-
-def bad_targets(target: Tensor | None, options: Options, vocabulary: Vocabulary) -> Tensor | None:
-    """Rows whose target is neither a class nor ignored."""
-    if target is None:
-        return None
-    return (target != options.ignore_index) & ((target < 0) | (target >= vocabulary.total))
-
-
-def row_weights(saved: Saved, rows: int, type: torch.dtype) -> Tensor:
-    """Each row's term of the mean's denominator."""
-    if saved.valid is None:
-        return torch.ones(rows, dtype=type, device=saved.stats.device)
-    return saved.valid.to(type) if saved.class_weight is None else saved.class_weight
 
 
 def mean_of(total: Tensor, count: Tensor) -> Tensor:
@@ -99,120 +78,6 @@ def reduced(
     for group in row_groups:
         dist.all_reduce(count, group=group)
     return mean_of(total, count)
-
-
-def options_of(
-    op: str,
-    names: Sequence[str],
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
-    logit_scale: float | None,
-) -> Options:
-    """Numbers of one kind, whatever they were given as, since those of all ranks are compared."""
-    o = Options(
-        kinds.integer(op, "ignore_index", ignore_index),
-        kinds.number(op, "label_smoothing", label_smoothing),
-        kinds.number(op, "z_loss", z_loss),
-        None if softcap is None else kinds.number(op, "softcap", softcap),
-        None if logit_scale is None else kinds.number(op, "logit_scale", logit_scale),
-        frozenset(names),
-    )
-    if not 0 <= o.label_smoothing <= 1:
-        raise RuntimeError(f"regfast.{op}: label_smoothing: expected a number from 0 to 1, got {o.label_smoothing}")
-    if o.softcap is not None and not o.softcap > 0:
-        raise RuntimeError(f"regfast.{op}: softcap: expected a positive number or None, got {o.softcap}")
-    return o
-
-
-def require_loss_dtype(op: str, dtype: torch.dtype | None) -> None:
-    if kinds.dtype(op, "loss_dtype", dtype) not in (None, *FLOATING):
-        raise RuntimeError(
-            f"regfast.{op}: loss_dtype: expected float32, float64, bfloat16, float16 or None, got {dtype}"
-        )
-
-
-def require_target(op: str, shape: torch.Size, logits_shape: torch.Size, target: Tensor) -> bool:
-    """Whether target holds probabilities; if it is neither these nor classes of rows, an error."""
-    if target.is_floating_point() and target.shape == logits_shape:
-        return True
-    if target.shape != shape or target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise RuntimeError(
-            f"regfast.{op}: target: expected class indices {tuple(shape)} of an integer type or probabilities "
-            f"{tuple(logits_shape)} of a floating one, got {target.dtype} {tuple(target.shape)}"
-        )
-    return False
-
-
-def require_class_weight(op: str, weight: Tensor | None, classes: int, like: Tensor) -> None:
-    if weight is None:
-        return
-    if not isinstance(weight, Tensor):
-        raise not_a_tensor(op, weight=weight)
-    if weight.requires_grad:
-        raise RuntimeError(f"regfast.{op}: weight: expected one without gradient, got one with it")
-    if weight.shape != (classes,) or not weight.is_floating_point() or weight.device != like.device:
-        raise RuntimeError(
-            f"regfast.{op}: weight: expected one number for each of this rank's {classes} classes, floating and on "
-            f"{like.device}, got {weight.dtype} {tuple(weight.shape)} on {weight.device}"
-        )
-
-
-def call_of(
-    op: str,
-    input: Tensor,
-    shape: tuple[Any, ...],
-    target: Tensor,
-    weight: Tensor | None,
-    options: Options,
-    normalizer: float | Tensor | None,
-    **others: object,
-) -> dict[str, object]:
-    """What has to be the same on all ranks."""
-    return {
-        "input": f"{input.dtype} {shape}",
-        "target": "probabilities" if target.is_floating_point() else "classes",
-        "weight": weight is not None,
-        **options._asdict(),
-        "outputs": tuple(sorted(options.outputs)),
-        "normalizer": None if normalizer is None else kinds.number(op, "normalizer", normalizer),
-        **others,
-    }
-
-
-def in_one_type(input: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits and probabilities in the wider type, which is float64 if the weights are."""
-    if not target.is_floating_point():
-        return input, target
-    wide = torch.promote_types(input.dtype, target.dtype)
-    if weight is not None and weight.dtype == torch.float64:
-        wide = torch.float64
-    return input.to(wide), target.to(wide)
-
-
-def checked_options(
-    op: str,
-    tensors: dict[str, object],
-    reduction: str,
-    outputs: str | tuple[str, ...],
-    normalizer: float | Tensor | None,
-    loss_dtype: torch.dtype | None,
-    *numbers: Any,
-) -> tuple[list[str], Options, Any, Any]:
-    """What both losses ask of their arguments before they look at shapes: the outputs' names in the kernels' order, the
-    options of ``numbers``, and what :func:`select_outputs` tells of the result."""
-    for name, value in tensors.items():
-        if not isinstance(value, Tensor):
-            raise not_a_tensor(op, **{name: value})
-    reduction_number(op, reduction)
-    bits, result, places = select_outputs(op, outputs)
-    names = [name for bit, name in enumerate(OUTPUTS) if bits >> bit & 1]
-    if normalizer is not None:
-        require_normalizer(op, normalizer, reduction)
-    options = options_of(op, names, *numbers)
-    require_loss_dtype(op, loss_dtype)
-    return names, options, result, places
 
 
 class _Options(LossOptions, total=False):
@@ -294,10 +159,12 @@ def vocab_parallel_cross_entropy(
 
     Sent for each row, in float32 (float64 for float64): its maximum; then the sum of exponentials and, if loss or
     logprob is wanted, the logit of the target: 4 and 8 bytes of float32. One number more for each of class weights,
-    entropy, logprob beside a loss that is smoothed or weighted, and probabilities (two with logprob). argmax widens the
-    maximum to 8 bytes, and of float64 takes a third collective of 8. Each message ends in a few numbers for each rank,
-    which tell how many classes it has, whether it makes the same call, and whether its targets are classes. On a GPU
-    the host waits for them.
+    entropy, smoothing beside logprob, and probabilities (beside logprob one more if smoothed, two if weighted): at most
+    16 bytes, but 20 where classes are weighted and smoothed and loss, logprob and entropy are wanted, and 20 or 24 for
+    probabilities that are weighted, or smoothed with entropy, where loss and logprob are. argmax widens the maximum to
+    8 bytes, and of float64 takes a third collective of 8. Each message ends in a few numbers for each rank, which tell
+    how many classes it has, whether it makes the same call, and whether its targets are classes. On a GPU the host
+    waits for them.
 
     Saved for backward: input, probabilities and weight, and per row the statistics of the whole row, its class here and
     the weight of it. Nothing of input's size is allocated but its gradient. Compiled code breaks its graph here.
@@ -375,22 +242,3 @@ def losses_of_slices(
         t if name == "argmax" else t.to(loss_dtype or types[name]) for name, t in zip(names, tensors, strict=True)
     ]
     return tensors[0] if result is None else result(*(tensors[i] for i in places))
-
-
-class VocabParallelCrossEntropyLoss(OfGroup):
-    """:func:`vocab_parallel_cross_entropy` with its options; ``weight`` is that of this rank's classes."""
-
-    weight: Tensor | None
-
-    def __init__(self, weight: Tensor | None = None, *, group: Any = None, **options: Any) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.group, self.options = group, options
-
-    def forward(self, input: Tensor, target: Tensor, *, normalizer: float | Tensor | None = None) -> Any:
-        return vocab_parallel_cross_entropy(
-            input, target, self.weight, group=self.group, normalizer=normalizer, **self.options
-        )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -21,7 +21,7 @@ from ..outputs import select_outputs
 from . import cross_entropy as logits_of_slices
 from . import linear_cross_entropy as linear_of_slices
 from .groups import group_of_mesh
-from .slices import class_dim
+from .rows import class_dim
 
 
 class _Layout:

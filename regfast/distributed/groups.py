@@ -3,7 +3,6 @@ that all ranks make the same call."""
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from .. import _C
@@ -169,18 +168,6 @@ class Group:
                 f"regfast.{self.op}: target: expected the same classes on all ranks, got others on "
                 f"{self.names(vocabulary.other_targets)} than on {self.names([0])}"
             )
-
-
-class OfGroup(nn.Module):
-    """A module of a process group, which its copies share: torch can copy none."""
-
-    group: GroupOrMesh
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> OfGroup:
-        memo[id(self.group)] = self.group
-        memo[id(self)] = other = type(self).__new__(type(self))
-        other.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return other
 
 
 class Vocabulary:

@@ -35,7 +35,7 @@ TENSOR_FAULTS = (
 @cache
 def names() -> list[str]:
     """All ops of the schema, without the namespace; a new one is called without further ado, but for those whose names
-    begin with _, which take no tensors and change the process."""
+    begin with _: what changes the process, and the products of chunks, which tests/test_wide_products.py has."""
     found = {s.name.removeprefix(PREFIX) for s in torch._C._jit_get_all_schemas() if s.name.startswith(PREFIX)}
     return sorted(n for n in found if not n.startswith("_"))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -14,7 +17,8 @@ from .draw import DTYPES
 from .ops import REDUCTIONS, Op, dtype_of, register
 from .terms import Terms
 
-FURTHER = ("z_loss", "softcap", "logit_scale", "outputs", "inplace_backward", "loss_dtype")
+FURTHER = ("z_loss", "softcap", "logit_scale", "outputs", "inplace_backward", "loss_dtype", "normalizer")
+NORMALIZERS = (1, 7, 12.5, -3, 0, 1e-6, 1e6, math.inf, -math.inf)
 
 
 def draw_options(r, probabilities: bool, c: int) -> dict:
@@ -35,7 +39,10 @@ def draw_options(r, probabilities: bool, c: int) -> dict:
         options["outputs"] = names
     if r.chance(0.1):
         options["loss_dtype"] = r.choice(DTYPES)
-    if r.chance(0.02) and "outputs" not in options:
+    if options["reduction"] == "mean" and r.chance(0.2):
+        number = r.choice(NORMALIZERS)
+        options["normalizer"] = [number, r.choice(DTYPES)] if r.chance(0.4) else number  # a list: a tensor, its dtype
+    if r.chance(0.02) and not {"outputs", "normalizer"} & set(options):
         options |= r.choice(({"label_smoothing": 1.5}, {"label_smoothing": -0.1}, {"reduction": "max"}))
     return options
 
@@ -47,6 +54,8 @@ def call_options(options: dict) -> dict:
         result["loss_dtype"] = dtype_of(result["loss_dtype"])
     if "outputs" in result:
         result["outputs"] = tuple(result["outputs"])
+    if isinstance(number := result.get("normalizer"), list):
+        result["normalizer"] = torch.tensor(number[0], dtype=dtype_of(number[1]))
     return result
 
 
@@ -58,6 +67,23 @@ def exact_options(options: dict) -> dict:
 def plain(options: dict) -> bool:
     """Whether torch has all these options."""
     return not set(options) & set(FURTHER)
+
+
+def counterpart(function, composite, options: dict):
+    """Of a case's options, torch's function if it has them, where a normalizer is a division; the composite if not."""
+    options = call_options(options)
+    if not plain({k: v for k, v in options.items() if k != "normalizer"}):
+        return partial(composite, **options)
+    if "normalizer" not in options:
+        return partial(function, **options)
+    number = options.pop("normalizer")
+
+    def divided(input, *args, **kwargs):
+        kwargs |= options | {"reduction": "sum"}
+        total = function(input, *args, **kwargs)
+        return (total / number).to(total.dtype)
+
+    return divided
 
 
 def draw_target(r, probabilities: bool, c: int, options: dict) -> dict:
@@ -98,7 +124,7 @@ class CrossEntropy(Op):
             "probabilities": probabilities,
             "options": options,
             "tensors": tensors,
-            "module": r.chance(0.05),
+            "module": r.chance(0.05) and "normalizer" not in options,
         }
 
     def outputs(self, case):
@@ -117,9 +143,8 @@ class CrossEntropy(Op):
         return regfast.cross_entropy(t["input"], t["target"], t.get("weight"), **options)
 
     def torchs(self, t, case):
-        options = call_options(case["options"])
-        function = F.cross_entropy if plain(options) else reference.cross_entropy
-        return function(t["input"], t["target"], t.get("weight"), **options)
+        function = counterpart(F.cross_entropy, reference.cross_entropy, case["options"])
+        return function(t["input"], t["target"], t.get("weight"))
 
     def is_torchs(self, case):
         return plain(case["options"])
@@ -192,7 +217,7 @@ class LinearCrossEntropy(Op):
             "probabilities": probabilities,
             "options": options,
             "tensors": tensors,
-            "module": r.chance(0.05),
+            "module": r.chance(0.05) and "normalizer" not in options,
         }
 
     def outputs(self, case):
@@ -231,17 +256,14 @@ class LinearCrossEntropy(Op):
         )
 
     def torchs(self, t, case):
-        options = call_options(case["options"])
-        options.pop("memory_budget", None)
-        options.pop("filter_eps", None)
-        function = F.linear_cross_entropy if plain(options) else reference.linear_cross_entropy
+        options = {k: v for k, v in case["options"].items() if k not in ("memory_budget", "filter_eps")}
+        function = counterpart(F.linear_cross_entropy, reference.linear_cross_entropy, options)
         return function(
             t["input"],
             t["linear_weight"],
             t["target"],
             linear_bias=t.get("linear_bias"),
             weight=t.get("weight"),
-            **options,
         )
 
     def is_torchs(self, case):

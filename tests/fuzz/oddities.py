@@ -5,6 +5,7 @@ A predicate is given the case and the problem as check.py words it.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -48,12 +49,12 @@ def _int_targets(case: Case, problem: str) -> bool:
 
 def _bias_after_the_product(case: Case, problem: str) -> bool:
     """Where input has one dimension, or more than two, and its strides do not let them be one."""
-    return (
-        case["op"] == "linear"
-        and case.get("mismatch") in (["bias", "dtype"], ["weight", "flatter"])
-        and problem.startswith("only regfast raised")
-        and len(case["sizes"]["n"]) != 1
-    )
+    sizes = case["sizes"]
+    if case["op"] == "linear":
+        found = case.get("mismatch") in (["bias", "dtype"], ["weight", "flatter"]) and len(sizes["n"]) != 1
+    else:
+        found = case.get("mismatch") == ["linear_bias", "dtype"] and bool(sizes.get("single"))
+    return found and problem.startswith("only regfast raised")
 
 
 def _one_class_for_one_row(case: Case, problem: str) -> bool:
@@ -203,14 +204,13 @@ def _infinite_predictions(case: Case, problem: str) -> bool:
     return case.get("family") == "bernoulli" and "PyTorch nan" in problem and _unbounded(case)
 
 
-def _scaled_in_backward(case: Case, problem: str) -> bool:
-    return (
-        case["op"] in ("linear_cross_entropy", "linear_nll")
-        and case["options"].get("reduction", "mean") != "none"
-        and case["upstream"][0][0] == "nan"
-        and problem.startswith("gradient")
-        and ": nan, PyTorch" in problem
-    )
+def _divided_by_zero(case: Case, problem: str) -> bool:
+    """And by what is zero in its dtype, or whose reciprocal is beyond the gradients'."""
+    number = case["options"].get("normalizer", 1)
+    number = abs(number[0] if isinstance(number, list) else number)
+    found = re.search(r": at \d+: (\S+), PyTorch (\S+), in float64 (\S+)", problem)
+    infinite = found is not None and not any(math.isfinite(float(x)) for x in found.groups())
+    return number < 1e-4 and problem.startswith("gradient") and infinite
 
 
 def _bits_of_torch(case: Case, problem: str) -> bool:
@@ -253,7 +253,9 @@ ODDITIES: dict[str, Callable[[Case, str], bool]] = {
         _infinite_weights
     ),
     "at an infinite prediction bernoulli's loss is infinite; torch subtracts infinities": _infinite_predictions,
-    "gradients that forward computed are multiplied by an upstream NaN, those of ignored rows too": _scaled_in_backward,
+    "which infinity or NaN a gradient is of a loss that was divided by zero, the order of operations decides": (
+        _divided_by_zero
+    ),
     "bits of torch's operators, of which composites and ATen's products consist, depend on the number of threads": (
         _bits_of_torch
     ),

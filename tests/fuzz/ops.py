@@ -28,6 +28,10 @@ def dtype_of(name: str | None) -> torch.dtype:
 
 
 def getattr_text(name: str, value: object) -> str:
+    if name == "normalizer":
+        number, *dtype = value if isinstance(value, list) else [value]
+        text = repr(number) if math.isfinite(number) else f"float('{number}')"
+        return f"torch.tensor({text}, dtype=torch.{dtype[0]})" if dtype else text
     return f"torch.{value}" if name in ("dtype", "loss_dtype") else repr(value)
 
 

@@ -139,6 +139,9 @@ def of_cross_entropy(z: Tensor, error: Tensor, target: Tensor, weight: Tensor | 
     if reduction == "mean":
         count = valid.sum() if probabilities or weight is None else (t * w).sum()
         part = 1 / count if count else torch.zeros_like(count)
+        if (number := options.get("normalizer")) is not None:
+            number = torch.tensor(number[0] if isinstance(number, list) else number, dtype=z.dtype).abs()
+            part = 1 / number if number else torch.ones_like(number)  # what is infinite then are no terms
     else:
         part = torch.ones((), dtype=z.dtype)
     entropy = rows.log_p * 0 + (rows.log + 1 + (rows.p * rows.below).sum(1, keepdim=True)) * (1 + rows.error)
