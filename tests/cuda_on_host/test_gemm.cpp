@@ -309,6 +309,8 @@ void hopper_products(Random& random) {
        {Size{128, 256, 64}, Size{2, 2, 2}, Size{9, 7, 3}, Size{129, 257, 65}, Size{63, 8, 300}, Size{1100, 17, 9}})
     run(s.m, s.n, s.k, Layout::aligned, Layout::aligned, random.chance(0.5), random.chance(0.5), true,
         random.chance(0.7));
+  // An odd number of boxes in each tile, so that the next one goes on with the other.
+  run(1100, 17, 9, Layout::aligned, Layout::aligned, false, true, false, true);
 }
 
 // What the copy engine cannot be told of stays with the other kernels.
