@@ -119,6 +119,10 @@ PYBIND11_MODULE(_C, m) {
   m.attr("FAMILIES") = names(rf::kFamilyNames);
   m.def("ask_about_subclasses", ask_about_subclasses);
   m.attr("CUDA_OPS") = names(rf::kCudaOps);
+  std::vector<std::string> classes;
+  for (int c = 0; c < rf::kRowClasses; ++c) classes.push_back(rf::row_class_name(c));
+  m.attr("CUDA_ROW_OPS") = names(rf::kRowOps);
+  m.attr("CUDA_ROW_CLASSES") = pybind11::tuple(pybind11::cast(classes));
   m.def("ask_about_cuda_kernels", ask_about_cuda_kernels);
   m.def("use_cuda_kernels", rf::use_cuda_kernels, pybind11::arg("device"), pybind11::arg("ops"),
         pybind11::arg("choices"), "From now on these ops' kernels are in use on a CUDA device, and no others.");

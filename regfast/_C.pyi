@@ -18,6 +18,8 @@ DTYPES: tuple[str, ...]
 ACTIVATIONS: tuple[str, ...]
 FAMILIES: tuple[str, ...]
 CUDA_OPS: tuple[str, ...]
+CUDA_ROW_OPS: tuple[str, ...]
+CUDA_ROW_CLASSES: tuple[str, ...]
 
 def build_info() -> BuildInfo: ...
 def isa() -> str: ...

@@ -53,6 +53,13 @@ def test_parts_do_not_stop_each_other(gpu, tmp_path):
     run.part("absent", ["no-such-program-anywhere"], 30)
     run.part("late", python("print('never')"), 30, gpu.SECONDS)
     assert [part.ok for part in run.parts] == [True, False, False, False, False]
+    # compute-sanitizer, where it may not look at the device, and where it has found fault with a case.
+    run.part("refused", python("raise SystemExit('Device not supported')"), 30, 0, '"begin"')
+    run.part("at fault", python("print('{\"begin\": 0}', flush=True); raise SystemExit('a hazard')"), 30, 0, '"begin"')
+    assert [(part.ok, part.detail) for part in run.parts[5:]] == [
+        (True, "left out, it cannot run here: Device not supported"),
+        (False, "a hazard"),
+    ]
     details = [part.detail for part in run.parts]
     assert details[:3] == ["hello you", "ValueError: no such kernel", "stopped after 1 s"]
     assert "no-such-program" in details[3] and details[4] == "not run: the time is over"
@@ -78,7 +85,7 @@ def test_whole_run(gpu, tmp_path, monkeypatch, capsys, failing):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     seen = []
 
-    def part(self, name, command, limit, keep=0, **environment):
+    def part(self, name, command, limit, keep=0, begun="", **environment):
         seen.append((name, environment, self.environment))
         self.add(gpu.Part(name, name != failing, 1.0, "done"))
         if name == "prove":

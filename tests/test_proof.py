@@ -1,4 +1,5 @@
 """Which CUDA kernels are in use: the proof's file, what turns them on and off, and what a user is told."""
+# ruff: noqa: F811  # fixtures are taken from proof_examples.py by their names
 
 import json
 import os
@@ -7,56 +8,15 @@ import sys
 import threading
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from proof_examples import CALLS, GPU, OPS, first_tensors, gpu, in_use, proof_of, proofs  # noqa: F401
 
 import regfast
 from regfast import _C
-from regfast.__main__ import main
-from regfast._paths import recorded
-from regfast.cli import prove as command
-from regfast.proof import decide, machine, roofline, store
-from regfast.proof.machine import Identity
-from regfast.proof.run import Subject
+from regfast.proof import decide, store
 
 pytestmark = pytest.mark.no_kernels("no GPU is there")
-GPU = Identity("NVIDIA H200", 90, "580.95.05", "0123456789ab")
-OPS = dict.fromkeys(_C.CUDA_OPS, "")
-
-
-def proof_of(identity=GPU, **changes):
-    changes = {"ops": {**OPS, "softmax": "wrong"}, "choices": {"bfloat16 large": "sm90"}, **changes}
-    return store.Proof(identity, "2026-11-29", **changes)
-
-
-@pytest.fixture(autouse=True)
-def proofs(tmp_path, monkeypatch):
-    monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path / "proofs"))
-    monkeypatch.delenv("REGFAST_CUDA_KERNELS", raising=False)
-    monkeypatch.setattr(decide, "_warned", set())
-    return tmp_path / "proofs"
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Devices that are asked about as if they were there. What C++ is told of a number stays, so each has another."""
-
-    class Pretended(machine.Machine):
-        def identity(self):
-            return GPU
-
-    monkeypatch.setattr(decide, "Machine", Pretended)
-    monkeypatch.setattr(decide, "is_built", lambda: True)
-    monkeypatch.setattr(decide, "devices", lambda: 1)
-    gpu.number = getattr(gpu, "number", 8) + 1
-    return gpu.number
-
-
-def in_use(device):
-    return {op for op in _C.CUDA_OPS if _C.cuda_kernels_in_use(op, device)}
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------
@@ -193,8 +153,9 @@ def test_without_a_proof_the_command_is_named_once(gpu):
 @pytest.mark.parametrize("said", ["0", "1"])
 @pytest.mark.parametrize("proven", [False, True])
 def test_the_environment_decides_against_it(gpu, monkeypatch, said, proven):
+    """Where it turns all kernels on, products stay those that were fastest, and no rows are PyTorch's."""
     if proven:
-        store.write(proof_of())
+        store.write(proof_of(choices={"bfloat16 large": "sm90", "softmax long": "aten"}))
     monkeypatch.setenv("REGFAST_CUDA_KERNELS", said)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -213,38 +174,6 @@ def test_what_it_may_say_is_0_or_1():
         text=True,
     )
     assert done.stderr.strip().splitlines()[-1] == "ValueError: REGFAST_CUDA_KERNELS: expected 0 or 1, got yes"
-
-
-# Each op once, of tensors that are made by what it is given.
-CALLS = {
-    "linear": lambda t: regfast.linear(t(4, 8), t(6, 8), t(6)),
-    "softmax": lambda t: regfast.softmax(t(4, 8), 0),
-    "log_softmax": lambda t: regfast.log_softmax(t(4, 8), -1),
-    "logsumexp": lambda t: regfast.logsumexp(t(4, 8), 0),
-    "cross_entropy": lambda t: regfast.cross_entropy(t(4, 8), t(4, dtype=torch.int64)),
-    "linear_cross_entropy": lambda t: regfast.linear_cross_entropy(t(4, 8), t(6, 8), t(4, dtype=torch.int64)),
-    "linear_nll": lambda t: regfast.linear_mse_loss(t(4, 8), t(6, 8), t(4, 6), t(6)),
-    "phm_linear": lambda t: regfast.phm_linear(t(4, 8), t(2, 2, 2), t(2, 3, 4), t(6)),
-    "mse_loss": lambda t: regfast.mse_loss(t(4, 8), t(4, 8)),
-}
-
-
-@pytest.fixture
-def first_tensors(gpu):
-    """Ops of fake tensors that say that they are on the GPU: by the dispatcher, C++ and Python."""
-    if torch.cuda.is_available():
-        pytest.skip("where there is a GPU, a fake tensor is on it or on none")
-    asked = []
-    _C.ask_about_cuda_kernels(lambda device: (asked.append(device), decide.answer(device)))
-
-    def call(*ops):
-        with FakeTensorMode(), recorded() as calls:
-            for op in ops:
-                CALLS[op](partial(torch.empty, device=f"cuda:{gpu}"))
-        return asked, [(call.op, call.why) for call in calls if call.path == "composite"]
-
-    yield call
-    _C.ask_about_cuda_kernels(decide.answer)
 
 
 def test_the_first_tensor_of_a_device_asks(gpu, first_tensors):
@@ -290,119 +219,3 @@ def test_devices_beyond_those_counted_have_none():
         _C.use_cuda_kernels(64, [], [])
     with pytest.raises(ValueError, match="no op with CUDA kernels is called soft"):
         _C.use_cuda_kernels(63, ["soft"], [])
-
-
-# ---- the machine and the command -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\nGCC version: 12.2\n",
-        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  550.54.15  Release Build  (dvs-builder)\n",
-    ],
-)
-def test_the_driver_is_named_as_nvidia_smi_names_it(tmp_path, text):
-    (tmp_path / "version").write_text(text)
-    assert machine.driver(tmp_path / "version") == "550.54.15"
-
-
-def test_the_build_is_told_by_the_extension_and_its_torch(monkeypatch):
-    first = machine.build()
-    assert machine.build() == first and len(first) == 12
-    monkeypatch.setattr(torch, "__version__", torch.__version__ + "x")
-    assert machine.build() != first
-
-
-def test_without_kernels_or_gpu_there_is_nothing_to_prove(monkeypatch, capsys):
-    monkeypatch.setattr(decide, "is_built", lambda: False)
-    assert main(["prove"]) == 2
-    assert "expected a build with CUDA kernels" in capsys.readouterr().err
-    monkeypatch.setattr(decide, "is_built", lambda: True)
-    monkeypatch.setattr(decide, "devices", lambda: 0)
-    assert main(["prove"]) == 2
-    assert "expected an NVIDIA GPU" in capsys.readouterr().err
-    monkeypatch.setattr(decide, "devices", lambda: 2)
-    assert main(["prove", "--device", "2"]) == 2
-    assert "--device: expected one of the 2 GPUs from 0 on, got 2" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_written_is_named_before_the_work(monkeypatch, capsys, tmp_path):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path / "file" / "proofs"))
-    assert command.run_on(0, ["no-such-program"], 1) == 2
-    told = capsys.readouterr().err
-    assert len(told.splitlines()) == 1 and "the proof cannot be written to" in told and "REGFAST_PROOFS" in told
-
-
-@pytest.mark.parametrize("with_rich", [True, False])
-def test_what_the_command_prints(monkeypatch, capsys, proofs, with_rich):
-    """Of a proof as a GPU might give it: one table, what is wrong and how to report it, last where the proof lies."""
-    if not with_rich:
-        for name in ("rich", "rich.console", "rich.table", "rich.progress"):
-            monkeypatch.setitem(sys.modules, name, None)
-    subjects = {
-        "linear": Subject(2, passed=1, skipped=["large: 48 GiB of memory are not free"]),
-        "softmax": Subject(3, passed=1, failed="(37, 10) float32 odd", error="other bits"),
-        "sm90 bfloat16": Subject(4, passed=4),
-        "gelu_tanh float32": Subject(4, failed="(3, 4, 5)", error="error 0.1"),
-    }
-    timed = {
-        "name": "softmax fwd, short",
-        "op": "softmax",
-        "median_s": {"regfast": 2e-4},
-        "ratio": 1.25,
-        "share": 0.872,
-    }
-    won = {
-        "name": "gemm_sm90, bfloat16 large",
-        "choice": "bfloat16 large",
-        "chosen": "sm90",
-        "ratio": 1.1,
-        "share": None,
-    }
-    made = proof_of(
-        failures=[{"op": "softmax", "case": "(37, 10) float32 odd", "error": "other bits"}],
-        measured=[{**timed, "bound": "copy_gb_s", "predicted": 0.9}, won],
-    )
-
-    def prove(worker, device, seconds, progress):
-        progress(1, 9, "softmax (37, 10)")
-        return made, subjects, "17 cases, 0 faults"
-
-    monkeypatch.setattr(command, "prove", prove)
-    assert command.run_on(0, [], 1) == 1
-    told = capsys.readouterr()
-    words = " ".join(told.out.split())
-    for text in (
-        "right in 1 cases, 1 skipped",
-        "other bits",
-        "200 us",
-        "1.25x",
-        "87%",
-        "90%",
-        "taken",
-        "17 cases, 0 faults",
-    ):
-        assert text in words, text
-    assert "softmax is wrong in (37, 10) float32 odd: other bits." in words and "Please report it as an issue" in words
-    assert words.endswith(f"Written to {proofs / GPU.file_name}")
-    assert store.read(GPU) == made
-    assert with_rich or "1 of 9: softmax" in told.err
-
-    def full(proof):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(store, "write", full)
-    assert command.run_on(0, [], 1) == 2
-    assert "could not be written: [Errno 28] No space left on device" in capsys.readouterr().err
-
-
-def test_the_ledger_is_made_of_the_predictions():
-    path = machine.Path(__file__).parent.parent / "KERNELS.md"
-    if not path.exists():
-        pytest.skip("there is no KERNELS.md beside these tests")
-    within = path.read_text().split(roofline.BEGIN)[1].split(roofline.END)[0]
-    assert within.strip() == roofline.table()
-    assert roofline.predicted("cross_entropy fwd", 89) == roofline.predicted("cross_entropy fwd", 80)
-    assert roofline.predicted("gemm_sm90 bf16", 80) is None and roofline.predicted("gemm_sm80 fp64", 90) is None

@@ -26,9 +26,10 @@ def prove(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path / "proofs"))
     monkeypatch.setattr(sanitizer.shutil, "which", lambda *_, **__: None)
 
-    def call(planted: str = "", ratio: float = 2.0):
+    def call(planted: str = "", ratio: float = 2.0, slow: str = ""):
         monkeypatch.setenv("PLANTED", planted)
         monkeypatch.setenv("PLANTED_RATIO", str(ratio))
+        monkeypatch.setenv("PLANTED_SLOW", slow)
         status = command.run_on(0, WORKER, seconds=300)
         told = capsys.readouterr()
         return status, store.read(EmulatedGpu(EMULATOR).identity()), told.out + told.err
@@ -37,13 +38,17 @@ def prove(tmp_path, monkeypatch, capsys):
 
 
 def test_right_kernels_are_proven(prove):
-    status, proof, told = prove()
+    slow = "softmax short few,softmax columns,cross_entropy medium"
+    status, proof, told = prove(slow=slow)
     assert status == 0, told
     assert proof.proven == list(_C.CUDA_OPS) and not proof.failures
     # The clock says that ours are twice as fast, in everything.
     assert proof.choices["bfloat16 large"] == "sm80" and proof.choices["float32 relu"] == "fused"
     # torch's gelu on the CPU is another than gelu_tanh, which the proof finds: that epilogue is not taken.
     assert "float32 gelu_tanh" not in proof.choices and "torch's epilogue is not as exact" in told
+    # Of rows those are PyTorch's for which its kernels are faster, and the others ours.
+    assert {what for what, chosen in proof.choices.items() if chosen == "aten"} == set(slow.split(","))
+    assert "softmax fwd, columns" in told and "PyTorch's is taken" in told
     assert "right in" in told and "compute-sanitizer" in told and "90%" in told
 
 
@@ -76,21 +81,24 @@ def test_each_wrong_kernel_is_named_and_stays_on_pytorch(prove):
     assert "softmax is wrong in" in told and "Please report it as an issue" in told
 
 
-def test_a_case_that_hangs_costs_its_op(monkeypatch):
-    monkeypatch.setenv("PLANTED", "logsumexp_forward hang")
+def test_a_case_that_hangs_costs_its_op_and_one_without_memory_is_skipped(monkeypatch):
+    monkeypatch.setenv("PLANTED", "logsumexp_forward hang,linear_nll_forward full")
     choices = [f"{choice} {arithmetic}" for choice in ("sm80", "relu", "gelu_tanh") for arithmetic in SIZES.arithmetics]
-    others = [*choices, *(op for op in _C.CUDA_OPS if op not in ("logsumexp", "mse_loss"))]
+    others = [*choices, *(op for op in _C.CUDA_OPS if op not in ("logsumexp", "linear_nll", "mse_loss"))]
     machine, subjects = run.run_cases([*WORKER, "cases", "--without", *others], lambda *_: None, hang_seconds=30)
     assert machine == EmulatedGpu(EMULATOR).identity()
     assert subjects["logsumexp"].error == "no answer for 30 s" and not subjects["mse_loss"].why_not
+    full = subjects["linear_nll"]
+    assert not full.failed and len(full.skipped) == full.cases and full.why_not == "no case could be run"
+    assert full.skipped[0].endswith("not enough memory is free")
 
 
 def test_a_worker_that_does_not_start_is_told_in_its_words(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("REGFAST_PROOFS", str(tmp_path))
     broken = [sys.executable, "-c", "raise SystemExit('no CUDA driver')"]
-    assert command.run_on(0, broken, 1) == 2
+    assert command.run_on(0, broken, 600) == 2
     assert "no case could be run: no CUDA driver" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 CHOICES = """

@@ -192,6 +192,10 @@ std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Operands& g
                               : w.defined() && probabilities && w.dim() != 1 ? "a weight that broadcasts"
                                                                              : nullptr;
   if (takes_composite("cross_entropy", {&x, &target, &w}, special)) return finish(composite(t, o));
+  // What PyTorch's own has, it may be faster at.
+  const bool plain = o.outputs == kOutputLoss && o.z_loss == 0 && !o.softcap && !o.logit_scale && !o.loss_dtype;
+  if (plain && (probabilities || target.scalar_type() == at::kLong) && rows_by_aten("cross_entropy", x, class_dim(x)))
+    return {at::cross_entropy_loss(x, target, t.weight, o.reduction, o.ignore_index, o.label_smoothing)};
   if (!probabilities) return finish(by_kernels(t, o, inplace_backward));
   // Both in the wider type, and in float64 if the weights are; autograd rounds their gradients.
   auto computed = c10::promoteTypes(x.scalar_type(), target.scalar_type());

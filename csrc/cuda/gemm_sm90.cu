@@ -1,7 +1,8 @@
 // The matrix product on Hopper, for bf16 and fp16. A block stays on its SM and takes one 128 x 256 tile of C after
 // another: one thread has the copy engine bring stages of both operands, two warpgroups multiply them with wgmma, and
-// the stages of the next tile arrive while the sums of this one leave. The blocks of a cluster take tiles below one
-// another, whose columns of B each of them copies a part of to all. Off until it has been measured (tuning.h).
+// the stages of the next tile arrive while the sums of this one leave, by the copy engine again. The blocks of a
+// cluster take tiles below one another, whose columns of B each of them copies a part of to all. Off until it has been
+// measured.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,9 +11,9 @@
 #include <algorithm>
 #include <climits>
 
-#include "cuda/device/epilogue.cuh"
 #include "cuda/device/launch_kernel.cuh"
 #include "cuda/device/ptx_sm90.cuh"
+#include "cuda/device/results_sm90.cuh"
 #include "cuda/gemm.h"
 #include "cuda/tuning.h"
 
@@ -24,12 +25,10 @@ constexpr int kStages = tuning::kHopperStages;
 constexpr int kWarpgroup = 128, kConsumers = kTileM / 64, kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kBytesA = kTileM * kDepth * 2, kBytesB = kTileN * kDepth * 2, kStageBytes = kBytesA + kBytesB;
 constexpr int kBlockBytes = 64 * kDepth * 2;  // 64 rows (columns) of an operand, whichever way its memory runs
-// Sums leave a warp 16 rows at a time; eight words between rows keep the banks apart.
-constexpr int kColumnsOut = tuning::kHopperColumnsOut, kStagingStride = kColumnsOut + 8;
-constexpr int kStagingFloats = 16 * kStagingStride;
-constexpr int kStagingBytes = kConsumers * 4 * kStagingFloats * 4;
+constexpr int kStagingBytes = kConsumers * 4 * kBoxesOut * kBoxBytes;
 constexpr int kSharedBytes = kStages * kStageBytes + kStagingBytes + 2 * kStages * (int)sizeof(uint64_t);
 static_assert(kSharedBytes <= 227 << 10, "all of Hopper's shared memory that a block can have");
+static_assert(kStageBytes % 1024 == 0, "the swizzle's pattern repeats after 1024 bytes");
 constexpr int kProducerRegisters = tuning::kHopperProducerRegisters;
 constexpr int kConsumerRegisters = tuning::kHopperConsumerRegisters;
 
@@ -81,53 +80,19 @@ __device__ __forceinline__ uint64_t descriptor(const char* tile, int step) {
          field(8 * 128) << 32 | uint64_t(1) << 62;
 }
 
-// What a warp of a consumer has summed, through its own part of shared memory, so that a lane holds neighbouring
-// columns.
-template <class T>
-__device__ __forceinline__ void write_out(const GemmTask& task, const float (&sum)[128], float* staging, int64_t row0,
-                                          int64_t column0) {
-  constexpr int kLanesPerRow = kColumnsOut / kWidth<T>;
-  const int lane = (int)threadIdx.x % 32;
-#pragma unroll
-  for (int part = 0; part < kTileN / kColumnsOut; ++part) {
-#pragma unroll
-    for (int j = 0; j < kColumnsOut / 8; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float* pair = sum + (part * (kColumnsOut / 8) + j) * 4 + half * 2;
-        *(float2*)(staging + (half * 8 + lane / 4) * kStagingStride + j * 8 + lane % 4 * 2) =
-            make_float2(pair[0], pair[1]);
-      }
-    __syncwarp();
-    const int64_t column = column0 + part * kColumnsOut + lane % kLanesPerRow * kWidth<T>;
-    if (column < task.n) {
-      float bias[kWidth<T>];
-      load_bias<T>(task.out, column, task.n, bias);
-#pragma unroll 1
-      for (int r = lane / kLanesPerRow; r < 16; r += 32 / kLanesPerRow) {
-        if (row0 + r >= task.m) break;
-        const float4* from = (const float4*)(staging + r * kStagingStride + lane % kLanesPerRow * kWidth<T>);
-        const float4 low = from[0], high = from[1];
-        float x[kWidth<T>] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-        finish<T>(task.out, row0 + r, column, task.n, bias, x);
-      }
-    }
-    __syncwarp();
-  }
-}
-
 template <class T, bool a_across, bool b_across>
 __global__ void __launch_bounds__(kThreads, 1)
-    gemm_sm90(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b, GemmTask task) {
+    gemm_sm90(const __grid_constant__ CUtensorMap map_a, const __grid_constant__ CUtensorMap map_b,
+              const __grid_constant__ Results results, GemmTask task) {
   if constexpr (ptx::kHopper) {
     char* const shared = ptx::dynamic_shared<char>();
-    float* const all_staging = (float*)(shared + kStages * kStageBytes);
     uint64_t* const arrived = (uint64_t*)(shared + kStages * kStageBytes + kStagingBytes);
     uint64_t* const consumed = arrived + kStages;
     const int cluster = (int)ptx::cluster_size(), rank = (int)ptx::cluster_rank();
     if (threadIdx.x == 0) {
       ptx::prefetch_map(&map_a);
       ptx::prefetch_map(&map_b);
+      if (results.by_engine) ptx::prefetch_map(&results.c);
       for (int s = 0; s < kStages; ++s) {
         ptx::mbarrier_init(arrived + s, 1);
         ptx::mbarrier_init(consumed + s, cluster * kConsumers * 4);  // each warp of all blocks that it is copied for
@@ -162,6 +127,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       ptx::more_registers<kConsumerRegisters>();
       const int warp = (int)threadIdx.x / 32 - kWarpgroup / 32, first_row = (warpgroup - 1) * 64;
       const int lane = (int)threadIdx.x % 32;
+      WarpResults<T> out = {task, results, shared + kStages * kStageBytes + warp * kBoxesOut * kBoxBytes};
       const auto signal = [&](int stage) {
         if (lane < cluster) ptx::mbarrier_arrive_at(consumed + stage, lane);
       };
@@ -185,9 +151,9 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
         ptx::wgmma_wait<0>();
         signal(previous);
-        write_out<T>(task, sum, all_staging + warp * kStagingFloats,
-                     (tile.row * cluster + rank) * kTileM + first_row + warp % 4 * 16, tile.column * kTileN);
+        out.write(sum, (tile.row * cluster + rank) * kTileM + first_row + warp % 4 * kRowsOut, tile.column * kTileN);
       }
+      out.finish();
     }
     // While others of the cluster copy to this block's memory or arrive at its barriers, it has to be there.
     ptx::cluster_sync();
@@ -220,19 +186,34 @@ EncodeTiled encode_tiled() {
   return function;
 }
 
-// How the copy engine sees an operand: rows of memory, in boxes that are 128 bytes wide. False where it cannot.
+// How the copy engine sees a matrix: rows of memory, in boxes that are 128 bytes wide. False where it cannot.
 template <class T>
-bool make_map(const GemmOperand& o, int64_t mn, int64_t k, int span, CUtensorMap* map) {
-  const int64_t size = sizeof(T), rows = o.across_k ? k : mn, columns = o.across_k ? mn : k;
-  const bool aligned = o.view.outer_stride * size % 16 == 0 && (uintptr_t)o.view.data % 16 == 0;
-  if (o.view.inner != 1 || o.view.col_stride != 1 || !aligned || o.view.outer_stride < columns) return false;
-  const cuuint64_t extent[] = {(cuuint64_t)columns, (cuuint64_t)rows};
-  const cuuint64_t stride[] = {(cuuint64_t)(o.view.outer_stride * size)};
-  const cuuint32_t box[] = {64, (cuuint32_t)(o.across_k ? kDepth : span)}, every[] = {1, 1};
+bool make_map(const void* data, int64_t rows, int64_t columns, int64_t row_stride, int box_rows, CUtensorMap* map) {
+  const int64_t pitch = row_stride * (int64_t)sizeof(T);
+  if (pitch % 16 || (uintptr_t)data % 16 || row_stride < columns) return false;
+  const cuuint64_t extent[] = {(cuuint64_t)columns, (cuuint64_t)rows}, stride[] = {(cuuint64_t)pitch};
+  const cuuint32_t box[] = {64, (cuuint32_t)box_rows}, every[] = {1, 1};
   constexpr auto type = std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  return encode_tiled()(map, type, 2, const_cast<void*>(o.view.data), extent, stride, box, every,
+  return encode_tiled()(map, type, 2, const_cast<void*>(data), extent, stride, box, every,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+template <class T>
+bool make_map(const GemmOperand& o, int64_t mn, int64_t k, int span, CUtensorMap* map) {
+  if (o.view.inner != 1 || o.view.col_stride != 1) return false;
+  return o.across_k ? make_map<T>(o.view.data, k, mn, o.view.outer_stride, kDepth, map)
+                    : make_map<T>(o.view.data, mn, k, o.view.outer_stride, span, map);
+}
+
+// Where C's rows do not lie at 16 bytes, lanes write them.
+template <class T>
+Results make_results(const GemmTask& task) {
+  Results r = {};
+  const auto map = [&](const void* matrix, CUtensorMap* to) {
+    return make_map<T>(matrix, task.m, task.n, task.out.c_stride, kRowsOut, to);
+  };
+  r.by_engine = map(task.out.c, &r.c) && (!task.out.preactivation || map(task.out.preactivation, &r.preactivation));
+  return r;
 }
 
 template <class T>
@@ -249,7 +230,7 @@ bool start(const GemmTask& task, cudaStream_t stream) {
   const dim3 grid((unsigned)(clusters * cluster));
   const auto kernel = task.a.across_k ? (task.b.across_k ? gemm_sm90<T, true, true> : gemm_sm90<T, true, false>)
                                       : (task.b.across_k ? gemm_sm90<T, false, true> : gemm_sm90<T, false, false>);
-  launch_cluster(kernel, cluster, grid, dim3(kThreads), kSharedBytes, stream, a, b, task);
+  launch_cluster(kernel, cluster, grid, dim3(kThreads), kSharedBytes, stream, a, b, make_results<T>(task), task);
   return true;
 }
 

@@ -103,9 +103,10 @@ struct GemmSmall {
 };
 
 // Hopper's own kernel: a tile of two warpgroups' 64 rows each, as wide as wgmma is; 64 half elements of K are the 128
-// bytes that the swizzle is over. A stage is 48 KiB of operands, and 4 of them leave room for 20 KiB through which sums
-// leave, 32 columns of them at a time.
-constexpr int kHopperTileM = 128, kHopperTileN = 256, kHopperDepth = 64, kHopperStages = 4, kHopperColumnsOut = 32;
+// bytes that the swizzle is over. A stage is 48 KiB of operands, and 4 of them leave 35 KiB of the 227 that a block can
+// have. Through 32 of these results leave: each of 8 warps has two boxes of 16 rows by 64 columns (2 KiB), one of which
+// it fills while the copy engine reads the other.
+constexpr int kHopperTileM = 128, kHopperTileN = 256, kHopperDepth = 64, kHopperStages = 4, kHopperBoxesOut = 2;
 // Blocks of a cluster, whose tiles lie below one another and share columns of B: each reads 32 KiB from L2 for a stage
 // instead of 48, in the 1024 cycles that wgmma takes for it; L2 has about 30 bytes a cycle for each SM. Beyond so many
 // rows of tiles, a last one alone in its cluster is a small part.

@@ -15,6 +15,26 @@ constexpr uint32_t kAnswered = 1u << 31;
 
 std::atomic<uint32_t> in_use[kMostCudaDevices];
 
+constexpr int kFamily = (int)std::size(kRowOps);
+static_assert(kRowClasses <= 8, "a bit for each class of rows");
+std::atomic<uint8_t> rows_by_aten[kMostCudaDevices][kFamily];
+
+// The choices that are about rows, as bits; the others.
+CudaChoices take_rows(const CudaChoices& choices, uint8_t (&bits)[kFamily]) {
+  CudaChoices others;
+  for (const auto& choice : choices) {
+    bool found = false;
+    for (int op = 0; op < kFamily; ++op)
+      for (int c = 0; c < kRowClasses; ++c)
+        if (choice.first == kRowOps[op] + (" " + row_class_name(c)) && choice.second == "aten") {
+          bits[op] |= 1 << c;
+          found = true;
+        }
+    if (!found) others.push_back(choice);
+  }
+  return others;
+}
+
 uint32_t bit_of(const char* op) {
   for (int i = 0; i < kOps; ++i)
     if (!std::strcmp(op, kCudaOps[i])) return 1u << i;
@@ -29,7 +49,10 @@ void use_cuda_kernels(int device, const std::vector<std::string>& ops, const Cud
                                 ", got " + std::to_string(device));
   uint32_t bits = kAnswered;
   for (const auto& op : ops) bits |= bit_of(op.c_str());
-  if (take_cuda_choices) take_cuda_choices(device, choices);
+  uint8_t rows[kFamily] = {};
+  const CudaChoices others = take_rows(choices, rows);
+  if (take_cuda_choices) take_cuda_choices(device, others);
+  for (int op = 0; op < kFamily; ++op) rows_by_aten[device][op].store(rows[op], std::memory_order_relaxed);
   in_use[device].store(bits, std::memory_order_release);
 }
 
@@ -42,6 +65,13 @@ bool cuda_kernels_in_use(const char* op, int device) {
     bits = in_use[device].load(std::memory_order_acquire);
   }
   return bits & bit_of(op);
+}
+
+bool cuda_rows_by_aten(const char* op, int device, int row_class) {
+  if (device < 0 || device >= kMostCudaDevices) return false;
+  for (int i = 0; i < kFamily; ++i)
+    if (!std::strcmp(op, kRowOps[i])) return rows_by_aten[device][i].load(std::memory_order_relaxed) >> row_class & 1;
+  return false;
 }
 
 }  // namespace rf

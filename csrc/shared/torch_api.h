@@ -100,6 +100,23 @@ inline bool takes_composite(const char* op, std::initializer_list<const Tensor*>
   return !has_kernel(type) && yes(c10::getDtypeNames(type).first, " has no kernel");
 }
 
+// Whether rows along `dim` are PyTorch's on the CUDA device where they lie, on which the op's kernels are in use: the
+// proof has found PyTorch's own to be faster for their class. On record where it is so; of sizes that only a run will
+// tell, the kernels are ours.
+inline bool rows_by_aten(const char* op, const Tensor& x, int64_t dim) {
+  if (!x.is_cuda() || x.dim() == 0 || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
+  const int64_t classes = x.size(dim), between = std::abs(x.stride(dim)), device = x.device().index();
+  if (x.numel() == 0) return false;
+  bool apart = false;  // other rows' elements lie nearer than those of the same row
+  for (int64_t d = 0; d < x.dim(); ++d)
+    apart = apart || (classes > 1 && x.size(d) > 1 && x.stride(d) != 0 && std::abs(x.stride(d)) < between);
+  const int which = row_class(x.numel() / classes, classes * x.element_size(), apart);
+  if (!cuda_rows_by_aten(op, (int)device, which)) return false;
+  if (trace::on())
+    trace::composite(op, {&x}, "PyTorch's kernels are faster here for rows of class " + row_class_name(which));
+  return true;
+}
+
 inline bool any_requires_grad(std::initializer_list<const Tensor*> tensors) {
   if (!at::GradMode::is_enabled()) return false;
   for (const Tensor* t : tensors)

@@ -13,7 +13,7 @@ from . import store
 from .machine import Machine
 
 COMMAND = "python -m regfast prove"
-_warned: set[str] = set()
+_warned: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Decision:
     why: str
     # What a user should know who has not asked for this.
     warning: str = field(default="", compare=False)
+    gpu: str = ""  # which, where it is known
 
 
 def forced() -> bool | None:
@@ -59,20 +60,29 @@ def decide(machine: Machine) -> Decision:
         turn_on = f"{command} checks the kernels on this GPU, in a process of its own, and turns them on"
         cause = f"an ignored file: {none}" if none.corrupt else str(none)
         warning = f"CUDA tensors take plain PyTorch, for {cause}; {turn_on}; REGFAST_CUDA_KERNELS=0 keeps this quiet"
-        return Decision([], {}, f"off: {none}; {turn_on}", warning)
+        return Decision([], {}, f"off: {none}; {turn_on}", warning, str(identity))
     except Exception as error:  # a device that cannot even be asked for its name
         return Decision([], {}, f"off: {type(error).__name__}: {error}")
     why = f"on by the proof of {proof.date}: {', '.join(proof.proven) or 'nothing'}"
     if left := [f"{op} ({reason})" for op, reason in proof.ops.items() if reason]:
         why += f"; on PyTorch: {', '.join(left)}"
+    if rows := [what for what in proof.choices if is_about_rows(what)]:
+        why += f"; PyTorch's for rows: {', '.join(rows)}"
     return Decision(proof.proven, proof.choices, why)
 
 
+def is_about_rows(choice: str) -> bool:
+    """Rather than about products: "softmax long few", which is PyTorch's where a proof has it."""
+    return choice.partition(" ")[0] in _C.CUDA_ROW_OPS
+
+
 def _choices_at_hand(machine: Machine) -> dict[str, str]:
+    """For kernels that are on whatever a proof says: whose products are fastest, and no rows for PyTorch."""
     try:
-        return store.read(machine.identity()).choices
+        proof = store.read(machine.identity())
     except Exception:  # without a proof products are ATen's
         return {}
+    return {what: chosen for what, chosen in proof.choices.items() if not is_about_rows(what)}
 
 
 def answer(device: int) -> None:
@@ -87,8 +97,10 @@ def answer(device: int) -> None:
     except ValueError as error:  # a choice that this build does not know: the file is not what prove writes
         _C.use_cuda_kernels(device, [], [])
         warning = f"CUDA tensors take plain PyTorch, for the proof is none of this build ({error}); run {COMMAND} again"
-    if warning and warning not in _warned:  # once for all GPUs that are alike
-        _warned.add(warning)
+    # Once for all GPUs that are alike; the command names the first of them.
+    about = (decision.gpu, warning if not decision.gpu else "")
+    if warning and about not in _warned:
+        _warned.add(about)
         warnings.warn(f"regfast: {warning}", stacklevel=2)
 
 

@@ -35,8 +35,8 @@ class Identity:
 
 
 def slug(name: str) -> str:
-    """The words of a name as they may stand in the name of a file."""
-    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+    """The words of a name as they may stand in the name of a file. What else tells names apart stands in the file."""
+    return "-".join(re.findall(r"[a-z0-9]+", name.lower()))[:80] or "unnamed"
 
 
 def build() -> str:

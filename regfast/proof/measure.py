@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -11,27 +10,28 @@ from functools import partial, reduce
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import regfast
 
-from .cases import ARITHMETICS
 from .machine import Machine
 from .measure_choices import timed_choices
+from .measure_rows import timed_rows
 from .roofline import predicted
-from .timing import Clock, bounds, preparation, ratios
+from .timing import Clock, Timed, bounds, preparation, ratios
 
-# An op is left on PyTorch where it loses to it over its classes, by more than the clock errs.
+# What loses to PyTorch is left to it where it does so by more than the clock errs.
 LOSES = 0.95
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is timed, by class: rows of logits as long as given, products as rows x inputs x outputs."""
+    """What is timed, by class: rows of so many bytes, products as rows x inputs x outputs."""
 
     bytes_of_logits: int = 1 << 29
-    rows: tuple[tuple[str, int], ...] = (("short", 1024), ("medium", 32768), ("long", 262144))
+    rows: tuple[tuple[str, int], ...] = (("short", 2 << 10), ("medium", 64 << 10), ("long", 512 << 10))
+    few_rows: int = 64
     pixels: tuple[int, ...] = (8, 21, 512, 512)
+    few_pixels: tuple[int, ...] = (1, 4096, 8, 8)
     elements: int = 1 << 27
     activation: tuple[int, int] = (8192, 8192)
     layer: tuple[int, int, int] = (4096, 4096, 4096)
@@ -43,66 +43,16 @@ class Shapes:
         ("small", ((512, 1024, 1024), (1024, 784, 512))),
         ("large", ((2048, 2048, 2048), (4096, 1024, 4096))),
     )
-    seconds: float = 0.15  # for an op in a class
+    seconds: float = 0.15  # for an op
+    rows_seconds: float = 0.08  # in one of its classes of rows
     product_seconds: float = 0.05
 
 
 SHAPES = Shapes()
 
 
-@dataclass(frozen=True)
-class Timed:
-    """One op in one class of shapes: tensors, our call and PyTorch's, and the least work that it is."""
-
-    op: str
-    what: str  # the class
-    mode: str
-    make: Callable[[], list[Tensor]]
-    ours: Callable
-    theirs: Callable
-    bytes_: int
-    flops: int = 0
-    kernel: str = ""  # of roofline.py
-    reads_only: bool = False
-
-    @property
-    def name(self) -> str:
-        return f"{self.op} {self.mode.replace('_', '+')}, {self.what}"
-
-
 def timed_ops(shapes: Shapes, place: torch.device) -> Iterator[Timed]:
-    pairs: dict[str, tuple[Callable, Callable, int, int]] = {
-        "softmax": (regfast.softmax, torch.softmax, 2, 5),
-        "log_softmax": (regfast.log_softmax, torch.log_softmax, 2, 5),
-        "logsumexp": (regfast.logsumexp, torch.logsumexp, 1, 3),
-        "cross_entropy": (regfast.cross_entropy, F.cross_entropy, 1, 2),
-    }
-    for (op, (ours, theirs, forward, both)), dtype in ((p, d) for p in pairs.items() for d in ("bfloat16", "float32")):
-        size = ARITHMETICS[dtype].itemsize
-        for label, v in shapes.rows if dtype == "bfloat16" else shapes.rows[1:2]:
-            n = max(1, shapes.bytes_of_logits // size // v)
-
-            def make(n=n, v=v, op=op, dtype=dtype):
-                x = 3 * torch.randn(n, v, device=place, dtype=ARITHMETICS[dtype])
-                rest = [torch.randint(v, (n,), device=place)] if op == "cross_entropy" else []
-                return [x.requires_grad_(), *rest]
-
-            last = {} if op == "cross_entropy" else {"dim": -1}
-            fns = partial(ours, **last), partial(theirs, **last)
-            kernel = op.removeprefix("log_")
-            what, moved = f"{label} rows, {n} x {v} {dtype}", n * v * size
-            reads_only = forward == 1
-            yield Timed(op, what, "fwd", make, *fns, forward * moved, 0, f"{kernel} fwd", reads_only)
-            yield Timed(op, what, "fwd_bwd", make, *fns, both * moved, 0, f"{kernel} fwd_bwd")
-
-    def image():
-        x = 3 * torch.randn(shapes.pixels, device=place)
-        n, c, *rest = shapes.pixels
-        return [x.requires_grad_(), torch.randint(c, (n, *rest), device=place)]
-
-    pixels = math.prod(shapes.pixels) * 4
-    what = f"pixels, {' x '.join(map(str, shapes.pixels))} float32"
-    yield Timed("cross_entropy", what, "fwd_bwd", image, regfast.cross_entropy, F.cross_entropy, 2 * pixels)
+    yield from timed_rows(shapes, place)
 
     def pair():
         return [torch.randn(shapes.elements, device=place, dtype=torch.bfloat16).requires_grad_() for _ in range(2)]
@@ -210,13 +160,14 @@ def measured(timed: Timed, shapes: Shapes, clock: Clock, limits: dict[str, float
         "regfast": preparation(timed.ours, tensors, timed.mode),
         "torch": preparation(timed.theirs, tensors, timed.mode),
     }
-    samples = clock.interleaved(calls, seconds=shapes.seconds)
+    samples = clock.interleaved(calls, seconds=shapes.rows_seconds if timed.rows else shapes.seconds)
     least = bounds(limits, timed.bytes_, timed.flops, "bf16", timed.reads_only)
     bound = max(least, key=lambda name: least[name])
     median = {name: statistics.median(values) for name, values in samples.items()}
     return {
         "name": timed.name,
         "op": timed.op,
+        "rows": timed.rows,
         "median_s": median,
         "ratio": ratios(samples)["torch"],
         "bound": bound,
@@ -226,34 +177,51 @@ def measured(timed: Timed, shapes: Shapes, clock: Clock, limits: dict[str, float
 
 
 def measurements(machine: Machine, shapes: Shapes, subjects: list[str], seconds: float) -> Iterator[dict]:
-    """Ceilings, ops, choices, of these subjects; those that would begin after so many seconds are left out."""
+    """Ceilings, ops, choices, of these subjects. What would begin after so many seconds is told as left out."""
     begin, place = time.perf_counter(), machine.place
     architecture = machine.identity().architecture
     clock = machine.clock()
     limits = machine.ceilings(clock)
     yield {"ceilings": limits}
 
-    def is_over() -> bool:
-        return time.perf_counter() - begin > seconds
-
-    for timed in timed_ops(shapes, place):
-        if timed.op in subjects and not is_over():
-            try:
-                yield measured(timed, shapes, clock, limits, architecture)
-            except Exception as error:  # memory that is not there, mostly; the others are measured all the same
-                yield {"left_out": timed.name, "error": f"{type(error).__name__}: {error}"[:300]}
+    def timed_or_left_out(name: str, time_it: Callable[[], dict]) -> dict:
+        if time.perf_counter() - begin > seconds:
+            return {"left_out": name, "error": "the time was over"}
+        try:
+            return time_it()
+        except Exception as error:  # memory that is not there, mostly; the others are measured all the same
+            return {"left_out": name, "error": f"{type(error).__name__}: {error}"[:300]}
+        finally:
             machine.empty_cache()
-    for choice in timed_choices(machine, shapes, subjects, clock):
-        if is_over():
-            return
-        yield choice.measured(limits, architecture)
+
+    # What decides most comes first: many rows, layers and products, then few rows and the other dtype.
+    rest = []
+    for timed in timed_ops(shapes, place):
+        if timed.op not in subjects:
+            continue
+        if timed.first:
+            yield timed_or_left_out(timed.name, partial(measured, timed, shapes, clock, limits, architecture))
+        else:
+            rest.append(timed)
+    for name, time_choice in timed_choices(machine, shapes, subjects, clock):
+        yield timed_or_left_out(name, lambda time_choice=time_choice: time_choice().measured(limits, architecture))
+    for timed in rest:
+        yield timed_or_left_out(timed.name, partial(measured, timed, shapes, clock, limits, architecture))
 
 
-def slower_ops(measured: list[dict]) -> dict[str, float]:
-    """Ops that lose to PyTorch over all their classes, with how many times longer PyTorch takes."""
-    by_op: dict[str, list[float]] = {}
+def slower(measured: list[dict]) -> tuple[dict[str, float], dict[str, str]]:
+    """Ops that lose to PyTorch in all that was timed of them, with how many times longer PyTorch takes; and of the
+    others the rows that they lose, as choices: {"softmax long few": "aten"}."""
+    by_class: dict[str, dict[str, list[float]]] = {}
     for entry in measured:
         if "op" in entry:
-            by_op.setdefault(entry["op"], []).append(entry["ratio"])
-    means = {op: statistics.geometric_mean(values) for op, values in by_op.items()}
-    return {op: mean for op, mean in means.items() if mean < LOSES}
+            by_class.setdefault(entry["op"], {}).setdefault(entry["rows"], []).append(entry["ratio"])
+    ops, rows = {}, {}
+    for op, classes in by_class.items():
+        means = {name: statistics.geometric_mean(values) for name, values in classes.items()}
+        lost = [name for name, mean in means.items() if mean < LOSES]
+        if len(lost) == len(means):
+            ops[op] = statistics.geometric_mean(means.values())
+        else:
+            rows.update({name: "aten" for name in lost if name})
+    return ops, rows

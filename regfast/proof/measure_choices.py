@@ -50,8 +50,8 @@ class Choice:
         }
 
 
-def timed_choices(machine: Machine, shapes, subjects: list[str], clock) -> Iterator[Choice]:
-    """Of the choices among the subjects; shapes as measure.py has them."""
+def timed_choices(machine: Machine, shapes, subjects: list[str], clock) -> Iterator[tuple[str, Callable[[], Choice]]]:
+    """Of the choices among the subjects, their names and what times them; shapes as measure.py has them."""
     architecture = machine.identity().architecture
     for kernel, arithmetics in kernels_of(architecture).items():
         for arithmetic in arithmetics:
@@ -59,17 +59,23 @@ def timed_choices(machine: Machine, shapes, subjects: list[str], clock) -> Itera
                 on_simt = kernel == "sm80" and arithmetic in ("float32", "float64")
                 name = "gemm_simt" if on_simt else f"gemm_{kernel}"
                 for size, examples in shapes.products:
-                    calls = [call for shape in examples for call in products(machine.place, arithmetic, shape)]
-                    yield against_aten(machine, shapes, clock, f"{arithmetic} {size}", kernel, name, calls)
+                    calls = [partial(products, machine.place, arithmetic, shape) for shape in examples]
+                    what = f"{arithmetic} {size}"
+                    yield (
+                        f"{name}, {what}",
+                        partial(against_aten, machine, shapes, clock, what, kernel, name, calls),
+                    )
     sizes = dict(shapes.products)
     for arithmetic in ARITHMETICS:
         for activation in EPILOGUES:
             if f"{activation} {arithmetic}" in subjects:
-                calls = [
-                    layer(machine.place, arithmetic, shape, activation) for shape in sizes["small"] + sizes["large"]
-                ]
-                name = "torch's product with its epilogue"
-                yield against_aten(machine, shapes, clock, f"{arithmetic} {activation}", "fused", name, calls)
+                shapes_of_layers = sizes["small"] + sizes["large"]
+                calls = [partial(layer, machine.place, arithmetic, shape, activation) for shape in shapes_of_layers]
+                name, what = "torch's product with its epilogue", f"{arithmetic} {activation}"
+                yield (
+                    f"{name}, {what}",
+                    partial(against_aten, machine, shapes, clock, what, "fused", name, calls),
+                )
 
 
 Call = tuple[int, Callable[[], object]]  # FLOPs, and what does them
@@ -88,13 +94,15 @@ def products(place: torch.device, arithmetic: str, shape: tuple[int, int, int]) 
     return [(2 * n * d * v, call) for call in calls]
 
 
-def layer(place: torch.device, arithmetic: str, shape: tuple[int, int, int], activation: Any) -> Call:
+def layer(place: torch.device, arithmetic: str, shape: tuple[int, int, int], activation: Any) -> list[Call]:
     n, d, v = shape
     x, w, b = (torch.randn(s, device=place, dtype=ARITHMETICS[arithmetic]) for s in ((n, d), (v, d), (v,)))
-    return 2 * n * d * v, partial(regfast.linear, x, w, b, activation=activation)
+    return [(2 * n * d * v, partial(regfast.linear, x, w, b, activation=activation))]
 
 
-def against_aten(machine: Machine, shapes, clock, what: str, chosen: str, kernel: str, calls: list[Call]) -> Choice:
+def against_aten(
+    machine: Machine, shapes, clock, what: str, chosen: str, kernel: str, makers: list[Callable[[], list[Call]]]
+) -> Choice:
     def choosing(choices: dict[str, str], call: Callable[[], object]) -> Prepare:
         def prepare():
             machine.use(list(_C.CUDA_OPS), choices)
@@ -105,12 +113,15 @@ def against_aten(machine: Machine, shapes, clock, what: str, chosen: str, kernel
     arithmetic = what.partition(" ")[0]
     found, rates = [], []
     torch.backends.cuda.matmul.allow_tf32 = arithmetic == "tf32"
-    for flops, call in calls:
-        both = {"regfast": choosing({what: chosen}, call), "aten": choosing({}, call)}
-        samples = clock.interleaved(both, rounds=15, seconds=shapes.product_seconds)
-        found.append(ratios(samples)["aten"])
-        rates.append(flops / statistics.median(samples["regfast"]))
-    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        for flops, call in (call for make in makers for call in make()):
+            both = {"regfast": choosing({what: chosen}, call), "aten": choosing({}, call)}
+            samples = clock.interleaved(both, rounds=15, seconds=shapes.product_seconds)
+            found.append(ratios(samples)["aten"])
+            rates.append(flops / statistics.median(samples["regfast"]))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        machine.use(list(_C.CUDA_OPS), {})
     return Choice(what, chosen, kernel, arithmetic, tuple(found), tuple(rates))
 
 

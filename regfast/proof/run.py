@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import queue
 import re
@@ -21,6 +22,8 @@ from .worker import LOST, MARK, WRONG
 
 # A case takes a second; the first one may compile all kernels, where the build has only PTX for the device.
 HANG_SECONDS = 150.0
+# Before its time is over the worker is told to begin nothing more: what has begun may end.
+STOP_SECONDS = 3.0
 # How compute-sanitizer begins to tell of a fault; its banner, summaries and stack traces are lines with the same mark.
 _FAULT = re.compile(
     r"=========\s+.*(Invalid|Illegal|isaligned|hazard|overflow|exception|Uninitialized|Potential|Race reported)"
@@ -41,6 +44,7 @@ class Subject:
     skipped: list[str] = field(default_factory=list)
     failed: str = ""  # the case
     error: str = ""
+    left: str = "not all cases were run"  # why, where that is so
 
     @property
     def why_not(self) -> str:
@@ -48,7 +52,7 @@ class Subject:
         if self.failed:
             return f"{self.failed}: {self.error}"
         if self.passed + len(self.skipped) < self.cases:
-            return "not all cases were run"
+            return self.left
         return "" if self.passed else "no case could be run"
 
 
@@ -60,13 +64,14 @@ def _environment() -> dict[str, str]:
 
 
 class Worker:
-    """A process of the worker; its lines come as they are written. It has a group of its own, which ends with it."""
+    """A process of the worker; its lines come as they are written. It has a group of its own, which ends with it, and
+    ends when this process does, however that ends: its standard input is then at its end."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self.errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
+            [*command, "--with-parent"],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.errors,
             text=True,
@@ -114,11 +119,13 @@ def run_cases(
     command: list[str],
     progress: Callable[[int, int, str], None],
     hang_seconds: float = HANG_SECONDS,
+    seconds: float = math.inf,
 ) -> tuple[Identity, dict[str, Subject]]:
     """The machine, and what became of all cases, by `command`, a worker's. Raises NotRun where none could be run.
 
-    progress(done, all, what runs).
+    progress(done, all, what runs); seconds: for all, and what has not been run then is told of each subject.
     """
+    end = time.monotonic() + seconds
     subjects: dict[str, Subject] = {}
     machine: Identity | None = None
     start = 0
@@ -127,7 +134,10 @@ def run_cases(
         worker = Worker([*command, "--start", str(start), "--without", *failed], {})
         running: tuple[int, str, str] | None = None
         try:
-            while (line := worker.line(hang_seconds if running else HANG_SECONDS)) is not None:
+            while True:
+                line = worker.line(min(hang_seconds if running else HANG_SECONDS, end - time.monotonic()))
+                if line is None:
+                    break
                 told = _told(line)
                 if told is None:
                     continue
@@ -144,7 +154,11 @@ def run_cases(
             error = worker.ended_by()
         except queue.Empty:
             error = f"no answer for {hang_seconds if running else HANG_SECONDS:.0f} s"
-            worker.stop()
+            if time.monotonic() >= end:
+                if machine is None:
+                    raise NotRun(f"no case had begun after {seconds:.0f} s; --seconds allows more") from None
+                _note_time(subjects, running, seconds)
+                return machine, subjects
         finally:
             worker.stop()
         if running:
@@ -154,6 +168,14 @@ def run_cases(
             raise NotRun(worker.last_words())
         elif worker.process.returncode != LOST:
             return machine, subjects  # what was not run, where the device does not come back, is not proven
+
+
+def _note_time(subjects: dict[str, Subject], running: tuple[int, str, str] | None, seconds: float) -> None:
+    for name, subject in subjects.items():
+        done = subject.passed + len(subject.skipped)
+        subject.left = f"{done} of {subject.cases} cases were run when {seconds:.0f} s were over; --seconds allows more"
+        if running and running[1] == name:
+            subject.left += f"; {running[2]} had begun"
 
 
 def _note(subject: Subject, case: str, told: dict[str, Any]) -> None:
@@ -194,18 +216,22 @@ def run_sanitizer(command: list[str], seconds: float) -> tuple[dict[str, tuple[s
 
 
 def run_measurements(command: list[str], progress: Callable[[str], None], seconds: float) -> list[dict[str, Any]]:
-    """What the worker measured within so many seconds; what it could not is left out."""
-    worker = Worker([*command, "--seconds", str(seconds)], {})
-    entries = []
+    """What the worker measured within so many seconds, and by "left_out" and "error" what it did not, and why."""
+    end = time.monotonic() + seconds
+    worker = Worker([*command, "--seconds", str(seconds - STOP_SECONDS)], {})
+    entries: list[dict[str, Any]] = []
+    last = "the start"
     try:
-        while (line := worker.line(HANG_SECONDS)) is not None:
+        while (line := worker.line(end - time.monotonic())) is not None:
             if told := _told(line):
                 entries.append(told)
+                last = told.get("name", last)
                 progress(told.get("name", ""))
-    except queue.Empty:
-        pass
+        if worker.process.returncode != 0:
+            raise NotRun(f"{worker.ended_by()}: {worker.last_words()}")
+    except (queue.Empty, NotRun) as error:
+        why = str(error) or f"it was stopped when {seconds:.0f} s were over"
+        entries.append({"left_out": f"what comes after {last}", "error": why})
     finally:
         worker.stop()
-    if worker.process.returncode != 0:
-        entries.append({"stopped": f"{worker.ended_by()}: {worker.last_words()}"})
     return entries

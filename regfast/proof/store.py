@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from .machine import Identity, slug
 
 FORMAT = 1
 _MOST_BYTES = 1 << 24  # of a file that is read: a proof has some 50 KB
+_PROBE_BYTES = 1 << 20
 
 
 class NoProof(Exception):
@@ -22,6 +25,10 @@ class NoProof(Exception):
     def __init__(self, why: str, corrupt: bool = False):
         super().__init__(why)
         self.corrupt = corrupt
+
+
+class NoFolder(OSError):
+    """Why there is no telling where proofs are."""
 
 
 @dataclass
@@ -35,6 +42,7 @@ class Proof:
     failures: list[dict[str, str]] = field(default_factory=list)  # op, case, error
     ceilings: dict[str, float] = field(default_factory=dict)
     measured: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)  # what was not measured, and why
 
     @property
     def proven(self) -> list[str]:
@@ -45,8 +53,12 @@ def folder() -> Path:
     """Where proofs are kept."""
     if asked := os.environ.get("REGFAST_PROOFS"):
         return Path(asked)
-    from platformdirs import user_cache_dir
-
+    try:
+        from platformdirs import user_cache_dir
+    except ModuleNotFoundError:
+        raise NoFolder(
+            "the user's cache directory is told by the package platformdirs, which is not installed"
+        ) from None
     return Path(user_cache_dir("regfast", appauthor=False)) / "proofs"
 
 
@@ -70,16 +82,37 @@ def write(proof: Proof) -> Path:
 
 
 def check_writable() -> None:
-    """Raises the OSError that `write` would, before the work is done."""
+    """Raises the OSError that `write` would, before the work is done: of a full disk too."""
     where = folder()
     where.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=where):
-        pass
+    with tempfile.TemporaryFile(dir=where) as file:
+        file.write(bytes(_PROBE_BYTES))
+        file.flush()
+
+
+@contextmanager
+def alone(waits: Callable[[], None]) -> Iterator[None]:
+    """While no other process proves by this folder, since two would spoil each other's times; waits() is called before
+    the other is waited for. Where files cannot be locked, as on some network drives, nobody is."""
+    with ExitStack() as kept:
+        with suppress(ModuleNotFoundError, OSError):
+            import fcntl  # not on Windows
+
+            lock = kept.enter_context(open(folder() / ".lock", "a"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waits()
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def read(machine: Identity) -> Proof:
     """The proof of this machine; raises NoProof."""
-    path = folder() / machine.file_name
+    try:
+        path = folder() / machine.file_name
+    except NoFolder as error:
+        raise NoProof(str(error)) from None
     try:
         if not path.exists():
             raise NoProof(_what_changed(machine))
@@ -115,7 +148,7 @@ def _checked(content: object, machine: Identity, path: Path) -> Proof:
         tables[name] = table
     if set(tables["ops"]) != set(_C.CUDA_OPS):
         raise refuse("is about other ops than there are")
-    rest = {"failures": list, "ceilings": dict, "measured": list, "date": str}
+    rest = {"failures": list, "ceilings": dict, "measured": list, "left_out": list, "date": str}
     if missing := [name for name, kind in rest.items() if not isinstance(content.get(name), kind)]:
         raise refuse(f"has no {missing[0]}")
     return Proof(machine, ops=tables["ops"], choices=tables["choices"], **{name: content[name] for name in rest})

@@ -5,11 +5,34 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Prepare = Callable[[], Callable[[], object]]  # what goes before the clock starts, and returns what is timed
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One op in one class of shapes: tensors, our call and PyTorch's, and the least work that it is."""
+
+    op: str
+    what: str  # the class
+    mode: str
+    make: Callable[[], list[Tensor]]
+    ours: Callable
+    theirs: Callable
+    bytes_: int
+    flops: int = 0
+    kernel: str = ""  # of roofline.py
+    rows: str = ""  # the class of rows that the kernels are chosen by: "softmax long few"
+    reads_only: bool = False
+    first: bool = True  # to be timed, where there may not be time for all
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.mode.replace('_', '+')}, {self.what}"
 
 
 class Clock:
@@ -91,7 +114,10 @@ def ceilings(clock: Clock, place: torch.device | str = "cuda") -> dict[str, floa
     def seconds(fn: Callable[..., object], *tensors: Tensor) -> float:
         return statistics.median(clock.once(lambda: lambda: fn(*tensors)) for _ in range(12))
 
-    source = torch.ones(1 << 28, device=place)
+    count = 1 << 28
+    while 8 * count > torch.cuda.mem_get_info(place)[0] // 2:  # others may have most of the memory
+        count //= 2
+    source = torch.ones(count, device=place)
     target = torch.empty_like(source)
     found = {
         "copy_gb_s": 2 * source.nbytes / seconds(target.copy_, source) / 1e9,

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import threading
 import traceback
 from collections import Counter
 from dataclasses import asdict
@@ -34,9 +36,17 @@ def tell(**what: object) -> None:
 
 
 def all_cases(sizes: Sizes, machine: Machine) -> list[Case]:
+    """One subject after another, so that when time is over those that came before are proven."""
     architecture = machine.identity().architecture
-    cases = [*op_cases(sizes, machine.place), *choice_cases(sizes, machine.place, architecture)]
-    return [*cases, *device_cases(sizes, machine)]
+    cases = [*op_cases(sizes, machine.place), *device_cases(sizes, machine)]
+    cases += choice_cases(sizes, machine.place, architecture)
+    order = list(dict.fromkeys(case.subject for case in cases))
+    return sorted(cases, key=lambda case: order.index(case.subject))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Others may have the device's memory, which says nothing of the kernels. Libraries tell it in their own words."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
 
 
 def run_cases(machine: Machine, sizes: Sizes, start: int, without: set[str], by_turns: bool) -> int:
@@ -67,6 +77,10 @@ def run_cases(machine: Machine, sizes: Sizes, start: int, without: set[str], by_
         except Skip as reason:
             tell(end=i, skipped=str(reason))
         except Exception as error:
+            if is_out_of_memory(error):
+                machine.empty_cache()
+                tell(end=i, skipped="not enough memory is free")
+                continue
             traceback.print_exc()
             without.add(case.subject)
             status = WRONG if is_ours(case.subject) else status
@@ -84,6 +98,16 @@ def run_measurements(machine: Machine, shapes: Shapes, subjects: list[str], seco
     return 0
 
 
+def end_with_parent() -> None:
+    """Whoever started this process may be killed: no orphan is to hold the device, or be timed beside."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()  # nobody writes there: it ends
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main(
     arguments: list[str] | None = None,
     machine: Machine | None = None,
@@ -98,9 +122,12 @@ def main(
     parser.add_argument("--start", type=int, default=0, help="the first case")
     parser.add_argument("--without", nargs="*", action="extend", default=[], help="subjects that are left out")
     parser.add_argument("--without-canaries", action="store_true")
+    parser.add_argument("--with-parent", action="store_true", help="end when standard input does")
     parser.add_argument("--subjects", nargs="*", default=[], help="what is measured")
     parser.add_argument("--seconds", type=float, default=30, help="for measurements")
     args = parser.parse_args(arguments)
+    if args.with_parent:
+        end_with_parent()
     if machine is None:
         machine = Machine(args.device)
         torch.cuda.set_device(args.device)

@@ -64,6 +64,9 @@ void fence_proxy_async();
 void prefetch_map(const void* map, Site site);
 constexpr unsigned kThisBlock = ~0u;
 void copy_box(void* shared, const void* map, int x, int y, void* barrier, unsigned blocks, Site site);
+void store_box(const void* map, int x, int y, const void* shared, Site site);
+void store_commit();
+void store_wait_read(int pending, Site site);
 void set_registers(int count, bool more, Site site);
 void wgmma_fence(Site site);
 void wgmma_commit(Site site);
@@ -89,7 +92,7 @@ enum class Kind {
   read_only,       // a write to an input
   misaligned,      // a vector access that a GPU refuses
   unwritten,       // shared memory read before anyone wrote it
-  copy_under_way,  // shared memory used before the wait for the asynchronous copy into it, or left so by a block
+  copy_under_way,  // shared memory used before the wait for the asynchronous copy into it; a copy left to nobody
   race,            // shared memory used by two threads, one of them writing, with no barrier between
   divergence,      // threads at different barriers, or at one that others will never reach
   assertion,       // RF_DEVICE_ASSERT
@@ -132,6 +135,9 @@ void set_schedule(Schedule, unsigned seed = 1);
 // The GPU that launchers see. arch decides about clusters; few SMs make loops over the grid wrap around.
 void set_device(int arch, int sms = 3);
 void get_device(int* arch, int* sms, int64_t* shared_per_block);
+
+// Boxes that kernels have had stored by tensor map so far.
+int64_t boxes_stored();
 
 // Declares a range of memory to be a buffer on the device, or to be none any more.
 void add_buffer(const void* p, size_t bytes, bool writable = true);

@@ -8,10 +8,12 @@
 
 namespace test {
 
-// Rows of memory that lie together, of half-precision elements, of which a box has 64 columns.
-inline CUtensorMap matrix_map(const void* data, uint64_t columns, uint64_t rows, uint32_t box_rows) {
+// Rows of memory that lie together or `pitch` elements apart, of half-precision elements, of which a box has 64
+// columns.
+inline CUtensorMap matrix_map(const void* data, uint64_t columns, uint64_t rows, uint32_t box_rows,
+                              uint64_t pitch = 0) {
   CUtensorMap map;
-  const cuuint64_t extent[] = {columns, rows}, stride[] = {columns * 2};
+  const cuuint64_t extent[] = {columns, rows}, stride[] = {(pitch ? pitch : columns) * 2};
   const cuuint32_t box[] = {64, box_rows}, every[] = {1, 1};
   const CUresult result =
       cuTensorMapEncodeTiled(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(data), extent, stride, box,

@@ -86,6 +86,9 @@ struct Thread {
   uint32_t time;
   std::vector<uint32_t> seen;
   std::vector<Stamp> proxy_fences;
+  // Its stores by tensor map: who makes them, groups that are committed, the group of the last one.
+  int store_unit;
+  uint32_t store_groups, last_store;
   std::vector<Copy> copies;         // asynchronous, in order of issue
   std::vector<size_t> copy_groups;  // how many copies each committed group has
   std::vector<Sums> sums;
@@ -252,6 +255,7 @@ bool finish_copy();
 void check_end_of_block(Block& b);
 void forget_copies();
 void check_end_of_products(const Thread& t);
+void check_end_of_stores(const Thread& t);
 void need_whole_warp(unsigned present, const char* what);
 
 void prepare_memory(int64_t shared_bytes, int cluster);

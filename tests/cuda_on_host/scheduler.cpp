@@ -75,6 +75,7 @@ void thread_body() {
     machine.launch->call(machine.launch->kernel, machine.launch->parameters);
     Thread& t = *machine.current;
     check_end_of_products(t);
+    check_end_of_stores(t);
     t.state = State::done;
     --t.block->live;
     finish_warp_calls_after_exit(t);
@@ -167,6 +168,8 @@ void run_cluster(int64_t first_block) {
       forget_stack_accesses(t);
       t.watched = device_arch >= 90;
       t.fenced = false;
+      t.store_unit = -1;
+      t.store_groups = t.last_store = 0;
       t.copies.clear();
       t.copy_groups.clear();
       t.steps = 0;

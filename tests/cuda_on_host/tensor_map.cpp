@@ -1,4 +1,5 @@
-// Tensor maps, as the driver makes them, and the unit that copies boxes of them to shared memory while threads go on.
+// Tensor maps, as the driver makes them, and the unit that copies boxes of them to shared memory and back while threads
+// go on.
 #include <cuda.h>
 
 #include <algorithm>
@@ -22,14 +23,23 @@ struct TiledMap {
 };
 static_assert(sizeof(TiledMap) <= sizeof(CUtensorMap), "it takes the place of the driver's content");
 
-struct BoxCopy {
+struct Box {
   TiledMap map;
   Block* block;
-  char* to;
+  char* shared;
   int64_t x, y;
+};
+struct BoxCopy : Box {
   Mbarrier* barrier;
 };
-std::vector<BoxCopy> copies;  // under way, of all blocks
+struct BoxStore : Box {
+  int thread;
+  uint32_t group;
+};
+// Under way, of all blocks.
+std::vector<BoxCopy> copies;
+std::vector<BoxStore> stores;
+int64_t stored = 0;
 
 TiledMap read_map(const void* map, const char* what, Site site) {
   if ((uintptr_t)map % kMapAlignment)
@@ -43,31 +53,63 @@ TiledMap read_map(const void* map, const char* what, Site site) {
 int64_t box_bytes(const TiledMap& m) { return (int64_t)m.box[1] * kRowBytes; }
 
 // Of the row y, the elements [begin, end) that exist; none where the row does not.
-void existing(const BoxCopy& c, int64_t y, int64_t* begin, int64_t* end) {
-  const bool row = y >= 0 && y < (int64_t)c.map.extent[1];
-  *begin = std::max<int64_t>(c.x, 0);
-  *end = row ? std::min<int64_t>(c.x + c.map.box[0], (int64_t)c.map.extent[0]) : *begin;
+void existing(const Box& b, int64_t y, int64_t* begin, int64_t* end) {
+  const bool row = y >= 0 && y < (int64_t)b.map.extent[1];
+  *begin = std::max<int64_t>(b.x, 0);
+  *end = row ? std::min<int64_t>(b.x + b.map.box[0], (int64_t)b.map.extent[0]) : *begin;
+}
+
+// f(r, address, bytes, offset): of each row r of the box what exists of it, and how far into the row it begins.
+template <class F>
+void each_existing(const Box& b, F&& f) {
+  for (int64_t r = 0; r < b.map.box[1]; ++r) {
+    int64_t begin, end;
+    existing(b, b.y + r, &begin, &end);
+    if (begin < end)
+      f(r, const_cast<char*>(b.map.address) + (b.y + r) * (int64_t)b.map.stride + begin * kElementBytes,
+        (end - begin) * kElementBytes, (begin - b.x) * kElementBytes);
+  }
+}
+
+// Where 16 bytes of a row of the box lie in shared memory.
+char* swizzled_chunk(const Box& b, int64_t r, int chunk) {
+  char* const begin = b.block->dynamic.begin;
+  return begin + swizzled((uint32_t)(b.shared - begin + r * kRowBytes + chunk));
+}
+
+// What an instruction says of a box, and whether memory may be used as it says.
+Box checked_box(const void* map, const void* shared, int x, int y, Access access, const char* what, Site site,
+                const void* address) {
+  Thread& t = *machine.current;
+  const Box box = {read_map(map, what, site), t.block, (char*)shared, x, y};
+  if (!t.block->dynamic.contains(shared))
+    fault(Kind::out_of_bounds, std::string(what) + ": a box outside dynamic shared memory", site);
+  if ((uintptr_t)shared % kBoxAlignment)
+    fault(Kind::misaligned, std::string(what) + ": a box in shared memory lies at 128 bytes", site);
+  each_existing(box, [&](int64_t, char* p, int64_t bytes, int64_t) { check_global(p, bytes, access, address); });
+  return box;
 }
 
 void finish(const BoxCopy& c) {
   if (c.block->live == 0) fault(Kind::copy_under_way, "a copy into the shared memory of a block that has ended");
-  SharedRange& range = c.block->dynamic;
-  for (int64_t r = 0; r < c.map.box[1]; ++r) {
+  for (int64_t r = 0; r < c.map.box[1]; ++r)
+    for (int chunk = 0; chunk < kRowBytes; chunk += 16) std::memset(swizzled_chunk(c, r, chunk), 0, 16);
+  each_existing(c, [&](int64_t r, const char* from, int64_t bytes, int64_t offset) {
     char row[kRowBytes] = {};
-    int64_t begin, end;
-    existing(c, c.y + r, &begin, &end);
-    if (begin < end)
-      std::memcpy(row + (begin - c.x) * kElementBytes,
-                  c.map.address + (c.y + r) * (int64_t)c.map.stride + begin * kElementBytes,
-                  (size_t)(end - begin) * kElementBytes);
-    for (int chunk = 0; chunk < kRowBytes; chunk += 16) {
-      const uint32_t from = (uint32_t)(c.to - range.begin + r * kRowBytes + chunk);
-      std::memcpy(range.begin + swizzled(from), row + chunk, 16);
-    }
-  }
+    std::memcpy(row + offset, from, (size_t)bytes);
+    for (int chunk = 0; chunk < kRowBytes; chunk += 16) std::memcpy(swizzled_chunk(c, r, chunk), row + chunk, 16);
+  });
   const uint32_t phase = c.barrier->phase + 1;
-  mark_shared(range, c.to, box_bytes(c.map), Use::plain, unit_stamp(c.barrier->unit, phase));
+  mark_shared(c.block->dynamic, c.shared, box_bytes(c.map), Use::plain, unit_stamp(c.barrier->unit, phase));
   mbarrier_copied(*c.barrier, box_bytes(c.map));
+}
+
+void finish(const BoxStore& s) {
+  each_existing(s, [&](int64_t r, char* to, int64_t bytes, int64_t offset) {
+    char row[kRowBytes];
+    for (int chunk = 0; chunk < kRowBytes; chunk += 16) std::memcpy(row + chunk, swizzled_chunk(s, r, chunk), 16);
+    std::memcpy(to, row + offset, (size_t)bytes);
+  });
 }
 
 }  // namespace
@@ -77,18 +119,7 @@ void prefetch_map(const void* map, Site site) { read_map(map, "prefetch.tensorma
 void copy_box(void* shared, const void* map, int x, int y, void* barrier, unsigned blocks, Site site) {
   constexpr const char* kName = "cp.async.bulk.tensor";
   Thread& t = *machine.current;
-  BoxCopy copy = {read_map(map, kName, site), t.block, nullptr, x, y, nullptr};
-  if (!t.block->dynamic.contains(shared))
-    fault(Kind::out_of_bounds, std::string(kName) + ": a destination outside dynamic shared memory", site);
-  if ((uintptr_t)shared % kBoxAlignment)
-    fault(Kind::misaligned, std::string(kName) + ": a box in shared memory lies at 128 bytes", site);
-  for (int64_t r = 0; r < copy.map.box[1]; ++r) {
-    int64_t begin, end;
-    existing(copy, y + r, &begin, &end);
-    if (begin < end)
-      check_global(copy.map.address + (y + r) * (int64_t)copy.map.stride + begin * kElementBytes,
-                   (end - begin) * kElementBytes, Access::read, __builtin_return_address(0));
-  }
+  BoxCopy copy = {checked_box(map, shared, x, y, Access::read, kName, site, __builtin_return_address(0)), nullptr};
   for (unsigned rank = 0; rank < 16; ++rank) {
     if (blocks == kThisBlock ? (int)rank != t.block->rank : !(blocks >> rank & 1)) continue;
     Block& b = block_of_cluster(rank, kName, site);
@@ -96,13 +127,13 @@ void copy_box(void* shared, const void* map, int x, int y, void* barrier, unsign
     if (m.announced.thread < 0 || !ordered(view_of(t), m.announced))
       fault(Kind::proxy, std::string(kName) + ": no fence has told the unit of the mbarrier's initialisation", site);
     copy.block = &b;
-    copy.to = same_place(b, shared);
+    copy.shared = same_place(b, shared);
     copy.barrier = &m;
     // Until it is complete, its bytes are nobody's.
     const Stamp under_way = unit_stamp(m.unit, ~uint32_t(0));
     SharedAccess write = {view_of(t), under_way, Access::write, nullptr, site};
-    check_shared(write, b, b.dynamic, copy.to, box_bytes(copy.map));
-    mark_shared(b.dynamic, copy.to, box_bytes(copy.map), Use::copy_under_way, under_way);
+    check_shared(write, b, b.dynamic, copy.shared, box_bytes(copy.map));
+    mark_shared(b.dynamic, copy.shared, box_bytes(copy.map), Use::copy_under_way, under_way);
     if (at_once())
       finish(copy);
     else
@@ -119,7 +150,52 @@ bool finish_copy() {
   return true;
 }
 
-void forget_copies() { copies.clear(); }
+void forget_copies() {
+  copies.clear();
+  stores.clear();
+}
+
+// The unit reads all of the box, whatever of it exists. What it writes is not followed further: no kernel of one launch
+// reads another's results.
+void store_box(const void* map, int x, int y, const void* shared, Site site) {
+  Thread& t = *machine.current;
+  step(t);
+  if (t.store_unit < 0) t.store_unit = machine.units++;
+  t.last_store = t.store_groups + 1;
+  BoxStore store = {
+      checked_box(map, shared, x, y, Access::write, "cp.async.bulk.tensor", site, __builtin_return_address(0)),
+      t.number, t.last_store};
+  SharedAccess read = {view_of(t), unit_stamp(t.store_unit, store.group), Access::read, nullptr, site};
+  check_shared(read, *t.block, t.block->dynamic, store.shared, box_bytes(store.map));
+  ++stored;
+  if (at_once())
+    finish(store);
+  else
+    stores.push_back(store);
+}
+
+void store_commit() { ++machine.current->store_groups; }
+
+void store_wait_read(int pending, Site site) {
+  Thread& t = *machine.current;
+  step(t);
+  if (pending < 0) fault(Kind::copy_under_way, "cp.async.bulk.wait_group.read for less than no groups", site);
+  if (t.store_unit < 0 || t.store_groups <= (uint32_t)pending) return;
+  const uint32_t over = t.store_groups - pending;
+  const auto mine = std::stable_partition(stores.begin(), stores.end(),
+                                          [&](const BoxStore& s) { return s.thread != t.number || s.group > over; });
+  std::for_each(mine, stores.end(), [](const BoxStore& s) { finish(s); });
+  stores.erase(mine, stores.end());
+  set_seen(t.seen, unit_index(t.store_unit), over);
+}
+
+// Nobody else can wait for them.
+void check_end_of_stores(const Thread& t) {
+  if (t.last_store > 0 && !ordered(view_of(t), unit_stamp(t.store_unit, t.last_store)))
+    fault(Kind::copy_under_way, "a thread ends with stores out of shared memory that it has not waited for");
+}
+
+int64_t boxes_stored() { return stored; }
 
 void check_end_of_block(Block& b) {
   const auto known = [&](const Stamp& s) {

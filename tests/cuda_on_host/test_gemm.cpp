@@ -76,6 +76,7 @@ struct Call {
   bool a_transposed, b_transposed, bias, preactivation;
   Activation activation;
   bool tf32, hopper = false;  // hopper: by gemm_sm90, else as launch_gemm decides
+  bool by_engine = false;     // its results
 };
 
 // To 11 significant bits, ties away from zero, as operands become tf32.
@@ -94,8 +95,10 @@ void product(const Call& c, Random& random) {
   Matrix<T> a(c.a, c.a_transposed ? c.k : c.m, c.a_transposed ? c.m : c.k, value);
   Matrix<T> b(c.b, c.b_transposed ? c.n : c.k, c.b_transposed ? c.k : c.n, value);
   const Buffer<T> bias = input<T>(c.n, value, Guard::behind);
-  const int64_t stride = random.chance(0.5) ? (c.n + 7) / 8 * 8 : c.n + random.integer(0, 2);
-  const int64_t size = (c.m - 1) * stride + c.n, shift = random.chance(0.5) ? 0 : random.integer(0, 3);
+  // Rows of results that the copy engine can write, and others.
+  const bool plain = c.hopper ? c.by_engine : random.chance(0.5);
+  const int64_t stride = plain ? (c.n + 7) / 8 * 8 : c.n + random.integer(0, 2);
+  const int64_t size = (c.m - 1) * stride + c.n, shift = plain ? 0 : random.integer(c.hopper ? 1 : 0, 3);
   Buffer<T> y(size, Guard::before, shift), z(size, Guard::before, shift);
 
   rf::cuda::Gemm g = {};
@@ -119,7 +122,8 @@ void product(const Call& c, Random& random) {
   g.workspace = workspace.data();
   char name[80];
   if (c.hopper)
-    std::snprintf(name, sizeof name, "%s sm90 %d %d", Format<T>::name, task.a.across_k, task.b.across_k);
+    std::snprintf(name, sizeof name, "%s sm90 %d %d %s", Format<T>::name, task.a.across_k, task.b.across_k,
+                  c.by_engine ? "results by the engine" : "results by lanes");
   else
     std::snprintf(name, sizeof name, "%s%s tile %d load %d %s", Format<T>::name, tf32 ? " tf32" : "", plan.tile_m,
                   plan.tensor_cores ? (int)plan.load : -1, plan.splits > 1 ? "split" : "whole");
@@ -127,12 +131,14 @@ void product(const Call& c, Random& random) {
   describe("gemm %s m=%lld n=%lld k=%lld a=%s%s b=%s%s bias=%d pre=%d %s: %s", Format<T>::name, (long long)c.m,
            (long long)c.n, (long long)c.k, kLayoutNames[(int)c.a], c.a_transposed ? "^T" : "", kLayoutNames[(int)c.b],
            c.b_transposed ? "^T" : "", c.bias, c.preactivation, name_of(c.activation), name);
+  const int64_t stored = cuda_on_host::boxes_stored();
   {
     Lent lent_bias(bias), lent_workspace(workspace), lent_y(y), lent_z(z);
     if (!c.hopper)
       rf::cuda::launch_gemm(dtype, c.tf32, g, nullptr);
     else if (!CHECK(rf::cuda::launch_gemm_sm90(dtype, task, nullptr)))
       return;
+    CHECK((cuda_on_host::boxes_stored() > stored) == c.by_engine);
   }
 
   std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
@@ -281,26 +287,30 @@ void all(bool tf32) {
 template <class T>
 void hopper_products(Random& random) {
   const auto run = [&](int64_t m, int64_t n, int64_t k, Layout a, Layout b, bool a_transposed, bool b_transposed,
-                       bool epilogue) {
+                       bool epilogue, bool by_engine) {
     const Activation activation = epilogue ? random.pick(kActivations) : Activation::none;
-    product<T>(
-        {m, n, k, a, b, a_transposed, b_transposed, epilogue, epilogue && random.chance(0.5), activation, false, true},
-        random);
+    product<T>({m, n, k, a, b, a_transposed, b_transposed, epilogue, epilogue && random.chance(0.5), activation, false,
+                true, by_engine},
+               random);
   };
   for (Layout a : {Layout::aligned, Layout::aligned_columns})
     for (Layout b : {Layout::aligned, Layout::aligned_columns})
       for (bool a_transposed : {false, true})
-        for (bool b_transposed : {false, true}) run(37, 51, 75, a, b, a_transposed, b_transposed, false);
+        for (bool b_transposed : {false, true}) run(37, 51, 75, a, b, a_transposed, b_transposed, false, a != b);
   for (bool a_transposed : {false, true})
     for (bool b_transposed : {false, true})
-      run(200, 300, 330, Layout::aligned, Layout::aligned, a_transposed, b_transposed, true);
+      for (bool by_engine : {false, true})
+        run(200, 300, 330, Layout::aligned, Layout::aligned, a_transposed, b_transposed, true, by_engine);
   struct Size {
     int64_t m, n, k;
   };
   // Whole tiles; less than a tile of each; one more than a tile of each; more rows of tiles than are taken in a group.
   for (const Size s :
        {Size{128, 256, 64}, Size{2, 2, 2}, Size{9, 7, 3}, Size{129, 257, 65}, Size{63, 8, 300}, Size{1100, 17, 9}})
-    run(s.m, s.n, s.k, Layout::aligned, Layout::aligned, random.chance(0.5), random.chance(0.5), true);
+    run(s.m, s.n, s.k, Layout::aligned, Layout::aligned, random.chance(0.5), random.chance(0.5), true,
+        random.chance(0.7));
+  // An odd number of boxes in each tile, so that the next one goes on with the other.
+  run(1100, 17, 9, Layout::aligned, Layout::aligned, false, true, false, true);
 }
 
 // What the copy engine cannot be told of stays with the other kernels.
@@ -370,7 +380,7 @@ TEST(gemm_sm90) {
   all_of_hopper<bf16>(90);
   all_of_hopper<f16>(91);
   describe("gemm_sm90: kernels run");
-  CHECK(kernels_run.size() == 2 * 4);  // two types, operands along and across K
+  CHECK(kernels_run.size() == 2 * 4 * 2);  // two types, operands along and across K, results by either
 }
 
 }  // namespace test

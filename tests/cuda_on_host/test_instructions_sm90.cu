@@ -61,6 +61,42 @@ void boxes() {
   }
 }
 
+// The way back: a box of the numbers from 1 on, in order of addresses.
+__global__ void stored_box(const __grid_constant__ CUtensorMap map, int x, int y) {
+  uint16_t* const box = ptx::dynamic_shared<uint16_t>();
+  for (int i = threadIdx.x; i < kBoxBytes / 2; i += 32)
+    ((__nv_bfloat16*)box)[i] = __float2bfloat16_rn((float)(i % 251 + 1));
+  ptx::fence_proxy_async();
+  __syncwarp();
+  if (threadIdx.x != 0) return;
+  ptx::store_box(&map, x, y, box);
+  ptx::store_commit();
+  ptx::store_wait_read<0>();
+}
+
+void stored_boxes() {
+  constexpr int kColumns = 67, kPitch = 72, kRows = 30;
+  struct Corner {
+    int x, y;
+  };
+  for (const Corner c : {Corner{0, 0}, Corner{40, 16}, Corner{-5, -7}, Corner{100, 50}}) {
+    describe("store of the box at (%d, %d)", c.x, c.y);
+    Buffer<bf16> to(kPitch * kRows);
+    const CUtensorMap map = matrix_map(to.data(), kColumns, kRows, kBoxRows, kPitch);
+    {
+      const Lent lent(to);
+      rf::cuda::launch(stored_box, 1, 32, kBoxBytes, nullptr, map, c.x, c.y);
+    }
+    for (int r = 0; r < kBoxRows; ++r)
+      for (int i = 0; i < 64; ++i) {
+        const int x = c.x + i, y = c.y + r;
+        if (0 <= x && x < kColumns && 0 <= y && y < kRows)
+          CHECK(to.result(y * kPitch + x) == (r * 64 + ((i / 8) ^ (r % 8)) * 8 + i % 8) % 251 + 1);
+      }
+    CHECK(to.rest_untouched());
+  }
+}
+
 // What the driver refuses, one requirement at a time.
 void refused_maps() {
   describe("cuTensorMapEncodeTiled");
@@ -170,6 +206,7 @@ void products(Random& random) {
 TEST(instructions_sm90) {
   if (rf::cuda::device().arch < 90) return;
   boxes();
+  stored_boxes();
   refused_maps();
   Random random(2);
   products<bf16>(random);

@@ -76,6 +76,19 @@ __device__ __forceinline__ void copy_box_to(uint16_t blocks, void* shared, const
 }
 // What this thread has written to shared memory is there for copies and products that others start after it tells them.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The box the other way, of which what lies outside of the tensor is not written. What the threads have put there has
+// to be fenced before, as above. A thread's stores go in groups: each commit ends one, and a wait is until all but the
+// last `pending` of them have read shared memory, which may then be written again.
+__device__ __forceinline__ void store_box(const CUtensorMap* map, int x, int y, const void* shared) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x),
+               "r"(y), "r"(shared_address(shared))
+               : "memory");
+}
+__device__ __forceinline__ void store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int pending>
+__device__ __forceinline__ void store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
+}
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

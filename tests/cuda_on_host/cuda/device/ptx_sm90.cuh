@@ -32,6 +32,14 @@ inline void copy_box_to(uint16_t blocks, void* shared, const CUtensorMap* map, i
                         Site site = Site::here()) {
   cuda_on_host::copy_box(shared, map, x, y, barrier, blocks, site);
 }
+inline void store_box(const CUtensorMap* map, int x, int y, const void* shared, Site site = Site::here()) {
+  cuda_on_host::store_box(map, x, y, shared, site);
+}
+inline void store_commit() { cuda_on_host::store_commit(); }
+template <int pending>
+void store_wait_read(Site site = Site::here()) {
+  cuda_on_host::store_wait_read(pending, site);
+}
 inline void prefetch_map(const CUtensorMap* map, Site site = Site::here()) { cuda_on_host::prefetch_map(map, site); }
 inline void fence_proxy_async() { cuda_on_host::fence_proxy_async(); }
 
