@@ -37,11 +37,18 @@ CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidde
 # Of warnings about torch's headers, a pragma says which are none; precompiled headers lose it.
 CXX_FLAGS += [flag for path in include_paths() for flag in ("-isystem", path)]
 SANITIZE = os.environ.get("REGFAST_SANITIZE", "")
+if SANITIZE and (strange := set(SANITIZE.split(",")) - {"address", "leak", "thread", "undefined"}):
+    raise SystemExit(
+        "regfast: REGFAST_SANITIZE: expected some of address, leak, thread and undefined, with commas between them, "
+        f"got {', '.join(sorted(strange))}"
+    )
 # Type information of torch's classes, which vptr asks for, is hidden. With every report the process ends.
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
 if SANITIZE:
     CXX_FLAGS += [*SANITIZE_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
-JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
+JOBS = os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+if not JOBS.isdecimal() or JOBS == "0":
+    raise SystemExit(f"regfast: MAX_JOBS: expected how many files to compile at a time, got {JOBS}")
 
 
 def cuda_toolkit():
@@ -78,7 +85,7 @@ class Build(BuildExtension):
     def build_extensions(self):
         if CUDA:
             kernels, toolkit = CUDA
-            self.extensions[0].extra_objects = kernels.build(toolkit, self.build_temp, JOBS)
+            self.extensions[0].extra_objects = kernels.build(toolkit, self.build_temp, int(JOBS))
         self.precompile()
         super().build_extensions()
 

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
-from pygments.lexers.special import TextLexer
-from sphinx.highlighting import lexers
 from sphinx.pycode import ModuleAnalyzer
 
 import regfast
@@ -48,8 +46,6 @@ html_extra_path = ["extra"]
 html_copy_source = False
 html_show_sourcelink = False
 copybutton_prompt_text = r"\$ "
-# Code hosts draw these; here they are read, since what draws them is a script that would have to be loaded.
-lexers["mermaid"] = TextLexer()
 
 
 def write_formula(translator, node: nodes.math | nodes.math_block) -> None:

@@ -37,13 +37,8 @@ def release() -> None:
     _C.release_memory()
 
 
-def _limit_as_asked() -> None:
+def limit_as_asked() -> None:
+    """By REGFAST_POOL, which the package has looked at."""
     asked = os.environ.get("REGFAST_POOL", "")
-    if not asked:
-        return
-    if not asked.isdecimal() or int(asked) >= 1 << 63:
-        raise ValueError(f"REGFAST_POOL: expected a number of bytes, or 0 for none, got {asked}")
-    _C.limit_memory(int(asked))
-
-
-_limit_as_asked()
+    if asked:
+        _C.limit_memory(int(asked))

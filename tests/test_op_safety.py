@@ -156,7 +156,7 @@ def test_a_class_out_of_range_is_refused_on_the_cpu(wrong, weighted):
         arguments["target"] = with_classes(arguments["target"], wrong)
         if not weighted:
             arguments["weight"] = None
-        with pytest.raises(IndexError, match=rf"regfast\.\w+: target: expected classes from 0 to {V - 1}, got Target"):
+        with pytest.raises(IndexError, match=rf"regfast\.\w+: target: expected classes from 0 to {V - 1}, got -?\d+$"):
             call(name, arguments)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,15 @@ def test_a_build_without_torch_says_so_in_one_sentence(tmp_path):
 def test_a_build_by_an_old_setuptools_says_so_in_one_sentence(tmp_path):
     line = failing_build(tmp_path, "setuptools", "__version__ = '68.1.2'")
     assert line == "regfast: expected setuptools 77 or newer to build with, got 68.1.2"
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+@pytest.mark.parametrize(
+    "name, value", [("REGFAST_CUDA", "yes"), ("REGFAST_SANITIZE", "adress,undefined"), ("MAX_JOBS", "all")]
+)
+def test_a_variable_of_the_build_with_a_wrong_value_is_one_sentence(name, value):
+    done = run("setup.py", "--version", cwd=ROOT, **{name: value})
+    assert re.fullmatch(rf"regfast: {name}: expected .*, got {value.split(',')[0]}\n", done.stderr), done.stderr
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
