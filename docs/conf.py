@@ -71,7 +71,14 @@ def names_of_types(app, what, name, thing, options, signature, returns):
     return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
 
 
+def link_to_results(app, page: str, text: list[str]) -> None:
+    """The page that make report puts beside the others is no document: only the site, where it is, can have a link."""
+    if page == "docs/benchmarks":
+        text[0] = text[0].replace("The page of results", '<a href="../report.html">The page of results</a>', 1)
+
+
 def setup(app) -> None:
+    app.connect("source-read", link_to_results)
     app.connect("autodoc-process-signature", names_of_types)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))
