@@ -44,6 +44,7 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_extra_path = ["extra"]
 html_copy_source = False
+html_domain_indices = False  # of modules, of which there are three
 html_show_sourcelink = False
 copybutton_prompt_text = r"\$ "
 

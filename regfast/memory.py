@@ -20,11 +20,11 @@ __all__ = ["Stats", "release", "stats"]
 class Stats(NamedTuple):
     """What there is now, in bytes, and how many buffers results have had so far."""
 
-    used_bytes: int  # of results that live
-    kept_bytes: int  # for the next ones
-    limit: int  # on what is kept; 0: every result has a fresh allocation
-    reused: int  # buffers that had been kept
-    mapped: int  # buffers that the system gave
+    used_bytes: int  #: of results that live
+    kept_bytes: int  #: for the next ones
+    limit: int  #: on what is kept; 0: every result has a fresh allocation
+    reused: int  #: buffers that had been kept
+    mapped: int  #: buffers that the system gave
 
 
 def stats() -> Stats:
