@@ -182,6 +182,7 @@ $(VENV)/torch: $(VENV)/made FORCE
 		echo '$(TORCH)' > $@; }
 
 $(VENV)/built: $(VENV)/torch setup.py pyproject.toml $(shell find csrc -type f)
+	python setup.py --quiet build_ext --inplace
 	pip install --no-build-isolation --editable '.[test,bench]'
 	touch $@
 

@@ -8,12 +8,14 @@ REGFAST_SANITIZE=address,undefined: C++ under these sanitizers of the compiler, 
 the extension has to load first; `make asan` does.
 """
 
+import contextlib
 import glob
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
 
 import setuptools
 
@@ -37,11 +39,18 @@ CXX_FLAGS = ["-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidde
 # Of warnings about torch's headers, a pragma says which are none; precompiled headers lose it.
 CXX_FLAGS += [flag for path in include_paths() for flag in ("-isystem", path)]
 SANITIZE = os.environ.get("REGFAST_SANITIZE", "")
+if SANITIZE and (strange := set(SANITIZE.split(",")) - {"address", "leak", "thread", "undefined"}):
+    raise SystemExit(
+        "regfast: REGFAST_SANITIZE: expected some of address, leak, thread and undefined, with commas between them, "
+        f"got {', '.join(sorted(strange))}"
+    )
 # Type information of torch's classes, which vptr asks for, is hidden. With every report the process ends.
 SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if SANITIZE else []
 if SANITIZE:
     CXX_FLAGS += [*SANITIZE_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
-JOBS = int(os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1)))
+JOBS = os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
+if not JOBS.isdecimal() or JOBS == "0":
+    raise SystemExit(f"regfast: MAX_JOBS: expected how many files to compile at a time, got {JOBS}")
 
 
 def cuda_toolkit():
@@ -66,6 +75,32 @@ def cuda_toolkit():
 CUDA = cuda_toolkit()
 
 
+@contextlib.contextmanager
+def progress():
+    """Of ninja's output the lines that are a compiler's whole command as a count, seconds and the file."""
+    os.environ.setdefault("NINJA_STATUS", "[%f/%t, %e s] ")
+    sys.stdout.flush()
+    output, (read, write) = os.dup(1), os.pipe()
+    os.dup2(write, 1)
+    os.close(write)
+
+    def shorten():
+        with open(read, errors="replace") as lines, open(output, "w") as shown:
+            for line in lines:
+                command = re.match(r"(\[\d+/\d+.*?\] ).* -c (?:\S*/csrc/)?(\S+\.cpp) -o ", line)
+                shown.write("".join(command.groups()) + "\n" if command else line)
+                shown.flush()
+
+    reader = threading.Thread(target=shorten)
+    reader.start()
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(output, 1)  # the pipe's last writer, so that its reader ends
+        reader.join()
+
+
 class Build(BuildExtension):
     """Keeps objects between builds, each torch and kind of build apart; setuptools would use a temporary folder."""
 
@@ -78,9 +113,10 @@ class Build(BuildExtension):
     def build_extensions(self):
         if CUDA:
             kernels, toolkit = CUDA
-            self.extensions[0].extra_objects = kernels.build(toolkit, self.build_temp, JOBS)
+            self.extensions[0].extra_objects = kernels.build(toolkit, self.build_temp, int(JOBS))
         self.precompile()
-        super().build_extensions()
+        with progress():
+            super().build_extensions()
 
     def precompile(self):
         """torch's headers, which take g++ longer to read than our files to compile: it finds torch_api.h here first.
@@ -103,7 +139,7 @@ class Build(BuildExtension):
         flags = [*self.compiler.compiler_so[1:], *CXX_FLAGS]
         flags += [f"-I{path}" for path in (*self.extensions[0].include_dirs, *self.compiler.include_dirs)]
         command = [*compiler, *flags, "-x", "c++-header", header, "-o", f"{compiled}.part"]
-        print(" ".join(command), flush=True)
+        print("regfast: torch's headers are compiled first, about half a minute", flush=True)
         done = subprocess.run(command, capture_output=True, text=True)  # that it is a header is worth a warning to g++
         if done.returncode != 0:
             raise SystemExit(f"{done.stderr}\nregfast: torch's headers are not compiled")

@@ -114,6 +114,7 @@ pybind11::tuple names(const char* const (&list)[n]) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.attr("TORCH") = TORCH_VERSION;
   m.attr("DTYPES") = names(rf::kDTypeNames);
   m.attr("ACTIVATIONS") = names(rf::kActivationNames);
   m.attr("FAMILIES") = names(rf::kFamilyNames);

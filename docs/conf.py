@@ -8,8 +8,6 @@ from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
-from pygments.lexers.special import TextLexer
-from sphinx.highlighting import lexers
 from sphinx.pycode import ModuleAnalyzer
 
 import regfast
@@ -46,10 +44,9 @@ html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_extra_path = ["extra"]
 html_copy_source = False
+html_domain_indices = False  # of modules, of which there are three
 html_show_sourcelink = False
 copybutton_prompt_text = r"\$ "
-# Code hosts draw these; here they are read, since what draws them is a script that would have to be loaded.
-lexers["mermaid"] = TextLexer()
 
 
 def write_formula(translator, node: nodes.math | nodes.math_block) -> None:
@@ -75,7 +72,14 @@ def names_of_types(app, what, name, thing, options, signature, returns):
     return tuple(text and re.sub(r"TypeAliasForwardRef\('(\w+)'\)", r"\1", text) for text in (signature, returns))
 
 
+def link_to_results(app, page: str, text: list[str]) -> None:
+    """The page that make report puts beside the others is no document: only the site, where it is, can have a link."""
+    if page == "docs/benchmarks":
+        text[0] = text[0].replace("The page of results", '<a href="../report.html">The page of results</a>', 1)
+
+
 def setup(app) -> None:
+    app.connect("source-read", link_to_results)
     app.connect("autodoc-process-signature", names_of_types)
     ModuleAnalyzer.analyze = without_overloads(ModuleAnalyzer.analyze)
     app.add_html_math_renderer("mathml", (write_formula, None), (write_formula, None))

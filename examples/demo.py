@@ -1,4 +1,4 @@
-"""Runs all examples, one after the other, and says at the end how long that took and whether the machine was quiet."""
+"""Runs all examples, one after the other; says how long it took and, before and after, if the machine is quiet."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ def main() -> int:
     wanted = options.parse_args().only or list(EXAMPLES)
     if unknown := set(wanted) - set(EXAMPLES):
         options.error(f"expected names of {', '.join(EXAMPLES)}, got {', '.join(sorted(unknown))}")
+    others = psutil.cpu_percent(interval=1) / 100 * psutil.cpu_count()
+    if others > BUSY:
+        print(f"Other programs use {others:.1f} CPUs: times will be rough, and all of it takes longer.", flush=True)
     begin, all_before, ours_before = time.monotonic(), used_by_all(), used_by_examples()
     for i, name in enumerate(wanted):
         print(f"\n=== {i + 1} of {len(wanted)}: {name}", flush=True)

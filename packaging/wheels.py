@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import time
 import tomllib
 import venv
 import zipfile
+from importlib.metadata import PackageMetadata, PathDistribution
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,15 +77,10 @@ def build(bin: Path, out: Path, *, cuda: bool) -> Path:
     return made
 
 
-def metadata(wheel: Path) -> dict[str, list[str]]:
+def metadata(wheel: Path) -> PackageMetadata:
     """The fields of a wheel's METADATA."""
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        head = archive.read(name).decode().partition("\n\n")[0]
-    fields: dict[str, list[str]] = {}
-    for name, value in re.findall(r"^([\w-]+): (.*)$", head, re.MULTILINE):
-        fields.setdefault(name, []).append(value)
-    return fields
+    (folder,) = (path for path in zipfile.Path(wheel).iterdir() if path.name.endswith(".dist-info"))
+    return PathDistribution(folder).metadata
 
 
 def audited(python: Path, wheel: Path) -> Path:

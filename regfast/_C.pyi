@@ -14,6 +14,7 @@ class BuildInfo(TypedDict):
     linear: dict[str, str]
     cuda: bool
 
+TORCH: str  # that it was built against
 DTYPES: tuple[str, ...]
 ACTIVATIONS: tuple[str, ...]
 FAMILIES: tuple[str, ...]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-from . import __version__
+from . import __version__, _environment
 from .cli import bench, info, prove
 
 COMMANDS: dict[str, ModuleType] = {"info": info, "prove": prove, "bench": bench}
@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     if others:  # by the command, which knows its options
         args.command.error(f"unrecognized arguments: {' '.join(others)}")
+    if _environment.refused and args.run is not info.run:
+        print(f"{args.command.prog}: {'; '.join(_environment.refused.values())}", file=sys.stderr)
+        return 2
     status: int = args.run(args)
     return status
 

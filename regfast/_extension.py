@@ -24,17 +24,19 @@ except ImportError as error:
         "build it against this torch with: pip install --no-build-isolation ."
     ) from error
 
-from . import _paths, reference
+from . import _environment, _paths, memory, reference
 from .proof import decide
 
-_built, _running = _C.build_info()["torch"].split("+")[0], torch.__version__.split("+")[0]
+_built, _running = _C.TORCH.split("+")[0], torch.__version__.split("+")[0]
 if _built != _running:
     raise ImportError(
         f"regfast: built against torch {_built}, imported with torch {_running}; "
         "build it against this torch with: pip install --no-build-isolation ."
     )
 
+_environment.check()
 _paths.print_if_asked()
+memory.limit_as_asked()
 isa = _C.isa
 isas = _C.isas
 
@@ -57,7 +59,6 @@ def build_info() -> BuildInfo:
     return {**_C.build_info(), "cuda_kernels": decide.state()}
 
 
-decide.forced()  # what is wrong with the variable is said here, not by the first op
 _C.ask_about_cuda_kernels(decide.answer)
 
 

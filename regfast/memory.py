@@ -20,11 +20,11 @@ __all__ = ["Stats", "release", "stats"]
 class Stats(NamedTuple):
     """What there is now, in bytes, and how many buffers results have had so far."""
 
-    used_bytes: int  # of results that live
-    kept_bytes: int  # for the next ones
-    limit: int  # on what is kept; 0: every result has a fresh allocation
-    reused: int  # buffers that had been kept
-    mapped: int  # buffers that the system gave
+    used_bytes: int  #: of results that live
+    kept_bytes: int  #: for the next ones
+    limit: int  #: on what is kept; 0: every result has a fresh allocation
+    reused: int  #: buffers that had been kept
+    mapped: int  #: buffers that the system gave
 
 
 def stats() -> Stats:
@@ -37,13 +37,8 @@ def release() -> None:
     _C.release_memory()
 
 
-def _limit_as_asked() -> None:
+def limit_as_asked() -> None:
+    """By REGFAST_POOL, which the package has looked at."""
     asked = os.environ.get("REGFAST_POOL", "")
-    if not asked:
-        return
-    if not asked.isdecimal() or int(asked) >= 1 << 63:
-        raise ValueError(f"REGFAST_POOL: expected a number of bytes, or 0 for none, got {asked}")
-    _C.limit_memory(int(asked))
-
-
-_limit_as_asked()
+    if asked:
+        _C.limit_memory(int(asked))

@@ -12,6 +12,7 @@ and what goes with them are taken from ``torch.ops.aten``, which nobody replaces
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -363,7 +364,9 @@ def cross_entropy_outputs(
         results = {name: compute[name]() for name in outputs}
     except IndexError as error:
         expected = f"classes from 0 to {z.shape[class_dim] - 1}"
-        raise IndexError(f"regfast.cross_entropy: target: expected {expected}, got {error}") from None
+        bad = re.search(r"Target (-?\d+) is out of bounds", str(error))
+        got = bad[1] if bad else error
+        raise IndexError(f"regfast.cross_entropy: target: expected {expected}, got {got}") from None
     return [result if name == "argmax" else result.to(loss_dtype or dtypes[name]) for name, result in results.items()]
 
 

@@ -90,6 +90,13 @@ class Entry:
     why: str
 
 
+def _public_name(kind: type) -> str:
+    """Of a class, or of the first that it inherits from: some add to one that users know when it is taken."""
+    package = sys.modules[cast(str, __package__)]
+    public = (c.__name__ for c in kind.__mro__ if getattr(package, c.__name__, None) is c)
+    return next((f"regfast.{name}" for name in public), "a subclass of it")
+
+
 @dataclass
 class Replacement:
     """What :func:`replace` did: ``changed`` and ``left``, printed as a table; ``restore()`` undoes it."""
@@ -123,7 +130,7 @@ class Replacement:
     def __str__(self) -> str:
         groups: dict[tuple[str, ...], list[str]] = {}
         for e in self.entries:
-            now = "left" if e.now is None else f"{e.now.__module__.partition('.')[0]}.{e.now.__name__}"
+            now = "left" if e.now is None else _public_name(e.now)
             groups.setdefault((e.was.__name__, now, e.why), []).append(e.name or "(the model)")
         rows = [("class", "became", "modules", "first", "why")]
         rows += [(was, now, str(len(names)), names[0], why) for (was, now, why), names in groups.items()]

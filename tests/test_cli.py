@@ -1,6 +1,7 @@
 """python -m regfast info and bench."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,8 +11,9 @@ import torch
 from util import ROOT
 
 import regfast
+from regfast import _environment
 from regfast.__main__ import main
-from regfast.cli import bench, info
+from regfast.cli import bench
 
 SOURCES = ROOT / "csrc"
 
@@ -35,7 +37,57 @@ def test_every_variable_that_the_code_reads_is_known():
     files = [p for top in (SOURCES, ROOT / "regfast") for p in top.rglob("*") if p.suffix in {".py", ".cpp", ".cu"}]
     read = r"""(?:getenv|environ(?:\.get)?|setdefault)[(\[]["'](REGFAST_\w+)"""
     found = {name for path in (*files, ROOT / "setup.py") for name in re.findall(read, path.read_text())}
-    assert found == set(info.ENVIRONMENT)
+    assert found == set(_environment.MEANINGS)
+
+
+WRONG = {
+    "REGFAST_ISA": "mmx",
+    "REGFAST_GEMM": "mkl",
+    "REGFAST_POOL": "-1",
+    "REGFAST_VERBOSE": "yes",
+    "REGFAST_CUDA_KERNELS": "2",
+    "REGFAST_CUDA_GEMM": "own",
+    "REGFAST_PROOFS": "/dev/null",
+}
+
+
+@pytest.fixture(scope="module")
+def with_wrong_variables():
+    def run(*command):
+        environment = {**os.environ, **WRONG}
+        return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_each_variable_with_a_wrong_value_is_one_sentence():
+    for name, value in WRONG.items():
+        assert re.fullmatch(rf"{name}: expected [^:]+, got {re.escape(value)}", _environment.fault(name, value))
+    for name in _environment.MEANINGS:
+        assert not _environment.fault(name, "")
+    right = {"REGFAST_ISA": "scalar", "REGFAST_GEMM": "aten", "REGFAST_POOL": "0", "REGFAST_PROOFS": "not/there/yet"}
+    assert not any(_environment.fault(name, value) for name, value in right.items())
+
+
+def test_info_tells_wrong_variables_and_goes_on(with_wrong_variables):
+    done = with_wrong_variables("-m", "regfast", "info", "--json")
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    for name, value in WRONG.items():
+        assert said["environment"][name] == f"is as if not set: {_environment.fault(name, value)}"
+    assert said["kernels"]["instruction set"] == regfast.isas()[0]
+
+
+def test_other_commands_refuse_wrong_variables(with_wrong_variables):
+    done = with_wrong_variables("-m", "regfast", "bench")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and all(f"{name}: expected" in done.stderr for name in WRONG)
+
+
+def test_a_program_is_told_the_first_one(with_wrong_variables):
+    done = with_wrong_variables("-c", "import regfast")
+    sentence = _environment.fault("REGFAST_ISA", WRONG["REGFAST_ISA"])
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == f"ValueError: {sentence}"
 
 
 @pytest.mark.parametrize("case", bench.cases(), ids=lambda case: case.name)

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from urllib.parse import urlsplit
 
 import pytest
 from util import ROOT
@@ -21,11 +22,23 @@ def test_links_lead_to_files(page):
     assert not missing
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_other_hosts_are_well_formed(page):
+    links = re.findall(r"\w+://[^\s)>\]\"'`]*", re.sub(r"^( {4}|```).*$", "", page.read_text(), flags=re.MULTILINE))
+    for link in links:
+        parts = urlsplit(link.rstrip(".,;:"))
+        assert parts.scheme == "https" or parts.hostname == "localhost", link
+        assert re.fullmatch(r"[\w.-]+\.[a-z]{2,}|localhost", parts.hostname or ""), link
+        assert re.fullmatch(r"[\w./%~+-]*", parts.path), link
+
+
 def test_pages_of_the_site_do_not_link_to_pages_outside_of_it():
     # README.md is for code hosts; the site has docs/index.md. Sphinx says so too, but later.
     site = [*DOCS.glob("*.md"), *(ROOT / name for name in ("bench/README.md", "CONTRIBUTING.md", "KERNELS.md"))]
     linked = [(page.name, link) for page in site for link in re.findall(r"\]\(([^)#]*\bREADME\.md)", page.read_text())]
     assert [entry for entry in linked if not entry[1].endswith("bench/README.md")] == []
+    # What only the site has, conf.py links to: on a code host the link would lead nowhere.
+    assert not [page.name for page in site if "<a " in page.read_text()]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

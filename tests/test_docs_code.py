@@ -11,7 +11,7 @@ from torch import nn
 from util import ROOT
 
 import regfast
-from regfast.cli.info import ENVIRONMENT
+from regfast._environment import MEANINGS
 
 if not (ROOT / "docs").exists():
     pytest.skip("there are no docs beside these tests", allow_module_level=True)
@@ -80,7 +80,7 @@ def test_the_pages_have_code():
 def test_the_table_of_variables_is_that_of_the_command():
     table = (ROOT / "docs" / "faq.md").read_text()
     rows = re.findall(r"^\| `(REGFAST_\w+)` \| (.*) \|$", table, re.MULTILINE)
-    assert dict(rows) == ENVIRONMENT
+    assert dict(rows) == MEANINGS
 
 
 def test_the_pictures_figures_are_the_tables():

@@ -134,7 +134,7 @@ runpy.run_path({str(EXAMPLES / "linear_regression.py")!r}, run_name="__main__")
     assert "differ by more than rounding" in done.stderr
 
 
-def test_the_demo_runs_every_example(tmp_path, monkeypatch):
+def test_the_demo_runs_every_example(tmp_path, monkeypatch, capfd):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import demo
 
@@ -146,7 +146,12 @@ def test_the_demo_runs_every_example(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "HERE", tmp_path)
     monkeypatch.setattr(demo, "EXAMPLES", {"first.py": (), "second.py": ()})
     monkeypatch.setattr(sys, "argv", ["demo.py"])
+    monkeypatch.setattr(demo.psutil, "cpu_percent", lambda interval: 100.0)
     assert demo.main() == 0
+    assert f"Other programs use {demo.psutil.cpu_count():.1f} CPUs" in capfd.readouterr().out
     assert demo.used_by_examples() - before > 0.3
+    monkeypatch.setattr(demo.psutil, "cpu_percent", lambda interval: 1.0)
+    assert demo.main() == 0
+    assert "Other programs use " not in capfd.readouterr().out
     (tmp_path / "first.py").write_text("raise SystemExit(3)")
     assert demo.main() == 3

@@ -5,7 +5,9 @@ import re
 import shutil
 from pathlib import Path
 
+import networkx
 import pytest
+from rooms_picture import drawn
 from util import ROOT
 
 CSRC = ROOT / "csrc"
@@ -36,15 +38,10 @@ class Graph:
             self.first[name] = found[0][1] if found else ""
             self.own[name] = [what for mark, what in found if mark == '"']
             self.system[name] = [what for mark, what in found if mark == "<"]
+        self.files = networkx.DiGraph(self.own).subgraph(self.own)
 
     def reachable(self, name: str) -> set[str]:
-        seen, waiting = set(), [name]
-        while waiting:
-            at = waiting.pop()
-            if at not in seen:
-                seen.add(at)
-                waiting += [other for other in self.own[at] if other in self.own]
-        return seen
+        return {name, *networkx.descendants(self.files, name)}
 
 
 def read_plan(text: str) -> dict[str, tuple[bool, set[str]]]:
@@ -83,20 +80,7 @@ def arrows_beside_the_plan(graph: Graph, plan) -> list[str]:
 
 
 def circles(arrows: dict) -> list[str]:
-    """One circle that can be walked from each node that is part of one, found by walking depth first."""
-    found, done = [], set()
-
-    def walk(node, path):
-        if node in path:
-            found.append(" -> ".join([*path[path.index(node) :], node]))
-        elif node not in done:
-            for other in sorted(arrows.get(node, ())):
-                walk(other, [*path, node])
-            done.add(node)
-
-    for node in sorted(arrows):
-        walk(node, [])
-    return found
+    return [" -> ".join([*circle, circle[0]]) for circle in networkx.simple_cycles(networkx.DiGraph(arrows))]
 
 
 def circles_of_files_or_rooms(graph: Graph, plan) -> list[str]:
@@ -135,39 +119,14 @@ def torch_that_is_not_precompiled(graph: Graph, plan) -> list[str]:
     ]
 
 
-def needed_arrows(plan) -> list[tuple[str, str]]:
+def needed_arrows(plan) -> networkx.DiGraph:
     """The plan's arrows that do not follow from others: those whose ends no other way connects."""
-
-    def reaches(room: str, end: str) -> bool:
-        return room == end or any(reaches(other, end) for other in plan[room][1])
-
-    return [
-        (room, end)
-        for room, (_, others) in plan.items()
-        for end in sorted(others)
-        if not any(reaches(other, end) for other in others - {end})
-    ]
+    return networkx.transitive_reduction(networkx.DiGraph({room: others for room, (_, others) in plan.items()}))
 
 
-def picture(plan) -> str:
-    """The rooms as a flow chart of Mermaid's, which code hosts draw."""
-    identifier = {room: re.sub(r"\W", "_", room) for room in plan}
-    lines = ["```mermaid", "flowchart TD"]
-    for device in (None, "cpu", "cuda"):
-        of_device = [r for r in plan if (r.split("/")[0] if r.split("/")[0] in ("cpu", "cuda") else None) == device]
-        shapes = {room: f'[["{room}"]]' if plan[room][0] else f'["{room}"]' for room in of_device}
-        rooms = [f"  {identifier[room]}{shape}" for room, shape in shapes.items()]
-        lines += (
-            rooms if device is None else [f'  subgraph on_{device}["{device}"]', *(f"  {r}" for r in rooms), "  end"]
-        )
-    lines += [f"  {identifier[room]} --> {identifier[end]}" for room, end in needed_arrows(plan)]
-    return "\n".join([*lines, "```"])
-
-
-def with_picture(text: str, plan) -> str:
-    begin, end = "<!-- rooms:begin -->\n", "\n<!-- rooms:end -->"
-    head, _, rest = text.partition(begin)
-    return head + begin + picture(plan) + end + rest.partition(end.strip())[2]
+def picture() -> str:
+    plan = read_plan((ROOT / "CONTRIBUTING.md").read_text())
+    return drawn(needed_arrows(plan), {room for room, (torch, _) in plan.items() if torch})
 
 
 CHECKS = [
@@ -220,19 +179,17 @@ def test_a_line_of_the_plan_that_nothing_needs_is_found():
     assert any("cpu/kernels -> cpu/drivers" in circle for circle in circles_of_files_or_rooms(Graph(CSRC), plan))
 
 
-HOUSE = ROOT / "docs/house.md"
+PICTURE = ROOT / "docs/static/rooms.svg"
 
 
 def test_the_picture_of_the_rooms_is_the_codes():
-    text = HOUSE.read_text()
-    drawn = with_picture(text, read_plan((ROOT / "CONTRIBUTING.md").read_text()))
-    assert text == drawn, "python tests/test_include_graph.py draws it again"
+    assert PICTURE.read_text() == picture(), "python tests/test_include_graph.py draws it again"
 
 
 def test_arrows_that_follow_from_others_are_left_out():
     plan = {"a": (True, {"b", "c"}), "b": (False, {"c"}), "c": (False, set())}
-    assert needed_arrows(plan) == [("a", "b"), ("b", "c")]
+    assert set(needed_arrows(plan).edges) == {("a", "b"), ("b", "c")}
 
 
 if __name__ == "__main__":
-    HOUSE.write_text(with_picture(HOUSE.read_text(), read_plan((ROOT / "CONTRIBUTING.md").read_text())))
+    PICTURE.write_text(picture())

@@ -155,13 +155,6 @@ def test_what_is_kept_has_a_limit(limit, kept):
     assert found_limit == limit and 0 <= found_kept - kept < 6 << 20
 
 
-@pytest.mark.no_kernels("they run in a process of its own")
-def test_the_limit_is_a_number():
-    code = "try:\n    import regfast\nexcept ValueError as error:\n    print(error)"
-    message = fresh_process(code, REGFAST_POOL="plenty")
-    assert message.strip() == "REGFAST_POOL: expected a number of bytes, or 0 for none, got plenty"
-
-
 def test_the_profiler_counts_large_results():
     with torch.profiler.profile(profile_memory=True) as profile:
         y = large()

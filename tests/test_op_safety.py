@@ -156,7 +156,7 @@ def test_a_class_out_of_range_is_refused_on_the_cpu(wrong, weighted):
         arguments["target"] = with_classes(arguments["target"], wrong)
         if not weighted:
             arguments["weight"] = None
-        with pytest.raises(IndexError, match=rf"regfast\.\w+: target: expected classes from 0 to {V - 1}, got Target"):
+        with pytest.raises(IndexError, match=rf"regfast\.\w+: target: expected classes from 0 to {V - 1}, got -?\d+$"):
             call(name, arguments)
 
 
@@ -165,7 +165,7 @@ def test_a_class_that_changed_after_forward_is_refused(wrong):
     x, target = spiky(N, V).requires_grad_(), class_targets((N,), V)
     loss = regfast.cross_entropy(x, target, torch.rand(V), reduction="none").sum()  # its gradient is left to backward
     target.data[-1] = wrong
-    with pytest.raises(IndexError, match="Target"):
+    with pytest.raises(IndexError, match="expected classes from 0 to"):
         loss.backward()
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -77,9 +78,9 @@ def test_wheel_is_built_audited_and_used_in_a_new_environment(tmp_path, wheels):
     assert any(name.endswith("/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"regfast"}  # no tests, no sources beside it
     fields = wheels.metadata(wheel)
-    assert fields["Version"] == [f"{version}+torch{NUMBER}.cpu"]
-    assert f"torch=={NUMBER}" in fields["Requires-Dist"]
-    assert fields["License-Expression"] == ["BSD-3-Clause"]
+    assert fields["Version"] == f"{version}+torch{NUMBER}.cpu"
+    assert f"torch=={NUMBER}" in fields.get_all("Requires-Dist")
+    assert fields["License-Expression"] == "BSD-3-Clause"
     if importlib.util.find_spec("auditwheel"):
         wheel = wheels.audited(Path(sys.executable), wheel)
         assert "manylinux" in wheel.name
@@ -121,6 +122,36 @@ def test_a_build_without_torch_says_so_in_one_sentence(tmp_path):
 def test_a_build_by_an_old_setuptools_says_so_in_one_sentence(tmp_path):
     line = failing_build(tmp_path, "setuptools", "__version__ = '68.1.2'")
     assert line == "regfast: expected setuptools 77 or newer to build with, got 68.1.2"
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+@pytest.mark.parametrize(
+    "name, value", [("REGFAST_CUDA", "yes"), ("REGFAST_SANITIZE", "adress,undefined"), ("MAX_JOBS", "all")]
+)
+def test_a_variable_of_the_build_with_a_wrong_value_is_one_sentence(name, value):
+    done = run("setup.py", "--version", cwd=ROOT, **{name: value})
+    line = done.stderr.rstrip().splitlines()[-1]  # torch may have a warning before
+    assert done.returncode and re.fullmatch(rf"regfast: {name}: expected .*, got {value.split(',')[0]}", line), (
+        done.stderr
+    )
+
+
+SAID_BY_NINJA = """
+import subprocess, sys
+sys.argv = ["setup.py", "--version"]
+exec(open("setup.py").read())
+with progress():
+    for line in ("[1/2, 0.5 s] c++ -O3 -c -c /a/csrc/cpu/x.cpp -o /a/x.o", "x.cpp:1: warning", "FAILED: /a/y.o"):
+        subprocess.run(["echo", line])
+print("after")
+"""
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+def test_a_build_counts_its_files_and_hides_no_other_line():
+    done = run("-c", SAID_BY_NINJA, cwd=ROOT, REGFAST_CUDA="0")
+    lines = done.stdout.splitlines()[1:]
+    assert lines == ["[1/2, 0.5 s] cpu/x.cpp", "x.cpp:1: warning", "FAILED: /a/y.o", "after"], done.stderr
 
 
 @pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")

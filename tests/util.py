@@ -21,6 +21,8 @@ HALF = (torch.bfloat16, torch.float16)
 # Whether products of bfloat16 are those of pairs, whose factors are all rounded to it.
 MULTIPLIES_PAIRS = _C.isa() == "avx512_bf16"
 LAYOUTS = ("contiguous", "transposed", "strided", "padded", "expanded", "misaligned")
+# These releases raise RuntimeError for a dim of another type.
+BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
 INF, NAN = float("inf"), float("nan")
 # Runs a test that makes CPU tensors and nothing else with the kernels of the CPU and, emulated, with those of CUDA.
 with_all_kernels = pytest.mark.usefixtures("kernels")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import os
 import statistics
 import sys
 import time
@@ -143,7 +144,7 @@ def _others_seconds() -> float | None:
     except OSError:
         return None
     user, nice, system, _, _, irq, soft = map(int, fields)
-    return (user + nice + system + irq + soft) / 100 - time.process_time()
+    return (user + nice + system + irq + soft) / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,22 +16,9 @@ import torch
 
 import regfast
 
-from .. import _C
+from .. import _C, _environment
 
-# What the environment decides, and when. The documentation's table is compared with this one.
-ENVIRONMENT = {
-    "REGFAST_ISA": "the instruction set of the CPU's kernels: scalar, avx2, avx512, avx512_bf16 or neon",
-    "REGFAST_GEMM": "auto, own or aten: who multiplies, where the table would choose",
-    "REGFAST_POOL": "bytes of large results' memory that are kept for the next ones; 0 keeps none",
-    "REGFAST_VERBOSE": "1 prints a line for each call to standard error",
-    "REGFAST_CUDA_KERNELS": "0 or 1: the CUDA kernels are off or on, whatever a proof says",
-    "REGFAST_CUDA_GEMM": "aten, sm80 or sm90: whose CUDA products, whatever a proof says",
-    "REGFAST_PROOFS": "the folder of the GPUs' proofs, in the place of one in the user's cache directory",
-    "REGFAST_CUDA": "when building: auto, 0 or 1: without or with CUDA kernels",
-    "REGFAST_CUDA_ARCHS": "when building: for these architectures only, as in 80 90a",
-    "REGFAST_SANITIZE": "when building: C++ under these sanitizers, as in address,undefined",
-}
-# Of others, what changes how fast or on how many threads anything runs.
+# Besides regfast's own variables, those that change how fast or on how many threads anything runs.
 OTHERS = (
     "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "GOMP_SPINCOUNT", "KMP_AFFINITY", "KMP_BLOCKTIME",
     "MKL_NUM_THREADS", "MKL_ENABLE_INSTRUCTIONS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "THP_MEM_ALLOC_ENABLE",
@@ -94,7 +81,10 @@ def collect() -> dict[str, dict[str, str]]:
             "extension": _C.__file__,
             "torch": str(Path(torch.__file__).parent),
         },
-        "environment": {name: os.environ[name] for name in (*ENVIRONMENT, *OTHERS) if name in os.environ},
+        "environment": {
+            **{name: os.environ[name] for name in (*_environment.MEANINGS, *OTHERS) if name in os.environ},
+            **{name: f"is as if not set: {wrong}" for name, wrong in _environment.refused.items()},
+        },
     }
 
 

@@ -52,7 +52,7 @@ struct CpuCrossEntropy : Cpu {
  private:
   static void check_row(const CrossEntropyArgs& a, int64_t bad) {
     RF_CHECK(TORCH_CHECK_INDEX, bad < 0, "cross_entropy", "target", c10::str("classes from 0 to ", a.classes - 1),
-             c10::str("Target ", a.target[bad], " is out of bounds."));
+             a.target[bad]);
   }
   // Of rows whose classes' weights are to be summed in the same order wherever the mean is needed.
   static double denominator_of(const Tensors& t) { return cross_entropy_denominator(t.dtype, t.args, t.rows); }

@@ -65,7 +65,7 @@ struct LinearCrossEntropyProblem : LinearCrossEntropyTensors<CrossEntropyArgs> {
       for (int64_t i = r * positions; i < (r + 1) * positions; ++i) {
         if (y[i] == ignore_index) continue;
         RF_CHECK(TORCH_CHECK_INDEX, y[i] >= 0 && y[i] < classes, "linear_cross_entropy", "target",
-                 c10::str("classes from 0 to ", classes - 1), c10::str("Target ", y[i], " is out of bounds."));
+                 c10::str("classes from 0 to ", classes - 1), y[i]);
         sum.add(w ? w[y[i]] : 1);
         any = true;
       }
