@@ -57,7 +57,7 @@ def check() -> None:
     Under ``python -m regfast``, whose ``info`` is what one asks then, such a variable is taken away and noted down
     instead; the other commands refuse to run.
     """
-    command = ("-m", __package__) in itertools.pairwise(sys.orig_argv)
+    command = any(pair == ("-m", __package__) for pair in itertools.pairwise(sys.orig_argv))
     for name in MEANINGS:
         wrong = fault(name, os.environ.get(name, ""))
         if wrong and not command:

@@ -92,7 +92,7 @@ class Entry:
 
 def _public_name(kind: type) -> str:
     """Of a class, or of the first that it inherits from: some add to one that users know when it is taken."""
-    package = sys.modules[cast(str, __package__)]
+    package = sys.modules[__package__ or ""]
     public = (c.__name__ for c in kind.__mro__ if getattr(package, c.__name__, None) is c)
     return next((f"regfast.{name}" for name in public), "a subclass of it")
 

@@ -53,6 +53,9 @@ def decide(machine: Machine) -> Decision:
     command = COMMAND + (f" --device {machine.index}" if machine.index else "")
     try:
         identity = machine.identity()
+    except Exception as error:  # a device that cannot even be asked for its name
+        return Decision([], {}, f"off: {type(error).__name__}: {error}")
+    try:
         proof = store.read(identity)
     except store.NoProof as none:
         turn_on = f"{command} checks the kernels on this GPU, in a process of its own, and turns them on"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import regfast
 
 from .machine import Machine
-from .measure_choices import timed_choices
+from .measure_choices import Choice, timed_choices
 from .measure_rows import timed_rows
 from .roofline import predicted
 from .timing import Clock, Timed, bounds, preparation, ratios
@@ -152,6 +152,10 @@ def timed_layers(shapes: Shapes, place: torch.device) -> Iterator[Timed]:
     )
 
 
+def measured_choice(time_choice: Callable[[], Choice], limits: dict[str, float], architecture: int) -> dict:
+    return time_choice().measured(limits, architecture)
+
+
 def measured(timed: Timed, shapes: Shapes, clock: Clock, limits: dict[str, float], architecture: int) -> dict:
     """Medians, how many times longer PyTorch takes, and the share of the ceiling beside the predicted one."""
     torch.manual_seed(0)
@@ -204,7 +208,7 @@ def measurements(machine: Machine, shapes: Shapes, subjects: list[str], seconds:
         else:
             rest.append(timed)
     for name, time_choice in timed_choices(machine, shapes, subjects, clock):
-        yield timed_or_left_out(name, lambda time_choice=time_choice: time_choice().measured(limits, architecture))
+        yield timed_or_left_out(name, partial(measured_choice, time_choice, limits, architecture))
     for timed in rest:
         yield timed_or_left_out(timed.name, partial(measured, timed, shapes, clock, limits, architecture))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -101,7 +101,7 @@ def layer(place: torch.device, arithmetic: str, shape: tuple[int, int, int], act
 
 
 def against_aten(
-    machine: Machine, shapes, clock, what: str, chosen: str, kernel: str, makers: list[Callable[[], list[Call]]]
+    machine: Machine, shapes, clock, what: str, chosen: str, kernel: str, makers: Sequence[Callable[[], list[Call]]]
 ) -> Choice:
     def choosing(choices: dict[str, str], call: Callable[[], object]) -> Prepare:
         def prepare():

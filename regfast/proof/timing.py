@@ -21,8 +21,8 @@ class Timed:
     what: str  # the class
     mode: str
     make: Callable[[], list[Tensor]]
-    ours: Callable
-    theirs: Callable
+    ours: Callable[..., Tensor]
+    theirs: Callable[..., Tensor]
     bytes_: int
     flops: int = 0
     kernel: str = ""  # of roofline.py
