@@ -217,6 +217,9 @@ constexpr int64_t kCachedChunkBytes = 2 << 20, kCachedWeightBytes = 256 << 10;
 // core with 1 MiB of L2: 2048 x 1024 -> 4096 with n = 4 takes 89 ms with 2 MiB, 91 with 4 or 8; 4096 -> 1024 87 with 2
 // MiB, 92 with 8, 115 with 64.
 constexpr int64_t kMixedBytes = 2 << 20, kLeastMixedRows = 128;
+// Beside more rows W, which is smaller than they are, is made an n-th at a time, and all of so many bytes at once: the
+// products of an n-th read x n times.
+constexpr int64_t kPhmWeightBytes = 1 << 20;
 // Up to so many mixed rows S is read where it lies by dot products, kSkinny of them at a time: 48 take 0.94 ms of a
 // core for 1024 -> 4096, 64 take 1.20 and packed, with four more, 1.10.
 constexpr int64_t kFewMixedRows = 48;

@@ -1,6 +1,7 @@
 // phm_linear on the CPU: rows that are few (up to q') are mixed. For many rows, whose Z would be the larger, W is made
 // an n-th at a time, as large as S: the rows of outputs u for products with x, the columns of inputs p for those with
-// the output's gradient. W's own gradient, an n-th at a time too, is contracted with a and s.
+// the output's gradient. W's own gradient, an n-th at a time too, is contracted with a and s. A small W is made at
+// once.
 #include "shared/torch_api.h"
 
 #include "cpu/ops/device.h"
@@ -61,16 +62,26 @@ struct CpuPhm : Cpu {
   static MatrixView x_rows(const PhmTensors& p, int64_t begin) {
     return {(const char*)p.x.const_data_ptr() + begin * p.x.stride(0) * size_of(p.dtype), 1, p.x.stride(0), 0, 1};
   }
-  static Tensor part_of_weight(const PhmTensors& p) {
-    return empty_result({p.to_part, p.inputs}, p.s.options().dtype(p.acc));
+  // How many n-ths of W are made at a time, and memory for these.
+  static int64_t parts_at_once(const PhmTensors& p) {
+    return p.outputs * p.inputs * acc_size(p.dtype) <= tuning::kPhmWeightBytes ? p.n : 1;
+  }
+  static Tensor parts_of_weight(const PhmTensors& p, int64_t parts) {
+    return empty_result({parts * p.to_part, p.inputs}, p.s.options().dtype(p.acc));
   }
   // Parts of S's rows combined into those of an n-th of W, (v, (p, r)) for one u or (v, (u, r)) for one p.
-  static void combine(const PhmTensors& p, const Tensor& coefficients, int64_t which, const Tensor& w) {
+  static void combine(const PhmTensors& p, const Tensor& coefficients, int64_t which, void* w) {
     mix_parts(p.dtype,
               {view_of(p.s), p.n, p.n, p.from_part,
-               (char*)coefficients.const_data_ptr() + which * p.n * p.n * acc_size(p.dtype), w.mutable_data_ptr()},
+               (char*)coefficients.const_data_ptr() + which * p.n * p.n * acc_size(p.dtype), w},
               p.to_part);
   }
+  // Rows of W, those of outputs from part `first` on.
+  static void combine_rows(const PhmTensors& p, const Tensor& coefficients, int64_t first, const Tensor& w) {
+    for (int64_t row = 0; row < w.size(0); row += p.to_part)
+      combine(p, coefficients, first + row / p.to_part, rows_from(w, row, p.to_part).mutable_data_ptr());
+  }
+  static Tensor row_coefficients(const PhmTensors& p) { return p.a.permute({1, 2, 0}).contiguous(); }  // u, p, m
 
   void by_weights(const PhmTensors& p, const Tensor& bias, Activation activation, const Tensor& y,
                   const Tensor& preactivation) const;
@@ -83,13 +94,14 @@ struct CpuPhm : Cpu {
 // Y of many rows, and what was before the activation where that is kept.
 void CpuPhm::by_weights(const PhmTensors& p, const Tensor& bias, Activation activation, const Tensor& y,
                         const Tensor& preactivation) const {
-  const Tensor coefficients = p.a.permute({1, 2, 0}).contiguous(), w = part_of_weight(p);  // u, p, m
+  const int64_t parts = parts_at_once(p), columns = parts * p.to_part;
+  const Tensor coefficients = row_coefficients(p), w = parts_of_weight(p, parts);
   const auto type = p.x.scalar_type();
-  const bool left_to_aten = why_aten({type, p.rows, p.to_part, p.inputs});
+  const bool left_to_aten = why_aten({type, p.rows, columns, p.inputs});
   const Tensor sums = left_to_aten && preactivation.defined() ? preactivation : y;
-  for (int64_t u = 0; u < p.n; ++u) {
-    combine(p, coefficients, u, w);
-    const auto part = [&](const Tensor& t) { return t.narrow(-1, u * p.to_part, p.to_part); };
+  for (int64_t u = 0; u < p.n; u += parts) {
+    combine_rows(p, coefficients, u, w);
+    const auto part = [&](const Tensor& t) { return t.narrow(-1, u * p.to_part, columns); };
     const Tensor c = part(sums), b = bias.defined() ? part(bias) : bias;
     if (left_to_aten) {
       multiply(*this, p.x, transpose(as_type(w, type)), c, b);
@@ -107,25 +119,30 @@ void CpuPhm::by_weights(const PhmTensors& p, const Tensor& bias, Activation acti
 // Undefined or null where not wanted.
 void CpuPhm::backward_by_weights(const PhmTensors& p, const Tensor& dy, const Tensor& dx, const Tensor& ds,
                                  PartSums* da) const {
-  if (dx.defined()) {
-    const Tensor coefficients = p.unmixing(), w = part_of_weight(p);  // p, u, m
+  const int64_t parts = parts_at_once(p);
+  if (dx.defined() && parts == p.n) {
+    const Tensor w = parts_of_weight(p, parts);
+    combine_rows(p, row_coefficients(p), 0, w);
+    const bool left_to_aten = why_aten({dy.scalar_type(), p.rows, p.inputs, p.outputs});
+    multiply(*this, dy, left_to_aten ? as_type(w, dy.scalar_type()) : w, dx);
+  } else if (dx.defined()) {
+    const Tensor coefficients = p.unmixing(), w = parts_of_weight(p, 1);  // p, u, m
     const bool left_to_aten = why_aten({dy.scalar_type(), p.rows, p.from_part, p.outputs});
     for (int64_t i = 0; i < p.n; ++i) {
-      combine(p, coefficients, i, w);
-      const Tensor parts = left_to_aten ? as_type(w, dy.scalar_type()) : w;
+      combine(p, coefficients, i, w.mutable_data_ptr());
+      const Tensor typed = left_to_aten ? as_type(w, dy.scalar_type()) : w;
       const Tensor columns =
-          parts.view({p.to_part, p.n, p.from_part}).permute({1, 0, 2}).reshape({p.outputs, p.from_part});
+          typed.view({p.to_part, p.n, p.from_part}).permute({1, 0, 2}).reshape({p.outputs, p.from_part});
       multiply(*this, dy, columns, dx.narrow(1, i * p.from_part, p.from_part));
     }
   }
   if (!ds.defined() && !da) return;
-  const auto options = p.s.options().dtype(p.acc);
   const Tensor coefficients = p.a.permute({1, 0, 2}).contiguous();  // u, m, p
-  const Tensor dw = empty_result({p.to_part, p.inputs}, options),
-               term = ds.defined() ? empty_result_like(dw) : Tensor();
+  const Tensor all = parts_of_weight(p, parts), term = ds.defined() ? empty_result_like(ds) : Tensor();
   std::vector<double> products(p.n * p.n);
   for (int64_t u = 0; u < p.n; ++u) {
-    multiply(*this, transpose(dy.narrow(1, u * p.to_part, p.to_part)), p.x, dw);
+    if (u % parts == 0) multiply(*this, transpose(dy.narrow(1, u * p.to_part, parts * p.to_part)), p.x, all);
+    const Tensor dw = rows_from(all, u % parts * p.to_part, p.to_part);
     if (ds.defined()) {
       const Tensor& to = u == 0 ? ds : term;
       mix_parts(acc_dtype(p.dtype),
