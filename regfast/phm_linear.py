@@ -21,7 +21,8 @@ _phm_linear: Callable[..., Tensor] = kinds.op("phm_linear")
 def phm_linear(
     input: Tensor, a: Tensor, s: Tensor, bias: Tensor | None = None, *, activation: Activation = "none"
 ) -> Tensor:
-    """``activation(input @ w.T + bias)``, ``w`` the sum over i of ``torch.kron(a[i], s[i])``, never stored whole.
+    """``activation(input @ w.T + bias)``, ``w`` the sum over i of ``torch.kron(a[i], s[i])``, of which no more than
+    1 MiB or an n-th exists at a time.
 
     Args:
         input: ``(*, in_features)``, any strides. float32, float64, bfloat16 and float16 have kernels; half types are
