@@ -545,7 +545,9 @@ def weighted(loss: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return terms.to(loss.dtype)
     total = terms.sum()
-    return (total if reduction == "sum" else total / _up(weights).sum()).to(loss.dtype)
+    if reduction == "mean":  # the rows' weights are summed up before they are repeated: torch adds equal terms badly
+        total = total / (_up(sample_weight).sum() * (loss.numel() // max(1, sample_weight.numel())))
+    return total.to(loss.dtype)
 
 
 def weighted_classes(loss: Tensor, target: Tensor, sample_weight: Tensor, reduction: str) -> Tensor:

@@ -93,3 +93,17 @@ def test_schemas_and_operations(type):
         product(a, b, bias)
         add_product(torch.randn(3, 5), a, b)
     assert counter.get_total_flops() == 2 * 2 * 3 * 4 * 5
+
+
+def test_a_sum_has_memory_of_its_own_and_a_version():
+    q, w = torch.randn(130, 130), torch.randn(130, 130)
+    for factors in ((q, w), (w, q), (q.t(), w)):
+        with pytest.raises(RuntimeError, match="_add_product_: sum: expected memory of its own"):
+            add_product(q, *factors)
+    with pytest.raises(RuntimeError, match="_add_product_: sum: expected a tensor without a gradient"):
+        add_product(q.clone().requires_grad_(), q, w)
+    kept, v = torch.randn(3, 5), torch.randn(3, 5, requires_grad=True)
+    y = (kept * v).sum()
+    add_product(kept, torch.randn(3, 4), torch.randn(4, 5))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

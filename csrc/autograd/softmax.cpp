@@ -79,7 +79,10 @@ Tensor softmax(const Tensor& x, int64_t dim, bool log) {
   check_floating(softmax_name(log), x);
   if (takes_composite(softmax_name(log), {&x})) return composite_softmax(x, dim, log);
   dim = checked_dim(softmax_name(log), x, dim);
-  if (rows_by_aten(softmax_name(log), x, dim)) return log ? at::log_softmax(x, dim) : at::softmax(x, dim);
+  if (rows_by_aten(softmax_name(log), x, dim)) {
+    const Autocast off(x);  // the result has x's type, whoever computes it
+    return log ? at::log_softmax(x, dim) : at::softmax(x, dim);
+  }
   const Tensor y = softmax_forward(x, dim, log);
   if (any_requires_grad({&x})) record<SoftmaxBackward>(y, {&x}, {&y}, {dim, log});
   return y;
@@ -88,7 +91,10 @@ Tensor softmax(const Tensor& x, int64_t dim, bool log) {
 Tensor logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
   if (takes_composite("logsumexp", {&x})) return composite_logsumexp(x, dim, keepdim);
   dim = checked_dim("logsumexp", x, dim);
-  if (rows_by_aten("logsumexp", x, dim)) return at::logsumexp(x, dim, keepdim);
+  if (rows_by_aten("logsumexp", x, dim)) {
+    const Autocast off(x);
+    return at::logsumexp(x, dim, keepdim);
+  }
   const Tensor lse = logsumexp_forward(x, dim, keepdim), y = as_type(lse, x.scalar_type());
   if (any_requires_grad({&x})) record<LogsumexpBackward>(y, {&x}, {&x, &lse}, {dim, keepdim});
   return y;

@@ -162,9 +162,9 @@ constexpr int64_t kPackTask = 16 * 1024;
 // Rows lie on pages of their own, where no prefetcher follows: those 8 k on are asked for.
 constexpr int64_t kPackDepth = 4, kPackAhead = 8;
 
-// Up to so many outputs (kSkinny) or rows (kFewRows), dot products of unpacked rows beat packing: it would cost more
-// than the product, and the register tile would be padded. The same bound on M or K sends the backward products to B in
-// place.
+// Up to so many outputs (kSkinny) or rows (kFewRows), dot products of unpacked rows may beat packing (gemm.cpp's
+// dots_win and gemm_path): it would cost more than the product, and the register tile would be padded. The same bound
+// on M or K sends the backward products to B in place.
 constexpr int64_t kSkinny = 32;
 constexpr int64_t kFewRows = 8;
 // The engine pads the shorter side to whole panels, 32 numbers on AVX-512: 9 rows x 1783 -> 257 took as long as 32. Of

@@ -132,6 +132,7 @@ Tensor product(const Tensor& a, const Tensor& b, const OptionalTensor& bias) {
 template <class Device>
 void add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
   check_add_product(sum, a, b);
+  if (!sum.is_inference()) sum.unsafeGetTensorImpl()->bump_version();
   if (sum.numel() > 0 && a.size(1) > 0) multiply(Device(a), a, b, sum, {}, Sum::next);
 }
 

@@ -154,8 +154,8 @@ at::ScalarType check_product(const char* op, const Tensor& a, const Tensor& b) {
   const auto type = product_type(a, b), acc = acc_type(type);
   const auto check_factor = [&](const char* name, const Tensor& t) {
     RF_CHECK(TORCH_CHECK, t.dim() == 2, op, name, "a matrix", t.sym_sizes());
-    RF_CHECK(TORCH_CHECK, t.scalar_type() == type || t.scalar_type() == acc, op, name, c10::str(type, " or ", acc),
-             t.scalar_type());
+    RF_CHECK(TORCH_CHECK, t.scalar_type() == type || t.scalar_type() == acc, op, name,
+             type == acc ? c10::str(type) : c10::str(type, " or ", acc), t.scalar_type());
   };
   check_factor("a", a);
   check_factor("b", b);
@@ -178,6 +178,9 @@ void check_add_product(const Tensor& sum, const Tensor& a, const Tensor& b) {
   check_type(op, "sum", sum, acc);
   check_sizes(op, "sum", sum, {a.sym_size(0), b.sym_size(1)});
   RF_CHECK(TORCH_CHECK, sum.is_contiguous(), op, "sum", "a contiguous tensor", c10::str("strides ", sum.sym_strides()));
+  RF_CHECK(TORCH_CHECK, !sum.requires_grad(), op, "sum", "a tensor without a gradient", "one that requires it");
+  for (const Tensor* factor : {&a, &b})
+    RF_CHECK(TORCH_CHECK, !sum.is_alias_of(*factor), op, "sum", "memory of its own", "that of a factor");
 }
 
 // ---- phm_linear ----------------------------------------------------------------------------------------------------

@@ -71,9 +71,11 @@ struct ActivationBackward {  // dz = dy * act'(saved), rows x columns
 struct LikelihoodProblem {
   Family family;
   int64_t outputs;
+  // Of one type, acc or the kernel's dtype: observations, the upstream gradient of each loss or null (1), the losses
+  // or null where they are not wanted.
   const void* target;
-  const void *row_weight, *grad;  // or null: 1. acc, of a row's losses and slopes; upstream, of each slope alone
-  void* loss;                     // or null where not wanted. Target, grad and loss: acc, or the kernel's dtype
+  const void *row_weight, *grad;  // row_weight: acc, of a row's losses and slopes; or null (1)
+  void* loss;
 };
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------

@@ -258,16 +258,16 @@ GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool long_rows = along_k && (g.k >= g.n * tuning::kDotInner ||
                                      (g.n <= tuning::kShortDots && g.k * acc_size(dtype) > tuning::kShortDotBytes));
   const bool pairs = pair_kernels(dtype, g);
-  // Columns of whole panels are packed for less than lanes take, of pairs from most of one on.
+  // The most columns that lanes have are whole panels and packed for less; pairs are from most of a panel on.
+  const bool half = size_of(dtype) != acc_size(dtype);
   const bool fill_panels = along_k && g.m >= tuning::kSkinny &&
-                           (pairs ? 2 * g.n > kernels().nr[(int)dtype] : g.n == tuning::kSkinny && dtype != DType::f16);
+                           (pairs ? 2 * g.n > kernels().nr[(int)dtype] : g.n == tuning::kSkinny && !half);
   if (both_few(g.n, g.k) && !long_rows && !fill_panels && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks &&
       b_is_plain && g.epilogue.bias_rows == 1)
     return GemmPath::lanes;
   if (both_few(g.m, g.n) && g.k >= tuning::kLeastLanes && g.a_transposed && !g.b_transposed) return GemmPath::lane_sums;
   if (along_k && g.n <= tuning::kSkinny && dots_win(dtype, g, pairs)) return GemmPath::dot_few_columns;
   if (along_k && g.m <= few_rows(dtype, g, pairs)) return GemmPath::dot_few_rows;
-  const bool half = size_of(dtype) != acc_size(dtype);
   const bool readable = g.b.col_stride == 1 && g.b.inner == 1 && (half ? g.a.col_stride == 1 : g.a.inner == 1);
   if (!g.b_transposed && readable && !pairs && (g.m <= tuning::kSkinny || g.k <= tuning::kSkinny))
     return GemmPath::direct;

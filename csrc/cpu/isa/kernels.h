@@ -19,7 +19,7 @@ struct Kernels {
   const char* isa;
   int64_t lanes[kDTypes];            // of a vector of the accumulator's type
   int64_t mr[kDTypes], nr[kDTypes];  // register tile of the GEMM
-  int64_t tile_features[kDTypes];    // up to so many features few_outputs has a lane to a row, in tiles of columns
+  int64_t tile_features[kDTypes];    // up to so many features few_outputs reads in place where they lie apart
 
   void (*softmax_forward[kDTypes])(const SoftmaxArgs&, int64_t row_begin, int64_t row_end);
   void (*softmax_backward[kDTypes])(const SoftmaxArgs&, int64_t row_begin, int64_t row_end);

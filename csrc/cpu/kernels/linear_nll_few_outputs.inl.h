@@ -127,7 +127,7 @@ inline void store_gradient(const FewOutputsArgs& a, int64_t row, int64_t c, vec_
   a.wide_grad_x ? store_up_to((acc_t<T>*)a.grad_x + at, d, n) : store_up_to((T*)a.grad_x + at, d, n);
 }
 
-// ---- up to a vector's features: rows are transposed ----------------------------------------------------------------
+// ---- few features, or up to a vector's that lie apart: rows are transposed -----------------------------------------
 
 template <class T, int F, Family family, bool value, bool slope>
 inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, LikelihoodSums* sums) {
