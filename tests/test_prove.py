@@ -30,7 +30,7 @@ def prove(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("PLANTED", planted)
         monkeypatch.setenv("PLANTED_RATIO", str(ratio))
         monkeypatch.setenv("PLANTED_SLOW", slow)
-        status = command.run_on(0, WORKER, seconds=300)
+        status = command.run_on(0, WORKER, seconds=3000)  # however busy the machine is
         told = capsys.readouterr()
         return status, store.read(EmulatedGpu(EMULATOR).identity()), told.out + told.err
 
@@ -89,8 +89,8 @@ def test_a_case_that_hangs_costs_its_op_and_one_without_memory_is_skipped(monkey
     assert machine == EmulatedGpu(EMULATOR).identity()
     assert subjects["logsumexp"].error == "no answer for 30 s" and not subjects["mse_loss"].why_not
     full = subjects["linear_nll"]
-    assert not full.failed and len(full.skipped) == full.cases and full.why_not == "no case could be run"
-    assert full.skipped[0].endswith("not enough memory is free")
+    assert not full.failed and full.passed and len(full.skipped) == full.cases - full.passed
+    assert all(case.endswith("not enough memory is free") for case in full.skipped) and full.skipped
 
 
 def test_a_worker_that_does_not_start_is_told_in_its_words(capsys, tmp_path, monkeypatch):

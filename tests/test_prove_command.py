@@ -209,6 +209,8 @@ def test_one_that_is_stopped_leaves_no_worker_and_the_old_proof(worker, proofs, 
     path = store.write(proof_of())
     before = path.read_bytes()
     script = "import sys; from regfast.cli import prove; sys.exit(prove.run_on(0, sys.argv[1:], 600))"
+    # A shell that starts its children in the background has them ignore Ctrl-C.
+    script = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {script}"
     # rich is left out, so that each subject that begins is a line.
     script = f"import sys; sys.modules['rich.console'] = sys.modules['rich.progress'] = None; {script}"
     proving = subprocess.Popen([sys.executable, "-c", script, *worker], stderr=subprocess.PIPE, text=True)

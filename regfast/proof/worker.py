@@ -102,7 +102,9 @@ def end_with_parent() -> None:
     """Whoever started this process may be killed: no orphan is to hold the device, or be timed beside."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()  # nobody writes there: it ends
+        # Nobody writes there: it ends. Not through sys.stdin, whose lock the interpreter wants when it shuts down.
+        while os.read(0, 1):
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
