@@ -193,7 +193,8 @@ std::vector<Tensor> cross_entropy_as(at::ScalarType counts_as, const Operands& g
                                                                              : nullptr;
   if (takes_composite("cross_entropy", {&x, &target, &w}, special)) return finish(composite(t, o));
   // What PyTorch's own has, it may be faster at.
-  const bool plain = o.outputs == kOutputLoss && !inplace_backward && o.z_loss == 0 && !o.softcap && !o.logit_scale && !o.loss_dtype;
+  const bool plain =
+      o.outputs == kOutputLoss && !inplace_backward && o.z_loss == 0 && !o.softcap && !o.logit_scale && !o.loss_dtype;
   if (plain && (probabilities || target.scalar_type() == at::kLong) && rows_by_aten("cross_entropy", x, class_dim(x)))
     return {at::cross_entropy_loss(x, target, t.weight, o.reduction, o.ignore_index, o.label_smoothing)};
   if (!probabilities) return finish(by_kernels(t, o, inplace_backward));
