@@ -51,8 +51,6 @@ constexpr int64_t kCacheWays = 8, kPageBytes = 4096;
 // Products of fewer rows than kLeastLanes would leave lanes idle. Sums over rows are taken over so many at a time, for
 // any number of threads.
 constexpr int64_t kLeastLanes = 16, kLaneSumRows = 2048;
-// With K of so many numbers for each output, dot products of rows where they lie take less than to transpose them.
-constexpr int64_t kDotInner = 16;
 // Up to so many columns, dot products of rows of a few vectors are taken one column after another, and take less than
 // lanes if rows have more bytes, as the accumulator's type: 10048 x 15 -> 1 of doubles, Zen 4, one core, 20 us and 46,
 // of float32 14 and 28, of bfloat16 12 and 26; x 8 -> 3 37 and 41, 47 and 34, 37 and 27.

@@ -255,14 +255,13 @@ bool short_and_far(int64_t row_bytes, int64_t rows) {
 GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool a_walks = !g.a_transposed || g.a.inner == 1, b_is_plain = g.b.inner == 1;
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
-  const bool long_rows = along_k && (g.k >= g.n * tuning::kDotInner ||
-                                     (g.n <= tuning::kShortDots && g.k * acc_size(dtype) > tuning::kShortDotBytes));
+  const bool short_dots = along_k && g.n <= tuning::kShortDots && g.k * acc_size(dtype) > tuning::kShortDotBytes;
   const bool pairs = pair_kernels(dtype, g);
   // The most columns that lanes have are whole panels and packed for less; pairs are from most of a panel on.
   const bool half = size_of(dtype) != acc_size(dtype);
   const bool fill_panels = along_k && g.m >= tuning::kSkinny &&
                            (pairs ? 2 * g.n > kernels().nr[(int)dtype] : g.n == tuning::kSkinny && !half);
-  if (both_few(g.n, g.k) && !long_rows && !fill_panels && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks &&
+  if (both_few(g.n, g.k) && !short_dots && !fill_panels && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks &&
       b_is_plain && g.epilogue.bias_rows == 1)
     return GemmPath::lanes;
   if (both_few(g.m, g.n) && g.k >= tuning::kLeastLanes && g.a_transposed && !g.b_transposed) return GemmPath::lane_sums;

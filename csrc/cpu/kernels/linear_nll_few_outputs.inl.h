@@ -207,17 +207,19 @@ inline void predict_rows(const T* const* x, int64_t rows, const T* const* weight
   for (; r < rows; ++r) dot_rows<T, vec_t<T>, 1>(x + r, weight, outputs, features, false, to + r, 1, kPassRows);
 }
 template <class T>
-inline void predict_block(const T* const* x, int64_t rows, int64_t readable, const T* const* weight, int64_t outputs,
-                          int64_t features, bool far, acc_t<T>* to) {
-  const int64_t stride = rows > 1 ? x[1] - x[0] : 0, together = rows / vec_t<T>::size * vec_t<T>::size;
-  if (outputs <= tuning::kShortDots && 0 < features && features <= 4 * vec_t<T>::size && rows == together) {
+inline void predict_block(const T* x, int64_t stride, int64_t rows, int64_t readable, const T* const* weight,
+                          int64_t outputs, int64_t features, bool far, acc_t<T>* to) {
+  constexpr int64_t W = vec_t<T>::size;
+  if (outputs <= tuning::kShortDots && 0 < features && features <= 4 * W && rows % W == 0) {
     for (int64_t j = 0; j < outputs; ++j)
-      dot_short_rows<T, vec_t<T>>(x[0], stride, rows, readable, weight[j], features, to + j * kPassRows);
+      dot_short_rows<T, vec_t<T>>(x, stride, rows, readable, weight[j], features, to + j * kPassRows);
     return;
   }
-  outputs == 1   ? predict_rows<T, 8>(x, rows, weight, outputs, features, far, to)
-  : outputs == 2 ? predict_rows<T, 4>(x, rows, weight, outputs, features, far, to)
-                 : predict_rows<T, kTile.dot_rows>(x, rows, weight, outputs, features, far, to);
+  const T* each[kPassRows];
+  for (int64_t r = 0; r < rows; ++r) each[r] = x + r * stride;
+  outputs == 1   ? predict_rows<T, 8>(each, rows, weight, outputs, features, far, to)
+  : outputs == 2 ? predict_rows<T, 4>(each, rows, weight, outputs, features, far, to)
+                 : predict_rows<T, kTile.dot_rows>(each, rows, weight, outputs, features, far, to);
 }
 
 // sums[j][c] += over rows of slopes[j][row] * x[row][c], for Q outputs and, from column c on, N vectors.
@@ -303,12 +305,11 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
   LaneSums<V> lanes;
   for (int64_t row = begin; row < end; row += kPassRows) {
     const int64_t rows = std::min(kPassRows, end - row);
-    const T *x = (const T*)a.x + row * a.x_stride, *each[kPassRows];
-    for (int64_t r = 0; r < rows; ++r) each[r] = x + r * a.x_stride;
+    const T* x = (const T*)a.x + row * a.x_stride;
     spread(a.likelihood.target, outputs, row, rows, targets);
     if (a.likelihood.grad || row == begin) spread(a.likelihood.grad, outputs, row, rows, grads);
     const int64_t readable = readable_rows(end - row, a.x_stride, features, round_up(features, V::size));
-    predict_block(each, rows, readable, weight, outputs, features, a.x_is_far, slopes);
+    predict_block(x, a.x_stride, rows, readable, weight, outputs, features, a.x_is_far, slopes);
     for (int64_t j = 0; j < outputs; ++j)
       for (int64_t r = 0; r < rows; r += V::size) {
         const int64_t n = std::min<int64_t>(V::size, rows - r);
