@@ -48,12 +48,12 @@ struct LinearBackward {
         const Tensor none;
         record<LinearBackward>(z, {&x, &w, &b}, {&x, &w, &b, &none}, {(int64_t)Activation::none});
       };
-      const Tensor dz = activation_gradient(g, saved, activation, with_graph);
-      const Tensor rows = dz.dim() == 1 ? dz.unsqueeze(0) : dz.flatten(0, -2);
+      const Tensor dz = activation_gradient(g, saved, activation, with_graph), rows = as_rows(dz);
+      const auto type = g.scalar_type(), acc = dz.scalar_type();
       variable_list result(kInputs);
-      if (op.needs[0]) result[0] = linear(dz, w.t(), {}, "none");
-      if (op.needs[1]) result[1] = linear(rows.t(), (x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2)).t(), {}, "none");
-      if (op.needs[2]) result[2] = rows.sum(0);
+      if (op.needs[0]) result[0] = as_type(linear(dz, as_type(w, acc).t(), {}, "none"), type);
+      if (op.needs[1]) result[1] = as_type(linear(rows.t(), as_type(as_rows(x), acc).t(), {}, "none"), type);
+      if (op.needs[2]) result[2] = as_type(rows.sum(0), type);
       return result;
     }
     static const auto kernels = find_op<BackwardSignature>("regfast::linear_backward");

@@ -58,23 +58,26 @@ struct PhmLinearBackward {
   // By products with the weight that a and s stand for, whose derivatives have graphs of their own.
   static variable_list gradients_in_graph(const Recorded<PhmLinearBackward>& op, const Tensor& dz) {
     const Tensor &x = op.saved[0], &a = op.saved[1], &s = op.saved[2];
-    const auto acc = acc_type(dz.scalar_type());
-    const auto rows = [&](const Tensor& t) { return as_type(t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2), acc); };
+    const auto acc = dz.scalar_type(), type = a.scalar_type();
+    const Tensor rows = as_rows(dz);
     // W[i q' + k, j d' + l] is the sum over m of a[m, i, j] s[m, k, l]: in this order of places a product.
     const c10::SymInt n = a.sym_size(0), q = s.sym_size(1), d = s.sym_size(2);
     const Tensor a_rows = as_type(a, acc).flatten(1), s_rows = as_type(s, acc).flatten(1);
     variable_list result(kInputs);
     if (op.needs[0]) {
       const Tensor w = at::matmul(a_rows.t(), s_rows).view_symint({n, n, q, d}).transpose(1, 2);
-      result[0] = as_type(at::matmul(as_type(dz, acc), w.reshape_symint({n * q, n * d})), dz.scalar_type());
+      result[0] = as_type(at::matmul(dz, w.reshape_symint({n * q, n * d})), type);
     }
     if (op.needs[1] || op.needs[2]) {
-      const Tensor dw =
-          at::matmul(rows(dz).t(), rows(x)).view_symint({n, q, n, d}).transpose(1, 2).flatten(2).flatten(0, 1);
-      if (op.needs[1]) result[1] = as_type(at::matmul(s_rows, dw.t()).view_symint(a.sym_sizes()), a.scalar_type());
-      if (op.needs[2]) result[2] = as_type(at::matmul(a_rows, dw).view_symint(s.sym_sizes()), s.scalar_type());
+      const Tensor dw = at::matmul(rows.t(), as_type(as_rows(x), acc))
+                            .view_symint({n, q, n, d})
+                            .transpose(1, 2)
+                            .flatten(2)
+                            .flatten(0, 1);
+      if (op.needs[1]) result[1] = as_type(at::matmul(s_rows, dw.t()).view_symint(a.sym_sizes()), type);
+      if (op.needs[2]) result[2] = as_type(at::matmul(a_rows, dw).view_symint(s.sym_sizes()), type);
     }
-    if (op.needs[3]) result[3] = as_type(rows(dz).sum(0), dz.scalar_type());
+    if (op.needs[3]) result[3] = as_type(rows.sum(0), type);
     return result;
   }
 };
