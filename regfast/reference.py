@@ -256,7 +256,9 @@ def _squared_error(input: Tensor, target: Tensor, reduction: str, weight: Tensor
             stacklevel=4,
         )
         input, target = torch.broadcast_tensors(input, target)
-    x, y = _up(input), _up(target)
+    # Of one dtype: mse_loss of torch 2.11 promotes by itself, and its backward does not.
+    dtype = _promoted(_up(input), _up(target))
+    x, y = input.to(dtype), target.to(dtype)
     if weight is None:
         return _aten.mse_loss.default(x, y, REDUCTIONS.index(reduction))
     _require(weight.shape == shape, ValueError, "mse_loss: weight", tuple(shape), tuple(weight.shape))
