@@ -8,7 +8,19 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from util import INF, LAYOUTS, NAN, assert_same_error, check, evaluate, lay_out, spiky, virtual, with_all_kernels
+from util import (
+    INF,
+    LAYOUTS,
+    NAN,
+    assert_same_error,
+    check,
+    evaluate,
+    lay_out,
+    spiky,
+    torchs_mse_loss,
+    virtual,
+    with_all_kernels,
+)
 
 import regfast
 
@@ -18,19 +30,13 @@ REDUCTIONS = ("none", "mean", "sum")
 reduction = pytest.mark.parametrize("reduction", REDUCTIONS)
 
 
-def promoted(x, y):
-    """Both of the dtype that torch's loss has: the backward of torch 2.11 takes no others."""
-    dtype = F.mse_loss(x.detach(), y.detach()).dtype
-    return x.to(dtype), y.to(dtype)
-
-
 def check_mse(x, y, reduction="mean", weight=None, grads=None):
     """As torch, for the same arguments; float64 sums the same terms, so no magnitude is needed: all are positive."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         check(
             lambda x, y, w: regfast.mse_loss(x, y, reduction=reduction, weight=w),
-            lambda x, y, w: F.mse_loss(*promoted(x, y), reduction=reduction, weight=w),
+            lambda x, y, w: torchs_mse_loss(x, y, reduction=reduction, weight=w),
             x,
             y,
             weight,
