@@ -83,7 +83,9 @@ def _promoted(*tensors: Tensor | None) -> torch.dtype:
 def _autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of x, and so chooses dtypes; some devices know no autocast at all."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Of these two it is known: torch 2.11 does not compile the question.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def result_types(input: Tensor, target: Tensor | None, weight: Tensor | None) -> dict[str, torch.dtype]:
