@@ -84,7 +84,8 @@ def _may_take(input: Tensor) -> bool:
     """Whether ours may come in torch's place: a strided tensor of the CPU, in a call that nobody watches or transforms.
     Exported programs are torch's, so that they run without us."""
     if torch.compiler.is_compiling():
-        return input.is_cpu and not torch.compiler.is_exporting()
+        # Not torch.compiler.is_exporting(), which torch 2.11 compiles to True everywhere.
+        return input.is_cpu and not torch.compiler._is_exporting_flag
     return input.is_cpu and input.layout is torch.strided and not input.is_nested and is_unwatched()
 
 

@@ -83,7 +83,9 @@ def _promoted(*tensors: Tensor | None) -> torch.dtype:
 def _autocast(x: Tensor) -> bool:
     """Whether autocast is on for the device of x, and so chooses dtypes; some devices know no autocast at all."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Of these two it is known: torch 2.11 does not compile the question.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def result_types(input: Tensor, target: Tensor | None, weight: Tensor | None) -> dict[str, torch.dtype]:
@@ -256,7 +258,9 @@ def _squared_error(input: Tensor, target: Tensor, reduction: str, weight: Tensor
             stacklevel=4,
         )
         input, target = torch.broadcast_tensors(input, target)
-    x, y = _up(input), _up(target)
+    # Of one dtype: mse_loss of torch 2.11 promotes by itself, and its backward does not.
+    dtype = _promoted(_up(input), _up(target))
+    x, y = input.to(dtype), target.to(dtype)
     if weight is None:
         return _aten.mse_loss.default(x, y, REDUCTIONS.index(reduction))
     _require(weight.shape == shape, ValueError, "mse_loss: weight", tuple(shape), tuple(weight.shape))
