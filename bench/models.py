@@ -2,6 +2,7 @@
 
     python bench/models.py                               # the table on the terminal; ten minutes
     python bench/models.py --into docs/accelerate.md     # and into that page, then bench/first_picture.py
+    python bench/models.py --layers 4 --width 512 --classes 32000 --length 256 --rounds 2 --only Llama  # larger ones
 
 One thread, medians of its CPU time, the four ways in turn. All libraries are held to AVX2, which stands for a CPU
 without instructions for half types; --native leaves them alone. All start from the same weights and see the same batch,
@@ -26,60 +27,60 @@ from runner import ENVIRONMENTS
 
 HELD = ENVIRONMENTS["avx2"]
 WAYS = ("stock", "accelerate()", "products=True", "replace(model)")
-BATCH, LENGTH, WIDTH, CLASSES = 4, 128, 256, 8192
-ROUNDS = 5
+SIZES = {"batch": 4, "length": 128, "width": 256, "layers": 2, "classes": 8192, "rounds": 5}
 # Of the losses of all ways after the same steps, relative.
-AGREE = {"bfloat16": 3e-2, "float32": 1e-4}
+AGREE = {"bfloat16": 3e-2, "autocast": 3e-2, "float32": 1e-4}
 BEGIN, END = "<!-- models:begin -->\n", "<!-- models:end -->"
 
 
-def models() -> dict[str, Callable]:
+def models(args: argparse.Namespace) -> dict[str, Callable]:
     """Of each name what makes the model and its batch."""
     import torch
     import transformers as hf
 
     hf.logging.set_verbosity_error()  # on ids of special tokens beyond the vocabulary, which nobody uses here
 
-    def ids(*shape: int, most: int = CLASSES) -> torch.Tensor:
+    def ids(*shape: int, most: int = args.classes) -> torch.Tensor:
         return torch.randint(most, shape)
 
     def language(make: Callable) -> Callable:
         def made():
-            tokens = ids(BATCH, LENGTH)
+            tokens = ids(args.batch, args.length)
             return make(), {"input_ids": tokens, "labels": tokens}
 
         return made
 
     sizes = {
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
+        "hidden_size": args.width,
+        "num_hidden_layers": args.layers,
         "num_attention_heads": 4,
-        "intermediate_size": 4 * WIDTH,
+        "intermediate_size": 4 * args.width,
     }
-    words = {**sizes, "vocab_size": CLASSES}
-    t5 = {"d_model": WIDTH, "d_kv": WIDTH // 4, "num_heads": 4, "d_ff": 4 * WIDTH, "num_layers": 2}
-    gpt2 = {"n_embd": WIDTH, "n_layer": 2, "n_head": 4, "n_positions": LENGTH}
+    words = {**sizes, "vocab_size": args.classes}
+    t5 = {"d_model": args.width, "d_kv": args.width // 4, "d_ff": 4 * args.width}
+    t5 |= {"num_heads": 4, "num_layers": args.layers}
+    gpt2 = {"n_embd": args.width, "n_layer": args.layers, "n_head": 4, "n_positions": args.length}
 
     def bert():
         model = hf.BertForSequenceClassification(hf.BertConfig(**words, num_labels=10))
-        return model, {"input_ids": ids(BATCH, LENGTH), "labels": ids(BATCH, most=10)}
+        return model, {"input_ids": ids(args.batch, args.length), "labels": ids(args.batch, most=10)}
 
     def vit():
         model = hf.ViTForImageClassification(hf.ViTConfig(**sizes, image_size=176, patch_size=16, num_labels=10))
-        return model, {"pixel_values": torch.randn(BATCH, 3, 176, 176), "labels": ids(BATCH, most=10)}
+        return model, {"pixel_values": torch.randn(args.batch, 3, 176, 176), "labels": ids(args.batch, most=10)}
 
     return {
-        "GPT-2": language(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2, vocab_size=CLASSES))),
+        "GPT-2": language(lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**gpt2, vocab_size=args.classes))),
         "Llama": language(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**words, num_key_value_heads=2))),
         "T5": language(
-            lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5, vocab_size=CLASSES, decoder_start_token_id=0))
+            lambda: hf.T5ForConditionalGeneration(hf.T5Config(**t5, vocab_size=args.classes, decoder_start_token_id=0))
         ),
         "BERT": bert,
         "ViT": vit,
     }
 
 
-def measured(make: Callable, dtype: str) -> dict[str, float]:
+def measured(make: Callable, dtype: str, args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of a step, by way."""
     import torch
 
@@ -87,20 +88,27 @@ def measured(make: Callable, dtype: str) -> dict[str, float]:
 
     torch.manual_seed(0)
     model, batch = make()
-    kind = getattr(torch, dtype)
+    kind = torch.float32 if dtype == "autocast" else getattr(torch, dtype)
     batch = {name: t.to(kind) if t.is_floating_point() else t for name, t in batch.items()}
     # In eval mode there is no dropout, which would not draw the same numbers in every way.
     runs = {way: copy.deepcopy(model).to(kind).eval() for way in WAYS}
     regfast.replace(runs["replace(model)"])
+    forwards: dict[str, Callable] = dict(runs)
+    if args.compile:
+        for way, run in runs.items():
+            run.loss_type = getattr(run, "loss_type", None) or "ForCausalLM"  # or GPT-2 logs, which Dynamo refuses
+            forwards[way] = torch.compile(run, fullgraph=True)
     optimizers = {way: torch.optim.AdamW(run.parameters(), 1e-4) for way, run in runs.items()}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for turn in range(ROUNDS + 1):
+    for turn in range(args.rounds + 1):
         losses = {}
-        for way in WAYS if turn % 2 else reversed(WAYS):
+        # Each begins a round in its turn, and none follows itself: its weights would still be in the caches.
+        for way in WAYS[turn % len(WAYS) :] + WAYS[: turn % len(WAYS)]:
             ours = way != "stock"
             with regfast.accelerate(products=way != "accelerate()") if ours else contextlib.nullcontext():
                 begin = time.thread_time()
-                loss = runs[way](**batch).loss
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+                    loss = forwards[way](**batch).loss
                 optimizers[way].zero_grad()
                 loss.backward()
                 optimizers[way].step()
@@ -142,19 +150,23 @@ def main() -> None:
     parser.add_argument("--native", action="store_true", help="with all instructions that the CPU has")
     parser.add_argument("--into", type=Path, help="a page with the marks of the table")
     parser.add_argument("--only", nargs="*", default=[], metavar="MODEL")
+    parser.add_argument("--dtypes", nargs="*", default=["bfloat16", "float32"], choices=AGREE)
+    parser.add_argument("--compile", action="store_true", help="under torch.compile(fullgraph=True)")
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     args = parser.parse_args()
     # Read when libraries start: this process begins again with them.
     wanted = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", **({} if args.native else HELD)}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
-    makers = models()
+    makers = models(args)
     if unknown := set(args.only) - makers.keys():
         parser.error(f"--only: expected some of {', '.join(makers)}, got {', '.join(unknown)}")
     results = {}
-    for dtype in ("bfloat16", "float32"):
+    for dtype in args.dtypes:
         for name in args.only or makers:
             print(f"\n{name}, {dtype} ", end="", file=sys.stderr, flush=True)
-            results[name, dtype] = measured(makers[name], dtype)
+            results[name, dtype] = measured(makers[name], dtype, args)
     text = table(results, native=args.native)
     print(f"\n{text}")
     if args.into:

@@ -124,14 +124,19 @@ def _asks(torchs: Callable[..., Any]) -> Callable[..., Any]:
 def _linear(torchs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(torchs)
     def call(input: Any, weight: Any, bias: Any = None) -> Any:
-        wanted = _active and type(input) is Tensor and (input.dtype in LINEAR or _autocast_is_active())
-        if wanted:
-            dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
-            first, end = LINEAR.get(dtype, (0, 0))
-            if end and _is_plain(weight, bias) and weight.dim() == 2:
-                products = input.numel() * weight.shape[0]
-                if type(products) is int and first <= products < end and _may_take(input):
-                    return linear(input, weight, bias)
+        if _active and type(input) is Tensor and (type(weight) is Parameter or type(weight) is Tensor):
+            if _autocast_is_active() and torch.is_autocast_enabled("cpu"):
+                limits = LINEAR.get(torch.get_autocast_dtype("cpu"))
+            else:
+                limits = LINEAR.get(input.dtype)
+            # No product of so many elements has more multiplications: a small call, for which each question here is a
+            # cost, is asked no more.
+            if limits is not None and type(most := input.numel() * weight.numel()) is int and most >= limits[0]:
+                first, end = limits
+                if weight.dim() == 2 and _is_plain(bias):
+                    products = input.numel() * weight.shape[0]
+                    if type(products) is int and first <= products < end and _may_take(input):
+                        return linear(input, weight, bias)
         return torchs(input, weight, bias)
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack, cast, overload
@@ -230,7 +231,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     if TYPE_CHECKING:
         reduction: Reduction
 
-    # Of an nn.CrossEntropyLoss whose __class__ became this one. TorchScript would want types that it can look up.
+    # Of an nn.CrossEntropyLoss whose __class__ became this one.
     z_loss, softcap, logit_scale = 0.0, None, None
     outputs, inplace_backward, loss_dtype, _bits = LOSS, False, None, LOSS_BIT
 
@@ -255,7 +256,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.outputs, self.inplace_backward, self.loss_dtype = cast(Any, outputs), inplace_backward, loss_dtype
         self._bits = select_outputs("CrossEntropyLoss", outputs)[0]
 
-    __prepare_scriptable__ = require_one_for_scripts
+    def __prepare_scriptable__(self) -> CrossEntropyLoss:
+        """Itself with all options of its own: TorchScript sees none of a class, which a changed __class__ has left."""
+        made: CrossEntropyLoss = copy.copy(require_one_for_scripts(self))
+        for name in ("z_loss", "softcap", "logit_scale", "outputs", "inplace_backward", "loss_dtype", "_bits"):
+            vars(made).setdefault(name, getattr(CrossEntropyLoss, name))
+        return made
 
     def forward(self, input: Tensor, target: Tensor) -> Any:  # of one type unless outputs has several names
         if is_scripting():

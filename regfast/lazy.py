@@ -630,8 +630,9 @@ class AutoLazyHead(LazyHead):
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
             return torch.ops.regfast.linear(input, self.weight, self.bias, "none")
-        kind = input.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-        if kind == "cpu" and dtype in FAST_HALF:
-            return Linear.forward(self, input)
+        if isinstance(input, Tensor):  # torch.fx traces with something else
+            kind = input.device.type
+            dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+            if kind == "cpu" and dtype in FAST_HALF:
+                return Linear.forward(self, input)
         return super().forward(input)

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.jit import is_scripting
 
 from .cross_entropy import CrossEntropyLoss
 from .lazy import AutoLazyHead, LazyHead
@@ -49,6 +51,10 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_scripting():
+            for layer in self:
+                input = layer(input)
+            return input
         modules = iter(self._modules.values())
         module = next(modules, None)
         while module is not None:
@@ -73,6 +79,8 @@ def __getattr__(name: str) -> type:
         """transformers' linear layer, whose weight is transposed, computed by :func:`regfast.linear`."""
 
         def forward(self, x: Tensor) -> Tensor:
+            if is_scripting():
+                return torch.ops.regfast.linear(x, self.weight.t(), self.bias, "none")
             return linear(x, self.weight.t(), self.bias)
 
     Conv1D.__qualname__ = "Conv1D"

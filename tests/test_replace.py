@@ -229,6 +229,50 @@ def test_conv1d_of_transformers():
     assert type(pickle.loads(pickle.dumps(model))[0]) is type(model[0])
 
 
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(8, 5)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def conv1d():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(12, 8)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (lambda: nn.Linear(8, 5), (X,)),
+        (mlp, (X,)),
+        (Headed, (X,)),
+        (conv1d, (X,)),
+        (lambda: nn.CrossEntropyLoss(label_smoothing=0.1), (X, torch.randint(8, (6,)))),
+        (nn.MSELoss, (X, 2 * X)),
+    ],
+    ids=["linear", "sequential", "head", "conv1d", "cross_entropy", "mse_loss"],
+)
+def test_what_takes_programs_apart_takes_replaced_ones(make, arguments):
+    """Whatever replace() makes of a module can be scripted, traced and exported, as the module could."""
+    model = make()
+    true, named = model(*arguments), set(vars(model))
+    assert regfast.replace(model).changed
+    for program in (
+        torch.jit.script(model),
+        torch.jit.trace(model, arguments),
+        torch.fx.symbolic_trace(model),
+        torch.export.export(model, arguments).module(),
+    ):
+        torch.testing.assert_close(program(*arguments), true)
+    assert set(vars(model)) - named <= {"__overloads__"}  # torch.jit's
+
+
 def test_compiled():
     model, target = Model(), torch.randint(30, (6,))
     true = model(X, target)
