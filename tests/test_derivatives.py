@@ -146,6 +146,31 @@ def test_gradient_penalty():
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("wanted", ["xwb", "x", "w", "b", "xb"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 3, 6)], ids=str)
+@pytest.mark.parametrize("layer", ["linear", "phm_linear"])
+def test_second_derivatives_of_part_of_a_layer(layer, shape, dtype, wanted):
+    # What is frozen has no part in the graph of a pre-activation, nor what is computed of it.
+    for activation in regfast._C.ACTIVATIONS:
+        results = []
+        for module, kind in ((regfast, dtype), (reference, torch.float64)):
+            torch.manual_seed(4)
+            weights = (torch.randn(4, 6),) if layer == "linear" else (torch.randn(2, 2, 2), torch.randn(2, 2, 3))
+            operands = [t.to(dtype).to(kind) for t in (torch.randn(shape), *weights, torch.randn(4))]
+            names = ["x", *["w"] * len(weights), "b"]
+            leaves = [t.requires_grad_() for t, name in zip(operands, names, strict=True) if name in wanted]
+            y = getattr(module, layer)(*operands, activation=activation)
+            up = torch.linspace(0.5, 1.5, y.numel()).view(y.shape).to(dtype).to(kind).requires_grad_()
+            first = torch.autograd.grad(y, leaves, up, create_graph=True)
+            value = sum(g.square().sum() for g in first)
+            results.append([*first, *torch.autograd.grad(value, [up, *leaves], materialize_grads=True)])
+        for ours, true in zip(*results, strict=True):
+            assert ours.dtype == dtype
+            bound = (100 if dtype == torch.float32 else 16) * torch.finfo(dtype).eps * true.abs().max().clamp(min=1)
+            assert (ours.double() - true).abs().max() <= bound, (activation, ours, true)
+
+
 def test_second_derivatives_with_masked_classes():
     # A class of logit -inf: second derivatives are those without it, and 0 for it; never NaN.
     x = spiky(4, 6, dtype=torch.float64, size=1)

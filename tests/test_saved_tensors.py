@@ -19,6 +19,7 @@ N, D, V = 96, 64, 128
 NAMES = ("loss", "lse", "entropy", "logprob")
 MODES = ("none", "mean", "sum")
 ACTIVATIONS = regfast._C.ACTIVATIONS
+FROM_PREACTIVATION = ("gelu", "gelu_tanh", "silu")  # for second derivatives of these, the bias is saved too
 
 
 def counts():
@@ -52,7 +53,7 @@ OPS = {
         f"linear {name}": (
             lambda x, w, b, name=name: regfast.linear(x, w, b, activation=name),
             "xwb",
-            "b" if name == "none" else "",
+            "" if name in FROM_PREACTIVATION else "b",
         )
         for name in ACTIVATIONS
     },
@@ -60,7 +61,7 @@ OPS = {
         f"phm_linear {name}": (
             lambda x, a, s, b, name=name: regfast.phm_linear(x, a, s, b, activation=name),
             "xasb",
-            "b" if name == "none" else "",
+            "" if name in FROM_PREACTIVATION else "b",
         )
         for name in ("none", "relu", "gelu")
     },

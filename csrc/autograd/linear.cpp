@@ -2,6 +2,7 @@
 // (nothing, the output or the pre-activation); computes only the gradients that are asked for.
 #include "shared/torch_api.h"
 
+#include "autograd/activation.h"
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
@@ -28,6 +29,8 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, cons
                                                              const OptionalTensor&, const OptionalTensor&, string_view,
                                                              std::array<bool, 3>);
 
+Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation);
+
 struct LinearBackward {
   struct Options {
     int64_t activation;
@@ -40,17 +43,18 @@ struct LinearBackward {
     const Tensor &g = grads[0], &x = op.saved[0], &w = op.saved[1], &b = op.saved[2], &saved = op.saved[3];
     const auto activation = (Activation)op.options.activation;
     if (backward_takes_composite("linear_backward", {&g, &x, &w})) {
-      if (activation == Activation::none) {
-        variable_list result(kInputs);
-        if (op.needs[0]) result[0] = at::matmul(g, w);
-        const Tensor rows = g.dim() == 1 ? g.unsqueeze(0) : g.flatten(0, -2);
-        if (op.needs[1]) result[1] = at::matmul(rows.t(), x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2));
-        if (op.needs[2]) result[2] = rows.sum(0);
-        return result;
-      }
-      return composite_gradients({x, w, b}, {g}, [&](const std::vector<Tensor>& in) {
-        return std::vector<Tensor>{composite(in[0], in[1], optional(in[2]), name_of(activation))};
-      });
+      // The graph of the pre-activation is that of a linear layer without one; its values are there.
+      const auto with_graph = [&](const Tensor& z) {
+        const Tensor none;
+        record<LinearBackward>(z, {&x, &w, &b}, {&x, &w, &b, &none}, {(int64_t)Activation::none});
+      };
+      const Tensor dz = activation_gradient(g, saved, activation, with_graph), rows = as_rows(dz);
+      const auto type = g.scalar_type(), acc = dz.scalar_type();
+      variable_list result(kInputs);
+      if (op.needs[0]) result[0] = as_type(linear(dz, as_type(w, acc).t(), {}, "none"), type);
+      if (op.needs[1]) result[1] = as_type(linear(rows.t(), as_type(as_rows(x), acc).t(), {}, "none"), type);
+      if (op.needs[2]) result[2] = as_type(rows.sum(0), type);
+      return result;
     }
     static const auto kernels = find_op<BackwardSignature>("regfast::linear_backward");
     const auto [dx, dw, db] = kernels.call(g, optional(x), optional(w), optional(saved), name_of(activation), op.needs);
@@ -70,8 +74,8 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, stri
   const Saved kind = saved_for(act);
   const auto [y, z] = forward(x, w, bias, act, recorded && kind == Saved::preactivation);
   if (recorded) {
-    // A derivative of an activation's derivative starts again from all operands.
-    const bool all = act != Activation::none;
+    // For second derivatives a pre-activation becomes a function of all operands again; an output is one already.
+    const bool all = kind == Saved::preactivation;
     const Tensor none, &saved = kind == Saved::output ? y : kind == Saved::preactivation ? z : none;
     record<LinearBackward>(
         y, {&x, &w, &b},

@@ -2,6 +2,7 @@
 // they stand for; computes only the gradients that are asked for.
 #include "shared/torch_api.h"
 
+#include "autograd/activation.h"
 #include "autograd/node.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
@@ -41,22 +42,43 @@ struct PhmLinearBackward {
     const Tensor &g = grads[0], &x = op.saved[0], &a = op.saved[1], &s = op.saved[2], &b = op.saved[3];
     const auto activation = (Activation)op.options.activation;
     if (backward_takes_composite("phm_linear_backward", {&g, &x, &a, &s})) {
-      // Without an activation, what was not saved has no part in its own gradient: any values will do.
-      Tensor input = x, bias = b;
-      if (!x.defined()) {
-        auto sizes = g.sym_sizes().vec();
-        sizes.back() = a.sym_size(0) * s.sym_size(2);
-        input = at::zeros_symint(sizes, g.options()).requires_grad_(op.needs[0]);
-      }
-      if (!b.defined() && op.needs[3]) bias = at::zeros_symint({g.sym_size(-1)}, g.options()).requires_grad_();
-      return composite_gradients({input, a, s, bias}, {g}, [&](const std::vector<Tensor>& in) {
-        return std::vector<Tensor>{composite(in[0], in[1], in[2], optional(in[3]), name_of(activation))};
-      });
+      // The graph of the pre-activation is that of a layer without one; its values are there.
+      const auto with_graph = [&](const Tensor& z) {
+        const Tensor none;
+        record<PhmLinearBackward>(z, {&x, &a, &s, &b}, {&x, &a, &s, &b, &none}, {(int64_t)Activation::none});
+      };
+      return gradients_in_graph(op, activation_gradient(g, op.saved[4], activation, with_graph));
     }
     static const auto kernels = find_op<BackwardSignature>("regfast::phm_linear_backward");
     const auto [dx, da, ds, db] =
         kernels.call(g, optional(x), a, s, optional(op.saved[4]), name_of(activation), op.needs);
     return op.wanted({&dx, &da, &ds, &db});
+  }
+
+  // By products with the weight that a and s stand for, whose derivatives have graphs of their own.
+  static variable_list gradients_in_graph(const Recorded<PhmLinearBackward>& op, const Tensor& dz) {
+    const Tensor &x = op.saved[0], &a = op.saved[1], &s = op.saved[2];
+    const auto acc = dz.scalar_type(), type = a.scalar_type();
+    const Tensor rows = as_rows(dz);
+    // W[i q' + k, j d' + l] is the sum over m of a[m, i, j] s[m, k, l]: in this order of places a product.
+    const c10::SymInt n = a.sym_size(0), q = s.sym_size(1), d = s.sym_size(2);
+    const Tensor a_rows = as_type(a, acc).flatten(1), s_rows = as_type(s, acc).flatten(1);
+    variable_list result(kInputs);
+    if (op.needs[0]) {
+      const Tensor w = at::matmul(a_rows.t(), s_rows).view_symint({n, n, q, d}).transpose(1, 2);
+      result[0] = as_type(at::matmul(dz, w.reshape_symint({n * q, n * d})), type);
+    }
+    if (op.needs[1] || op.needs[2]) {
+      const Tensor dw = at::matmul(rows.t(), as_type(as_rows(x), acc))
+                            .view_symint({n, q, n, d})
+                            .transpose(1, 2)
+                            .flatten(2)
+                            .flatten(0, 1);
+      if (op.needs[1]) result[1] = as_type(at::matmul(s_rows, dw.t()).view_symint(a.sym_sizes()), type);
+      if (op.needs[2]) result[2] = as_type(at::matmul(a_rows, dw).view_symint(s.sym_sizes()), type);
+    }
+    if (op.needs[3]) result[3] = as_type(rows.sum(0), type);
+    return result;
   }
 };
 
@@ -71,8 +93,8 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
   const Saved kind = saved_for(act);
   const auto [y, z] = forward(x, a, s, bias, act, recorded && kind == Saved::preactivation);
   if (recorded) {
-    // A derivative of an activation's derivative starts again from all operands.
-    const bool all = act != Activation::none;
+    // For second derivatives a pre-activation becomes a function of all operands again; an output is one already.
+    const bool all = kind == Saved::preactivation;
     const Tensor none, &saved = kind == Saved::output ? y : kind == Saved::preactivation ? z : none;
     record<PhmLinearBackward>(
         y, {&x, &a, &s, &b},

@@ -107,8 +107,7 @@ int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyG
 
 CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
                                                    CrossEntropyGrads grads, int64_t rows) {
-  const auto forward = kernels().cross_entropy_forward[(int)dtype];
-  const auto backward = kernels().cross_entropy_backward[(int)dtype];
+  const auto kernel = kernels().cross_entropy_forward_backward[(int)dtype];
   const bool tiles = prepare_tiles(args, grads, rows);
   const int64_t block = tuning::rows_per_sum(args.classes), size = acc_size(dtype);
   const int64_t exponentials = std::min(block, rows) * tuning::exponentials_of_row(args.classes) * size;
@@ -117,9 +116,7 @@ CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs
   return sum_over_blocks(args, tiles, rows, [&](const CrossEntropyArgs& given, int64_t begin, int64_t end) {
     CrossEntropyArgs a = given;
     if (keep) a.exponentials = scratch(Slot::exponentials, exponentials);
-    const CrossEntropyPartial sums = forward(a, out, begin, end);
-    if (sums.bad_row < 0) backward(a, grads, begin, end);
-    return sums;
+    return kernel(a, out, grads, begin, end);
   });
 }
 

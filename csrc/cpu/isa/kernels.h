@@ -31,6 +31,10 @@ struct Kernels {
   // Returns a row whose class is out of range, or -1.
   int64_t (*cross_entropy_backward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyGrads&, int64_t row_begin,
                                              int64_t row_end);
+  // Both of a range, the gradient for the loss alone or what else has one; row statistics are stored too.
+  CrossEntropyPartial (*cross_entropy_forward_backward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyOutputs&,
+                                                                 const CrossEntropyGrads&, int64_t row_begin,
+                                                                 int64_t row_end);
 
   void (*activation_forward[kDTypes])(const void* z, void* y, int64_t n, Activation);
   void (*activation_backward[kDTypes])(const ActivationBackwardArgs&, int64_t row_begin, int64_t row_end);

@@ -20,6 +20,7 @@ constexpr Kernels make_table(const char* isa, const PairKernels* pairs) {
       RF_KERNEL(logsumexp_backward),
       RF_KERNEL(cross_entropy_forward),
       RF_KERNEL(cross_entropy_backward),
+      RF_KERNEL(cross_entropy_forward_backward),
       RF_KERNEL(activation_forward),
       RF_KERNEL(activation_backward),
       RF_KERNEL(mse_loss),

@@ -245,3 +245,18 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
   if (g.stream) stream_fence();
   return -1;
 }
+
+// Of each range of rows losses first, and then gradients, which find in cache what those have left: logits, statistics
+// and, as far as a.exponentials has room, exponentials.
+template <class T>
+inline CrossEntropyPartial cross_entropy_forward_backward(const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
+                                                          const CrossEntropyGrads& g, int64_t begin, int64_t end) {
+  if (are_few(a.classes) && in_one_pass(a, out, g)) {
+    const int64_t bad_row = first_bad_row(a, begin, end);
+    return bad_row < 0 ? cross_entropy_few_classes_in_one_pass<T>(a, g, begin, end)
+                       : CrossEntropyPartial{0, 0, bad_row};
+  }
+  const CrossEntropyPartial sums = cross_entropy_forward<T>(a, out, begin, end);
+  if (sums.bad_row < 0) cross_entropy_backward<T>(a, g, begin, end);
+  return sums;
+}

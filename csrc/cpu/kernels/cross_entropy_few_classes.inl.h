@@ -51,35 +51,79 @@ inline vec_t<A> weight_of_class(const CrossEntropyArgs& a, vec_t<A> y) {
   return w;
 }
 
-// Losses and statistics of a vector of the tile's rows from `i` on; `loss` and `weight` get their terms of the sums.
+// What one look at the classes tells of each of a tile's rows. Kept apart from what follows of it: what a row needs one
+// after the other (maximum, exponentials, logarithm) takes longer than all that it computes, and in two loops the rows
+// that come next are under way meanwhile.
 template <class A>
-inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
-                                const CrossEntropyTile<A>& tile, int64_t i, int64_t row, int64_t n, A* loss,
-                                A* weight) {
+struct TileSums {
+  A max[tuning::kLaneRows], ones[tuning::kLaneRows], rest[tuning::kLaneRows];  // as ExpSum
+  A weighted[tuning::kLaneRows];                                               // sum e (z - max), for the entropy
+  A of_target[tuning::kLaneRows];                                              // the logit of the row's class
+};
+
+// What exponents are counted from, as origin_of.
+template <class V>
+inline V lane_origin(V max) {
+  using A = scalar_t<V>;
+  return select_lt(abs(max), set1(-minus_infinity<A>()), max, set1(A(0)));
+}
+
+// With `keep`, exponentials take the place of the logits.
+template <bool keep, class A>
+inline void sum_lanes(const CrossEntropyArgs& a, CrossEntropyTile<A>& tile, int64_t i, TileSums<A>& sums) {
   using V = vec_t<A>;
   constexpr int64_t R = tuning::kLaneRows;
-  const A infinite = -minus_infinity<A>();
-  const A *z = tile.logits.at + i, *t = tile.target.at + i, *class_weight = (const A*)a.class_weight;
-  const V zero = set1(A(0)), inf = set1(infinite), y = load(tile.y + i);
-
-  V m = set1(-infinite);
+  A* z = tile.logits.at + i;
+  const V zero = set1(A(0)), y = load(tile.y + i);
+  V m = set1(minus_infinity<A>());
   for (int64_t c = 0; c < a.classes; ++c) m = max(load(z + c * R), m);
-  const V origin = select_lt(abs(m), inf, m, zero);  // as origin_of
-  V weighted = zero, zy = zero;
+  const V origin = lane_origin(m);
+  V weighted = zero, of_target = zero;
   ExpSum<V> exps = {zero, zero};
   for (int64_t c = 0; c < a.classes; ++c) {
     const V zc = load(z + c * R), e = exp(zc - origin);
     exps.add(e, zc, origin);
-    zy = select_eq(y, set1(A(c)), zc, zy);
-    if (a.row_entropy) weighted = fma(e, max(set1(kLeastExponent<A>), zc - origin), weighted);
+    of_target = select_eq(y, set1(A(c)), zc, of_target);
+    if (!keep && a.row_entropy) weighted = fma(e, max(set1(kLeastExponent<A>), zc - origin), weighted);
+    if (keep) store(z + c * R, e);
   }
-  // As row_result: with +inf in the row, log sum exp is the sum, infinite or NaN.
-  const V sum = exps.sum();
-  const V log_sum = select_eq(m, inf, set1(std::numeric_limits<A>::quiet_NaN()), exps.log_of_sum());
-  const V lse = select_eq(m, inf, sum, m + log_sum);
-  store_rows<A>(a.row_max, row, select_eq(m, inf, select_eq(sum, sum, m, sum), m), n);
-  store_rows<A>(a.row_log_sum, row, log_sum, n);
-  if (a.row_entropy) store_rows<A>(a.row_entropy, row, log_sum - weighted / sum, n);
+  store(sums.max + i, m);
+  store(sums.ones + i, exps.ones);
+  store(sums.rest + i, exps.rest);
+  store(sums.weighted + i, weighted);
+  store(sums.of_target + i, of_target);
+}
+
+// log sum exp(z - max) and log sum exp z of rows. As row_result: with +inf in a row the latter is the sum, infinite or
+// NaN. What backward needs of it is stored.
+template <class A>
+struct TileResult {
+  vec_t<A> sum, log_sum, lse;
+
+  TileResult(const CrossEntropyArgs& a, const TileSums<A>& sums, int64_t i, int64_t row, int64_t n) {
+    using V = vec_t<A>;
+    const V m = load(sums.max + i), inf = set1(-minus_infinity<A>());
+    const ExpSum<V> exps = {load(sums.ones + i), load(sums.rest + i)};
+    sum = exps.sum();
+    log_sum = select_eq(m, inf, set1(std::numeric_limits<A>::quiet_NaN()), exps.log_of_sum());
+    lse = select_eq(m, inf, sum, m + log_sum);
+    store_rows<A>(a.row_max, row, select_eq(m, inf, select_eq(sum, sum, m, sum), m), n);
+    store_rows<A>(a.row_log_sum, row, log_sum, n);
+  }
+};
+
+// Losses and statistics of a vector of the tile's rows from `i` on; `loss` and `weight` get their terms of the sums.
+template <class A>
+inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
+                                const CrossEntropyTile<A>& tile, const TileSums<A>& sums, int64_t i, int64_t row,
+                                int64_t n, A* loss, A* weight) {
+  using V = vec_t<A>;
+  constexpr int64_t R = tuning::kLaneRows;
+  const A *z = tile.logits.at + i, *t = tile.target.at + i, *class_weight = (const A*)a.class_weight;
+  const V zero = set1(A(0)), y = load(tile.y + i), m = load(sums.max + i), origin = lane_origin(m);
+  const TileResult<A> result(a, sums, i, row, n);
+  const V sum = result.sum, log_sum = result.log_sum, lse = result.lse, zy = load(sums.of_target + i);
+  if (a.row_entropy) store_rows<A>(a.row_entropy, row, log_sum - load(sums.weighted + i) / sum, n);
   store_rows<A>(out.lse, row, lse, n);
   if (out.argmax) {
     // The first maximum, or the first NaN.
@@ -110,7 +154,7 @@ inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOut
     store_rows<A>(a.row_target_mass, row, t_mass, n);
     losses = q_mass * log_sum - q_dot;
     logprob = t_dot - t_mass * log_sum;
-    if (a.z_loss != 0) losses = losses + set1(A(a.z_loss)) * lse * lse;
+    if (a.z_loss != 0) losses = fma(set1(A(a.z_loss)) * lse, lse, losses);
   } else {
     denominator = weight_of_class<A>(a, y);
     logprob = (zy - m) - log_sum;
@@ -121,7 +165,7 @@ inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOut
         dot = fma(set1(class_weight ? class_weight[c] : A(1)), load(z + c * R) - origin, dot);
       losses = losses + set1(spread) * (set1(A(a.class_weight_sum)) * log_sum - dot);
     }
-    if (a.z_loss != 0) losses = losses + set1(A(a.z_loss)) * lse * lse;
+    if (a.z_loss != 0) losses = fma(set1(A(a.z_loss)) * lse, lse, losses);
     // Of rows that are ignored nothing counts, whatever is in them.
     logprob = select_lt(y, zero, zero, logprob);
     losses = select_lt(y, zero, zero, losses);
@@ -149,17 +193,27 @@ inline CrossEntropyPartial cross_entropy_few_classes(const CrossEntropyArgs& a, 
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
   CrossEntropyTile<A> tile;
+  TileSums<A> lanes;
   A loss[R], weight[R];
   CompensatedSum losses, weights;
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_cross_entropy_tile<T>(a, a.probabilities, row, rows, tile);
+    for (int64_t i = 0; i < rows; i += W) sum_lanes<false>(a, tile, i, lanes);
     for (int64_t i = 0; i < rows; i += W)
-      cross_entropy_lanes<A>(a, out, tile, i, row + i, std::min(W, rows - i), loss + i, weight + i);
+      cross_entropy_lanes<A>(a, out, tile, lanes, i, row + i, std::min(W, rows - i), loss + i, weight + i);
     losses.add(sum_of(loss, rows));
     weights.add(sum_of(weight, rows));
   }
   return {losses.value(), weights.value(), -1};
+}
+
+// coefficient p - hot, p = e exp(-log sum), e = exp(z - max): as PlainGradient, whether forward has kept e or not.
+template <class V>
+inline V lane_gradient(V e, V reciprocal, V coefficient, V hot) {
+  using A = scalar_t<V>;
+  const V zero = set1(A(0)), p = e * reciprocal;
+  return fma(select_lt(p, set1(kLeastProbability<A>), zero, p), coefficient, zero - hot);
 }
 
 // Gradients of a vector of the tile's rows, in the place of logits.
@@ -203,25 +257,28 @@ inline void cross_entropy_backward_lanes(const CrossEntropyArgs& a, const CrossE
   // Rows that are ignored have a gradient where lse or entropy has one.
   const V any = select_lt(y, zero, select_eq(lse, zero, select_eq(entropy, zero, zero, one), one), one);
 
+  const V reciprocal = exp(zero - log_sum);
   for (int64_t c = 0; c < a.classes; ++c) {
     const V zc = load(z + c * R), log_p = zc - m - log_sum;
     const A w = class_weight ? class_weight[c] : A(1);
     if (g.grad_probabilities) store(dt + c * R, targets ? log_p * (logprob - keep * set1(w)) : zero);
     if (!g.grad_logits) continue;
-    V d = exp(log_p, kLeastLogProbability<A>);
-    if (g.entropy)
-      d = fma(zero - entropy, d * max(set1(kLeastExponent<A>), log_p),
-              d * coefficient);  // p log p first: it is bounded
-    else
-      d = d * coefficient;
+    V q = zero, d;
     if (probabilities) {
       const V tc = load(t + c * R);
-      d = d - (set1(w) * fma(keep, tc, spread) - logprob * tc);
+      q = set1(w) * fma(keep, tc, spread) - logprob * tc;
     } else if (a.target) {
-      if (a.label_smoothing != 0 && g.loss) d = d - spread * set1(w);
-      d = d - select_eq(y, set1(A(c)), hot, zero);
-      d = select_eq(any, zero, zero, d);
+      q = select_eq(y, set1(A(c)), hot, zero);
+      if (a.label_smoothing != 0 && g.loss) q = fma(spread, set1(w), q);
     }
+    if (g.entropy) {
+      const V p = exp(log_p, kLeastLogProbability<A>);
+      // p log p first: it is bounded
+      d = fma(zero - entropy, p * max(set1(kLeastExponent<A>), log_p), p * coefficient) - q;
+    } else {
+      d = lane_gradient(exp(zc - m), reciprocal, coefficient, q);
+    }
+    if (a.target) d = select_eq(any, zero, zero, d);
     if (a.softcap != 0) {
       const V u = zc / set1(A(a.softcap));
       d = d * (one - u * u);
@@ -247,4 +304,59 @@ inline void cross_entropy_backward_few_classes(const CrossEntropyArgs& a, const 
     if (g.grad_probabilities)
       store_tile(tile.target_grad, (T*)g.grad_probabilities, g.grad_probability_layout, row, rows, a.classes);
   }
+}
+
+// ---- one pass ------------------------------------------------------------------------------------------------------
+
+// Whether loss and gradient come from one look at a tile: of a class to each row, and of the loss alone.
+inline bool in_one_pass(const CrossEntropyArgs& a, const CrossEntropyOutputs& out, const CrossEntropyGrads& g) {
+  return a.target && !a.row_entropy && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0 &&
+         g.grad_logits && !g.grad_probabilities && g.loss && !g.loss_stride && !g.lse && !g.entropy && !g.logprob &&
+         !out.loss && !out.lse && !out.logprob && !out.argmax;
+}
+
+// The loss's sum and the logits' gradient; with the same bits as in two passes. The denominator of a mean is known.
+template <class T>
+inline CrossEntropyPartial cross_entropy_few_classes_in_one_pass(const CrossEntropyArgs& a, const CrossEntropyGrads& g,
+                                                                 int64_t begin, int64_t end) {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  constexpr int64_t R = tuning::kLaneRows, W = V::size;
+  const V zero = set1(A(0)), upstream = set1(*(const A*)g.loss) * set1(A(g.loss_scale));
+  CrossEntropyTile<A> tile;
+  TileSums<A> lanes;
+  A loss[R], weight[R], coefficient[R], reciprocal[R], hot[R];
+  CompensatedSum losses, weights;
+  for (int64_t row = begin; row < end; row += R) {
+    const int64_t rows = std::min(R, end - row);
+    load_cross_entropy_tile<T>(a, false, row, rows, tile);
+    for (int64_t i = 0; i < rows; i += W) sum_lanes<true>(a, tile, i, lanes);
+    for (int64_t i = 0; i < rows; i += W) {
+      const int64_t n = std::min(W, rows - i);
+      const V y = load(tile.y + i), m = load(lanes.max + i), w = weight_of_class<A>(a, y);
+      const TileResult<A> result(a, lanes, i, row + i, n);
+      V each = zero - w * ((load(lanes.of_target + i) - m) - result.log_sum), c = upstream * w;
+      if (a.z_loss != 0) {
+        each = fma(set1(A(a.z_loss)) * result.lse, result.lse, each);
+        c = c + select_eq(upstream, zero, zero, upstream * set1(A(2 * a.z_loss)) * (m + result.log_sum));
+      }
+      store(loss + i, select_lt(y, zero, zero, each));
+      store(weight + i, w);
+      store(coefficient + i, c);
+      store(reciprocal + i, exp(zero - result.log_sum));
+      store(hot + i, upstream * w);
+    }
+    losses.add(sum_of(loss, rows));
+    weights.add(sum_of(weight, rows));
+    for (int64_t c = 0; c < a.classes; ++c) {
+      for (int64_t i = 0; i < rows; i += W) {
+        const V y = load(tile.y + i), q = select_eq(y, set1(A(c)), load(hot + i), zero);
+        A* z = tile.logits.at + c * R + i;
+        const V d = lane_gradient(load(z), load(reciprocal + i), load(coefficient + i), q);
+        store(z, select_lt(y, zero, zero, d));
+      }
+    }
+    store_tile(tile.logits, (T*)g.grad_logits, g.grad_layout, row, rows, a.classes);
+  }
+  return {losses.value(), weights.value(), -1};
 }
