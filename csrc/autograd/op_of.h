@@ -31,7 +31,8 @@ struct Calls<Result(Arguments...), name> {
 
 }  // namespace named
 
-// An op as a function; and what it is on its tensors' device, recorded nowhere.
+// An op as a function, looked up at its first call; and the same below autograd's keys, where what it does is recorded
+// by nobody but its caller.
 template <class Signature, Literal name>
 constexpr auto op_of = &named::Calls<Signature, name>::call;
 template <class Signature, Literal name>
