@@ -78,6 +78,7 @@ V exponent(V v) {
 
 inline __m512 _mm512_maskz_loadu_ps(__mmask16 k, const void* p) { return lane_by_lane::load<__m512, float, 16>(k, p); }
 inline __m512 _mm512_getexp_ps(__m512 x) { return lane_by_lane::exponent<float, 16>(x); }
+inline __m512d _mm512_getexp_pd(__m512d x) { return lane_by_lane::exponent<double, 8>(x); }
 inline __m512d _mm512_maskz_loadu_pd(__mmask8 k, const void* p) { return lane_by_lane::load<__m512d, double, 8>(k, p); }
 inline __m256i _mm256_maskz_loadu_epi16(__mmask16 k, const void* p) {
   return lane_by_lane::load<__m256i, uint16_t, 16>(k, p);
@@ -100,6 +101,10 @@ inline void _mm512_stream_ps(void* p, __m512 v) {
   std::memcpy(p, &v, 64);
 }
 inline void _mm512_stream_pd(void* p, __m512d v) {
+  if ((uintptr_t)p % 64) __builtin_trap();
+  std::memcpy(p, &v, 64);
+}
+inline void _mm512_stream_si512(void* p, __m512i v) {
   if ((uintptr_t)p % 64) __builtin_trap();
   std::memcpy(p, &v, 64);
 }
@@ -153,6 +158,9 @@ inline __m512d _mm512_scalef_pd(__m512d x, __m512d n) {
 #endif
 #if !defined(_mm512_shuffle_f32x4)
 #define _mm512_shuffle_f32x4(a, b, imm8) simde_mm512_shuffle_f32x4(a, b, imm8)
+#endif
+#if !defined(_mm512_shuffle_f64x2)
+#define _mm512_shuffle_f64x2(a, b, imm8) simde_mm512_shuffle_f64x2(a, b, imm8)
 #endif
 
 // AVX512-BF16: numbers of float32 rounded to nearest even, subnormal ones to zero; products of pairs added one after
