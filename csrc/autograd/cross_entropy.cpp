@@ -6,6 +6,7 @@
 
 #include "autograd/cross_entropy_options.h"
 #include "autograd/node.h"
+#include "autograd/op_of.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "shared/op_checks.h"
@@ -25,25 +26,22 @@ using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(cons
 using UnlessSignature = void(const Tensor&, const Operands&, const Tensor&, const Tensor&, const CrossEntropyOptions&,
                              const Tensor&, double);
 
-std::vector<Tensor> composite(const Operands& t, const Options& o) {
-  static const auto op = find_op<ForwardSignature>("regfast::composite_cross_entropy");
-  return op.call(t, o);
-}
+constexpr auto composite = op_of<ForwardSignature, "regfast::composite_cross_entropy">;
 // The outputs asked for, then the rows' statistics and the mean's denominator.
-std::vector<Tensor> forward(const Operands& t, const Options& o) {
-  static const auto op = find_op<ForwardSignature>("regfast::cross_entropy_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(t, o);
-}
+constexpr auto forward = kernels_of<ForwardSignature, "regfast::cross_entropy_forward">;
+constexpr auto backward_unless = op_of<UnlessSignature, "regfast::cross_entropy_backward_unless_">;
+constexpr auto backward_inplace = op_of<BackwardSignature<Tensor, bool>, "regfast::cross_entropy_backward_">;
+constexpr auto backward_kernels =
+    op_of<BackwardSignature<std::tuple<Tensor, Tensor>, std::array<bool, 2>>, "regfast::cross_entropy_backward">;
 
 const auto& forward_backward_op() {
   static const auto op = find_op<ForwardBackwardSignature>("regfast::cross_entropy_forward_backward");
   return op;
 }
 
-// When the gradient is written: by backward into memory of its own, by backward over the input, or by forward, for the
-// upstream gradient that is expected.
-enum class Way : int64_t { backward, in_place, forward };
+// Which pass writes the gradient: backward, into memory of its own or over the input, or forward, for the upstream
+// gradient that is expected.
+enum class Writer { backward, backward_in_place, forward };
 
 // The upstream gradient that the next backward on the CPU will have: the last one's, which is 1, or the factor by which
 // losses are scaled or gradients accumulated. A gradient written for a wrong one costs a write in vain, so that after
@@ -99,30 +97,26 @@ struct CrossEntropyBackward {
     if (up.loss.has_value() && up.loss->is_cpu() && !hidden && o.reduction != at::Reduction::None)
       expected.learn(*(came = up.loss->item<double>()));
     if (const Tensor& dx = op.saved[5]; dx.defined() && !hidden && may_give_away(dx)) {
-      static const auto kernels = find_op<UnlessSignature>("regfast::cross_entropy_backward_unless_");
-      if (came != o.upstream) kernels.call(*up.loss, operands, stats, weight_sum, o, dx, o.upstream);
+      if (came != o.upstream) backward_unless(*up.loss, operands, stats, weight_sum, o, dx, o.upstream);
       result[0] = dx;
       return result;
     }
     if (o.in_place && need_x && !hidden) {
-      static const auto kernels = find_op<BackwardSignature<Tensor, bool>>("regfast::cross_entropy_backward_");
-      Tensor dt = kernels.call(up, operands, stats, weight_sum, o, need_t);
+      Tensor dt = backward_inplace(up, operands, stats, weight_sum, o, need_t);
       result[0] = x.detach();
       if (need_t) result[1] = dt;
       return result;
     }
-    static const auto kernels =
-        find_op<BackwardSignature<std::tuple<Tensor, Tensor>, std::array<bool, 2>>>("regfast::cross_entropy_backward");
-    const auto [dx, dt] = kernels.call(up, operands, stats, weight_sum, o, op.needs);
+    const auto [dx, dt] = backward_kernels(up, operands, stats, weight_sum, o, op.needs);
     return op.wanted({&dx, &dt});
   }
 };
 
-std::vector<Tensor> recorded(const Operands& t, const Options& o, Way way) {
+std::vector<Tensor> recorded(const Operands& t, const Options& o, Writer writer) {
   std::vector<Tensor> results;
   Tensor stats, weight_sum, written;
   const double upstream = t.input.is_cpu() ? expected.upstream() : 1;
-  if (way == Way::forward) {
+  if (writer == Writer::forward) {
     at::AutoDispatchBelowADInplaceOrView below;
     auto [loss, s, sum, grad] = forward_backward_op().call(t, o, o.loss_dtype, upstream);
     results = {loss};
@@ -138,7 +132,7 @@ std::vector<Tensor> recorded(const Operands& t, const Options& o, Way way) {
   }
   record<CrossEntropyBackward>(results, {&t.input, &t.target},
                                {&t.input, &t.target, &value_or_undefined(t.weight), &stats, &weight_sum, &written},
-                               {o, way == Way::in_place, upstream});
+                               {o, writer == Writer::backward_in_place, upstream});
   return results;
 }
 
@@ -146,7 +140,7 @@ std::vector<Tensor> recorded(const Operands& t, const Options& o, Way way) {
 std::vector<Tensor> by_kernels(const Operands& t, const Options& o, bool inplace_backward) {
   const Tensor& x = t.input;
   if (any_requires_grad({&x, &t.target})) {
-    Way way = may_write_in_forward(t, o) ? Way::forward : Way::backward;
+    Writer writer = may_write_in_forward(t, o) ? Writer::forward : Writer::backward;
     if (inplace_backward && x.requires_grad()) {
       TORCH_CHECK(!x.is_leaf(),
                   "regfast.cross_entropy: inplace_backward: expected an input that is not a leaf, got a leaf "
@@ -155,9 +149,10 @@ std::vector<Tensor> by_kernels(const Operands& t, const Options& o, bool inplace
                   "regfast.cross_entropy: inplace_backward: expected "
                   "an input whose elements have memory of their own, got overlapping ones (expanded?)");
       // While tracing, buffers are the compiler's to reuse.
-      way = x.unsafeGetTensorImpl()->is_python_dispatch() || x.is_neg() ? Way::backward : Way::in_place;
+      writer =
+          x.unsafeGetTensorImpl()->is_python_dispatch() || x.is_neg() ? Writer::backward : Writer::backward_in_place;
     }
-    return recorded(t, o, way);
+    return recorded(t, o, writer);
   }
   auto results = forward(t, o);
   results.resize(results.size() - 2);

@@ -2,22 +2,19 @@
 #include "shared/torch_api.h"
 
 #include "autograd/node.h"
+#include "autograd/op_of.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 
 namespace rf {
 namespace {
 
-Tensor composite(const Tensor& x, const Tensor& y, int64_t reduction) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t)>("regfast::composite_mse_loss");
-  return op.call(x, y, reduction);
-}
-
-Tensor forward(const Tensor& x, const Tensor& y, int64_t reduction) {
-  static const auto op = find_op<Tensor(const Tensor&, const Tensor&, int64_t)>("regfast::mse_loss_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, y, reduction);
-}
+using Signature = Tensor(const Tensor&, const Tensor&, int64_t);
+using BackwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t,
+                                                     std::array<bool, 2>);
+constexpr auto composite = op_of<Signature, "regfast::composite_mse_loss">;
+constexpr auto forward = kernels_of<Signature, "regfast::mse_loss_forward">;
+constexpr auto backward_kernels = op_of<BackwardSignature, "regfast::mse_loss_backward">;
 
 struct MseLossBackward {
   struct Options {
@@ -34,10 +31,7 @@ struct MseLossBackward {
       return composite_gradients({x, y}, {grads[0]}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite(in[0], in[1], reduction)};
       });
-    static const auto kernels =
-        find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const Tensor&, int64_t, std::array<bool, 2>)>(
-            "regfast::mse_loss_backward");
-    const auto [dx, dy] = kernels.call(grads[0], x, y, reduction, op.needs);
+    const auto [dx, dy] = backward_kernels(grads[0], x, y, reduction, op.needs);
     return op.wanted({&dx, &dy});
   }
 };

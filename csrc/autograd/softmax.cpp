@@ -2,31 +2,22 @@
 #include "shared/torch_api.h"
 
 #include "autograd/node.h"
+#include "autograd/op_of.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 
 namespace rf {
 namespace {
 
-Tensor composite_softmax(const Tensor& x, int64_t dim, bool log) {
-  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::composite_softmax");
-  return op.call(x, dim, log);
-}
-Tensor composite_logsumexp(const Tensor& x, int64_t dim, bool keepdim) {
-  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::composite_logsumexp");
-  return op.call(x, dim, keepdim);
-}
-
-Tensor softmax_forward(const Tensor& x, int64_t dim, bool log) {
-  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::softmax_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, dim, log);
-}
-Tensor logsumexp_forward(const Tensor& x, int64_t dim, bool keepdim) {
-  static const auto op = find_op<Tensor(const Tensor&, int64_t, bool)>("regfast::logsumexp_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, dim, keepdim);
-}
+using Signature = Tensor(const Tensor&, int64_t, bool);
+using SoftmaxBackwardSignature = Tensor(const Tensor&, const Tensor&, int64_t, bool);
+using LogsumexpBackwardSignature = Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t);
+constexpr auto composite_softmax = op_of<Signature, "regfast::composite_softmax">;
+constexpr auto composite_logsumexp = op_of<Signature, "regfast::composite_logsumexp">;
+constexpr auto softmax_forward = kernels_of<Signature, "regfast::softmax_forward">;
+constexpr auto logsumexp_forward = kernels_of<Signature, "regfast::logsumexp_forward">;
+constexpr auto softmax_backward = op_of<SoftmaxBackwardSignature, "regfast::softmax_backward">;
+constexpr auto logsumexp_backward = op_of<LogsumexpBackwardSignature, "regfast::logsumexp_backward">;
 
 struct SoftmaxBackward {
   struct Options {
@@ -47,9 +38,7 @@ struct SoftmaxBackward {
       const Tensor dx = log ? ga - ya.exp() * ga.sum(dim, true) : ya * (ga - (ga * ya).sum(dim, true));
       return {dx.to(y.scalar_type())};
     }
-    static const auto kernels =
-        find_op<Tensor(const Tensor&, const Tensor&, int64_t, bool)>("regfast::softmax_backward");
-    return {kernels.call(g, y, dim, log)};
+    return {softmax_backward(g, y, dim, log)};
   }
 };
 
@@ -69,9 +58,7 @@ struct LogsumexpBackward {
       return composite_gradients({x}, {grads[0]}, [&](const std::vector<Tensor>& in) {
         return std::vector<Tensor>{composite_logsumexp(in[0], o.dim, o.keepdim)};
       });
-    static const auto kernels =
-        find_op<Tensor(const Tensor&, const Tensor&, const Tensor&, int64_t)>("regfast::logsumexp_backward");
-    return {kernels.call(grads[0], x, lse, o.dim)};
+    return {logsumexp_backward(grads[0], x, lse, o.dim)};
   }
 };
 

@@ -1,5 +1,6 @@
 // Memory that kernels under test may touch: exactly the elements of the buffers that are lent to them.
 #pragma once
+#include <deque>
 #include <tuple>
 
 #include "emulator.h"
@@ -38,5 +39,21 @@ template <class T>
 using LentAs = Lent;
 template <class... Buffers>
 using LentAll = std::tuple<LentAs<Buffers>...>;
+
+// The same one after another; see AnyMemory.
+class LentMemory {
+ public:
+  template <class... Buffers>
+  void read(const Buffers&... b) {
+    (lent_.emplace_back(b), ...);
+  }
+  template <class... Buffers>
+  void write(Buffers&... b) {
+    (lent_.emplace_back(b), ...);
+  }
+
+ private:
+  std::deque<Lent> lent_;
+};
 
 }  // namespace test

@@ -72,11 +72,11 @@ struct Matrix {
 
 struct Call {
   int64_t m, n, k;
-  Layout a, b;
-  bool a_transposed, b_transposed, bias, preactivation;
-  Activation activation;
-  bool tf32, hopper = false;  // hopper: by gemm_sm90, else as launch_gemm decides
-  bool by_engine = false;     // its results
+  Layout a = Layout::aligned, b = Layout::aligned;
+  bool a_transposed = false, b_transposed = false, bias = false, preactivation = false;
+  Activation activation = Activation::none;
+  bool tf32 = false, hopper = false;  // hopper: by gemm_sm90, else as launch_gemm decides
+  bool by_engine = false;             // its results
 };
 
 // To 11 significant bits, ties away from zero, as operands become tf32.
@@ -209,8 +209,16 @@ void chosen_products(Random& random, bool tf32) {
       // Large tiles are taken if they fill the three SMs of the emulated device; four of them leave nothing to split.
       const int64_t m = large && !split ? 200 : large ? 100 : 50, n = large ? 150 : 70, k = split ? deep : 75;
       const auto run = [&](Layout a, bool a_transposed, bool b_transposed, bool epilogue) {
-        const Activation activation = epilogue ? Activation::gelu : Activation::none;
-        product<T>({m, n, k, a, Layout::aligned, a_transposed, b_transposed, epilogue, epilogue, activation, tf32},
+        product<T>({.m = m,
+                    .n = n,
+                    .k = k,
+                    .a = a,
+                    .a_transposed = a_transposed,
+                    .b_transposed = b_transposed,
+                    .bias = epilogue,
+                    .preactivation = epilogue,
+                    .activation = epilogue ? Activation::gelu : Activation::none,
+                    .tf32 = tf32},
                    random);
       };
       run(Layout::aligned, false, true, true);
@@ -225,12 +233,26 @@ template <class T>
 void every_choice(Random& random, bool tf32) {
   for (Activation activation : kActivations)
     for (bool preactivation : {false, true})
-      product<T>({17, 41, 33, Layout::aligned, Layout::aligned, false, true, true, preactivation, activation, tf32},
+      product<T>({.m = 17,
+                  .n = 41,
+                  .k = 33,
+                  .b_transposed = true,
+                  .bias = true,
+                  .preactivation = preactivation,
+                  .activation = activation,
+                  .tf32 = tf32},
                  random);
   for (Layout layout : {Layout::aligned, Layout::contiguous})
     for (bool a_transposed : {false, true})
       for (bool b_transposed : {false, true})
-        product<T>({19, 43, 37, layout, layout, a_transposed, b_transposed, false, false, Activation::none, tf32},
+        product<T>({.m = 19,
+                    .n = 43,
+                    .k = 37,
+                    .a = layout,
+                    .b = layout,
+                    .a_transposed = a_transposed,
+                    .b_transposed = b_transposed,
+                    .tf32 = tf32},
                    random);
 }
 
@@ -289,8 +311,18 @@ void hopper_products(Random& random) {
   const auto run = [&](int64_t m, int64_t n, int64_t k, Layout a, Layout b, bool a_transposed, bool b_transposed,
                        bool epilogue, bool by_engine) {
     const Activation activation = epilogue ? random.pick(kActivations) : Activation::none;
-    product<T>({m, n, k, a, b, a_transposed, b_transposed, epilogue, epilogue && random.chance(0.5), activation, false,
-                true, by_engine},
+    product<T>({.m = m,
+                .n = n,
+                .k = k,
+                .a = a,
+                .b = b,
+                .a_transposed = a_transposed,
+                .b_transposed = b_transposed,
+                .bias = epilogue,
+                .preactivation = epilogue && random.chance(0.5),
+                .activation = activation,
+                .hopper = true,
+                .by_engine = by_engine},
                random);
   };
   for (Layout a : {Layout::aligned, Layout::aligned_columns})

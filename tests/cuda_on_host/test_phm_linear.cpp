@@ -23,10 +23,17 @@ void combine(int64_t rows, int64_t parts, int64_t to_parts, int64_t length, Rand
   Buffer<T> to(rows * to_parts * length, Guard::behind, random.integer(0, 3));
   {
     const Lent f(from), c(coefficients), t(to);
-    rf::cuda::launch_combine_parts(
-        Format<T>::dtype,
-        {rows, parts, to_parts, length, from.data(), stride, !std::is_same_v<From, T>, coefficients.data(), to.data()},
-        nullptr);
+    rf::cuda::launch_combine_parts(Format<T>::dtype,
+                                   {.rows = rows,
+                                    .parts = parts,
+                                    .to_parts = to_parts,
+                                    .length = length,
+                                    .from = from.data(),
+                                    .from_stride = stride,
+                                    .from_is_acc = !std::is_same_v<From, T>,
+                                    .coefficients = coefficients.data(),
+                                    .to = to.data()},
+                                   nullptr);
   }
   check_combination({rows, stride, parts, length}, from, coefficients, to_parts, sum_error(parts), to);
   CHECK(to.rest_untouched());
@@ -45,8 +52,16 @@ void products(int64_t rows, int64_t of_parts, int64_t parts, int64_t length, Ran
   Buffer<A> sums(blocks * of_parts * parts);
   {
     const Lent o(of), w(with), s(sums);
-    rf::cuda::launch_part_products(
-        Format<T>::dtype, {rows, of_parts, parts, length, of.data(), with.data(), stride, sums.data()}, nullptr);
+    rf::cuda::launch_part_products(Format<T>::dtype,
+                                   {.rows = rows,
+                                    .of_parts = of_parts,
+                                    .parts = parts,
+                                    .length = length,
+                                    .of = of.data(),
+                                    .with = with.data(),
+                                    .with_stride = stride,
+                                    .sums = sums.data()},
+                                   nullptr);
   }
   check_part_products({rows, stride, parts, length}, of, of_parts, with, 0, sum_error(rows * length),
                       [&](int64_t j, int64_t i) {
@@ -72,9 +87,21 @@ void all() {
   }
   products<T>(700, 4, 2, 40, random);  // several blocks
   describe("parts %s of nothing", Format<T>::name);
-  rf::cuda::launch_combine_parts(Format<T>::dtype, {0, 2, 4, 5, nullptr, 10, false, nullptr, nullptr}, nullptr);
-  rf::cuda::launch_combine_parts(Format<T>::dtype, {3, 2, 4, 0, nullptr, 0, false, nullptr, nullptr}, nullptr);
-  rf::cuda::launch_part_products(Format<T>::dtype, {0, 4, 2, 5, nullptr, nullptr, 10, nullptr}, nullptr);
+  rf::cuda::CombineParts of_nothing = {};  // no rows, or no elements in them
+  of_nothing.parts = 2;
+  of_nothing.to_parts = 4;
+  for (const int64_t length : {5, 0}) {
+    of_nothing.rows = length ? 0 : 3;
+    of_nothing.length = length;
+    of_nothing.from_stride = 2 * length;
+    rf::cuda::launch_combine_parts(Format<T>::dtype, of_nothing, nullptr);
+  }
+  rf::cuda::PartProducts no_products = {};
+  no_products.of_parts = 4;
+  no_products.parts = 2;
+  no_products.length = 5;
+  no_products.with_stride = 10;
+  rf::cuda::launch_part_products(Format<T>::dtype, no_products, nullptr);
   CHECK(rf::cuda::part_products_blocks(Format<T>::dtype, 0, 5) == 0);
 }
 

@@ -98,4 +98,12 @@ Buffer<T> input(int64_t count, F&& generate, Guard guard = Guard::behind, int64_
   return b;
 }
 
+// What a call may touch, for devices that ask: a CPU's kernels find out by the pages around.
+struct AnyMemory {
+  template <class... Buffers>
+  void read(const Buffers&...) {}
+  template <class... Buffers>
+  void write(Buffers&...) {}
+};
+
 }  // namespace test

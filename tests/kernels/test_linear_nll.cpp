@@ -1,15 +1,15 @@
-// Likelihoods of predictions, and linear models with few outputs in one pass, against double precision.
+// Likelihoods of predictions on the CPU, and linear models with few outputs in one pass, against double precision.
 #include <cmath>
 #include <vector>
 
 #include "cpu/drivers/drivers.h"
-#include "linear_nll_reference.h"
+#include "linear_nll_cases.h"
 
 namespace test {
 namespace {
 
 template <class S>
-struct Observations {  // what a likelihood is given besides predictions; targets and upstream gradients of type S
+struct Observations {  // what one pass is given besides operands
   using A = rf::acc_t<S>;
   Family family;
   int64_t rows, outputs;
@@ -65,58 +65,60 @@ struct Observations {  // what a likelihood is given besides predictions; target
   }
 };
 
-// Sums over rows and what bounds their errors.
-struct Sum {
-  double value = 0, size = 0, error = 0;
-  void add(double x, double e) {
-    value += x;
-    size += std::fabs(x);
-    error += e;
+struct Cpu {
+  using Memory = AnyMemory;
+  template <class T>
+  using Observed = T;
+  static constexpr bool kFactorOfLosses = false;
+
+  // 1 / variance of a gaussian, 2 of squared.
+  static double scale(Family family, Random& random) { return family == Family::squared ? 2 : random.between(0.25, 4); }
+  static double total_units(int64_t terms) { return long_sum_error(terms); }
+  template <class Test>
+  static Expected expected(const Test& t, int64_t j, double eta, double y) {
+    return expect(t.c.family, eta, y, t.scale.value(j), t.c.constants ? t.constant.value(j) : 0, 0, 0);
   }
-  double units(int64_t terms) const { return error + size * long_sum_error(terms); }
+  template <class Test>
+  static LikelihoodResults run(Test& t) {
+    Buffer<typename Test::A> bias(t.c.outputs, t.guard), variance(t.c.outputs, t.guard);
+    const rf::LikelihoodArgs args = {t.problem(), t.scale.data(), t.c.constants ? t.constant.data() : nullptr,
+                                     t.c.factor};
+    LikelihoodResults results;
+    results.total = rf::likelihood(Format<typename Test::S>::dtype, args, t.predictions.data(), t.c.rows,
+                                   {t.c.losses || t.c.total, t.c.slopes, t.c.bias_sums ? bias.data() : nullptr,
+                                    t.c.variance_sums ? variance.data() : nullptr, 0});
+    for (int64_t j = 0; j < t.c.outputs; ++j) {
+      if (t.c.bias_sums) results.bias.push_back(bias.result(j));
+      if (t.c.variance_sums) results.variance.push_back(variance.result(j));
+    }
+    CHECK(bias.rest_untouched() && variance.rest_untouched());
+    return results;
+  }
 };
 
 template <class T>
-void rows_of_predictions(Family family, int64_t rows, int64_t outputs, Random& random) {
-  using A = rf::acc_t<T>;
-  const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
-  describe("likelihood %s %s %lld x %lld", rf::kFamilyNames[(int)family], Format<T>::name, (long long)rows,
-           (long long)outputs);
-  const Observations<T> seen(family, rows, outputs, random, guard);
-  const Buffer<A> eta = input<A>(rows * outputs, [&] { return random.spiky(); }, guard);
-  for (const bool value : {true, false})
-    for (const bool slope : {true, false}) {
-      if (!value && !slope) continue;
-      const bool of_bias = random.chance(0.7), of_variance = family == Family::gaussian && random.chance(0.7);
-      Buffer<A> panel(rows * outputs, guard), bias(outputs, guard), variance(outputs, guard);
-      Buffer<T> each(rows * outputs, guard);
-      for (int64_t i = 0; i < rows * outputs; ++i) panel[i] = eta.data()[i];
-      const double total =
-          rf::likelihood(Format<T>::dtype, seen.args(value ? each.data() : nullptr), panel.data(), rows,
-                         {value, slope, slope && of_bias ? bias.data() : nullptr,
-                          slope && of_variance ? variance.data() : nullptr, 0});
-      Comparison<T> of_each("each");
-      Comparison<A> of_slope("slope"), of_sums("column sums");
-      std::vector<Sum> biases(outputs), variances(outputs);
-      Sum loss;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t j = 0; j < outputs; ++j) {
-          const int64_t i = r * outputs + j;
-          const Expected e = seen.at(r, j, eta.value(i), 0);
-          const double w = seen.weight(r), up = seen.upstream(r, j);
-          if (value) of_each.add(each.result(i), w * e.loss, w * e.loss_error, i);
-          loss.add(w * e.loss, w * e.loss_error);
-          of_slope.add(panel.result(i), slope ? up * e.slope : eta.value(i), slope ? std::fabs(up) * e.slope_error : 0,
-                       i);
-          biases[j].add(up * e.slope, std::fabs(up) * e.slope_error);
-          variances[j].add(up * e.variance, 4 * std::fabs(up) * seen.scale.value(j) * (1 + e.loss_error));
-        }
-      for (int64_t j = 0; j < outputs; ++j) {
-        if (slope && of_bias) of_sums.add(bias.result(j), biases[j].value, biases[j].units(rows), j);
-        if (slope && of_variance) of_sums.add(variance.result(j), variances[j].value, variances[j].units(rows), j);
-      }
-      if (value) CHECK(std::fabs(total - loss.value) <= kUnit<A> * loss.units(rows * outputs));
-      CHECK(each.rest_untouched() && bias.rest_untouched() && variance.rest_untouched() && panel.rest_untouched());
+void rows_of_predictions(Family family, int64_t rows, int64_t outputs, bool far, Random& random) {
+  for (const bool losses : {true, false})
+    for (const bool slopes : {true, false}) {
+      const bool finite = !(far && family == Family::poisson);  // what is summed up
+      const LikelihoodCase c = {.family = family,
+                                .rows = rows,
+                                .outputs = outputs,
+                                .bias = false,
+                                .observed_target = false,
+                                .scale = true,
+                                .constants = family == Family::gaussian && random.chance(0.7),
+                                .row_weight = random.chance(0.5),
+                                .upstream = random.chance(0.5),
+                                .losses = losses,
+                                .total = losses && finite,
+                                .slopes = slopes,
+                                .bias_sums = slopes && finite && random.chance(0.7),
+                                .variance_sums = slopes && family == Family::gaussian && random.chance(0.7),
+                                .in_place = slopes,
+                                .far = far,
+                                .factor = 0.625};
+      if (losses || slopes) LikelihoodTest<Cpu, T>(c, random).run();
     }
 }
 
@@ -155,15 +157,15 @@ void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Ra
 
   Comparison<A> of_each("each"), of_dw("dw"), of_db("db"), of_dv("dv"), of_wide("wide dx");
   Comparison<T> of_dx("dx");
-  std::vector<Sum> weights(outputs * features), biases(outputs), variances(outputs);
-  Sum loss;
+  std::vector<SumOfTerms> weights(outputs * features), biases(outputs), variances(outputs);
+  SumOfTerms loss;
   for (int64_t r = 0; r < rows; ++r) {
-    std::vector<Sum> inputs(features);
+    std::vector<SumOfTerms> inputs(features);
     for (int64_t j = 0; j < outputs; ++j) {
-      Sum eta;
+      SumOfTerms eta;
       for (int64_t c = 0; c < features; ++c) eta.add(x.value(r * stride + c) * w.value(j * features + c), 0);
       if (has_bias) eta.add(b.value(j), 0);
-      const Expected e = seen.at(r, j, eta.value, eta.units(features));
+      const Expected e = seen.at(r, j, eta.value, eta.units(long_sum_error(features)));
       const double share = seen.weight(r), up = seen.upstream(r, j), d = up * e.slope;
       const double d_error = std::fabs(up) * e.slope_error;
       of_each.add(each.result(r * outputs + j), share * e.loss, share * e.loss_error, r * outputs + j);
@@ -178,16 +180,18 @@ void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Ra
     }
     for (int64_t c = 0; c < features; ++c) {
       const int64_t i = r * features + c;
-      wide ? of_wide.add(wide_dx.result(i), inputs[c].value, inputs[c].units(outputs), i)
-           : of_dx.add(dx.result(i), inputs[c].value, inputs[c].units(outputs), i);
+      wide ? of_wide.add(wide_dx.result(i), inputs[c].value, inputs[c].units(long_sum_error(outputs)), i)
+           : of_dx.add(dx.result(i), inputs[c].value, inputs[c].units(long_sum_error(outputs)), i);
     }
   }
-  for (int64_t i = 0; i < outputs * features; ++i) of_dw.add(dw.result(i), weights[i].value, weights[i].units(rows), i);
+  for (int64_t i = 0; i < outputs * features; ++i)
+    of_dw.add(dw.result(i), weights[i].value, weights[i].units(long_sum_error(rows)), i);
   for (int64_t j = 0; j < outputs; ++j) {
-    of_db.add(db.result(j), biases[j].value, biases[j].units(rows), j);
-    if (family == Family::gaussian) of_dv.add(dv.result(j), variances[j].value, variances[j].units(rows), j);
+    of_db.add(db.result(j), biases[j].value, biases[j].units(long_sum_error(rows)), j);
+    if (family == Family::gaussian)
+      of_dv.add(dv.result(j), variances[j].value, variances[j].units(long_sum_error(rows)), j);
   }
-  CHECK(std::fabs(total - loss.value) <= kUnit<A> * loss.units(rows * outputs));
+  CHECK(std::fabs(total - loss.value) <= kUnit<A> * loss.units(long_sum_error(rows * outputs)));
   CHECK(each.rest_untouched() && dw.rest_untouched() && db.rest_untouched() && dv.rest_untouched());
   CHECK(wide ? wide_dx.rest_untouched() : dx.rest_untouched());
 
@@ -201,31 +205,6 @@ void one_pass(Family family, int64_t rows, int64_t features, int64_t outputs, Ra
   rf::few_outputs(Format<T>::dtype, args, rows, {false, true, nullptr, nullptr, 0});
   CHECK(!std::memcmp(alone.data(), each.data(), rows * outputs * sizeof(A)));
   CHECK(!std::memcmp(dw_alone.data(), dw.data(), outputs * features * sizeof(A)));
-}
-
-// Far from zero: finite, and in both tails as precise as near it.
-template <class A>
-void far_predictions() {
-  describe("likelihood %s: far predictions", Format<A>::name);
-  const double most = std::is_same_v<A, float> ? 3e38 : 1e308;
-  for (const double eta : {0.0, 1e-30, 5.0, 50.0, 80.0, 1e4, most})
-    for (const double sign : {1.0, -1.0})
-      for (const double y : {0.0, 1.0}) {
-        A panel = (A)(sign * eta), target = (A)y, factor = 1, each = 0;
-        rf::LikelihoodArgs args = {};
-        args.family = Family::bernoulli;
-        args.outputs = 1;
-        args.target = &target;
-        args.loss = &each;
-        args.output_factor = &factor;
-        args.grad_scale = 1;
-        rf::likelihood(Format<A>::dtype, args, &panel, 1, {true, true, nullptr, nullptr, 0});
-        const Expected e = expect(Family::bernoulli, (A)(sign * eta), y, 1, 0, 0, 0);
-        // exp gives 0 instead of subnormal numbers.
-        const double least = std::is_same_v<A, float> ? 0x1p-126 : 0x1p-1022, unit = kUnit<A>;
-        CHECK(std::fabs(each - e.loss) <= unit * e.loss_error + least);
-        CHECK(std::fabs(panel - e.slope) <= unit * (16 * std::fabs(e.slope)) + least);
-      }
 }
 
 template <class T>
@@ -268,7 +247,8 @@ void all() {
   Random random(900 + (int)Format<T>::dtype);
   for (const Family family : kFamilies) {
     for (const int64_t rows : {0, 1, 31, 70})
-      for (const int64_t outputs : {1, 7, 16, 33, 300}) rows_of_predictions<T>(family, rows, outputs, random);
+      for (const int64_t outputs : {1, 7, 16, 33, 300})
+        rows_of_predictions<T>(family, rows, outputs, random.chance(0.3), random);
     // Features around a vector and half of one, several register tiles of columns, and none; rows around a vector, a
     // block of 32, and more than one partial sum.
     for (const int64_t features : {0, 1, 2, 4, 5, 8, 9, 15, 16, 17, 40, 67, 130})
@@ -288,7 +268,7 @@ void all() {
 TEST(linear_nll) {
   each_dtype([](auto element) { all<decltype(element)>(); });
   each_dtype([](auto element) {
-    if constexpr (std::is_floating_point_v<decltype(element)>) far_predictions<decltype(element)>();
+    if constexpr (std::is_floating_point_v<decltype(element)>) far_predictions<Cpu, decltype(element)>();
   });
 }
 

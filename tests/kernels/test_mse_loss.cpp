@@ -1,68 +1,30 @@
-// Squared error forward and backward, against double precision.
-#include <cmath>
+// Squared error forward and backward on the CPU, against double precision.
+#include <algorithm>
 #include <vector>
 
 #include "cpu/drivers/drivers.h"
-#include "mse_loss_reference.h"
+#include "mse_loss_cases.h"
 
 namespace test {
 namespace {
 
-template <class T>
-void mse_loss(int64_t n, Random& random) {
-  const Guard guard = random.chance(0.6) ? Guard::behind : Guard::before;
-  describe("mse_loss %s n=%lld", Format<T>::name, (long long)n);
-  const auto spiky = [&] { return random.spiky(); };
-  const Buffer<T> x = input<T>(n, spiky, guard), y = input<T>(n, spiky, guard, 1), g = input<T>(n, spiky, guard, 2);
-  Buffer<T> each(n, guard, random.integer(0, 3));
-  const double sum = rf::mse_loss(Format<T>::dtype, {x.data()}, {y.data()}, each.data(), n);
-  const double sum_alone = rf::mse_loss(Format<T>::dtype, {x.data()}, {y.data()}, nullptr, n);
-  const double expected = check_each_mse_loss(x, y, each);
-  CHECK(each.rest_untouched());
+struct Cpu {
+  using Memory = AnyMemory;
   // Chains of additions are as long as the blocks that the sum is taken over, at most 16384.
-  for (double s : {sum, sum_alone})
-    CHECK(std::fabs(s - expected) <= expected * kUnit<T> * sum_error(std::min<int64_t>(n, 16384)) * 2);
-
-  const double scale = 2.0 / 3;
-  for (bool each_grad : {false, true})
-    for (int wanted = 1; wanted <= 3; ++wanted) {
-      Buffer<T> dx(n, guard, random.integer(0, 3)), dy(n, guard, random.integer(0, 3));
-      const Buffer<T> one = input<T>(1, spiky, guard);
-      rf::mse_loss_backward(Format<T>::dtype, {x.data()}, {y.data()}, {each_grad ? g.data() : one.data()}, each_grad,
-                            scale, wanted & 1 ? dx.data() : nullptr, wanted & 2 ? dy.data() : nullptr, n);
-      check_mse_loss_backward(x, y, each_grad ? g : one, scale, wanted & 1 ? &dx : nullptr, wanted & 2 ? &dy : nullptr);
-      CHECK(dx.rest_untouched() && dy.rest_untouched());
-    }
-}
-
-template <class T>
-void special_values() {
-  describe("mse_loss %s: special values", Format<T>::name);
-  for (double special : {kNaN, kInfinity, -kInfinity})
-    for (int64_t at : {0, 20, 36}) {
-      int64_t i = 0;
-      const Buffer<T> x = input<T>(37, [&] { return i++ == at ? special : 1.0; }), y = input<T>(37, [] { return 0.5; });
-      Buffer<T> each(37);
-      const double sum = rf::mse_loss(Format<T>::dtype, {x.data()}, {y.data()}, each.data(), 37);
-      CHECK(special != special ? sum != sum : sum == kInfinity);
-      bool right = true;
-      for (int64_t j = 0; j < 37; ++j) {
-        const double e = each.result(j);
-        right = right && (j != at ? e == 0.25 : special != special ? e != e : e == kInfinity);
-      }
-      CHECK(right);
-    }
-}
-
-// Equal terms, whose additions may all err to the same side.
-template <class T>
-void many_terms(int64_t n) {
-  describe("mse_loss %s: %lld equal terms", Format<T>::name, (long long)n);
-  const Buffer<T> x = input<T>(n, [] { return 0.1; }), y = input<T>(n, [] { return 0.0; });
-  const double exact = (double)((long double)x.value(0) * x.value(0) * n);
-  const double unit = std::is_same_v<T, double> ? 1.1e-16 : 6e-8;
-  CHECK(std::fabs(rf::mse_loss(Format<T>::dtype, {x.data()}, {y.data()}, nullptr, n) - exact) <= 8 * unit * exact);
-}
+  static double sum_units(int64_t n) { return 2 * sum_error(std::min<int64_t>(n, 16384)); }
+  template <class T>
+  static double sum_rounding() {
+    return 0;
+  }
+  template <class T>
+  static double forward(const T* x, const T* y, T* each, int64_t n) {
+    return rf::mse_loss(Format<T>::dtype, {x}, {y}, each, n);
+  }
+  template <class T>
+  static void backward(const T* x, const T* y, const T* grad, bool each_grad, double scale, T* dx, T* dy, int64_t n) {
+    rf::mse_loss_backward(Format<T>::dtype, {x}, {y}, {grad}, each_grad, scale, dx, dy, n);
+  }
+};
 
 template <class T>
 void any_number_of_threads() {
@@ -118,9 +80,9 @@ template <class T>
 void all() {
   Random random(700 + (int)Format<T>::dtype);
   for (int64_t n : {0, 1, 2, 7, 15, 16, 17, 31, 33, 2047, 2048, 2049, 5000, 16384, 16385, 100003})
-    mse_loss<T>(n, random);
-  special_values<T>();
-  for (int64_t n : {1000, 16384, 65535, 3000000}) many_terms<T>(n);
+    mse_loss<Cpu, T>(n, random);
+  mse_loss_special_values<Cpu, T>();
+  for (int64_t n : {1000, 16384, 65535, 3000000}) mse_loss_many_terms<Cpu, T>(n);
   any_number_of_threads<T>();
   for (int i = 0; i < fewer(40); ++i) runs<T>(random);
 }
