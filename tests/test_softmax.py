@@ -62,6 +62,21 @@ def test_any_dimension(op, dim, dtype):
 
 
 @with_all_kernels
+@with_all_kernels
+@op
+@pytest.mark.parametrize("positions", [7, 33, 130])  # less than a vector, several and a rest, many
+@pytest.mark.parametrize("plane", [520, 2048])  # the latter whole pages, of all dtypes
+def test_classes_apart(op, plane, positions, dtype):
+    # Around what a vector, a tile, and a set of the cache hold of them.
+    ours, theirs = OPS[op]
+    for classes in (8, 9, 21, 65, 130, 260):
+        x, up = (torch.zeros(2, classes, plane, dtype=dtype)[:, :, :positions] for _ in range(2))
+        x.copy_(spiky(2, classes, positions, dtype=dtype))
+        up.copy_(spiky(2, classes, positions, dtype=dtype))
+        grads = [up[:, 0] if op == "logsumexp" else up]
+        check(lambda x: ours(x, 1), lambda x: theirs(x, 1), x.requires_grad_(), grads=grads)
+
+
 @op
 @pytest.mark.parametrize("layout", (*LAYOUTS, "channels_last"))
 @pytest.mark.parametrize("dim", [0, 1, 3])
