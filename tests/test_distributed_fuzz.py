@@ -8,6 +8,7 @@ sends to another's ranks shows.
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import sys
 import time
@@ -221,7 +222,8 @@ def check(rng: random.Random, seed: int, size: int) -> None:
         logits = reference.linear(logits, wide["linear_weight"], wide.get("linear_bias"))
     largest = transformed(logits, case).abs().nan_to_num(0, 0, 0).max().item() if logits.numel() else 0.0
     target = wide["target"]
-    if target.is_floating_point() and target.numel():  # which need be no distribution
+    if target.is_floating_point() and target.numel():  # which need be no distribution; its logarithms are no smaller
+        largest = max(largest, math.log(case.classes))
         mass = target.abs().sum(case.by_class["target"])
         largest *= max(1.0, mass.max().item())
         terms += largest * mass.numel()
