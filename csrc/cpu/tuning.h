@@ -31,10 +31,6 @@ constexpr int64_t kRowByRow = 2;
 // where they lie; more would be read again from memory, and it goes through tiles of kFewColumns classes, twice. Where
 // each class goes on is asked for so many vectors ahead: (2, 32, 171, 115), Zen 4, one core: 1.33 ms without, 0.60.
 constexpr int64_t kLaneClasses = 512, kLaneAhead = 4;
-// As many vectors together (4, 2, 1) as have kLaneBytes in all operands, or kLaneTileBytes of tiles where classes share
-// a set of the cache. A core of Zen 3, us with one vector and so: (4, 5, 128, 128) softmax 410 and 305, its backward
-// 343 and 135; (4, 21, 128, 128) log-softmax 1930 in tiles of kLaneRows, 1505; its backward 2020, 1655.
-constexpr int64_t kLaneBytes = 6 * 1024, kLaneTileBytes = 16 * 1024, kLineBytes = 64;
 
 // Rows of up to kFewColumns classes, or features and outputs of a layer, are handled a vector of rows at a time: one of
 // 10 classes would leave a vector's lanes idle and pay for two reductions (37 ns a row, against 12). They are

@@ -20,15 +20,11 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   const int64_t lanes_up_to = fit_registers<T>(a.classes) ? tuning::kLaneForward : tuning::kLaneLonger;
   if (a.classes > most_in_lanes<T>(a, lanes_up_to) && a.in.class_stride == 1 && a.out.class_stride == 1)
     return softmax_rows(a.log, x, a.in, y, a.out, begin, end, a.classes, (A*)a.scratch);
-  if (const LanePlan plan = lane_plan<T>(a.in, a.in, a.out, a.classes, 1); plan.vectors) {
-    constexpr int64_t W = vec_t<T>::size;
-    A tile[tuning::kLaneTileBytes / sizeof(A)];
-    for (int64_t r = begin, rows; r < end; r += rows) {
-      const int64_t run = rows_of_run(a.in, r, end - r);
-      const LanePlan mine = {run < plan.vectors * W ? 1 : plan.vectors, plan.apart};
-      rows = std::min(run, mine.vectors * W);
-      softmax_lanes(mine, x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes,
-                    std::min(rows, W), a.log, tile, mine.vectors * W);
+  if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
+    for (int64_t r = begin, lanes; r < end; r += lanes) {
+      lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      softmax_lanes(x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes, lanes,
+                    a.log);
     }
     return;
   }
@@ -55,16 +51,11 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
       softmax_backward_row(g + a.grad_in.offset(r), y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
     return;
   }
-  if (const LanePlan plan = lane_plan<T>(a.in, a.grad_in, a.out, a.classes, 2); plan.vectors) {
-    constexpr int64_t W = vec_t<T>::size, tile_size = tuning::kLaneTileBytes / 2 / sizeof(A);
-    A g_tile[tile_size], y_tile[tile_size];
-    for (int64_t r = begin, rows; r < end; r += rows) {
-      const int64_t run = rows_of_run(a.in, r, end - r);
-      const LanePlan mine = {run < plan.vectors * W ? 1 : plan.vectors, plan.apart};
-      rows = std::min(run, mine.vectors * W);
-      softmax_backward_lanes(mine, g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r),
-                             a.in.class_stride, dx + a.out.offset(r), a.out.class_stride, a.classes, std::min(rows, W),
-                             a.log, g_tile, y_tile, mine.vectors * W);
+  if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.grad_in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
+    for (int64_t r = begin, lanes; r < end; r += lanes) {
+      lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      softmax_backward_lanes(g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r), a.in.class_stride,
+                             dx + a.out.offset(r), a.out.class_stride, a.classes, lanes, a.log);
     }
     return;
   }

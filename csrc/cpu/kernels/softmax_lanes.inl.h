@@ -6,163 +6,76 @@
 #include "cpu/kernels/prelude.h"
 #include "cpu/kernels/rows.inl.h"
 
-// Asks for n numbers: of as many streams as there are classes the hardware does not see where each goes on.
-template <int write, class T>
-inline void ask_for(const T* p, int64_t n) {
-  for (int64_t i = 0; i < n; i += 64 / (int64_t)sizeof(T)) __builtin_prefetch(p + i, write);
-}
-
-// Between one look at the classes of a vector of rows and the next, its numbers stay where they lie, and exponentials
-// wait in the result where that holds them exactly; or, `apart`, all wait in `tile`, since classes share one set of the
-// cache. K vectors are taken together, so that none waits for another; `lanes` are those of the last one.
-template <int K, bool apart, class T>
-inline void softmax_of_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes, bool log_of_it,
-                             acc_t<T>* tile, int64_t tile_step) {
+// Softmax of `lanes` rows whose classes are x_step and y_step apart.
+template <class T>
+inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes, bool log_of_it) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  constexpr int64_t W = V::size, ahead = (apart ? K : std::max<int64_t>(2 * K, tuning::kLaneAhead)) * W;
-  constexpr bool in_result = !apart && std::is_same_v<T, A>;
+  // Of as many streams as there are classes the hardware does not see where each goes on.
+  constexpr int64_t ahead = tuning::kLaneAhead * V::size;
+  // Exponentials are kept where y holds them exactly.
+  constexpr bool keep = std::is_same_v<T, A>;
   const V zero = set1(A(0));
-  V m[K];
-  ExpSum<V> sum[K];
-  for (int k = 0; k < K; ++k) m[k] = set1(minus_infinity<A>()), sum[k] = {zero, zero};
+  V m = set1(minus_infinity<A>());
+  ExpSum<V> sum = {zero, zero};
   for (int64_t c = 0; c < n; ++c) {
-    ask_for<0>(x + c * x_step + ahead, K * W);
-    for (int k = 0; k < K; ++k) {
-      const V z = load_up_to(x + c * x_step + k * W, lanes);
-      if constexpr (apart) store(tile + c * tile_step + k * W, z);
-      m[k] = max(z, m[k]);
-    }
+    __builtin_prefetch(x + c * x_step + ahead);
+    m = max(load_up_to(x + c * x_step, lanes), m);
   }
-  for (int64_t begin = 0; begin < n; begin += tuning::kChain) {
-    V chain[K];
-    for (int k = 0; k < K; ++k) chain[k] = zero;
-    for (int64_t c = begin; c < std::min(n, begin + tuning::kChain); ++c) {
-      ask_for<1>(y + c * y_step + ahead, K * W);
-      for (int k = 0; k < K; ++k) {
-        A* at = tile + c * tile_step + k * W;
-        V z;
-        if constexpr (apart)
-          z = load(at);
-        else
-          z = load_up_to(x + c * x_step + k * W, lanes);
-        const V t = z - m[k], e = exp_for<T>(t);
-        if constexpr (apart) store(at, log_of_it ? t : e);
-        if constexpr (in_result) store_up_to(y + c * y_step + k * W, log_of_it ? t : e, lanes);
-        ExpSum<V> both = {sum[k].ones, chain[k]};
-        both.add(e, z, m[k]);
-        sum[k].ones = both.ones;
-        chain[k] = both.rest;
-      }
+  for (int64_t c = 0; c < n; c += tuning::kChain) {
+    ExpSum<V> chain = {zero, zero};
+    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
+      const V z = load_up_to(x + i * x_step, lanes), t = z - m, e = exp_for<T>(t);
+      __builtin_prefetch(y + i * y_step + ahead, 1);
+      if constexpr (keep) store_up_to(y + i * y_step, log_of_it ? t : e, lanes);
+      chain.add(e, z, m);
     }
-    for (int k = 0; k < K; ++k) sum[k].rest = sum[k].rest + chain[k];
+    sum.ones = sum.ones + chain.ones;
+    sum.rest = sum.rest + chain.rest;
   }
-  V finish[K];
-  for (int k = 0; k < K; ++k) finish[k] = log_of_it ? sum[k].log_of_sum() : set1(A(1)) / sum[k].sum();
+  const V finish = log_of_it ? sum.log_of_sum() : set1(A(1)) / sum.sum();
   for (int64_t c = 0; c < n; ++c) {
-    for (int k = 0; k < K; ++k) {
-      T* to = y + c * y_step + k * W;
-      V t;
-      if constexpr (apart) {
-        t = load(tile + c * tile_step + k * W);
-      } else if constexpr (in_result) {
-        t = load_up_to(to, lanes);
-      } else {
-        t = load_up_to(x + c * x_step + k * W, lanes) - m[k];
-        if (!log_of_it) t = exp_for<T>(t);
-      }
-      store_up_to(to, log_of_it ? t - finish[k] : t * finish[k], lanes);
+    V t;
+    if constexpr (keep) {
+      t = load_up_to(y + c * y_step, lanes);
+    } else {
+      t = load_up_to(x + c * x_step, lanes) - m;
+      if (!log_of_it) t = exp_for<T>(t);
     }
+    store_up_to(y + c * y_step, log_of_it ? t - finish : t * finish, lanes);
   }
 }
 
-template <int K, bool apart, class T>
-inline void softmax_backward_of_lanes(const T* g, int64_t g_step, const T* y, int64_t y_step, T* dx, int64_t dx_step,
-                                      int64_t n, int64_t lanes, bool log_of_it, acc_t<T>* g_tile, acc_t<T>* y_tile,
-                                      int64_t tile_step) {
+template <class T>
+inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64_t y_step, T* dx, int64_t dx_step,
+                                   int64_t n, int64_t lanes, bool log_of_it) {
   using A = acc_t<T>;
   using V = vec_t<T>;
-  constexpr int64_t W = V::size, ahead = (apart ? K : std::max<int64_t>(2 * K, tuning::kLaneAhead)) * W;
-  const V zero = set1(A(0));
-  V sum[K];
-  for (int k = 0; k < K; ++k) sum[k] = zero;
-  for (int64_t begin = 0; begin < n; begin += tuning::kChain) {
-    V chain[K];
-    for (int k = 0; k < K; ++k) chain[k] = zero;
-    for (int64_t c = begin; c < std::min(n, begin + tuning::kChain); ++c) {
-      ask_for<0>(g + c * g_step + ahead, K * W);
-      ask_for<0>(y + c * y_step + ahead, K * W);
-      ask_for<1>(dx + c * dx_step + ahead, K * W);
-      for (int k = 0; k < K; ++k) {
-        const V gc = load_up_to(g + c * g_step + k * W, lanes);
-        V yc = zero;
-        if (apart || !log_of_it) yc = load_up_to(y + c * y_step + k * W, lanes);
-        if constexpr (apart) {
-          store(g_tile + c * tile_step + k * W, gc);
-          store(y_tile + c * tile_step + k * W, yc);
-        }
-        chain[k] = log_of_it ? chain[k] + gc : fma(gc, yc, chain[k]);
-      }
+  constexpr int64_t ahead = tuning::kLaneAhead * V::size;
+  V sum = set1(A(0));
+  for (int64_t c = 0; c < n; c += tuning::kChain) {
+    V chain = set1(A(0));
+    for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
+      __builtin_prefetch(g + i * g_step + ahead);
+      __builtin_prefetch(y + i * y_step + ahead);
+      __builtin_prefetch(dx + i * dx_step + ahead, 1);
+      const V gc = load_up_to(g + i * g_step, lanes);
+      chain = log_of_it ? chain + gc : fma(gc, load_up_to(y + i * y_step, lanes), chain);
     }
-    for (int k = 0; k < K; ++k) sum[k] = sum[k] + chain[k];
+    sum = sum + chain;
   }
   for (int64_t c = 0; c < n; ++c) {
-    for (int k = 0; k < K; ++k) {
-      V gc, yc;
-      if constexpr (apart) {
-        gc = load(g_tile + c * tile_step + k * W);
-        yc = load(y_tile + c * tile_step + k * W);
-      } else {
-        gc = load_up_to(g + c * g_step + k * W, lanes);
-        yc = load_up_to(y + c * y_step + k * W, lanes);
-      }
-      store_up_to(dx + c * dx_step + k * W, log_of_it ? gc - exp(yc) * sum[k] : yc * (gc - sum[k]), lanes);
-    }
+    const V gc = load_up_to(g + c * g_step, lanes), yc = load_up_to(y + c * y_step, lanes);
+    store_up_to(dx + c * dx_step, log_of_it ? gc - exp(yc) * sum : yc * (gc - sum), lanes);
   }
 }
 
-// How lanes of a call are taken: so many vectors together, 0 if rows are not adjacent or too few for vectors, or their
-// classes too many.
-struct LanePlan {
-  int vectors;
-  bool apart;
-};
+// Whether lanes are taken from memory where they lie, several times each: rows are adjacent, and the classes of a
+// vector of them do not share one set of the cache.
 template <class T>
-inline LanePlan lane_plan(const RowLayout& a, const RowLayout& b, const RowLayout& c, int64_t classes, int64_t tiles) {
-  constexpr int64_t bytes = vec_t<T>::size * sizeof(T), tile_bytes = vec_t<T>::size * sizeof(acc_t<T>);
-  LanePlan plan = {0, false};
-  if (vec_t<T>::size == 1 || classes > tuning::kLaneClasses) return plan;
-  for (const RowLayout* l : {&a, &b, &c}) {
-    if (l->inner_stride != 1 || l->inner < vec_t<T>::size) return plan;
-    plan.apart = plan.apart || (classes > tuning::kCacheWays && l->class_stride * sizeof(T) % tuning::kPageBytes == 0);
-  }
-  const int64_t held = plan.apart ? tuning::kLaneTileBytes / (tiles * tile_bytes * classes)
-                                  : tuning::kLaneBytes / ((tiles + 1) * bytes * classes);
-  plan.vectors = held >= 4 ? 4 : held >= 2 ? 2 : 1;
-  // What is left of a line is gone before the next vector wants it.
-  if (plan.apart && plan.vectors * bytes < tuning::kLineBytes) plan.vectors = 0;
-  return plan;
-}
-
-template <class T>
-inline void softmax_lanes(LanePlan plan, const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes,
-                          bool log_of_it, acc_t<T>* tile, int64_t tile_step) {
-  const auto of_lanes = plan.vectors == 4 ? (plan.apart ? softmax_of_lanes<4, true, T> : softmax_of_lanes<4, false, T>)
-                        : plan.vectors == 2
-                            ? (plan.apart ? softmax_of_lanes<2, true, T> : softmax_of_lanes<2, false, T>)
-                            : (plan.apart ? softmax_of_lanes<1, true, T> : softmax_of_lanes<1, false, T>);
-  of_lanes(x, x_step, y, y_step, n, lanes, log_of_it, tile, tile_step);
-}
-template <class T>
-inline void softmax_backward_lanes(LanePlan plan, const T* g, int64_t g_step, const T* y, int64_t y_step, T* dx,
-                                   int64_t dx_step, int64_t n, int64_t lanes, bool log_of_it, acc_t<T>* g_tile,
-                                   acc_t<T>* y_tile, int64_t tile_step) {
-  const auto of_lanes =
-      plan.vectors == 4 ? (plan.apart ? softmax_backward_of_lanes<4, true, T> : softmax_backward_of_lanes<4, false, T>)
-      : plan.vectors == 2
-          ? (plan.apart ? softmax_backward_of_lanes<2, true, T> : softmax_backward_of_lanes<2, false, T>)
-          : (plan.apart ? softmax_backward_of_lanes<1, true, T> : softmax_backward_of_lanes<1, false, T>);
-  of_lanes(g, g_step, y, y_step, dx, dx_step, n, lanes, log_of_it, g_tile, y_tile, tile_step);
+inline bool lie_in_lanes(const RowLayout& l, int64_t classes) {
+  return vec_t<T>::size > 1 && l.inner_stride == 1 && l.inner >= vec_t<T>::size && classes <= tuning::kLaneClasses &&
+         (classes <= tuning::kCacheWays || l.class_stride * (int64_t)sizeof(T) % tuning::kPageBytes != 0);
 }
 
 // +inf dominates any finite value, as the limit does; a NaN dominates both.
@@ -190,12 +103,7 @@ inline void softmax_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, z);
-    // Of exponentials the tile is the result.
-    for (int64_t i = 0, vectors; i < rows; i += vectors * W) {
-      vectors = rows - i > 2 * W ? 4 : 1;  // what is beyond the last row is not stored
-      A* at = z.at + i;
-      softmax_lanes<A>({(int)vectors, false}, at, R, at, R, a.classes, W, a.log, nullptr, 0);
-    }
+    for (int64_t i = 0; i < rows; i += W) softmax_lanes(z.at + i, R, z.at + i, R, a.classes, W, a.log);
     store_tile(z, (T*)a.output, a.out, row, rows, a.classes);
   }
 }
@@ -209,12 +117,8 @@ inline void softmax_backward_few_classes(const SoftmaxArgs& a, int64_t begin, in
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, y);
     load_tile((const T*)a.grad, a.grad_in, row, rows, a.classes, g);
-    for (int64_t i = 0, vectors; i < rows; i += vectors * W) {
-      vectors = rows - i > 2 * W ? 4 : 1;
-      A* at = g.at + i;
-      softmax_backward_lanes<A>({(int)vectors, false}, at, R, y.at + i, R, at, R, a.classes, W, a.log, nullptr, nullptr,
-                                0);
-    }
+    for (int64_t i = 0; i < rows; i += W)
+      softmax_backward_lanes(g.at + i, R, y.at + i, R, g.at + i, R, a.classes, W, a.log);
     store_tile(g, (T*)a.output, a.out, row, rows, a.classes);
   }
 }
