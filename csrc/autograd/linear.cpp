@@ -4,30 +4,22 @@
 
 #include "autograd/activation.h"
 #include "autograd/node.h"
+#include "autograd/op_of.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 
 namespace rf {
 namespace {
 
-Tensor composite(const Tensor& x, const Tensor& w, const OptionalTensor& b, string_view activation) {
-  static const auto op =
-      find_op<Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view)>("regfast::composite_linear");
-  return op.call(x, w, b, activation);
-}
-
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& w, const OptionalTensor& b, Activation activation,
-                                   bool save_preactivation) {
-  static const auto op =
-      find_op<std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, string_view, bool)>(
-          "regfast::linear_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, w, b, name_of(activation), save_preactivation);
-}
-
+using Signature = Tensor(const Tensor&, const Tensor&, const OptionalTensor&, string_view);
+using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, const OptionalTensor&, string_view,
+                                                    bool);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(const Tensor&, const OptionalTensor&,
                                                              const OptionalTensor&, const OptionalTensor&, string_view,
                                                              std::array<bool, 3>);
+constexpr auto composite = op_of<Signature, "regfast::composite_linear">;
+constexpr auto forward = kernels_of<ForwardSignature, "regfast::linear_forward">;
+constexpr auto backward_kernels = op_of<BackwardSignature, "regfast::linear_backward">;
 
 Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, string_view activation);
 
@@ -56,8 +48,8 @@ struct LinearBackward {
       if (op.needs[2]) result[2] = as_type(rows.sum(0), type);
       return result;
     }
-    static const auto kernels = find_op<BackwardSignature>("regfast::linear_backward");
-    const auto [dx, dw, db] = kernels.call(g, optional(x), optional(w), optional(saved), name_of(activation), op.needs);
+    const auto [dx, dw, db] =
+        backward_kernels(g, optional(x), optional(w), optional(saved), name_of(activation), op.needs);
     return op.wanted({&dx, &dw, &db});
   }
 };
@@ -72,7 +64,7 @@ Tensor linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias, stri
     return composite(x, w, bias, activation);
   const bool recorded = any_requires_grad({&x, &w, &b});
   const Saved kind = saved_for(act);
-  const auto [y, z] = forward(x, w, bias, act, recorded && kind == Saved::preactivation);
+  const auto [y, z] = forward(x, w, bias, name_of(act), recorded && kind == Saved::preactivation);
   if (recorded) {
     // For second derivatives a pre-activation becomes a function of all operands again; an output is one already.
     const bool all = kind == Saved::preactivation;

@@ -5,6 +5,7 @@
 
 #include "autograd/cross_entropy_options.h"
 #include "autograd/node.h"
+#include "autograd/op_of.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "shared/op_checks.h"
@@ -22,20 +23,9 @@ struct Options : CrossEntropyRequest {
   auto members() const { return std::tuple_cat(CrossEntropyRequest::members(), std::tie(memory_budget, filter_eps)); }
 };
 
-std::vector<Tensor> composite(const Operands& t, const CrossEntropyRequest& o) {
-  static const auto op = find_op<std::vector<Tensor>(const Operands&, const CrossEntropyRequest&)>(
-      "regfast::composite_linear_cross_entropy");
-  return op.call(t, o);
-}
-
-std::vector<Tensor> forward(const Operands& t, const Options& o) {
-  static const auto op =
-      find_op<std::vector<Tensor>(const Operands&, const CrossEntropyOptions&, int64_t, Budget, OptionalType)>(
-          "regfast::linear_cross_entropy_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(t, o, o.outputs, o.memory_budget, o.loss_dtype);
-}
-
+using Signature = std::vector<Tensor>(const Operands&, const CrossEntropyRequest&);
+using ForwardSignature = std::vector<Tensor>(const Operands&, const CrossEntropyOptions&, int64_t, Budget,
+                                             OptionalType);
 using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>(const Operands&,
                                                                                     const CrossEntropyOptions&, bool,
                                                                                     Budget, double, OptionalType,
@@ -43,6 +33,15 @@ using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tens
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const CrossEntropyOutputGrads&, const Operands&,
                                                                      const CrossEntropyOptions&, Budget, double,
                                                                      std::array<bool, 4>);
+constexpr auto composite = op_of<Signature, "regfast::composite_linear_cross_entropy">;
+constexpr auto forward_kernels = kernels_of<ForwardSignature, "regfast::linear_cross_entropy_forward">;
+constexpr auto forward_backward =
+    kernels_of<ForwardBackwardSignature, "regfast::linear_cross_entropy_forward_backward">;
+constexpr auto backward_kernels = op_of<BackwardSignature, "regfast::linear_cross_entropy_backward">;
+
+std::vector<Tensor> forward(const Operands& t, const Options& o) {
+  return forward_kernels(t, o, o.outputs, o.memory_budget, o.loss_dtype);
+}
 
 // Whether forward computes the gradients: of a number alone, and none of the size of the logits, which a target's is.
 bool grads_in_forward(const Tensor& target, const Options& o) {
@@ -65,10 +64,9 @@ struct LinearCrossEntropyBackward {
     const auto gradients = at::ArrayRef<Tensor>(op.saved).slice(5);
     if (auto taken = take_saved_gradients(upstream[0], gradients, {&x, &w, &b}, op.needs)) return *taken;
     const auto up = o.by_output(upstream);
-    static const auto kernels = find_op<BackwardSignature>("regfast::linear_cross_entropy_backward");
     const auto [dx, dw, db, dt] =
-        kernels.call({up[0], up[1], up[2], up[3]}, {x, w, target, optional(b), optional(weight)}, o, o.memory_budget,
-                     o.filter_eps, op.needs);
+        backward_kernels({up[0], up[1], up[2], up[3]}, {x, w, target, optional(b), optional(weight)}, o,
+                         o.memory_budget, o.filter_eps, op.needs);
     return op.wanted({&dx, &dw, &db, &dt});
   }
 };
@@ -78,12 +76,10 @@ std::vector<Tensor> recorded(const Operands& t, const Options& o) {
   std::vector<Tensor> results;
   Tensor dx, dw, db;
   if (grads_in_forward(t.target, o)) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static const auto kernels = find_op<ForwardBackwardSignature>("regfast::linear_cross_entropy_forward_backward");
     const std::array<bool, 3> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad()};
     Tensor loss, argmax;
     std::tie(loss, argmax, dx, dw, db) =
-        kernels.call(t, o, o.outputs & kOutputArgmax, o.memory_budget, o.filter_eps, o.loss_dtype, mask);
+        forward_backward(t, o, o.outputs & kOutputArgmax, o.memory_budget, o.filter_eps, o.loss_dtype, mask);
     results.push_back(loss);
     if (o.outputs & kOutputArgmax) results.push_back(argmax);
     keep_wanted({&dx, &dw, &db}, mask);

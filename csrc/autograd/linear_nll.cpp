@@ -4,6 +4,7 @@
 #include "shared/torch_api.h"
 
 #include "autograd/node.h"
+#include "autograd/op_of.h"
 #include "autograd/register.h"
 #include "autograd/saved_gradients.h"
 #include "shared/op_checks.h"
@@ -24,17 +25,10 @@ using ForwardBackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor, Tens
                                                                                     std::array<bool, 4>);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tensor&, const Operands&,
                                                                      const LinearNllOptions&, std::array<bool, 4>);
-
-Tensor composite(const Operands& t, const Options& o) {
-  static const auto op = find_op<ForwardSignature>("regfast::composite_linear_nll");
-  return op.call(t, o);
-}
-
-Tensor forward(const Operands& t, const Options& o) {
-  static const auto op = find_op<ForwardSignature>("regfast::linear_nll_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(t, o);
-}
+constexpr auto composite = op_of<ForwardSignature, "regfast::composite_linear_nll">;
+constexpr auto forward = kernels_of<ForwardSignature, "regfast::linear_nll_forward">;
+constexpr auto forward_backward = kernels_of<ForwardBackwardSignature, "regfast::linear_nll_forward_backward">;
+constexpr auto backward_kernels = op_of<BackwardSignature, "regfast::linear_nll_backward">;
 
 struct LinearNllBackward {
   using Options = rf::Options;
@@ -53,9 +47,8 @@ struct LinearNllBackward {
       });
     const auto gradients = at::ArrayRef<Tensor>(op.saved).slice(6);
     if (auto taken = take_saved_gradients(up, gradients, {&x, &w, &b, &v}, op.needs)) return *taken;
-    static const auto kernels = find_op<BackwardSignature>("regfast::linear_nll_backward");
     const auto [dx, dw, db, dv] =
-        kernels.call(up, {x, w, target, optional(b), optional(v), sample_weight}, o, op.needs);
+        backward_kernels(up, {x, w, target, optional(b), optional(v), sample_weight}, o, op.needs);
     return op.wanted({&dx, &dw, &db, &dv});
   }
 };
@@ -64,11 +57,9 @@ Tensor recorded(const Operands& t, const Options& o) {
   const Tensor &x = t.input, &w = t.weight, &b = value_or_undefined(t.bias), &v = value_or_undefined(t.scale);
   Tensor loss, dx, dw, db, dv;
   if (o.reduction != at::Reduction::None && !saved_tensors_are_packed()) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    static const auto kernels = find_op<ForwardBackwardSignature>("regfast::linear_nll_forward_backward");
     const std::array<bool, 4> mask = {x.requires_grad(), w.requires_grad(), b.defined() && b.requires_grad(),
                                       v.defined() && v.requires_grad()};
-    std::tie(loss, dx, dw, db, dv) = kernels.call(t, o, mask);
+    std::tie(loss, dx, dw, db, dv) = forward_backward(t, o, mask);
     keep_wanted({&dx, &dw, &db, &dv}, mask);
   } else {
     loss = forward(t, o);

@@ -4,6 +4,7 @@
 
 #include "autograd/activation.h"
 #include "autograd/node.h"
+#include "autograd/op_of.h"
 #include "autograd/register.h"
 #include "shared/op_checks.h"
 
@@ -17,18 +18,9 @@ using BackwardSignature = std::tuple<Tensor, Tensor, Tensor, Tensor>(const Tenso
                                                                      const Tensor&, const Tensor&,
                                                                      const OptionalTensor&, string_view,
                                                                      std::array<bool, 4>);
-
-Tensor composite(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b, string_view activation) {
-  static const auto op = find_op<Signature>("regfast::composite_phm_linear");
-  return op.call(x, a, s, b, activation);
-}
-
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& a, const Tensor& s, const OptionalTensor& b,
-                                   Activation activation, bool save_preactivation) {
-  static const auto op = find_op<ForwardSignature>("regfast::phm_linear_forward");
-  at::AutoDispatchBelowADInplaceOrView below;
-  return op.call(x, a, s, b, name_of(activation), save_preactivation);
-}
+constexpr auto composite = op_of<Signature, "regfast::composite_phm_linear">;
+constexpr auto forward = kernels_of<ForwardSignature, "regfast::phm_linear_forward">;
+constexpr auto backward_kernels = op_of<BackwardSignature, "regfast::phm_linear_backward">;
 
 struct PhmLinearBackward {
   struct Options {
@@ -49,9 +41,8 @@ struct PhmLinearBackward {
       };
       return gradients_in_graph(op, activation_gradient(g, op.saved[4], activation, with_graph));
     }
-    static const auto kernels = find_op<BackwardSignature>("regfast::phm_linear_backward");
     const auto [dx, da, ds, db] =
-        kernels.call(g, optional(x), a, s, optional(op.saved[4]), name_of(activation), op.needs);
+        backward_kernels(g, optional(x), a, s, optional(op.saved[4]), name_of(activation), op.needs);
     return op.wanted({&dx, &da, &ds, &db});
   }
 
@@ -91,7 +82,7 @@ Tensor phm_linear(const Tensor& x, const Tensor& a, const Tensor& s, const Optio
   if (takes_composite("phm_linear", {&x, &a, &s, &b})) return composite(x, a, s, bias, activation);
   const bool recorded = any_requires_grad({&x, &a, &s, &b});
   const Saved kind = saved_for(act);
-  const auto [y, z] = forward(x, a, s, bias, act, recorded && kind == Saved::preactivation);
+  const auto [y, z] = forward(x, a, s, bias, name_of(act), recorded && kind == Saved::preactivation);
   if (recorded) {
     // For second derivatives a pre-activation becomes a function of all operands again; an output is one already.
     const bool all = kind == Saved::preactivation;

@@ -23,7 +23,7 @@ CrossEntropyPartial cross_entropy_forward(DType dtype, CrossEntropyArgs args, co
 double cross_entropy_denominator(DType dtype, const CrossEntropyArgs& args, int64_t rows);
 // The first row whose class is out of range, beside which nothing is computed, or -1.
 int64_t cross_entropy_backward(DType dtype, CrossEntropyArgs args, CrossEntropyGrads grads, int64_t rows);
-// The one after the other for each block of rows, while it is in cache; the gradient may replace the logits.
+// Both of each block of rows, while it is in cache; the gradient may replace the logits. `weight` means nothing.
 CrossEntropyPartial cross_entropy_forward_backward(DType dtype, CrossEntropyArgs args, const CrossEntropyOutputs& out,
                                                    CrossEntropyGrads grads, int64_t rows);
 

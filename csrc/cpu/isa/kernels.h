@@ -31,7 +31,7 @@ struct Kernels {
   // Returns a row whose class is out of range, or -1.
   int64_t (*cross_entropy_backward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyGrads&, int64_t row_begin,
                                              int64_t row_end);
-  // Both of a range, the gradient for the loss alone or what else has one; row statistics are stored too.
+  // Both of a range; row statistics are stored too. A mean's denominator its caller knows: `weight` means nothing.
   CrossEntropyPartial (*cross_entropy_forward_backward[kDTypes])(const CrossEntropyArgs&, const CrossEntropyOutputs&,
                                                                  const CrossEntropyGrads&, int64_t row_begin,
                                                                  int64_t row_end);

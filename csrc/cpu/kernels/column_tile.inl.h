@@ -32,6 +32,13 @@ struct ExpSum {
   }
 };
 
+// What exponents are counted from, as origin_of.
+template <class V>
+inline V lane_origin(V max) {
+  using A = scalar_t<V>;
+  return select_lt(abs(max), set1(-minus_infinity<A>()), max, set1(A(0)));
+}
+
 // How many rows from `row` on, of `rows`, lie at one distance from each other.
 inline int64_t rows_of_run(const RowLayout& l, int64_t row, int64_t rows) {
   return l.inner == 1 ? rows : std::min(rows, l.inner - row % l.inner);

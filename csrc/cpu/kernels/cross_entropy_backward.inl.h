@@ -246,12 +246,18 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
   return -1;
 }
 
+// Whether few classes give loss and gradient from one look at a tile: for a class to each row, and of the loss alone.
+inline bool in_one_pass(const CrossEntropyArgs& a, const CrossEntropyOutputs& out, const CrossEntropyGrads& g) {
+  return are_few(a.classes) && a.target && keeps_exponentials(a) && g.grad_logits && !g.grad_probabilities && g.loss &&
+         !g.loss_stride && !g.lse && !g.entropy && !g.logprob && !out.loss && !out.lse && !out.logprob && !out.argmax;
+}
+
 // Of each range of rows losses first, and then gradients, which find in cache what those have left: logits, statistics
 // and, as far as a.exponentials has room, exponentials.
 template <class T>
 inline CrossEntropyPartial cross_entropy_forward_backward(const CrossEntropyArgs& a, const CrossEntropyOutputs& out,
                                                           const CrossEntropyGrads& g, int64_t begin, int64_t end) {
-  if (are_few(a.classes) && in_one_pass(a, out, g)) {
+  if (in_one_pass(a, out, g)) {
     const int64_t bad_row = first_bad_row(a, begin, end);
     return bad_row < 0 ? cross_entropy_few_classes_in_one_pass<T>(a, g, begin, end)
                        : CrossEntropyPartial{0, 0, bad_row};

@@ -61,13 +61,6 @@ struct TileSums {
   A of_target[tuning::kLaneRows];                                              // the logit of the row's class
 };
 
-// What exponents are counted from, as origin_of.
-template <class V>
-inline V lane_origin(V max) {
-  using A = scalar_t<V>;
-  return select_lt(abs(max), set1(-minus_infinity<A>()), max, set1(A(0)));
-}
-
 // With `keep`, exponentials take the place of the logits.
 template <bool keep, class A>
 inline void sum_lanes(const CrossEntropyArgs& a, CrossEntropyTile<A>& tile, int64_t i, TileSums<A>& sums) {
@@ -308,14 +301,8 @@ inline void cross_entropy_backward_few_classes(const CrossEntropyArgs& a, const 
 
 // ---- one pass ------------------------------------------------------------------------------------------------------
 
-// Whether loss and gradient come from one look at a tile: of a class to each row, and of the loss alone.
-inline bool in_one_pass(const CrossEntropyArgs& a, const CrossEntropyOutputs& out, const CrossEntropyGrads& g) {
-  return a.target && !a.row_entropy && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0 &&
-         g.grad_logits && !g.grad_probabilities && g.loss && !g.loss_stride && !g.lse && !g.entropy && !g.logprob &&
-         !out.loss && !out.lse && !out.logprob && !out.argmax;
-}
-
-// The loss's sum and the logits' gradient; with the same bits as in two passes. The denominator of a mean is known.
+// The loss's sum and the logits' gradient from one look at a tile, of a class to each row; with the same bits as in two
+// passes.
 template <class T>
 inline CrossEntropyPartial cross_entropy_few_classes_in_one_pass(const CrossEntropyArgs& a, const CrossEntropyGrads& g,
                                                                  int64_t begin, int64_t end) {
@@ -325,8 +312,8 @@ inline CrossEntropyPartial cross_entropy_few_classes_in_one_pass(const CrossEntr
   const V zero = set1(A(0)), upstream = set1(*(const A*)g.loss) * set1(A(g.loss_scale));
   CrossEntropyTile<A> tile;
   TileSums<A> lanes;
-  A loss[R], weight[R], coefficient[R], reciprocal[R], hot[R];
-  CompensatedSum losses, weights;
+  A loss[R], coefficient[R], reciprocal[R], hot[R];
+  CompensatedSum losses;
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_cross_entropy_tile<T>(a, false, row, rows, tile);
@@ -341,13 +328,11 @@ inline CrossEntropyPartial cross_entropy_few_classes_in_one_pass(const CrossEntr
         c = c + select_eq(upstream, zero, zero, upstream * set1(A(2 * a.z_loss)) * (m + result.log_sum));
       }
       store(loss + i, select_lt(y, zero, zero, each));
-      store(weight + i, w);
       store(coefficient + i, c);
       store(reciprocal + i, exp(zero - result.log_sum));
       store(hot + i, upstream * w);
     }
     losses.add(sum_of(loss, rows));
-    weights.add(sum_of(weight, rows));
     for (int64_t c = 0; c < a.classes; ++c) {
       for (int64_t i = 0; i < rows; i += W) {
         const V y = load(tile.y + i), q = select_eq(y, set1(A(c)), load(hot + i), zero);
@@ -358,5 +343,5 @@ inline CrossEntropyPartial cross_entropy_few_classes_in_one_pass(const CrossEntr
     }
     store_tile(tile.logits, (T*)g.grad_logits, g.grad_layout, row, rows, a.classes);
   }
-  return {losses.value(), weights.value(), -1};
+  return {losses.value(), 0, -1};
 }

@@ -23,7 +23,7 @@ constexpr A kLeastExponent = A(-1e4);
 template <class A>
 constexpr A kLeastLogProbability = A(sizeof(A) == 4 ? -69 : -690);
 template <class A>
-constexpr A kLeastProbability = A(sizeof(A) == 4 ? 1.0811e-30 : 2.1687e-300);  // exp of it
+constexpr A kLeastProbability = A(sizeof(A) == 4 ? 1.0806393e-30 : 2.1717382813898298e-300);  // exp of it
 
 // The first row whose class is out of range, or -1. All are looked at without a branch, several at a time.
 inline int64_t first_bad_row(const CrossEntropyArgs& a, int64_t begin, int64_t end) {

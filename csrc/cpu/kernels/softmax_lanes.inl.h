@@ -87,7 +87,7 @@ inline vec_t<A> logsumexp_few_lanes(const A* z, int64_t classes) {
   const V zero = set1(A(0));
   V m = set1(minus_infinity<A>());
   for (int64_t c = 0; c < classes; ++c) m = max(load(z + c * R), m);
-  const V origin = select_lt(abs(m), inf, m, zero);
+  const V origin = lane_origin(m);
   ExpSum<V> sum = {zero, zero};
   for (int64_t c = 0; c < classes; ++c) sum.add(exp(load(z + c * R) - origin), load(z + c * R), origin);
   return select_eq(m, inf, sum.sum(), m + sum.log_of_sum());
