@@ -214,6 +214,26 @@ def test_infinite_logits_of_probability_targets():
 
 
 @with_all_kernels
+@pytest.mark.parametrize("upstream", [INF, -INF, NAN, 0.0], ids=str)
+@pytest.mark.parametrize("option", ["plain", "weight", "ignored", "smooth", "probabilities"])
+def test_upstream_gradients_that_are_not_finite(option, upstream):
+    # Of a loss that was divided by 0: a mean of no rows, normalizer=0. Infinite, or NaN, where torch's is.
+    options = {"smooth": {"label_smoothing": 0.1}, "ignored": {"ignore_index": 1}}.get(option, {})
+    for classes in (3, 9, 40, 1100):
+        if option == "weight":
+            options["weight"] = torch.rand(classes) + 0.5
+        x = spiky(5, classes).clamp(-9, 9).requires_grad_()  # no probability is 0, which would be times infinity
+        target = probability_targets(5, classes) if option == "probabilities" else torch.tensor([0, 1, 2, 1, 0])
+        for reduction in REDUCTIONS:
+            ours, theirs = both(x, target, reduction=reduction, **options)
+            up = torch.full_like(ours, upstream)
+            for retain in (True, False):
+                wanted = torch.autograd.grad(theirs, x, up, retain_graph=retain)
+                found = torch.autograd.grad(ours, x, up, retain_graph=retain)
+                torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@with_all_kernels
 def test_huge_logits():
     for size in (1e4, 1e30, 3e38):
         x = torch.tensor([[size, -size, 0.0], [-size, -size, -size], [size, size, size]])

@@ -17,6 +17,8 @@ pytestmark = pytest.mark.kernels("cross_entropy")
 # more than L2 has room for, so that exponentials are computed again.
 CLASSES = (1, 3, 64, 65, 300, 1023, 1024, 1025, 2049, 5000)
 FAR = 300_000
+# A loss that is divided by 0 has an infinite one.
+UPSTREAM = (1.0, 0.25, -3.0, 0.0, float("inf"), float("nan"))
 OPTIONS = {
     "plain": {},
     "ignored": {"ignore_index": 0},
@@ -56,8 +58,14 @@ def in_two_passes(x, target, o, upstream):
         return loss_and_gradient(x, target, o, upstream)
 
 
+def assert_same_bits(a, b):
+    if not torch.equal(*(t.reshape(-1).view(torch.uint8) for t in (a, b))):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        raise AssertionError("a NaN has another sign or payload")
+
+
 def agree(x, target, o):
-    for upstream in (1.0, 0.25, -3.0):
+    for upstream in UPSTREAM:
         wanted = in_two_passes(x, target, o, upstream)
         # Expecting something else, then this, then for a graph that is kept.
         for expected, retain in itertools.product((1.0, 0.25, upstream), (False, True)):
@@ -65,7 +73,7 @@ def agree(x, target, o):
             loss_and_gradient(x, target, o, expected)
             found = loss_and_gradient(x, target, o, upstream, retain)
             for a, b in zip(found, wanted, strict=True):
-                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+                assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

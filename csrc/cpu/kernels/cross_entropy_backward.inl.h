@@ -129,7 +129,9 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
   const A loss = g.loss && !ignored ? ((const A*)g.loss)[row * g.loss_stride] * A(g.loss_scale) : A(0);
   const A lse = g.lse ? ((const A*)g.lse)[row] : A(0), entropy = g.entropy ? ((const A*)g.entropy)[row] : A(0);
   const A logprob = g.logprob && !ignored ? ((const A*)g.logprob)[row] : A(0);
-  const A keep = loss * A(1 - a.label_smoothing), spread = loss * A(a.label_smoothing / (double)a.classes);
+  const A keep = loss * A(1 - a.label_smoothing);
+  // Without smoothing nothing: 0 times an infinite loss were NaN.
+  const A spread = a.label_smoothing != 0 ? loss * A(a.label_smoothing / (double)a.classes) : A(0);
 
   A mass = 0, target_mass = 0, hot = 0;
   if (!targets) {

@@ -232,7 +232,8 @@ inline void cross_entropy_backward_lanes(const CrossEntropyArgs& a, const CrossE
     logprob = select_lt(y, zero, zero, logprob);
   }
   const V keep = loss * set1(A(1 - a.label_smoothing));
-  const V spread = loss * set1(A(a.label_smoothing / (double)a.classes));
+  // Without smoothing nothing, as in one pass: 0 times an infinite loss were NaN.
+  const V spread = a.label_smoothing != 0 ? loss * set1(A(a.label_smoothing / (double)a.classes)) : zero;
 
   V hot = zero, coefficient = lse;
   if (probabilities) {
