@@ -20,6 +20,10 @@ struct Slots {
   Slots(DType dtype, const Gemm& g) : pairs(pair_kernels(dtype, g)), numbers(g.k) {}
   int64_t width() const { return pairs ? 2 : 1; }
   int64_t count() const { return ceil_div(numbers, width()); }
+  // Of the micro-kernel's register tile, and the slots of a step of A where it is laid out by steps.
+  int64_t mr(DType dtype) const { return pairs ? pairs->mr : kernels().mr[(int)dtype]; }
+  int64_t nr(DType dtype) const { return pairs ? pairs->nr : kernels().nr[(int)dtype]; }
+  int64_t a_step() const { return pairs ? pairs->a_step : 0; }
 };
 
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
@@ -137,9 +141,8 @@ void check_plan(DType dtype, const Gemm& g, const Plan& p) {
 }
 
 Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
-  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
   const Slots slots(dtype, g);
-  const int64_t k = slots.count();
+  const int64_t acc = acc_size(dtype), mr = slots.mr(dtype), nr = slots.nr(dtype), k = slots.count();
   const Side x(g.wide_a ? acc_dtype(dtype) : dtype, g.a, g.a_transposed, g.m, slots);
   const Side w(g.wide_b ? acc_dtype(dtype) : dtype, g.b, !g.b_transposed, g.n, slots);
   // Few columns of a W across K: it costs less to pack than X, a task's rows of which are read again for each part of
@@ -212,14 +215,14 @@ void read_in_place(GemmBlockArgs& block, DType dtype, const Side& a, int64_t i, 
   block.a = (const char*)a.view.data + (i * stride + k0) * acc_size(dtype);
   block.a_row = stride;
   block.a_k = 1;
-  block.a_panel = kernels().mr[(int)dtype] * stride;
+  block.a_panel = a.slots.mr(dtype) * stride;
 }
-// The same where a K block of A was laid out: widened rows, or panels.
+// The same where a K block of A was laid out: widened rows, panels, or steps of rows.
 void read_laid_out(GemmBlockArgs& block, DType dtype, const Side& a, const char* laid_out, int64_t i, int64_t k) {
-  const int64_t mr = kernels().mr[(int)dtype];
+  const int64_t mr = a.slots.mr(dtype), step = a.slots.a_step();
   block.a = laid_out + i * k * acc_size(dtype);
-  block.a_row = a.along_k() ? k : 1;
-  block.a_k = a.along_k() ? 1 : mr;
+  block.a_row = step ? step : a.along_k() ? k : 1;
+  block.a_k = !step && a.along_k() ? 1 : mr;
   block.a_panel = mr * k;
 }
 
@@ -232,7 +235,7 @@ Region region_part(const Region& r, int64_t i, int64_t n) {
 // holds the epilogue too.
 void multiply_pieces(GemmBlockArgs block, DType dtype, const Plan& p, Range i, const char* b, Range j, int64_t k0,
                      int64_t k) {
-  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   // Equal parts of about kBlockRows: a sliver of rows would read all of B again for itself.
   const int64_t parts = std::max<int64_t>(1, (i.size() + tuning::kBlockRows / 2) / tuning::kBlockRows);
   const int64_t rows = round_up(ceil_div(i.size(), parts), mr), group = round_up(tuning::kGroupColumns, nr);
@@ -277,7 +280,7 @@ void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width,
 
 // The longer side in place.
 void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
-  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   char* packed = (char*)scratch(Slot::packed_b, p.b_count * p.depth() * acc);
   for (int64_t j0 = 0; j0 < p.b.count; j0 += p.b_count) {
     const Range rows = {j0, std::min(j0 + p.b_count, p.b.count)};
@@ -312,7 +315,7 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
 
 // The longer side packed, by whoever multiplies it.
 void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
-  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   const bool in_place = p.a.in_place();
   const int64_t rows = round_up(p.a.count, mr);
   char* laid_out = in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * p.depth() * acc);
@@ -364,7 +367,7 @@ void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
 
 int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
-  const int64_t acc = acc_size(dtype), mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
+  const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   const int64_t tiles = p.threads * round_up(tuning::kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
   const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
   const int64_t panels = p.a_is_longer ? 0 : p.threads * p.b_task(nr) * p.kc;

@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/isa/amx_permission.h"
 #include "cpu/isa/kernels.h"
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -23,6 +24,9 @@ extern const Kernels table;
 namespace avx512_bf16 {
 extern const Kernels table;
 }
+namespace avx512_amx {
+extern const Kernels table;
+}
 #elif defined(__aarch64__)
 namespace neon {
 extern const Kernels table;
@@ -32,7 +36,7 @@ extern const Kernels table;
 namespace {
 
 struct Available {
-  const Kernels* best_first[5] = {};
+  const Kernels* best_first[6] = {};
   Available() {
     int n = 0;
 #if defined(__x86_64__)
@@ -42,7 +46,9 @@ struct Available {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c;
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) best_first[n++] = &avx512_bf16::table;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+    if (bf16 && may_use_amx()) best_first[n++] = &avx512_amx::table;
+    if (bf16) best_first[n++] = &avx512_bf16::table;
     if (avx512) best_first[n++] = &avx512::table;
     if (avx2) best_first[n++] = &avx2::table;
 #elif defined(__aarch64__)

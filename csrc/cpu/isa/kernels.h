@@ -8,9 +8,13 @@ namespace rf {
 // The GEMM engine's for pairs of bf16: of operands or a C of bf16 and of float. Packing is told numbers of K and writes
 // slots of two.
 struct PairKernels {
+  int64_t mr, nr;  // register tile
+  // A's rows that are laid out: so many slots of K of a register tile's rows side by side, then the next. 0: rows along
+  // K whole, others as panels.
+  int64_t a_step;
   void (*pack_a[2])(const PackArgs&);
   void (*pack_b[2])(const PackArgs&);
-  void (*lay_out_a[2])(const PackArgs&);  // rows along k, adjacent along it
+  void (*lay_out_a[2])(const PackArgs&);  // of rows along k, adjacent along it
   void (*gemm_block[2])(const GemmBlockArgs&);
   void (*gemm_dot)(const DotArgs&);
 };

@@ -8,9 +8,6 @@
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 
-// A strip of C's rows, where C is computed transposed; a vector may reach beyond the last of its tiles.
-constexpr int64_t kStripTiles = tuning::kStripTiles, kStripStride = kStripTiles * kTile.rows + 16;
-
 // ---- epilogue ------------------------------------------------------------------------------------------------------
 
 template <class T, Activation act>
@@ -215,6 +212,35 @@ inline void gemm_block_short(const GemmBlockArgs& g) {
   }
 }
 
+// Turns a block's sums, in tiles of R rows, into C.
+template <class T, int64_t R>
+inline void finish_block(const GemmBlockArgs& g) {
+  using A = acc_t<T>;
+  using V = vec_t<T>;
+  constexpr int64_t N = kTileColumns<V>;
+  const A* const tiles = (const A*)g.tiles;
+  const int64_t down = (g.a_count + R - 1) / R;
+  if (!g.transposed) {
+    for (int64_t i = 0; i < down; ++i)
+      for (int64_t j = 0; j < g.b_count; j += N)
+        epilogue<T>(tiles + (j / N * down + i) * R * N, N, std::min(R, g.a_count - i * R), std::min(N, g.b_count - j),
+                    g.a_index + i * R, g.b_index + j, g.first, g.last, g.epilogue);
+    return;
+  }
+  // A strip of C's rows; a vector may reach beyond the last of its tiles.
+  constexpr int64_t kTiles = tuning::kStripTiles * kTile.rows / R, kStride = kTiles * R + 16;
+  alignas(64) A strip[N * kStride];
+  for (int64_t j = 0; j < g.b_count; j += N)
+    for (int64_t s = 0; s < down; s += kTiles) {
+      const int64_t end = std::min(down, s + kTiles);
+      for (int64_t i = s; i < end; ++i)
+        transpose_tile<V>(tiles + (j / N * down + i) * R * N, std::min(R, g.a_count - i * R), strip + (i - s) * R,
+                          kStride);
+      epilogue<T>(strip, kStride, std::min(N, g.b_count - j), std::min(end * R, g.a_count) - s * R, g.b_index + j,
+                  g.a_index + s * R, g.first, g.last, g.epilogue);
+    }
+}
+
 // A block of C, or of C transposed. One chain of a panel of B stays in L1 while A's rows pass by from L2; the tiles'
 // sums wait in scratch until the last chain, since tiles of C itself would lie on as many pages as they have rows.
 template <class T, class P = vec_t<T>>
@@ -249,22 +275,5 @@ inline void gemm_block(const GemmBlockArgs& g) {
       }
     }
   }
-  if (g.continued) return;
-  if (!g.transposed) {
-    for (int64_t i = 0; i < down; ++i)
-      for (int64_t j = 0; j < g.b_count; j += N)
-        epilogue<T>(tiles + (j / N * down + i) * R * N, N, std::min(R, g.a_count - i * R), std::min(N, g.b_count - j),
-                    g.a_index + i * R, g.b_index + j, g.first, g.last, e);
-    return;
-  }
-  alignas(64) A strip[N * kStripStride];
-  for (int64_t j = 0; j < g.b_count; j += N)
-    for (int64_t s = 0; s < down; s += kStripTiles) {
-      const int64_t end = std::min(down, s + kStripTiles);
-      for (int64_t i = s; i < end; ++i)
-        transpose_tile<V>(tiles + (j / N * down + i) * R * N, std::min(R, g.a_count - i * R), strip + (i - s) * R,
-                          kStripStride);
-      epilogue<T>(strip, kStripStride, std::min(N, g.b_count - j), std::min(end * R, g.a_count) - s * R, g.b_index + j,
-                  g.a_index + s * R, g.first, g.last, e);
-    }
+  if (!g.continued) finish_block<T, R>(g);
 }
