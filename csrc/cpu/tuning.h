@@ -124,6 +124,8 @@ constexpr double kProductsPerThread = 400e3;
 // (16 KiB on AVX2) stays in L1 while rows of A pass by from L2. On Zen 3, 192 to 1024 are within 2% of each other; a
 // chain costs 25 ns beside its 500.
 constexpr int64_t kGemmChain = 256;
+// The same of AMX, whose sums take longer to be stored and loaded again.
+constexpr int64_t kAmxChain = 512;
 // Up to so many slots of K, storing C takes longer than multiplying: its tiles do not wait for the rest of their block.
 constexpr int64_t kShortK = 64;
 // Rows of A and of B's panels that are multiplied at a time: one chain of both and their tiles' sums take 280 KiB of

@@ -24,6 +24,7 @@ struct Slots {
   int64_t mr(DType dtype) const { return pairs ? pairs->mr : kernels().mr[(int)dtype]; }
   int64_t nr(DType dtype) const { return pairs ? pairs->nr : kernels().nr[(int)dtype]; }
   int64_t a_step() const { return pairs ? pairs->a_step : 0; }
+  int64_t chain() const { return pairs ? pairs->chain : tuning::kGemmChain; }
 };
 
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
@@ -95,6 +96,8 @@ enum class Waiting {
 // A product, planned. The micro-kernel broadcasts elements of A and loads vectors of B's packed panels. A longer side
 // that can be read in place is A, and the shorter one is packed by all threads together before they share A's rows.
 // Otherwise the longer side is B, of which each thread packs what it needs, and the shorter one is laid out for all.
+// Where a micro-kernel loads A by steps, which are laid out as quickly as panels, A is always X, and C is computed as
+// it lies; a longer one that cannot be read in place is laid out by who multiplies it.
 struct Plan {
   Side a, b;
   bool transposed;  // A's rows are C's columns
@@ -130,7 +133,7 @@ void check_product(DType dtype, const Gemm& g) {
 }
 void check_plan(DType dtype, const Gemm& g, const Plan& p) {
   require(p.a.count == (p.transposed ? g.n : g.m) && p.b.count == (p.transposed ? g.m : g.n), "the plan has its sides");
-  require(!p.a_is_longer || p.a.in_place(), "A, which is not laid out, can be read in place");
+  require(!p.a_is_longer || p.a.in_place() || p.a.slots.a_step(), "A, which is not laid out, can be read in place");
   require(p.kc >= 1 && p.k_count >= p.kc && p.k_count % p.kc == 0, "K is laid out in whole blocks");
   require(p.chain >= 1 && p.a_parts >= 1 && p.b_parts >= 1 && p.threads >= 1, "the plan has tasks");
   const bool wait = g.accumulate || (p.k > p.kc && !p.stays_in_tiles);
@@ -151,18 +154,21 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   // Storing C takes longer than so short a K: W is packed, however long it is, so that C is computed as it lies.
   const bool short_k = k <= tuning::kShortK && x.in_place();
   const bool w_is_longer = !short_k && (g.n >= g.m || (narrow && 2 * g.n >= g.m));
-  const bool a_is_longer = (w_is_longer ? w : x).in_place();
-  const bool transposed = w_is_longer == a_is_longer;
+  const bool by_steps = slots.a_step() != 0;
+  const bool a_is_longer = by_steps ? !w_is_longer : (w_is_longer ? w : x).in_place();
+  const bool transposed = !by_steps && w_is_longer == a_is_longer;
   Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g), k};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
   p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));
-  // K in equal parts, so that the last is not a sliver.
-  const auto parts = [](int64_t whole, int64_t part) {
-    return std::max<int64_t>(1, ceil_div(whole, std::max<int64_t>(1, ceil_div(whole, part))));
+  // K in equal parts, so that the last is not a sliver; and in whole steps, where there are some.
+  const int64_t step = std::max<int64_t>(1, slots.a_step());
+  const auto parts = [step](int64_t whole, int64_t part) {
+    return std::max(step, round_up(ceil_div(whole, std::max<int64_t>(1, ceil_div(whole, part))), step));
   };
   const bool deep = !a_is_longer && !p.b.across;
-  p.kc = parts(k, a_is_longer ? tuning::kBlockKInPlace : deep ? tuning::kDeepBlockK : tuning::kBlockK);
-  p.chain = parts(p.kc, tuning::kGemmChain);
+  const int64_t laid_out = deep ? tuning::kDeepBlockK : std::max(tuning::kBlockK, slots.chain());
+  p.kc = parts(k, a_is_longer && p.a.in_place() ? tuning::kBlockKInPlace : laid_out);
+  p.chain = parts(p.kc, slots.chain());
   p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
   const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc, budget = caches().last / tuning::kCacheShare;
   const int64_t blocks = std::max<int64_t>(1, ceil_div(k, p.kc));
@@ -278,8 +284,8 @@ void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width,
   });
 }
 
-// The longer side in place.
-void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
+// The longer side in place, or laid out by whoever multiplies it.
+void multiply_by_rows(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   char* packed = (char*)scratch(Slot::packed_b, p.b_count * p.depth() * acc);
   for (int64_t j0 = 0; j0 < p.b.count; j0 += p.b_count) {
@@ -302,7 +308,13 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
         do {
           const int64_t k = std::min(p.kc, depth.end - at);
           const char* b = packed + ((at - k0) * padded + part.begin * k) * acc;
-          read_in_place(block, dtype, p.a, i.begin, at);
+          if (p.a.in_place()) {
+            read_in_place(block, dtype, p.a, i.begin, at);
+          } else {
+            char* const a = (char*)scratch(Slot::packed_a, round_up(i.size(), mr) * k * acc);
+            p.a.pack_as_a(i.begin, i.size(), at, k, a);
+            read_laid_out(block, dtype, p.a, a, 0, k);
+          }
           block.first = at == 0 && !g.accumulate;
           multiply_pieces(block, dtype, p, i, b, j, at, k);
           at += p.kc;
@@ -314,7 +326,7 @@ void multiply_in_place(DType dtype, const Gemm& g, const Plan& p) {
 }
 
 // The longer side packed, by whoever multiplies it.
-void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
+void multiply_by_columns(DType dtype, const Gemm& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   const bool in_place = p.a.in_place();
   const int64_t rows = round_up(p.a.count, mr);
@@ -362,7 +374,7 @@ void multiply_packed(DType dtype, const Gemm& g, const Plan& p) {
 void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
   check_product(dtype, g);
   const Plan p = make_plan(dtype, g, threads);
-  p.a_is_longer ? multiply_in_place(dtype, g, p) : multiply_packed(dtype, g, p);
+  p.a_is_longer ? multiply_by_rows(dtype, g, p) : multiply_by_columns(dtype, g, p);
 }
 
 int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
@@ -370,7 +382,7 @@ int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   const int64_t tiles = p.threads * round_up(tuning::kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
   const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
-  const int64_t panels = p.a_is_longer ? 0 : p.threads * p.b_task(nr) * p.kc;
+  const int64_t panels = p.threads * p.kc * (!p.a_is_longer ? p.b_task(nr) : p.a.in_place() ? 0 : p.a_task(mr));
   const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)
                           : p.waiting == Waiting::all ? p.a.count * std::min(p.b_count, p.b.count)
                                                       : 0;

@@ -35,6 +35,7 @@ using namespace avx512;
 constexpr PairKernels pairs = {kTile.rows,
                                kPairColumns,
                                0,
+                               tuning::kGemmChain,
                                {pack_a_pairs<bf16>, pack_a_pairs<float>},
                                {pack_b_pairs<bf16>, pack_b_pairs<float>},
                                {lay_out_a_pairs<bf16>, lay_out_a_pairs<float>},
@@ -49,8 +50,9 @@ using namespace avx512;
 constexpr PairKernels pairs = {kAmxTileRows,
                                kPairColumns,
                                kSquare,
+                               tuning::kAmxChain,
                                {pack_a_amx<bf16>, pack_a_amx<float>},
-                               {pack_b_pairs<bf16>, pack_b_pairs<float>},
+                               {pack_b_pairs<bf16, true>, pack_b_pairs<float, true>},
                                {lay_out_a_amx<bf16>, lay_out_a_amx<float>},
                                {gemm_block_amx<flushed_bf16>, gemm_block_amx<float>},
                                gemm_dot_pairs};

@@ -12,6 +12,7 @@ struct PairKernels {
   // A's rows that are laid out: so many slots of K of a register tile's rows side by side, then the next. 0: rows along
   // K whole, others as panels.
   int64_t a_step;
+  int64_t chain;  // as kGemmChain
   void (*pack_a[2])(const PackArgs&);
   void (*pack_b[2])(const PackArgs&);
   void (*lay_out_a[2])(const PackArgs&);  // of rows along k, adjacent along it

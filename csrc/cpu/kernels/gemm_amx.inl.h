@@ -1,7 +1,7 @@
 // The GEMM engine's blocks of bf16 pairs by AMX (Sapphire Rapids and later): one instruction multiplies a square of 16
 // rows by 16 slots with one of 16 slots by 16 columns, as many products as 32 of AVX512-BF16's, with the same numbers
-// taken for zero. Panels of B are as gemm_pairs.inl.h packs them; A's rows lie along K, in place or a step after the
-// other, so that a square is loaded from whole lines.
+// taken for zero. B's squares follow one another (gemm_pairs.inl.h packs them), and so do A's where it is not read in
+// place: rows along K, of which a square has whole lines.
 #pragma once
 #include "cpu/kernels/gemm.inl.h"
 #include "cpu/kernels/gemm_pack.inl.h"
@@ -45,7 +45,8 @@ inline void shape_squares(int64_t rows, int64_t slots) {
 template <bool lower, bool wide>
 inline void multiply_squares(int64_t k, int64_t step, const bf16x2* a, int64_t a_row, int64_t a_k, const bf16x2* b,
                              float* tile, bool add) {
-  constexpr int64_t N = kPairColumns, kRow = N * sizeof(float);
+  constexpr int64_t N = kPairColumns, kRow = N * sizeof(float), kLine = kSquare * sizeof(bf16x2);
+  const int64_t a_bytes = a_row * (int64_t)sizeof(bf16x2), right = kSquare * step;
   float* const down = tile + kSquare * N;
   _tile_zero(0);
   if constexpr (wide) _tile_zero(1);
@@ -57,19 +58,44 @@ inline void multiply_squares(int64_t k, int64_t step, const bf16x2* a, int64_t a
     if constexpr (lower) _tile_loadd(2, down, kRow);
     if constexpr (lower && wide) _tile_loadd(3, down + kSquare, kRow);
   }
-  for (; k > 0; k -= step, a += kSquare * a_k, b += kSquare * N) {
-    _tile_loadd(4, a, a_row * (int64_t)sizeof(bf16x2));
-    _tile_loadd(6, b, kRow);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (wide) {
-      _tile_loadd(7, b + kSquare, kRow);
+  if constexpr (lower && wide) {
+    // The next step's squares are asked for as soon as a register is free, beside products that need none of them.
+    if (k > 0) {
+      _tile_loadd(4, a, a_bytes);
+      _tile_loadd(6, b, kLine);
+      _tile_loadd(7, b + right, kLine);
+      _tile_loadd(5, a + kSquare * a_row, a_bytes);
+      for (; k > step; k -= step) {
+        a += kSquare * a_k;
+        b += kSquare * N;
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(4, a, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_loadd(6, b, kLine);
+        _tile_dpbf16ps(3, 5, 7);
+        _tile_loadd(5, a + kSquare * a_row, a_bytes);
+        _tile_loadd(7, b + right, kLine);
+      }
+      _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (lower) {
-      _tile_loadd(5, a + kSquare * a_row, a_row * (int64_t)sizeof(bf16x2));
       _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
     }
-    if constexpr (lower && wide) _tile_dpbf16ps(3, 5, 7);
+  } else {
+    for (; k > 0; k -= step, a += kSquare * a_k, b += kSquare * N) {
+      _tile_loadd(4, a, a_bytes);
+      _tile_loadd(6, b, kLine);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (wide) {
+        _tile_loadd(7, b + right, kLine);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (lower) {
+        _tile_loadd(5, a + kSquare * a_row, a_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+    }
   }
   _tile_stored(0, tile, kRow);
   if constexpr (wide) _tile_stored(1, tile + kSquare, kRow);
@@ -88,11 +114,11 @@ inline void multiply_rows(const GemmBlockArgs& g, int64_t begin, int64_t end, in
   // Laid out, a step's rows follow one another: those of the last one, which may have fewer slots, as well.
   const int64_t a_row = in_place ? g.a_row : std::min(kSquare, g.k - k);
   shape_squares(rows, step);
-  for (int64_t j = 0; j < g.b_count; j += N) {
-    const bf16x2* const panel = (const bf16x2*)g.b + j * g.k + k * N;
-    const bool wide = g.b_count - j > kSquare;
-    for (int64_t i = begin / R; i < ceil_div(end, R); ++i) {
-      const bf16x2* const a = (const bf16x2*)g.a + i * g.a_panel + k * g.a_k;
+  for (int64_t i = begin / R; i < ceil_div(end, R); ++i) {
+    const bf16x2* const a = (const bf16x2*)g.a + i * g.a_panel + k * g.a_k;
+    for (int64_t j = 0; j < g.b_count; j += N) {
+      const bf16x2* const panel = (const bf16x2*)g.b + j * g.k + k * N;
+      const bool wide = g.b_count - j > kSquare;
       float* const tile = (float*)g.tiles + (j / N * down + i) * R * N;
       ahead.ask();
       if (lower)

@@ -10,6 +10,19 @@
 
 constexpr int64_t kPairColumns = kTileColumns<bf16x2v>;
 
+// Where panels of B have slots: row after row, or by `squares` for AMX (gemm_amx.inl.h), W rows of the panel's first
+// vector and then of its second. Rows of the square that slot s is in, of a block of so many; and slot s of column c,
+// one of a vector's first.
+inline int64_t square_rows(int64_t s, int64_t slots) {
+  constexpr int64_t W = bf16x2v::size;
+  return std::min(W, slots - s / W * W);
+}
+template <bool squares>
+inline int64_t slot_of_panel(int64_t s, int64_t c, int64_t slots) {
+  constexpr int64_t W = bf16x2v::size;
+  return squares ? s / W * W * kPairColumns + c * square_rows(s, slots) + s % W * W : s * kPairColumns + c;
+}
+
 // Slots of a row that lies along K, of which `numbers` are there to be read.
 template <class T>
 inline bf16x2v load_slots(const T* p, int64_t numbers) {
@@ -17,7 +30,7 @@ inline bf16x2v load_slots(const T* p, int64_t numbers) {
 }
 
 // Panels of rows along K: squares of slots are transposed in registers, as floats whose bits nobody looks at.
-template <class T>
+template <class T, bool squares>
 inline void pack_pairs_along_k(const PackArgs& a) {
   constexpr int64_t W = bf16x2v::size, P = kPairColumns;
   static_assert(P % W == 0, "a panel is made of whole squares");
@@ -35,8 +48,8 @@ inline void pack_pairs_along_k(const PackArgs& a) {
         for (int64_t r = 0; r < W; ++r)
           square[r] = row[i + r] ? as_floats(load_slots(row[i + r] + 2 * j, a.k - 2 * j)) : set1(0.0f);
         transpose(square);
-        bf16x2* q = to + j * P + i;
-        for (int64_t c = 0; c < n; ++c) store(q + c * P, as_pairs(square[c]));
+        bf16x2* const q = to + slot_of_panel<squares>(j, i, slots);
+        for (int64_t c = 0; c < n; ++c) store(q + c * (squares ? W : P), as_pairs(square[c]));
       }
     }
   }
@@ -44,7 +57,7 @@ inline void pack_pairs_along_k(const PackArgs& a) {
 
 // Panels of rows across K: two rows are interleaved. As pack_rows_across_k, a few slots at a time, later rows asked for
 // early.
-template <class T, int P>
+template <class T, int P, bool squares>
 inline void pack_pairs_across_k(const PackArgs& a) {
   constexpr int64_t kDepth = tuning::kPackDepth, kAhead = tuning::kPackAhead, kLine = 64 / sizeof(T), W = bf16x2v::size;
   const int64_t slots = ceil_div(a.k, 2);
@@ -64,26 +77,27 @@ inline void pack_pairs_across_k(const PackArgs& a) {
           __builtin_prefetch(later[d] + i + line);
           __builtin_prefetch(later[d + 1] + i + line);
         }
-        bf16x2* const slot = to + i * slots + (j + d / 2) * P;
+        const int64_t s = j + d / 2;
         for (int64_t c = 0; c < P; c += W) {
           const int64_t there = std::min<int64_t>(W, a.count - i - c), wide = std::min<int64_t>(W, P - c);
           const bf16x2v x = there > 0 ? interleave(row[d] + i + c, row[d + 1] ? row[d + 1] + i + c : nullptr, there)
                                       : as_pairs(set1(0.0f));
-          wide == W ? store(slot + c, x) : store_n(slot + c, x, wide);
+          bf16x2* const slot = to + i * slots + (P == kPairColumns ? slot_of_panel<squares>(s, c, slots) : s * P + c);
+          wide == W ? store(slot, x) : store_n(slot, x, wide);
         }
       }
   }
 }
 
 // Elements that lie apart: gathered as floats, some of all rows of a panel at a time.
-template <class T, int P>
+template <class T, int P, bool squares>
 inline void pack_pairs_any(const PackArgs& a) {
   constexpr int64_t kStage = 128;
   const int64_t step = a.from.col_stride, slots = ceil_div(a.k, 2);
   const T* const base = (const T*)a.from.data;
   float stage[P * kStage];
   for (int64_t panel = 0; panel < a.count; panel += P) {
-    bf16x2* to = (bf16x2*)a.to + panel * slots;
+    bf16x2* const to = (bf16x2*)a.to + panel * slots;
     const int64_t rows = std::min<int64_t>(P, a.count - panel);
     for (int64_t j = 0; j < a.k; j += kStage) {
       const int64_t n = std::min(kStage, a.k - j), columns = round_up(n, 2);
@@ -94,10 +108,12 @@ inline void pack_pairs_any(const PackArgs& a) {
         const T* const row = base + a.from.row_offset(a.k0 + j + c) + (a.i0 + panel) * step;
         for (int64_t i = 0; i < rows; ++i) stage[i * kStage + c] = load_one(row + i * step);
       }
-      for (int64_t c = 0; c < columns; c += 2, to += P)
+      for (int64_t c = 0; c < columns; c += 2)
         for (int64_t i = 0; i < P; ++i) {
-          store_one(&to[i].first, stage[i * kStage + c]);
-          store_one(&to[i].second, stage[i * kStage + c + 1]);
+          const int64_t s = (j + c) / 2, lane = i % bf16x2v::size;
+          bf16x2* const slot = to + (squares ? slot_of_panel<true>(s, i - lane, slots) + lane : s * P + i);
+          store_one(&slot->first, stage[i * kStage + c]);
+          store_one(&slot->second, stage[i * kStage + c + 1]);
         }
     }
   }
@@ -105,12 +121,13 @@ inline void pack_pairs_any(const PackArgs& a) {
 
 template <class T>
 inline void pack_a_pairs(const PackArgs& a) {
-  a.across&& a.from.col_stride == 1 ? pack_pairs_across_k<T, kTile.rows>(a) : pack_pairs_any<T, kTile.rows>(a);
+  constexpr int P = kTile.rows;
+  a.across&& a.from.col_stride == 1 ? pack_pairs_across_k<T, P, false>(a) : pack_pairs_any<T, P, false>(a);
 }
-template <class T>
+template <class T, bool squares = false>
 inline void pack_b_pairs(const PackArgs& a) {
-  if (a.from.col_stride != 1) return pack_pairs_any<T, kPairColumns>(a);
-  a.across ? pack_pairs_across_k<T, kPairColumns>(a) : pack_pairs_along_k<T>(a);
+  if (a.from.col_stride != 1) return pack_pairs_any<T, kPairColumns, squares>(a);
+  a.across ? pack_pairs_across_k<T, kPairColumns, squares>(a) : pack_pairs_along_k<T, squares>(a);
 }
 
 // Rows along K, slot after slot.
