@@ -19,12 +19,16 @@ struct Slots {
 
   Slots(DType dtype, const Gemm& g) : pairs(pair_kernels(dtype, g)), numbers(g.k) {}
   int64_t width() const { return pairs ? 2 : 1; }
-  int64_t count() const { return ceil_div(numbers, width()); }
-  // Of the micro-kernel's register tile, and the slots of a step of A where it is laid out by steps.
+  int64_t count() const { return round_up(ceil_div(numbers, width()), std::max<int64_t>(1, step())); }
+  // What pairs' micro-kernel has of its own.
   int64_t mr(DType dtype) const { return pairs ? pairs->mr : kernels().mr[(int)dtype]; }
   int64_t nr(DType dtype) const { return pairs ? pairs->nr : kernels().nr[(int)dtype]; }
-  int64_t a_step() const { return pairs ? pairs->a_step : 0; }
+  int64_t step() const { return pairs ? pairs->step : 0; }
   int64_t chain() const { return pairs ? pairs->chain : tuning::kGemmChain; }
+  int64_t block_rows() const { return pairs ? pairs->rows : tuning::kBlockRows; }
+  int64_t group_columns() const { return pairs ? pairs->columns : tuning::kGroupColumns; }
+  // Rows of A are cut into equal parts of about block_rows: fewer than so many are one.
+  int64_t tallest_piece() const { return block_rows() * 3 / 2; }
 };
 
 // An operand of a product as the engine sees it: count x K, its memory's rows along K or across it.
@@ -44,11 +48,12 @@ struct Side {
     }
   }
   bool along_k() const { return !across && view.col_stride == 1; }
-  // Whether its slots can be broadcast from where they lie.
+  // Whether its slots can be broadcast from where they lie; or steps of them loaded, each a line of memory.
   bool in_place() const {
-    const int64_t width = slots.width();
-    return along_k() && view.inner == 1 && size_of(type) * width == acc_size(type) && slots.numbers % width == 0 &&
-           view.outer_stride % width == 0;
+    const int64_t width = slots.width() * std::max<int64_t>(1, slots.step());
+    return along_k() && view.inner == 1 && size_of(type) * slots.width() == acc_size(type) &&
+           slots.numbers % width == 0 && view.outer_stride % width == 0 &&
+           (!slots.step() || (uintptr_t)view.data % 64 == 0);
   }
   // Lays out rows [i, i + n) of it as panels of the micro-kernel's A or B, of `k` slots from k0 on.
   void pack_as_a(int64_t i, int64_t n, int64_t k0, int64_t k, void* to) const {
@@ -133,7 +138,7 @@ void check_product(DType dtype, const Gemm& g) {
 }
 void check_plan(DType dtype, const Gemm& g, const Plan& p) {
   require(p.a.count == (p.transposed ? g.n : g.m) && p.b.count == (p.transposed ? g.m : g.n), "the plan has its sides");
-  require(!p.a_is_longer || p.a.in_place() || p.a.slots.a_step(), "A, which is not laid out, can be read in place");
+  require(!p.a_is_longer || p.a.in_place() || p.a.slots.step(), "A, which is not laid out, can be read in place");
   require(p.kc >= 1 && p.k_count >= p.kc && p.k_count % p.kc == 0, "K is laid out in whole blocks");
   require(p.chain >= 1 && p.a_parts >= 1 && p.b_parts >= 1 && p.threads >= 1, "the plan has tasks");
   const bool wait = g.accumulate || (p.k > p.kc && !p.stays_in_tiles);
@@ -154,29 +159,30 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   // Storing C takes longer than so short a K: W is packed, however long it is, so that C is computed as it lies.
   const bool short_k = k <= tuning::kShortK && x.in_place();
   const bool w_is_longer = !short_k && (g.n >= g.m || (narrow && 2 * g.n >= g.m));
-  const bool by_steps = slots.a_step() != 0;
+  const bool by_steps = slots.step() != 0;
   const bool a_is_longer = by_steps ? !w_is_longer : (w_is_longer ? w : x).in_place();
   const bool transposed = !by_steps && w_is_longer == a_is_longer;
   Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g), k};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
   p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));
   // K in equal parts, so that the last is not a sliver; and in whole steps, where there are some.
-  const int64_t step = std::max<int64_t>(1, slots.a_step());
+  const int64_t step = std::max<int64_t>(1, slots.step());
   const auto parts = [step](int64_t whole, int64_t part) {
     return std::max(step, round_up(ceil_div(whole, std::max<int64_t>(1, ceil_div(whole, part))), step));
   };
   const bool deep = !a_is_longer && !p.b.across;
   const int64_t laid_out = deep ? tuning::kDeepBlockK : std::max(tuning::kBlockK, slots.chain());
-  p.kc = parts(k, a_is_longer && p.a.in_place() ? tuning::kBlockKInPlace : laid_out);
+  p.kc = parts(k, a_is_longer && !by_steps ? tuning::kBlockKInPlace : laid_out);
   p.chain = parts(p.kc, slots.chain());
   p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
-  const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc, budget = caches().last / tuning::kCacheShare;
+  const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc,
+                budget = by_steps ? caches().l2 : caches().last / tuning::kCacheShare;
   const int64_t blocks = std::max<int64_t>(1, ceil_div(k, p.kc));
   p.k_count = p.kc * std::max<int64_t>(1, std::min(blocks, budget / (for_all * p.kc)));
   // Half types: laying out all of K takes less scratch than keeping all of C's sums, where K is the shorter.
   const bool half = size_of(p.c) != acc;
   if (!a_is_longer && (p.a.in_place() || (half && k <= p.b.count))) p.k_count = p.kc * blocks;
-  p.stays_in_tiles = deep && k > p.kc && p.k_count >= k && p.a.count < tuning::kTallestPiece;
+  p.stays_in_tiles = deep && k > p.kc && p.k_count >= k && p.a.count < slots.tallest_piece();
   if (g.accumulate || (k > p.kc && !p.stays_in_tiles))
     p.waiting = !half ? Waiting::c : p.k_count >= k ? Waiting::task : Waiting::all;
   // Several tasks to a thread, for the balance; a side is cut up further where the other one gives too few.
@@ -185,15 +191,15 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   if (a_is_longer) {
     const int64_t most = std::max<int64_t>(1, tiles / (tuning::kTaskTiles * p.threads)) * p.threads;
     p.a_parts =
-        std::min({tiles, most, p.threads * ceil_div(std::max(wanted, p.a.count / tuning::kBlockRows), p.threads)});
+        std::min({tiles, most, p.threads * ceil_div(std::max(wanted, p.a.count / slots.block_rows()), p.threads)});
     p.b_parts = std::min(panels, ceil_div(p.threads, p.a_parts));
   } else {
     // For few rows of A packing decides, and it wants long pieces of memory.
     const int64_t least = p.a.count < tuning::kPackingDecides && !deep ? p.threads : wanted;
     const int64_t columns = deep ? tuning::kDeepTaskColumns : tuning::kTaskColumns;
-    const int64_t most = narrow ? std::max<int64_t>(1, p.b_count / tuning::kGroupColumns) : panels;
+    const int64_t most = narrow ? std::max<int64_t>(1, p.b_count / slots.group_columns()) : panels;
     p.b_parts = std::min(most, p.threads * ceil_div(std::max(least, p.b_count / columns), p.threads));
-    if (p.stays_in_tiles) p.b_parts = std::max(p.b_parts, ceil_div(panels, round_up(tuning::kGroupColumns, nr) / nr));
+    if (p.stays_in_tiles) p.b_parts = std::max(p.b_parts, ceil_div(panels, round_up(slots.group_columns(), nr) / nr));
     p.a_parts = std::min(tiles, ceil_div(p.threads, p.b_parts));
   }
   check_plan(dtype, g, p);
@@ -225,7 +231,7 @@ void read_in_place(GemmBlockArgs& block, DType dtype, const Side& a, int64_t i, 
 }
 // The same where a K block of A was laid out: widened rows, panels, or steps of rows.
 void read_laid_out(GemmBlockArgs& block, DType dtype, const Side& a, const char* laid_out, int64_t i, int64_t k) {
-  const int64_t mr = a.slots.mr(dtype), step = a.slots.a_step();
+  const int64_t mr = a.slots.mr(dtype), step = a.slots.step();
   block.a = laid_out + i * k * acc_size(dtype);
   block.a_row = step ? step : a.along_k() ? k : 1;
   block.a_k = !step && a.along_k() ? 1 : mr;
@@ -237,15 +243,23 @@ Region region_part(const Region& r, int64_t i, int64_t n) {
   return {(const char*)r.from + rows.begin * r.stride, rows.size(), r.stride, r.bytes};
 }
 
+// The rows of A that come after a block's, where products take less time than memory.
+Region rows_below(const GemmBlockArgs& block, const Plan& p, int64_t rows, int64_t acc) {
+  if (!p.a.slots.step() || rows <= 0) return {};
+  const char* const from = (const char*)block.a + ceil_div(block.a_count, p.a.slots.pairs->mr) * block.a_panel * acc;
+  return block.a_k == 1 ? Region{from, rows, block.a_row * acc, block.k * acc}
+                        : Region{from, rows, block.k * acc, block.k * acc};
+}
+
 // Rows i of A, from where `block` reads them, times the packed rows j of B, in pieces that fit the caches. `block`
 // holds the epilogue too.
 void multiply_pieces(GemmBlockArgs block, DType dtype, const Plan& p, Range i, const char* b, Range j, int64_t k0,
                      int64_t k) {
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
-  // Equal parts of about kBlockRows: a sliver of rows would read all of B again for itself.
-  const int64_t parts = std::max<int64_t>(1, (i.size() + tuning::kBlockRows / 2) / tuning::kBlockRows);
-  const int64_t rows = round_up(ceil_div(i.size(), parts), mr), group = round_up(tuning::kGroupColumns, nr);
-  const int64_t pieces = ceil_div(i.size(), rows) * ceil_div(j.size(), group);
+  // Equal parts of about block_rows: a sliver of rows would read all of B again for itself.
+  const int64_t most = p.a.slots.block_rows(), parts = std::max<int64_t>(1, (i.size() + most / 2) / most);
+  const int64_t rows = round_up(ceil_div(i.size(), parts), mr), group = round_up(p.a.slots.group_columns(), nr);
+  const int64_t groups = ceil_div(j.size(), group), pieces = ceil_div(i.size(), rows) * groups;
   const Region next = block.next;
   int64_t piece = 0;
   block.k = k;
@@ -261,8 +275,9 @@ void multiply_pieces(GemmBlockArgs block, DType dtype, const Plan& p, Range i, c
     block.a = a + (s - i.begin) / mr * block.a_panel * acc;
     block.a_index = s;
     block.a_count = std::min(rows, i.end - s);
+    const Region below = next.rows ? Region{} : rows_below(block, p, std::min(rows, i.end - s - rows), acc);
     for (int64_t t = j.begin; t < j.end; t += group, ++piece) {
-      block.next = region_part(next, piece, pieces);
+      block.next = next.rows ? region_part(next, piece, pieces) : region_part(below, (t - j.begin) / group, groups);
       block.b = b + (t - j.begin) * k * acc;
       block.b_index = t;
       block.b_count = std::min(group, j.end - t);
@@ -342,10 +357,12 @@ void multiply_by_columns(DType dtype, const Gemm& g, const Plan& p) {
       const Range i = part_of(p.a.count, mr, task % p.a_parts, p.a_parts);
       // For few rows of A, what packing waits for memory shows: it is asked for while the K block before is multiplied.
       const bool few = i.size() < tuning::kPackingDecides;
-      // All K blocks in the same tiles: also where that is the same order of sums, block after block in any place.
+      // All K blocks in the same tiles: also where that is the same order of sums, block after block in any place,
+      // which it is not where sums go on from those of the block before.
+      const bool same_order = p.chain == p.kc && !g.accumulate && !p.a.slots.step();
       const bool one_piece =
-          p.stays_in_tiles || (p.chain == p.kc && !g.accumulate && p.k_count >= p.k &&
-                               i.size() < tuning::kTallestPiece && j.size() <= tuning::kGroupColumns);
+          p.stays_in_tiles || (same_order && p.k_count >= p.k && i.size() < p.a.slots.tallest_piece() &&
+                               j.size() <= p.a.slots.group_columns());
       GemmBlockArgs block = {};
       block.epilogue = e;
       if (p.waiting == Waiting::task) place_sums(block.epilogue, dtype, p, i, j);
@@ -380,7 +397,8 @@ void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
 int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
-  const int64_t tiles = p.threads * round_up(tuning::kTallestPiece, mr) * round_up(tuning::kGroupColumns, nr);
+  const Slots& s = p.a.slots;
+  const int64_t tiles = p.threads * round_up(s.tallest_piece(), mr) * round_up(s.group_columns(), nr);
   const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
   const int64_t panels = p.threads * p.kc * (!p.a_is_longer ? p.b_task(nr) : p.a.in_place() ? 0 : p.a_task(mr));
   const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)

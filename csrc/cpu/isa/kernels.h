@@ -9,10 +9,10 @@ namespace rf {
 // slots of two.
 struct PairKernels {
   int64_t mr, nr;  // register tile
-  // A's rows that are laid out: so many slots of K of a register tile's rows side by side, then the next. 0: rows along
-  // K whole, others as panels.
-  int64_t a_step;
-  int64_t chain;  // as kGemmChain
+  // Slots of K that the micro-kernel takes at a time, of which K is made up by zeros. Of A that is not read in place, so
+  // many of each row of a register tile lie side by side, then the next. 0: any K; of A rows along K, others as panels.
+  int64_t step;
+  int64_t chain, rows, columns;  // as tuning's kGemmChain, kBlockRows and kGroupColumns
   void (*pack_a[2])(const PackArgs&);
   void (*pack_b[2])(const PackArgs&);
   void (*lay_out_a[2])(const PackArgs&);  // of rows along k, adjacent along it

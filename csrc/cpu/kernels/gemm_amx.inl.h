@@ -1,15 +1,16 @@
 // The GEMM engine's blocks of bf16 pairs by AMX (Sapphire Rapids and later): one instruction multiplies a square of 16
 // rows by 16 slots with one of 16 slots by 16 columns, as many products as 32 of AVX512-BF16's, with the same numbers
 // taken for zero. B's squares follow one another (gemm_pairs.inl.h packs them), and so do A's where it is not read in
-// place: rows along K, of which a square has whole lines.
+// place: rows along K, of which a square has whole lines. What K lacks of whole squares is zeros, which is why A in
+// place has none to lack.
 #pragma once
 #include "cpu/kernels/gemm.inl.h"
 #include "cpu/kernels/gemm_pack.inl.h"
 #include "cpu/kernels/gemm_pairs.inl.h"
 #include "cpu/kernels/prelude.h"
 
-// A square has so many rows, and so many slots or float32 sums in each. Two by two of them are C's in registers.
-constexpr int64_t kSquare = 16, kAmxTileRows = 2 * kSquare;
+// Two by two squares are C's in registers.
+constexpr int64_t kAmxTileRows = 2 * kSquare;
 static_assert(kPairColumns == 2 * kSquare);
 
 // What LDTILECFG reads, of palette 1.
@@ -18,56 +19,52 @@ struct alignas(64) SquareShapes {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  void set(int square, int64_t of_rows, int64_t slots) {
+  void set(int square, int64_t of_rows) {
     rows[square] = (uint8_t)of_rows;
-    row_bytes[square] = (uint16_t)(of_rows ? slots * 4 : 0);
+    row_bytes[square] = of_rows ? kSquare * sizeof(float) : 0;
   }
 };
 
-// Registers 0 to 3 are C's squares, 4 and 5 A's, of up to 32 rows, 6 and 7 B's, both of up to 16 slots. Their contents
-// are lost.
-inline void shape_squares(int64_t rows, int64_t slots) {
+// Registers 0 to 3 are C's squares, of up to 32 rows, 4 and 5 A's, 6 and 7 B's. Their contents are lost.
+inline void shape_squares(int64_t rows) {
   const int64_t upper = std::min(kSquare, rows), lower = rows - upper;
   SquareShapes shapes;
-  for (int j = 0; j < 2; ++j) {
-    shapes.set(j, upper, kSquare);
-    shapes.set(2 + j, lower, kSquare);
-    shapes.set(6 + j, slots, kSquare);
-  }
-  shapes.set(4, upper, slots);
-  shapes.set(5, lower, slots);
+  for (const int square : {0, 1, 4}) shapes.set(square, upper);
+  for (const int square : {2, 3, 5}) shapes.set(square, lower);
+  for (const int square : {6, 7}) shapes.set(square, kSquare);
   asm volatile("" ::: "memory");  // gcc's intrinsic does not tell that all of it is read
   _tile_loadconfig(&shapes);
 }
 
-// Up to 32 rows of A times a panel of B, or times its first half, over `k` slots in steps of `step`, which is what the
-// squares' shapes have. In a panel and in A, slots from one step to the next are 16 times b_k and a_k apart.
+// Up to 32 rows of A times a panel of B, or times its first half, over `k` slots. Squares of A are a_step slots apart.
 template <bool lower, bool wide>
-inline void multiply_squares(int64_t k, int64_t step, const bf16x2* a, int64_t a_row, int64_t a_k, const bf16x2* b,
-                             float* tile, bool add) {
+inline void multiply_squares(int64_t k, const bf16x2* a, int64_t a_row, int64_t a_step, const bf16x2* b, float* tile,
+                             bool add, Ahead& ahead) {
   constexpr int64_t N = kPairColumns, kRow = N * sizeof(float), kLine = kSquare * sizeof(bf16x2);
-  const int64_t a_bytes = a_row * (int64_t)sizeof(bf16x2), right = kSquare * step;
+  const int64_t a_bytes = a_row * (int64_t)sizeof(bf16x2);
   float* const down = tile + kSquare * N;
-  _tile_zero(0);
-  if constexpr (wide) _tile_zero(1);
-  if constexpr (lower) _tile_zero(2);
-  if constexpr (lower && wide) _tile_zero(3);
   if (add) {
     _tile_loadd(0, tile, kRow);
     if constexpr (wide) _tile_loadd(1, tile + kSquare, kRow);
     if constexpr (lower) _tile_loadd(2, down, kRow);
     if constexpr (lower && wide) _tile_loadd(3, down + kSquare, kRow);
+  } else {
+    _tile_zero(0);
+    if constexpr (wide) _tile_zero(1);
+    if constexpr (lower) _tile_zero(2);
+    if constexpr (lower && wide) _tile_zero(3);
   }
   if constexpr (lower && wide) {
-    // The next step's squares are asked for as soon as a register is free, beside products that need none of them.
+    // The next squares are asked for as soon as a register is free, beside products that need none of them.
     if (k > 0) {
       _tile_loadd(4, a, a_bytes);
       _tile_loadd(6, b, kLine);
-      _tile_loadd(7, b + right, kLine);
+      _tile_loadd(7, b + kSquare * kSquare, kLine);
       _tile_loadd(5, a + kSquare * a_row, a_bytes);
-      for (; k > step; k -= step) {
-        a += kSquare * a_k;
+      for (; k > kSquare; k -= kSquare) {
+        a += a_step;
         b += kSquare * N;
+        ahead.ask();
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
         _tile_loadd(4, a, a_bytes);
@@ -75,7 +72,7 @@ inline void multiply_squares(int64_t k, int64_t step, const bf16x2* a, int64_t a
         _tile_loadd(6, b, kLine);
         _tile_dpbf16ps(3, 5, 7);
         _tile_loadd(5, a + kSquare * a_row, a_bytes);
-        _tile_loadd(7, b + right, kLine);
+        _tile_loadd(7, b + kSquare * kSquare, kLine);
       }
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
@@ -83,12 +80,12 @@ inline void multiply_squares(int64_t k, int64_t step, const bf16x2* a, int64_t a
       _tile_dpbf16ps(3, 5, 7);
     }
   } else {
-    for (; k > 0; k -= step, a += kSquare * a_k, b += kSquare * N) {
+    for (; k > 0; k -= kSquare, a += a_step, b += kSquare * N) {
       _tile_loadd(4, a, a_bytes);
       _tile_loadd(6, b, kLine);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (wide) {
-        _tile_loadd(7, b + right, kLine);
+        _tile_loadd(7, b + kSquare * kSquare, kLine);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (lower) {
@@ -103,44 +100,38 @@ inline void multiply_squares(int64_t k, int64_t step, const bf16x2* a, int64_t a
   if constexpr (lower && wide) _tile_stored(3, down + kSquare, kRow);
 }
 
-// Rows [begin, end) of a block's A times all of its B, of K from k on the next `depth` slots: whole steps, or fewer
-// slots than one has.
+// Rows [begin, end) of a block's A, whole tiles or less than one, times all of its B, of K from k on the next `depth`
+// slots.
 inline void multiply_rows(const GemmBlockArgs& g, int64_t begin, int64_t end, int64_t k, int64_t depth, Ahead& ahead) {
   constexpr int64_t R = kAmxTileRows, N = kPairColumns;
   if (begin >= end) return;
-  const int64_t down = ceil_div(g.a_count, R), rows = std::min(R, end - begin),
-                step = std::clamp<int64_t>(depth, 1, kSquare);
-  const bool in_place = g.a_k == 1, add = g.continues || k > 0, lower = rows > kSquare;
-  // Laid out, a step's rows follow one another: those of the last one, which may have fewer slots, as well.
-  const int64_t a_row = in_place ? g.a_row : std::min(kSquare, g.k - k);
-  shape_squares(rows, step);
+  const int64_t down = ceil_div(g.a_count, R), rows = std::min(R, end - begin), a_step = kSquare * g.a_k;
+  const bool add = g.continues || k > 0, lower = rows > kSquare;
+  shape_squares(rows);
   for (int64_t i = begin / R; i < ceil_div(end, R); ++i) {
     const bf16x2* const a = (const bf16x2*)g.a + i * g.a_panel + k * g.a_k;
     for (int64_t j = 0; j < g.b_count; j += N) {
       const bf16x2* const panel = (const bf16x2*)g.b + j * g.k + k * N;
       const bool wide = g.b_count - j > kSquare;
       float* const tile = (float*)g.tiles + (j / N * down + i) * R * N;
-      ahead.ask();
       if (lower)
-        wide ? multiply_squares<true, true>(depth, step, a, a_row, g.a_k, panel, tile, add)
-             : multiply_squares<true, false>(depth, step, a, a_row, g.a_k, panel, tile, add);
+        wide ? multiply_squares<true, true>(depth, a, g.a_row, a_step, panel, tile, add, ahead)
+             : multiply_squares<true, false>(depth, a, g.a_row, a_step, panel, tile, add, ahead);
       else
-        wide ? multiply_squares<false, true>(depth, step, a, a_row, g.a_k, panel, tile, add)
-             : multiply_squares<false, false>(depth, step, a, a_row, g.a_k, panel, tile, add);
+        wide ? multiply_squares<false, true>(depth, a, g.a_row, a_step, panel, tile, add, ahead)
+             : multiply_squares<false, false>(depth, a, g.a_row, a_step, panel, tile, add, ahead);
     }
   }
 }
 
-// As gemm_block. What K has beyond whole steps is a chain of its own, since the squares' shapes change, and so are rows
-// beyond whole tiles.
+// As gemm_block, of a K in whole squares. Rows beyond whole tiles come last, since they change the squares' shapes.
 template <class T>
 inline void gemm_block_amx(const GemmBlockArgs& g) {
   constexpr int64_t R = kAmxTileRows;
-  const int64_t whole = g.a_count / R * R, chains = ceil_div(g.k, g.chain) + 1;
-  Ahead ahead(g.next, std::max<int64_t>(1, ceil_div(g.a_count, R) * ceil_div(g.b_count, kPairColumns) * chains));
-  for (int64_t k = 0, depth; k == 0 || k < g.k; k += depth) {
-    depth = std::min(g.chain, g.k - k);
-    if (depth > kSquare) depth -= depth % kSquare;
+  const int64_t whole = g.a_count / R * R;
+  Ahead ahead(g.next, std::max<int64_t>(1, whole / R * (g.b_count / kPairColumns) * (g.k / kSquare)));
+  for (int64_t k = 0; k == 0 || k < g.k; k += g.chain) {
+    const int64_t depth = std::min(g.chain, g.k - k);
     multiply_rows(g, 0, whole, k, depth, ahead);
     multiply_rows(g, whole, g.a_count, k, depth, ahead);
   }
@@ -148,18 +139,15 @@ inline void gemm_block_amx(const GemmBlockArgs& g) {
   if (!g.continued) finish_block<T, R>(g);
 }
 
-// A's rows for AMX: of each 32 of them a step of 16 slots after the other, its rows side by side.
+// A's rows for AMX: of each 32 of them a square's slots, row after row, then the next. Slots beyond the last are zero.
 template <class T>
 inline void lay_out_a_amx(const PackArgs& a) {
   constexpr int64_t R = kAmxTileRows;
-  const int64_t slots = ceil_div(a.k, 2);
+  const int64_t slots = slots_of_squares(a.k);
   for (int64_t i = 0; i < a.count; ++i) {
     const T* const from = (const T*)a.from.data + a.from.row_offset(a.i0 + i) + a.k0;
-    bf16x2* const to = (bf16x2*)a.to + i / R * R * slots;
-    for (int64_t j = 0; j < slots; j += kSquare) {
-      const int64_t n = std::min(kSquare, slots - j);
-      store_n(to + j * R + i % R * n, load_slots(from + 2 * j, a.k - 2 * j), n);
-    }
+    bf16x2* const to = (bf16x2*)a.to + i / R * R * slots + i % R * kSquare;
+    for (int64_t j = 0; j < slots; j += kSquare) store(to + j * R, load_slots(from + 2 * j, a.k - 2 * j));
   }
 }
 
@@ -167,24 +155,27 @@ inline void lay_out_a_amx(const PackArgs& a) {
 template <class T>
 inline void pack_across_k_amx(const PackArgs& a) {
   constexpr int64_t R = kAmxTileRows;
-  const int64_t slots = ceil_div(a.k, 2);
+  const int64_t slots = slots_of_squares(a.k);
   const T* const base = (const T*)a.from.data + a.i0;
   for (int64_t j = 0; j < slots; j += kSquare) {
-    const int64_t n = std::min(kSquare, slots - j);
     const T *first[kSquare], *second[kSquare];
-    for (int64_t s = 0; s < n; ++s) {
+    for (int64_t s = 0; s < kSquare; ++s) {
       const int64_t k = 2 * (j + s);
-      first[s] = base + a.from.row_offset(a.k0 + k);
+      first[s] = k < a.k ? base + a.from.row_offset(a.k0 + k) : nullptr;
       second[s] = k + 1 < a.k ? base + a.from.row_offset(a.k0 + k + 1) : nullptr;
     }
     for (int64_t i = 0; i < a.count; i += kSquare) {
       const int64_t rows = std::min(kSquare, a.count - i);
       f32v square[kSquare];
+#pragma GCC unroll 16
       for (int64_t s = 0; s < kSquare; ++s)
-        square[s] = s < n ? as_floats(interleave(first[s] + i, second[s] ? second[s] + i : nullptr, rows)) : set1(0.0f);
+        square[s] =
+            first[s] ? as_floats(interleave(first[s] + i, second[s] ? second[s] + i : nullptr, rows)) : set1(0.0f);
       transpose(square);
-      bf16x2* const to = (bf16x2*)a.to + i / R * R * slots + j * R + i % R * n;
-      for (int64_t r = 0; r < rows; ++r) store_n(to + r * n, as_pairs(square[r]), n);
+      bf16x2* const to = (bf16x2*)a.to + i / R * R * slots + j * R + i % R * kSquare;
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kSquare; ++r)
+        if (r < rows) store(to + r * kSquare, as_pairs(square[r]));
     }
   }
 }
@@ -193,18 +184,18 @@ inline void pack_across_k_amx(const PackArgs& a) {
 template <class T>
 inline void pack_any_amx(const PackArgs& a) {
   constexpr int64_t R = kAmxTileRows, kNumbers = 2 * kSquare;
-  const int64_t step = a.from.col_stride, slots = ceil_div(a.k, 2);
+  const int64_t step = a.from.col_stride, slots = slots_of_squares(a.k);
   const T* const base = (const T*)a.from.data;
   for (int64_t i = 0; i < a.count; ++i)
     for (int64_t j = 0; j < slots; j += kSquare) {
-      const int64_t n = std::min(kSquare, slots - j), numbers = std::min(kNumbers, a.k - 2 * j);
+      const int64_t numbers = std::clamp<int64_t>(a.k - 2 * j, 0, kNumbers);
       float stage[kNumbers] = {};
       if (a.across)
         for (int64_t c = 0; c < numbers; ++c)
           stage[c] = load_one(base + a.from.row_offset(a.k0 + 2 * j + c) + (a.i0 + i) * step);
-      else
+      else if (numbers > 0)
         gather_row(base + a.from.row_offset(a.i0 + i) + (a.k0 + 2 * j) * step, step, numbers, stage);
-      store_n((bf16x2*)a.to + i / R * R * slots + j * R + i % R * n, load_pairs(stage), n);
+      store((bf16x2*)a.to + i / R * R * slots + j * R + i % R * kSquare, load_pairs(stage));
     }
 }
 

@@ -10,17 +10,15 @@
 
 constexpr int64_t kPairColumns = kTileColumns<bf16x2v>;
 
-// Where panels of B have slots: row after row, or by `squares` for AMX (gemm_amx.inl.h), W rows of the panel's first
-// vector and then of its second. Rows of the square that slot s is in, of a block of so many; and slot s of column c,
-// one of a vector's first.
-inline int64_t square_rows(int64_t s, int64_t slots) {
-  constexpr int64_t W = bf16x2v::size;
-  return std::min(W, slots - s / W * W);
-}
+// AMX multiplies squares of so many rows by so many slots (gemm_amx.inl.h): K's slots for it, the last ones zeros.
+constexpr int64_t kSquare = 16;
+inline int64_t slots_of_squares(int64_t numbers) { return round_up(ceil_div(numbers, 2), kSquare); }
+
+// Where panels of B have slot s of column c, one of a vector's first: row after row, or by `squares`, so many rows of
+// the panel's first vector and then of its second.
 template <bool squares>
-inline int64_t slot_of_panel(int64_t s, int64_t c, int64_t slots) {
-  constexpr int64_t W = bf16x2v::size;
-  return squares ? s / W * W * kPairColumns + c * square_rows(s, slots) + s % W * W : s * kPairColumns + c;
+inline int64_t slot_of_panel(int64_t s, int64_t c) {
+  return squares ? s / kSquare * kSquare * kPairColumns + c * kSquare + s % kSquare * kSquare : s * kPairColumns + c;
 }
 
 // Slots of a row that lies along K, of which `numbers` are there to be read.
@@ -35,7 +33,7 @@ inline void pack_pairs_along_k(const PackArgs& a) {
   constexpr int64_t W = bf16x2v::size, P = kPairColumns;
   static_assert(P % W == 0, "a panel is made of whole squares");
   const T* base = (const T*)a.from.data + a.k0;
-  const int64_t slots = ceil_div(a.k, 2);
+  const int64_t slots = squares ? slots_of_squares(a.k) : ceil_div(a.k, 2);
   bf16x2* to = (bf16x2*)a.to;
   for (int64_t panel = 0; panel < a.count; panel += P, to += P * slots) {
     const T* row[P];
@@ -48,7 +46,7 @@ inline void pack_pairs_along_k(const PackArgs& a) {
         for (int64_t r = 0; r < W; ++r)
           square[r] = row[i + r] ? as_floats(load_slots(row[i + r] + 2 * j, a.k - 2 * j)) : set1(0.0f);
         transpose(square);
-        bf16x2* const q = to + slot_of_panel<squares>(j, i, slots);
+        bf16x2* const q = to + slot_of_panel<squares>(j, i);
         for (int64_t c = 0; c < n; ++c) store(q + c * (squares ? W : P), as_pairs(square[c]));
       }
     }
@@ -60,11 +58,11 @@ inline void pack_pairs_along_k(const PackArgs& a) {
 template <class T, int P, bool squares>
 inline void pack_pairs_across_k(const PackArgs& a) {
   constexpr int64_t kDepth = tuning::kPackDepth, kAhead = tuning::kPackAhead, kLine = 64 / sizeof(T), W = bf16x2v::size;
-  const int64_t slots = ceil_div(a.k, 2);
+  const int64_t slots = squares ? slots_of_squares(a.k) : ceil_div(a.k, 2);
   const auto* const base = (const T*)a.from.data + a.i0;
   bf16x2* to = (bf16x2*)a.to;
   for (int64_t j = 0; j < slots; j += kDepth / 2) {
-    const int64_t rows = std::min(kDepth, a.k - 2 * j);
+    const int64_t rows = a.k - 2 * j, depth = std::min(kDepth, 2 * (slots - j));
     const T *row[kDepth], *later[kDepth];
     for (int64_t d = 0; d < kDepth; ++d) {
       const int64_t k = a.k0 + 2 * j + d, last = a.k0 + a.k - 1;
@@ -72,7 +70,7 @@ inline void pack_pairs_across_k(const PackArgs& a) {
       later[d] = base + a.from.row_offset(std::min(k + kAhead, last));
     }
     for (int64_t i = 0; i < a.count; i += P)
-      for (int64_t d = 0; d < rows; d += 2) {
+      for (int64_t d = 0; d < depth; d += 2) {
         for (int64_t line = 0; line < P; line += kLine) {
           __builtin_prefetch(later[d] + i + line);
           __builtin_prefetch(later[d + 1] + i + line);
@@ -80,9 +78,10 @@ inline void pack_pairs_across_k(const PackArgs& a) {
         const int64_t s = j + d / 2;
         for (int64_t c = 0; c < P; c += W) {
           const int64_t there = std::min<int64_t>(W, a.count - i - c), wide = std::min<int64_t>(W, P - c);
-          const bf16x2v x = there > 0 ? interleave(row[d] + i + c, row[d + 1] ? row[d + 1] + i + c : nullptr, there)
-                                      : as_pairs(set1(0.0f));
-          bf16x2* const slot = to + i * slots + (P == kPairColumns ? slot_of_panel<squares>(s, c, slots) : s * P + c);
+          const bf16x2v x = there > 0 && row[d]
+                                ? interleave(row[d] + i + c, row[d + 1] ? row[d + 1] + i + c : nullptr, there)
+                                : as_pairs(set1(0.0f));
+          bf16x2* const slot = to + i * slots + (P == kPairColumns ? slot_of_panel<squares>(s, c) : s * P + c);
           wide == W ? store(slot, x) : store_n(slot, x, wide);
         }
       }
@@ -93,16 +92,16 @@ inline void pack_pairs_across_k(const PackArgs& a) {
 template <class T, int P, bool squares>
 inline void pack_pairs_any(const PackArgs& a) {
   constexpr int64_t kStage = 128;
-  const int64_t step = a.from.col_stride, slots = ceil_div(a.k, 2);
+  const int64_t step = a.from.col_stride, slots = squares ? slots_of_squares(a.k) : ceil_div(a.k, 2);
   const T* const base = (const T*)a.from.data;
   float stage[P * kStage];
   for (int64_t panel = 0; panel < a.count; panel += P) {
     bf16x2* const to = (bf16x2*)a.to + panel * slots;
     const int64_t rows = std::min<int64_t>(P, a.count - panel);
-    for (int64_t j = 0; j < a.k; j += kStage) {
-      const int64_t n = std::min(kStage, a.k - j), columns = round_up(n, 2);
+    for (int64_t j = 0; j < 2 * slots; j += kStage) {
+      const int64_t n = std::clamp<int64_t>(a.k - j, 0, kStage), columns = std::min(kStage, 2 * slots - j);
       std::fill(stage, stage + P * kStage, 0.0f);
-      for (int64_t i = 0; i < rows && !a.across; ++i)
+      for (int64_t i = 0; i < rows && !a.across && n > 0; ++i)
         gather_row(base + a.from.row_offset(a.i0 + panel + i) + (a.k0 + j) * step, step, n, stage + i * kStage);
       for (int64_t c = 0; c < n && a.across; ++c) {
         const T* const row = base + a.from.row_offset(a.k0 + j + c) + (a.i0 + panel) * step;
@@ -111,7 +110,7 @@ inline void pack_pairs_any(const PackArgs& a) {
       for (int64_t c = 0; c < columns; c += 2)
         for (int64_t i = 0; i < P; ++i) {
           const int64_t s = (j + c) / 2, lane = i % bf16x2v::size;
-          bf16x2* const slot = to + (squares ? slot_of_panel<true>(s, i - lane, slots) + lane : s * P + i);
+          bf16x2* const slot = to + (squares ? slot_of_panel<true>(s, i - lane) + lane : s * P + i);
           store_one(&slot->first, stage[i * kStage + c]);
           store_one(&slot->second, stage[i * kStage + c + 1]);
         }
