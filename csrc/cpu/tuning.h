@@ -132,6 +132,10 @@ constexpr int64_t kBlockRows = 96, kGroupColumns = 128;
 // The same of AMX, whose products take a tenth of the time that loads and stores of their sums go with. Sapphire Rapids,
 // one core, 2048 x 1024 x 4096: 2 to 5% more than by 96 rows and 128 columns, 4% more than in chains of 256.
 constexpr int64_t kAmxChain = 512, kAmxBlockRows = 64, kAmxGroupColumns = 512;
+// A W in place, whose C is transposed, takes less than a packed one if K is so many times as long as C has rows.
+constexpr int64_t kRowsOfTransposed = 4;
+// Where K is short, so many columns of a register tile's rows are finished while they are in L1.
+constexpr int64_t kAmxShortColumns = 256;
 // Where C is computed transposed, so many tiles are turned into pieces of C's rows at a time: on AVX2 96 numbers, whole
 // lines of memory, of each of 16 rows, whose strip of 7 KiB leaves room for the tiles in L1.
 constexpr int64_t kStripTiles = 16;
@@ -179,6 +183,8 @@ constexpr double kDotVector = 1.2, kDotSum = 2.5;
 // The same of pairs of bf16, whose dot products take a load and an instruction for 32 numbers: a core of Zen 4 takes 24
 // x 512 -> 512 in 73 us, packed in 81; and 4 x 512 -> 512's gradient of x with widened rows in place in 71, packed 59.
 constexpr int64_t kFewRowsOfPairs = 24;
+// Rows or columns that leave AMX's squares of 16 emptier than dot products take.
+constexpr int64_t kFewForSquares = 4;
 // Rows of fewer bytes are read in order before their dot products, if they come from memory: 200,000 x 100 -> 4
 // took 2.8 instead of 6.3 ms (Zen 5). Prefetchers follow rows of a page and more side by side.
 constexpr int64_t kShortRow = 4096;

@@ -215,8 +215,8 @@ Gemm part_of_c(DType dtype, const Gemm& g, bool rows, int64_t begin, int64_t end
 }
 
 // Up to so many rows are dot products: kFewRows, and of long ones what would fill most of a panel of the engine's B.
-int64_t few_rows(DType dtype, const Gemm& g, bool pairs) {
-  if (pairs) return tuning::kFewRowsOfPairs;
+int64_t few_rows(DType dtype, const Gemm& g, const PairKernels* pairs) {
+  if (pairs) return pairs->step ? tuning::kFewForSquares : tuning::kFewRowsOfPairs;
   if (g.k < tuning::kDotK || !rows_along_k(dtype, g)) return tuning::kFewRows;
   return std::max(tuning::kFewRows, kernels().nr[(int)dtype] * 2 / 3);
 }
@@ -232,10 +232,12 @@ int64_t whole_panels(DType dtype, const Gemm& g) {
 
 // Whether dot products of rows along K with a few others take less than a panel that those fill in part: vectors of
 // multiply-adds, and what a sum costs. Of half types without pairs, dot products widen both sides again and again.
-bool dots_win(DType dtype, const Gemm& g, bool pairs) {
+bool dots_win(DType dtype, const Gemm& g, const PairKernels* pairs) {
+  if (pairs && pairs->step) return g.n <= tuning::kFewForSquares;
   if (g.n <= tuning::kFewColumnsOfDots || g.m < tuning::kSkinny) return true;
   if (size_of(dtype) != acc_size(dtype) && !pairs) return g.k > tuning::kDotK;
-  const int64_t panel = kernels().nr[(int)dtype], lanes = kernels().lanes[(int)dtype], numbers = (1 + pairs) * lanes;
+  const int64_t panel = kernels().nr[(int)dtype], lanes = kernels().lanes[(int)dtype],
+                numbers = pairs ? 2 * lanes : lanes;
   const double packed = (double)(round_up(g.n, panel) / lanes * g.k) / (pairs ? 2 : 1);
   return (double)g.n * (tuning::kDotVector * (double)ceil_div(g.k, numbers) + tuning::kDotSum) < packed;
 }
@@ -256,7 +258,7 @@ GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool a_walks = !g.a_transposed || g.a.inner == 1, b_is_plain = g.b.inner == 1;
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
   const bool short_dots = along_k && g.n <= tuning::kShortDots && g.k * acc_size(dtype) > tuning::kShortDotBytes;
-  const bool pairs = pair_kernels(dtype, g);
+  const PairKernels* const pairs = pair_kernels(dtype, g);
   // The most columns that lanes have are whole panels and packed for less; pairs are from most of a panel on.
   const bool half = size_of(dtype) != acc_size(dtype);
   const bool fill_panels = along_k && g.m >= tuning::kSkinny &&

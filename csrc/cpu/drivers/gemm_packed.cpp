@@ -160,8 +160,10 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const bool short_k = k <= tuning::kShortK && x.in_place();
   const bool w_is_longer = !short_k && (g.n >= g.m || (narrow && 2 * g.n >= g.m));
   const bool by_steps = slots.step() != 0;
-  const bool a_is_longer = by_steps ? !w_is_longer : (w_is_longer ? w : x).in_place();
-  const bool transposed = !by_steps && w_is_longer == a_is_longer;
+  // A W that is longer by far than it takes to transpose C.
+  const bool w_in_place = w_is_longer && w.in_place() && g.m * tuning::kRowsOfTransposed <= g.k;
+  const bool a_is_longer = by_steps ? !w_is_longer || w_in_place : (w_is_longer ? w : x).in_place();
+  const bool transposed = by_steps ? w_in_place : w_is_longer == a_is_longer;
   Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g), k};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
   p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));

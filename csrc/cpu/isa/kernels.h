@@ -9,8 +9,9 @@ namespace rf {
 // slots of two.
 struct PairKernels {
   int64_t mr, nr;  // register tile
-  // Slots of K that the micro-kernel takes at a time, of which K is made up by zeros. Of A that is not read in place, so
-  // many of each row of a register tile lie side by side, then the next. 0: any K; of A rows along K, others as panels.
+  // Slots of K that the micro-kernel takes at a time, of which K is made up by zeros. Of A that is not read in place,
+  // so many of each row of a register tile lie side by side, then the next. 0: any K; of A rows along K, others as
+  // panels.
   int64_t step;
   int64_t chain, rows, columns;  // as tuning's kGemmChain, kBlockRows and kGroupColumns
   void (*pack_a[2])(const PackArgs&);

@@ -333,3 +333,4 @@ inline void store(flushed_bf16* p, f32v x) { _mm256_storeu_si256((__m256i*)p, (_
 inline void store_n(flushed_bf16* p, f32v x, int64_t n) {
   _mm256_mask_storeu_epi16(p, lanes16(n), (__m256i)_mm512_cvtneps_pbh(x.v));
 }
+inline void store_all(flushed_bf16* p, const f32v (&x)[2]) { _mm512_storeu_si512(p, narrow_pairs(x[0], x[1]).v); }

@@ -8,6 +8,13 @@
 #include "cpu/kernels/math.inl.h"
 #include "cpu/kernels/prelude.h"
 
+// Vectors that follow one another; a type may have an instruction for them.
+template <class T, class V, int N>
+inline void store_all(T* to, const V (&x)[N]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) store(to + j * V::size, x[j]);
+}
+
 // ---- epilogue ------------------------------------------------------------------------------------------------------
 
 template <class T, Activation act>
@@ -22,9 +29,12 @@ inline void finish_tile(const acc_t<T>* tile, int64_t tile_stride, int64_t rows,
 #pragma GCC unroll 4
     for (int j = 0; j < kTile.vectors; ++j) b[j] = bias ? load(bias + j * V::size) : set1(A(0));
     T* c = (T*)e.c + row * e.c_stride + col;
-    for (int64_t i = 0; i < rows; ++i, tile += tile_stride, c += e.c_stride)
+    for (int64_t i = 0; i < rows; ++i, tile += tile_stride, c += e.c_stride) {
+      V x[kTile.vectors];
 #pragma GCC unroll 4
-      for (int j = 0; j < kTile.vectors; ++j) store(c + j * V::size, activate<act>(load(tile + j * V::size) + b[j]));
+      for (int j = 0; j < kTile.vectors; ++j) x[j] = activate<act>(load(tile + j * V::size) + b[j]);
+      store_all(c, x);
+    }
     return;
   }
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride) {

@@ -100,17 +100,16 @@ inline void multiply_squares(int64_t k, const bf16x2* a, int64_t a_row, int64_t 
   if constexpr (lower && wide) _tile_stored(3, down + kSquare, kRow);
 }
 
-// Rows [begin, end) of a block's A, whole tiles or less than one, times all of its B, of K from k on the next `depth`
-// slots.
-inline void multiply_rows(const GemmBlockArgs& g, int64_t begin, int64_t end, int64_t k, int64_t depth, Ahead& ahead) {
+// Rows [begin, end) of a block's A, whole tiles or less than one, times columns [left, right) of B, of K from k on the
+// next `depth` slots.
+inline void multiply_rows(const GemmBlockArgs& g, int64_t begin, int64_t end, int64_t left, int64_t right, int64_t k,
+                          int64_t depth, Ahead& ahead) {
   constexpr int64_t R = kAmxTileRows, N = kPairColumns;
-  if (begin >= end) return;
-  const int64_t down = ceil_div(g.a_count, R), rows = std::min(R, end - begin), a_step = kSquare * g.a_k;
-  const bool add = g.continues || k > 0, lower = rows > kSquare;
-  shape_squares(rows);
+  const int64_t down = ceil_div(g.a_count, R), a_step = kSquare * g.a_k;
+  const bool add = g.continues || k > 0, lower = end - begin > kSquare;
   for (int64_t i = begin / R; i < ceil_div(end, R); ++i) {
     const bf16x2* const a = (const bf16x2*)g.a + i * g.a_panel + k * g.a_k;
-    for (int64_t j = 0; j < g.b_count; j += N) {
+    for (int64_t j = left; j < right; j += N) {
       const bf16x2* const panel = (const bf16x2*)g.b + j * g.k + k * N;
       const bool wide = g.b_count - j > kSquare;
       float* const tile = (float*)g.tiles + (j / N * down + i) * R * N;
@@ -124,16 +123,44 @@ inline void multiply_rows(const GemmBlockArgs& g, int64_t begin, int64_t end, in
   }
 }
 
+// As gemm_block_short: some columns of a tile's rows at a time.
+template <class T>
+inline void gemm_block_amx_short(const GemmBlockArgs& g, Ahead& ahead) {
+  constexpr int64_t R = kAmxTileRows, N = kPairColumns;
+  const int64_t down = ceil_div(g.a_count, R);
+  for (int64_t i = 0; i < g.a_count; i += R) {
+    const int64_t rows = std::min(R, g.a_count - i);
+    if (i == 0 || rows < R) shape_squares(rows);
+    for (int64_t left = 0; left < g.b_count; left += tuning::kAmxShortColumns) {
+      const int64_t right = std::min(g.b_count, left + tuning::kAmxShortColumns);
+      multiply_rows(g, i, i + rows, left, right, 0, g.k, ahead);
+      for (int64_t j = left; j < right; j += N)
+        epilogue<T>((const float*)g.tiles + (j / N * down + i / R) * R * N, N, rows, std::min(N, g.b_count - j),
+                    g.a_index + i, g.b_index + j, g.first, g.last, g.epilogue);
+    }
+  }
+}
+
 // As gemm_block, of a K in whole squares. Rows beyond whole tiles come last, since they change the squares' shapes.
 template <class T>
 inline void gemm_block_amx(const GemmBlockArgs& g) {
   constexpr int64_t R = kAmxTileRows;
   const int64_t whole = g.a_count / R * R;
   Ahead ahead(g.next, std::max<int64_t>(1, whole / R * (g.b_count / kPairColumns) * (g.k / kSquare)));
+  if (g.k <= tuning::kShortK && !g.transposed && !g.continues && !g.continued) {
+    gemm_block_amx_short<T>(g, ahead);
+    return _tile_release();
+  }
   for (int64_t k = 0; k == 0 || k < g.k; k += g.chain) {
     const int64_t depth = std::min(g.chain, g.k - k);
-    multiply_rows(g, 0, whole, k, depth, ahead);
-    multiply_rows(g, whole, g.a_count, k, depth, ahead);
+    if (whole > 0) {
+      shape_squares(R);
+      multiply_rows(g, 0, whole, 0, g.b_count, k, depth, ahead);
+    }
+    if (whole < g.a_count) {
+      shape_squares(g.a_count - whole);
+      multiply_rows(g, whole, g.a_count, 0, g.b_count, k, depth, ahead);
+    }
   }
   _tile_release();
   if (!g.continued) finish_block<T, R>(g);
