@@ -33,8 +33,8 @@ pybind11::dict linear_products() {
   pybind11::dict who;
   for (int i = 0; i < rf::kDTypes; ++i) {
     const auto t = (rf::DType)i;
-    const bool large = rf::gemm_by_aten(t, 4096, 4096, 4096), skinny = rf::gemm_by_aten(t, 4096, 8, 4096);
-    who[rf::kDTypeNames[i]] = skinny ? "aten" : large ? "aten for large products, regfast for the others" : "regfast";
+    const bool large = rf::gemm_by_aten(t, 4096, 4096, 4096), all = rf::gemm_by_aten(t, 4, 4, 4);
+    who[rf::kDTypeNames[i]] = all ? "aten" : large ? "aten for large products, regfast for the others" : "regfast";
   }
   return who;
 }
@@ -128,6 +128,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("use_cuda_kernels", rf::use_cuda_kernels, pybind11::arg("device"), pybind11::arg("ops"),
         pybind11::arg("choices"), "From now on these ops' kernels are in use on a CUDA device, and no others.");
   m.def("cuda_kernels_in_use", rf::cuda_kernels_in_use, pybind11::arg("op"), pybind11::arg("device"));
+  m.def(
+      "multiplies_pairs", [] { return rf::kernels().pairs != nullptr; },
+      "Whether products of bfloat16 are those of pairs, whose factors are all rounded to it.");
   m.def("isa", [] { return std::string(rf::kernels().isa); }, "The instruction set whose kernels are in use.");
   m.def("isas", isas, "The instruction sets whose kernels were built and run on this CPU, best first.");
   m.def("memory_stats", memory_stats);

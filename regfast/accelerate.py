@@ -47,7 +47,12 @@ LINEAR_CROSS_ENTROPY = {_F32: 1 << 12, _F64: 1 << 12, _BF16: 1 << 12, _F16: 1 <<
 # without instructions for them: 1.4 to 4x at 4096 to 2^16, 3 to 50x above; with them oneDNN's way there takes 2 to 7
 # times ours until the product is large, as in the table of csrc/cpu/tuning.h. float32 on AMD (Zen 3): 1.2x of 2^33,
 # while models of small layers lost 12%. float64: 0.3 to 1.1x of MKL's.
-_PRODUCTS = {_F32: (1 << 30, 0), _BF16: (1 << 12, 1 << 19), _F16: (1 << 12, 1 << 19)}
+# bfloat16 where AMX multiplies it, ours too: as csrc/cpu/tuning.h has it (kSquaresProducts).
+_PRODUCTS = {
+    _F32: (1 << 30, 0),
+    _BF16: (1 << 12, 1 << 26 if _C.isa() == "avx512_amx" else 1 << 19),
+    _F16: (1 << 12, 1 << 19),
+}
 _OURS_ALONE = {getattr(torch, name) for name, by in _C.build_info()["linear"].items() if by == "regfast"}
 # Half types that this CPU has instructions for, by which torch's library multiplies several times as fast as float32.
 FAST_HALF = {dtype for dtype in (_BF16, _F16) if dtype not in _OURS_ALONE}

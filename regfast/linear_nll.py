@@ -59,7 +59,7 @@ def linear_nll(
     Args:
         input: ``(*, in_features)``, any strides; float32, float64, bfloat16 or float16. Half types are multiplied and
             accumulated in float32, predictions are not rounded to them; residuals of bfloat16 are, for the products
-            that give gradients, where the CPU multiplies pairs of them (AVX512-BF16).
+            that give gradients, where the CPU multiplies pairs of them (AVX512-BF16, AMX).
         weight: ``(out_features, in_features)``, input's dtype.
         target: ``(*, out_features)``, real numbers of any dtype: in [0, 1] for bernoulli, at least 0 for poisson. For
             categorical, classes or probabilities as :func:`regfast.linear_cross_entropy` takes them. Stirling's term

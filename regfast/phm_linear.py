@@ -27,7 +27,7 @@ def phm_linear(
     Args:
         input: ``(*, in_features)``, any strides. float32, float64, bfloat16 and float16 have kernels; half types are
             accumulated in float32. On the CPU few rows (up to out_features / n) are mixed in it; beside more of them an
-            n-th of w at a time is; both are rounded where bfloat16 is multiplied in pairs (AVX512-BF16). The CUDA
+            n-th of w at a time is; both are rounded where bfloat16 is multiplied in pairs (AVX512-BF16, AMX). The CUDA
             kernels, where they are enabled, round the mixed rows for the tensor cores.
         a: ``(n, n, n)``, input's dtype: the multiplication table.
         s: ``(n, out_features / n, in_features / n)``, input's dtype. Each call copies it unless its memory is that of

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DTYPES = tuple(getattr(torch, name) for name in _C.DTYPES)
 HALF = (torch.bfloat16, torch.float16)
 # Whether products of bfloat16 are those of pairs, whose factors are all rounded to it.
-MULTIPLIES_PAIRS = _C.isa() == "avx512_bf16"
+MULTIPLIES_PAIRS = _C.multiplies_pairs()
 LAYOUTS = ("contiguous", "transposed", "strided", "padded", "expanded", "misaligned")
 # These releases raise RuntimeError for a dim of another type.
 BEFORE_2_13 = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)

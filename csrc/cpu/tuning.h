@@ -185,6 +185,11 @@ constexpr double kDotVector = 1.2, kDotSum = 2.5;
 constexpr int64_t kFewRowsOfPairs = 24;
 // Rows or columns that leave AMX's squares of 16 emptier than dot products take.
 constexpr int64_t kFewForSquares = 4;
+// Products of bf16 up to so many multiplications are ours on AMX, beyond them the library's, unless both factors are
+// transposed by whoever multiplies (dW); those with a short K are ours from so many results on. Sapphire Rapids, one core, PyTorch's time / ours:
+// 12 x 512 -> 512 3.3, 128^3 3.5, 300 x 300 -> 128 1.3, 256 x 784 -> 512 1.3, 1024^3 0.84 to 0.97, 2048 x 1024 -> 4096
+// 0.77, dW of these 1.34 and 1.46; 4096 x 33 -> 256 0.55, 10000 x 20 -> 40 0.6, dW of 32 x 4096 -> 4096 3.7.
+constexpr int64_t kSquaresProducts = 64 << 20, kSquaresResults = 4 << 20;
 // Rows of fewer bytes are read in order before their dot products, if they come from memory: 200,000 x 100 -> 4
 // took 2.8 instead of 6.3 ms (Zen 5). Prefetchers follow rows of a page and more side by side.
 constexpr int64_t kShortRow = 4096;
@@ -195,7 +200,7 @@ constexpr int64_t kDirectK = 32, kDirectColumns = 512;
 // Products that are left to ATen's GEMM, from this many multiplications on (below, the call costs more than it saves)
 // and where neither side is skinny. On Sapphire Rapids, 2 cores, ours as a multiple of PyTorch's speed:
 //   float32, Intel with AVX-512 (MKL)     2048 x 1024 x 4096 forward 0.83, 1024^3 0.91
-//   bf16, AMX, or AVX512-BF16 without our kernels for pairs (oneDNN)      1024^3 forward 0.25
+//   bf16, AMX or AVX512-BF16 without our kernels for them (oneDNN)         1024^3 forward 0.25
 //   fp16, AVX512-FP16 (oneDNN)            1024^3 forward 0.94, forward + backward 0.90
 // Elsewhere ours was measured faster (bf16 without instructions: 4 to 60 times) or there is no measurement.
 constexpr int64_t kLibraryProducts = 1 << 20;

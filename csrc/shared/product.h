@@ -17,6 +17,7 @@ struct ProductSize {
   int64_t m, n, k;
   bool wide = false;  // a factor or the result has the accumulator's type beside a half type's
   Sum sum = Sum::none;
+  bool a_across = false;  // the first factor's memory has rows across K
 };
 
 // Whether ATen multiplies, which is on record then; the caller follows the answer.
@@ -90,7 +91,7 @@ void multiply(const Device& device, const Factor& a, const Factor& b, const Tens
                                              bias.size(0) == g.n && bias.is_contiguous())));
   const auto type = product_type(a.t, b.t);
   const bool wide = g.wide_a || g.wide_b || g.wide_c;
-  if (!by_aten(device, {type, g.m, g.n, g.k, wide, sum})) {
+  if (!by_aten(device, {type, g.m, g.n, g.k, wide, sum, g.a_transposed})) {
     g.accumulate = sum == Sum::next;
     g.bias = data_or_null(bias);
     return device.gemm(dtype_of(type), g);

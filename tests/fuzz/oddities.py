@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 
-from regfast import isa
+from regfast import _C
 
 from .compare import EPSILONS
 
@@ -132,7 +132,7 @@ def _all_of_logsumexp(case: Case, problem: str) -> bool:
 def _subnormal_pairs(case: Case, problem: str) -> bool:
     products = case["op"] in ("linear", "phm_linear", "linear_cross_entropy", "linear_nll")
     small = any(spec["values"] == "denormal" for spec in case["tensors"].values())
-    pairs = case["dtype"] == "bfloat16" and isa() == "avx512_bf16"
+    pairs = case["dtype"] == "bfloat16" and _C.multiplies_pairs()
     return products and pairs and small and "raised" not in problem
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regfast import isa, reference
+from regfast import _C, reference
 
 from .compare import EPSILONS, accumulator
 
@@ -41,7 +41,7 @@ def beyond(size: Tensor, acc: torch.dtype) -> Tensor:
 
 def rounded_factors(size: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums of products one of whose factors is rounded to bfloat16 where pairs of them are multiplied."""
-    if dtype != torch.bfloat16 or isa() != "avx512_bf16":
+    if dtype != torch.bfloat16 or not _C.multiplies_pairs():
         return size
     return size * (1 + torch.finfo(dtype).eps / 2 / (EPSILONS * torch.finfo(torch.float32).eps))
 

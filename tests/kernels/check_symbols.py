@@ -14,9 +14,11 @@ WIDE_REGISTER = re.compile(r"%[yz]mm\d")
 # Every AVX, FMA, F16C and AVX-512 instruction is spelled with a v; of the baseline's only these are.
 VEX = re.compile(r"\tv(?!err|erw|mcall|mlaunch|mresume|mxon|mxoff)[a-z0-9]+\s")
 OWN_NAMESPACE = {"isa_avx2.o": "rf::avx2::", "isa_avx512.o": "rf::avx512::"}
-# AVX-512's file may use AVX512-BF16 in the kernels that are in the table for CPUs that have it, and nowhere else.
-BF16 = re.compile(r"\tv(dpbf16ps|cvtne2?ps2bf16)\w*\s")
-BF16_KERNELS = re.compile(r"pairs|bf16x2v|flushed_bf16")
+# AVX-512's file may use these in the kernels that are in the tables for CPUs that have them, and nowhere else.
+BEYOND_AVX512 = {
+    "AVX512-BF16": (re.compile(r"\tv(dpbf16ps|cvtne2?ps2bf16)\w*\s"), re.compile(r"pairs|bf16x2v|flushed_bf16|amx")),
+    "AMX": (re.compile(r"\t(ldtilecfg|tile|tdp)\w*\s?"), re.compile(r"amx|squares|multiply_rows")),
+}
 
 
 def output(*command: str) -> str:
@@ -53,8 +55,9 @@ def problems(path: str) -> list[str]:
     shared = shared_symbols(path)
     wrong = []
     for name, instructions in functions(path).items():
-        if not BF16_KERNELS.search(name) and (instruction := next(filter(BF16.search, instructions), None)):
-            wrong.append(f"{path}: {name}: {instruction.strip()}")
+        for found, kernels in BEYOND_AVX512.values():
+            if not kernels.search(name) and (instruction := next(filter(found.search, instructions), None)):
+                wrong.append(f"{path}: {name}: {instruction.strip()}")
         if own and (name not in shared or re.match(rf"(void |double |\w+ )?{own}|.*\b{own}", name)):
             continue
         if instruction := beyond_baseline(instructions):
@@ -68,10 +71,11 @@ def main(paths: list[str]) -> int:
     for path in paths:
         if os.path.basename(path) in OWN_NAMESPACE and not any(map(beyond_baseline, functions(path).values())):
             wrong.append(f"{path}: no wide instruction found where there should be many")
-        if os.path.basename(path) == "isa_avx512.o" and not any(
-            BF16.search(i) for instructions in functions(path).values() for i in instructions
-        ):
-            wrong.append(f"{path}: no AVX512-BF16 found where there should be some")
+        for extension, (found, _) in BEYOND_AVX512.items():
+            if os.path.basename(path) == "isa_avx512.o" and not any(
+                found.search(i) for instructions in functions(path).values() for i in instructions
+            ):
+                wrong.append(f"{path}: no {extension} found where there should be some")
     print("\n".join(wrong) if wrong else f"{len(paths)} objects keep to the baseline where every CPU runs them")
     return 1 if wrong else 0
 

@@ -87,8 +87,8 @@ enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct, lanes, lane
 GemmPath gemm_path(DType dtype, const Gemm& g);
 void gemm(DType dtype, Gemm g);
 // Why a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements, or null
-// where it is ours; REGFAST_GEMM=own or aten forces either side.
-const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k);
+// where it is ours; `a_across`: A's memory has rows across K. REGFAST_GEMM=own or aten forces either side.
+const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k, bool a_across = false);
 
 // ---- sparse.cpp ----------------------------------------------------------------------------------------------------
 

@@ -111,6 +111,7 @@ struct Plan {
   int64_t k;  // slots, as all of K below
   int64_t threads = 1;
   int64_t kc = 1, chain = 1;         // K block, and the additions in a row within it
+  int64_t most_kc = 1;               // what a K block may have at most
   int64_t k_count = 1;               // of K, at a time, of the side that is laid out for all; whole K blocks
   int64_t b_count = 0;               // rows of B at a time, where it is packed for all
   int64_t a_parts = 1, b_parts = 1;  // tasks
@@ -174,7 +175,8 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   };
   const bool deep = !a_is_longer && !p.b.across;
   const int64_t laid_out = deep ? tuning::kDeepBlockK : std::max(tuning::kBlockK, slots.chain());
-  p.kc = parts(k, a_is_longer && !by_steps ? tuning::kBlockKInPlace : laid_out);
+  p.most_kc = a_is_longer && !by_steps ? tuning::kBlockKInPlace : laid_out;
+  p.kc = parts(k, p.most_kc);
   p.chain = parts(p.kc, slots.chain());
   p.b_count = a_is_longer ? std::min(round_up(p.b.count, nr), round_up(tuning::kPackedColumns, nr)) : p.b.count;
   const int64_t for_all = (a_is_longer ? p.b_count : p.a.count) * acc,
@@ -402,7 +404,11 @@ int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
   const Slots& s = p.a.slots;
   const int64_t tiles = p.threads * round_up(s.tallest_piece(), mr) * round_up(s.group_columns(), nr);
   const int64_t for_all = p.a_is_longer ? p.b_count : p.a.in_place() ? 0 : round_up(p.a.count, mr);
-  const int64_t panels = p.threads * p.kc * (!p.a_is_longer ? p.b_task(nr) : p.a.in_place() ? 0 : p.a_task(mr));
+  // A task has no more of A's tiles (a_parts), nor a K block more slots: bounds that grow with the product's sides, as
+  // those who look for the largest that fits some memory want it.
+  const int64_t most_rows = std::min(round_up(p.a.count, mr), 2 * tuning::kTaskTiles * mr);
+  const int64_t task = !p.a_is_longer ? p.b_task(nr) : p.a.in_place() ? 0 : most_rows;
+  const int64_t panels = p.threads * std::min(round_up(p.k, p.kc), p.most_kc) * task;
   const int64_t waiting = p.waiting == Waiting::task  ? p.threads * p.a_task(mr) * p.b_task(nr)
                           : p.waiting == Waiting::all ? p.a.count * std::min(p.b_count, p.b.count)
                                                       : 0;

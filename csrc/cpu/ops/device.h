@@ -34,7 +34,7 @@ struct Cpu {
   Tensor empty_like(const Tensor& t) const { return empty_result_like(t); }
 
   const char* why_aten(const ProductSize& p) const {
-    return p.wide ? nullptr : gemm_by_aten(dtype_of(p.type), p.m, p.n, p.k);
+    return p.wide ? nullptr : gemm_by_aten(dtype_of(p.type), p.m, p.n, p.k, p.a_across);
   }
   bool fused_by_aten(DType, Activation) const { return false; }
   void gemm(DType dtype, const GemmProblem& p) const { rf::gemm(dtype, as_gemm(p)); }

@@ -12,6 +12,8 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 
 typedef uint8_t __mmask8;
@@ -204,3 +206,66 @@ inline __m512 _mm512_dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
       sum.lane[i] = std::fma(from_bf16(x.lane[2 * i + j]), from_bf16(y.lane[2 * i + j]), sum.lane[i]);
   return sum.as<__m512>();
 }
+
+// AMX: registers of up to 16 rows of 64 bytes, shaped by LDTILECFG. A shape that a product's operands do not share, a
+// register that has none, and a start row end the test, as they would fault.
+namespace amx {
+
+struct Register {
+  int rows, bytes;
+  unsigned char at[16][64];
+};
+inline thread_local Register registers[8];
+
+inline void require(bool holds, const char* what) {
+  if (holds) return;
+  std::printf("AMX: %s\n", what);
+  std::fflush(stdout);
+  std::abort();
+}
+inline Register& shaped(int i) {
+  require(registers[i].rows > 0, "a register without a shape");
+  return registers[i];
+}
+inline void configure(const void* from) {
+  const unsigned char* const p = (const unsigned char*)from;
+  require(p[0] == 1 && p[1] == 0, "expected palette 1 and no start row");
+  for (int i = 0; i < 8; ++i) {
+    Register& r = registers[i];
+    r = {p[48 + i], p[16 + 2 * i] + 256 * p[17 + 2 * i], {}};
+    require(r.rows <= 16 && r.bytes <= 64 && (r.rows == 0) == (r.bytes == 0), "a shape that there is not");
+  }
+}
+inline void load(int i, const void* from, int64_t stride) {
+  Register& r = shaped(i);
+  for (int row = 0; row < r.rows; ++row) std::memcpy(r.at[row], (const char*)from + row * stride, (size_t)r.bytes);
+}
+inline void store(int i, void* to, int64_t stride) {
+  const Register& r = shaped(i);
+  for (int row = 0; row < r.rows; ++row) std::memcpy((char*)to + row * stride, r.at[row], (size_t)r.bytes);
+}
+inline void zero(int i) { std::memset(shaped(i).at, 0, sizeof registers[i].at); }
+inline void multiply(int c, int a, int b) {
+  Register &sums = shaped(c), &x = shaped(a), &y = shaped(b);
+  require(sums.rows == x.rows && sums.bytes == y.bytes && x.bytes == 4 * y.rows, "shapes that do not fit");
+  for (int m = 0; m < sums.rows; ++m)
+    for (int k = 0; k < y.rows; ++k)
+      for (int n = 0; n < sums.bytes / 4; ++n) {
+        float sum;
+        uint16_t p[2], q[2];
+        std::memcpy(&sum, sums.at[m] + 4 * n, 4);
+        std::memcpy(p, x.at[m] + 4 * k, 4);
+        std::memcpy(q, y.at[k] + 4 * n, 4);
+        using lane_by_lane::from_bf16;
+        for (int j = 0; j < 2; ++j) sum = std::fma(from_bf16(p[j]), from_bf16(q[j]), sum);
+        std::memcpy(sums.at[m] + 4 * n, &sum, 4);
+      }
+}
+
+}  // namespace amx
+#define _tile_loadconfig(from) amx::configure(from)
+#define _tile_release() (void)std::memset(amx::registers, 0, sizeof amx::registers)
+#define _tile_zero(i) amx::zero(i)
+#define _tile_loadd(i, from, stride) amx::load(i, from, stride)
+#define _tile_stored(i, to, stride) amx::store(i, to, stride)
+#define _tile_dpbf16ps(c, a, b) amx::multiply(c, a, b)
