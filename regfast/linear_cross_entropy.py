@@ -94,9 +94,9 @@ def linear_cross_entropy(
     outputs).
 
     Where the CPU multiplies pairs of bfloat16 (AVX512-BF16, AMX), the logits' gradient is rounded to it for its
-    products with input and weight. The CUDA kernels, where they are enabled, round the logits and their gradients to a half
-    type, as ``F.linear`` does, and never wait for the device: so ignored rows take part in their products, and NaN in
-    such a row of ``input`` makes the gradient of ``linear_weight`` NaN, as it does in PyTorch.
+    products with input and weight. The CUDA kernels, where they are enabled, round the logits and their gradients
+    to a half type, as ``F.linear`` does, and never wait for the device: so ignored rows take part in their
+    products, and NaN in such a row of ``input`` makes the gradient of ``linear_weight`` NaN, as it does in PyTorch.
 
     Args:
         input: rows ``(D)`` or ``(N, D)``, any strides; float32, float64, bfloat16 or float16. More dimensions, as of

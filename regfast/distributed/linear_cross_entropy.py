@@ -150,9 +150,9 @@ def vocab_parallel_linear_cross_entropy(
     upstream gradient multiplies them. Otherwise the inputs and each row's statistics, from which backward multiplies
     the logits again; so do calls under saved tensor hooks (a checkpoint's). Rows that are ignored cost nothing, unless
     lse, entropy or argmax is wanted or sequence_parallel is set. Half types are multiplied where they lie, into
-    float32; where the CPU multiplies pairs of bfloat16 (AVX512-BF16, AMX), the logits' gradient is rounded to it for
-    its products. Beside the messages of :func:`vocab_parallel_cross_entropy`, whose header goes ahead once for all chunks,
-    dX is all that is sent; the class weight of the one call that has five sums goes with the maxima.
+    float32; where the CPU multiplies pairs of bfloat16 (AVX512-BF16, AMX), the logits' gradient is rounded to it
+    for its products. Beside the messages of :func:`vocab_parallel_cross_entropy`, whose header goes ahead once for
+    all chunks, dX is all that is sent; the class weight of the one call that has five sums goes with the maxima.
     """
     return losses_of_slices(
         input,
