@@ -129,8 +129,8 @@ constexpr int64_t kShortK = 64;
 // Rows of A and of B's panels that are multiplied at a time: one chain of both and their tiles' sums take 280 KiB of
 // L2.
 constexpr int64_t kBlockRows = 96, kGroupColumns = 128;
-// The same of AMX, whose products take a tenth of the time that loads and stores of their sums go with. Sapphire Rapids,
-// one core, 2048 x 1024 x 4096: 2 to 5% more than by 96 rows and 128 columns, 4% more than in chains of 256.
+// The same of AMX, whose products take a tenth of the time that loads and stores of their sums go with. Sapphire
+// Rapids, one core, 2048 x 1024 x 4096: 2 to 5% more than by 96 rows and 128 columns, 4% more than in chains of 256.
 constexpr int64_t kAmxChain = 512, kAmxBlockRows = 64, kAmxGroupColumns = 512;
 // A W in place, whose C is transposed, takes less than a packed one if K is so many times as long as C has rows.
 constexpr int64_t kRowsOfTransposed = 4;
@@ -186,9 +186,10 @@ constexpr int64_t kFewRowsOfPairs = 24;
 // Rows or columns that leave AMX's squares of 16 emptier than dot products take.
 constexpr int64_t kFewForSquares = 4;
 // Products of bf16 up to so many multiplications are ours on AMX, beyond them the library's, unless both factors are
-// transposed by whoever multiplies (dW); those with a short K are ours from so many results on. Sapphire Rapids, one core, PyTorch's time / ours:
-// 12 x 512 -> 512 3.3, 128^3 3.5, 300 x 300 -> 128 1.3, 256 x 784 -> 512 1.3, 1024^3 0.84 to 0.97, 2048 x 1024 -> 4096
-// 0.77, dW of these 1.34 and 1.46; 4096 x 33 -> 256 0.55, 10000 x 20 -> 40 0.6, dW of 32 x 4096 -> 4096 3.7.
+// transposed by whoever multiplies (dW); those with a short K are ours from so many results on. Sapphire Rapids, one
+// core, PyTorch's time / ours: 12 x 512 -> 512 3.3, 128^3 3.5, 300 x 300 -> 128 1.3, 256 x 784 -> 512 1.3, 1024^3 0.84
+// to 0.97, 2048 x 1024 -> 4096 0.77, dW of these 1.34 and 1.46; 4096 x 33 -> 256 0.55, 10000 x 20 -> 40 0.6, dW of 32 x
+// 4096 -> 4096 3.7.
 constexpr int64_t kSquaresProducts = 64 << 20, kSquaresResults = 4 << 20;
 // Rows of fewer bytes are read in order before their dot products, if they come from memory: 200,000 x 100 -> 4
 // took 2.8 instead of 6.3 ms (Zen 5). Prefetchers follow rows of a page and more side by side.
