@@ -48,12 +48,12 @@ struct Side {
     }
   }
   bool along_k() const { return !across && view.col_stride == 1; }
-  // Whether its slots can be broadcast from where they lie; or steps of them loaded, each a line of memory.
+  // Whether its slots can be broadcast from where they lie; or steps of them loaded, each as long as a line of memory.
+  // By layout alone, which decides the order of sums, never by address.
   bool in_place() const {
     const int64_t width = slots.width() * std::max<int64_t>(1, slots.step());
     return along_k() && view.inner == 1 && size_of(type) * slots.width() == acc_size(type) &&
-           slots.numbers % width == 0 && view.outer_stride % width == 0 &&
-           (!slots.step() || (uintptr_t)view.data % 64 == 0);
+           slots.numbers % width == 0 && view.outer_stride % width == 0;
   }
   // Lays out rows [i, i + n) of it as panels of the micro-kernel's A or B, of `k` slots from k0 on.
   void pack_as_a(int64_t i, int64_t n, int64_t k0, int64_t k, void* to) const {
@@ -101,8 +101,9 @@ enum class Waiting {
 // A product, planned. The micro-kernel broadcasts elements of A and loads vectors of B's packed panels. A longer side
 // that can be read in place is A, and the shorter one is packed by all threads together before they share A's rows.
 // Otherwise the longer side is B, of which each thread packs what it needs, and the shorter one is laid out for all.
-// Where a micro-kernel loads A by steps, which are laid out as quickly as panels, A is always X, and C is computed as
-// it lies; a longer one that cannot be read in place is laid out by who multiplies it.
+// Where a micro-kernel loads A by steps, which are laid out as quickly as panels, A is X and C is computed as it lies,
+// unless a W in place saves more than that; an X that is longer and cannot be read in place is laid out by whoever
+// multiplies it.
 struct Plan {
   Side a, b;
   bool transposed;  // A's rows are C's columns
@@ -161,7 +162,7 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const bool short_k = k <= tuning::kShortK && x.in_place();
   const bool w_is_longer = !short_k && (g.n >= g.m || (narrow && 2 * g.n >= g.m));
   const bool by_steps = slots.step() != 0;
-  // A W that is longer by far than it takes to transpose C.
+  // To pack W takes longer than to transpose C.
   const bool w_in_place = w_is_longer && w.in_place() && g.m * tuning::kRowsOfTransposed <= g.k;
   const bool a_is_longer = by_steps ? !w_is_longer || w_in_place : (w_is_longer ? w : x).in_place();
   const bool transposed = by_steps ? w_in_place : w_is_longer == a_is_longer;

@@ -94,8 +94,10 @@ struct Region {
 
 // A block of C, or of C transposed: rows of A times panels of B.
 struct GemmBlockArgs {
-  const void* a;                // acc
-  int64_t a_row, a_k, a_panel;  // element (i, k) of A's tile t is a[t * a_panel + i * a_row + k * a_k]
+  const void* a;  // acc
+  // Element (i, k) of A's tile t is a[t * a_panel + i * a_row + k * a_k]; of a K in steps (PairKernels), the first of
+  // those that lie side by side.
+  int64_t a_row, a_k, a_panel;
   const void* b;                // acc, ceil(b_count / NR) packed panels of [k][NR]
   int64_t a_count, b_count, k;  // of this block; k of this K block
   bool b_is_far;    // beyond L2: each panel's next chain is asked for early, which brings 12% there and costs 2% within

@@ -1,5 +1,5 @@
 // The GEMM engine's blocks of bf16 pairs by AMX (Sapphire Rapids and later): one instruction multiplies a square of 16
-// rows by 16 slots with one of 16 slots by 16 columns, as many products as 32 of AVX512-BF16's, with the same numbers
+// rows by 16 slots with one of 16 slots by 16 columns, as many products as 256 of AVX512-BF16's, with the same numbers
 // taken for zero. B's squares follow one another (gemm_pairs.inl.h packs them), and so do A's where it is not read in
 // place: rows along K, of which a square has whole lines. What K lacks of whole squares is zeros, which is why A in
 // place has none to lack.
@@ -29,9 +29,13 @@ struct alignas(64) SquareShapes {
 inline void shape_squares(int64_t rows) {
   const int64_t upper = std::min(kSquare, rows), lower = rows - upper;
   SquareShapes shapes;
-  for (const int square : {0, 1, 4}) shapes.set(square, upper);
-  for (const int square : {2, 3, 5}) shapes.set(square, lower);
-  for (const int square : {6, 7}) shapes.set(square, kSquare);
+  for (int j = 0; j < 2; ++j) {
+    shapes.set(j, upper);
+    shapes.set(2 + j, lower);
+    shapes.set(6 + j, kSquare);
+  }
+  shapes.set(4, upper);
+  shapes.set(5, lower);
   asm volatile("" ::: "memory");  // gcc's intrinsic does not tell that all of it is read
   _tile_loadconfig(&shapes);
 }
