@@ -47,6 +47,18 @@ def test_a_factor_of_the_accumulators_type(layout, dtype):
             assert ((total - (start + true)).abs() <= bound).all()
 
 
+def test_bits_are_the_same_at_any_address(dtype):
+    # K in whole steps of the micro-kernels and not, one block of it and several, either side the longer one.
+    for m, k, n in ((5, 64, 40), (40, 64, 5), (33, 1120, 70), (70, 1100, 33), (200, 2240, 64)):
+        for a_type in (dtype, acc(dtype)):
+            a, b = spiky(m, k, dtype=a_type), spiky(k, n, dtype=dtype)
+            for left, right in ((a, b), (a.T.contiguous().T, b), (a, b.T.contiguous().T)):
+                moved = [t.T if t.stride(0) == 1 else t for t in (left, right)]
+                moved = [lay_out(t, "misaligned") for t in moved]
+                moved = [t if t.shape == of.shape else t.T for t, of in zip(moved, (left, right), strict=True)]
+                assert torch.equal(product(left, right, None), product(*moved, None))
+
+
 def test_nothing_to_add_up(dtype):
     empty, bias, total = torch.zeros(3, 0, dtype=dtype), spiky(4, dtype=dtype), spiky(3, 4, dtype=acc(dtype))
     before = total.clone()
