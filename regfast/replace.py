@@ -154,11 +154,20 @@ def _pairs(sequential: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
             yield module, after
 
 
-def _head_of(model: nn.Module, head: object) -> nn.Module | None:
-    """The layer whose logits are to be lazy."""
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    """What a model of transformers calls its head."""
+    try:
+        found = cast(Any, model).get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if type(found) in _HEADS and type(found) is not LazyHead else None
+
+
+def _heads_of(model: nn.Module, head: object) -> list[nn.Module]:
+    """The layers whose logits are to be lazy."""
     found: nn.Module | None
     if head is None:
-        return None
+        return []
     if isinstance(head, nn.Module):
         found = head
         if all(module is not head for module in model.modules()):
@@ -166,11 +175,8 @@ def _head_of(model: nn.Module, head: object) -> nn.Module | None:
                 f"regfast.replace: head: expected a module of the model, got another {type(head).__name__}"
             )
     elif head == "auto":
-        try:
-            found = cast(Any, model).get_output_embeddings()
-        except (AttributeError, NotImplementedError):
-            return None
-        return found if type(found) in _HEADS and type(found) is not LazyHead else None
+        heads = map(_output_embeddings, model.modules())
+        return [h for h in heads if h is not None]
     elif isinstance(head, str):
         found = dict(model.named_modules()).get(head)
         if found is None:
@@ -179,7 +185,7 @@ def _head_of(model: nn.Module, head: object) -> nn.Module | None:
         raise TypeError(f"regfast.replace: head: expected auto, a name, a module or None, got {type(head).__name__}")
     if type(found) not in _HEADS:
         raise TypeError(f"regfast.replace: head: expected a torch.nn.Linear, got {type(found).__name__}")
-    return found
+    return [cast(nn.Module, found)]
 
 
 def replace(
@@ -196,8 +202,9 @@ def replace(
             ReLU, GELU, SiLU, Sigmoid or Tanh computes both in one call; transformers' ``Conv1D`` too.
         losses: ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and ``nn.LinearCrossEntropyLoss`` become ours.
         head: the layer whose logits are to be :class:`regfast.LazyLogits`, as :class:`regfast.LazyHead` makes them: its
-            name, the module, None, or ``auto``: the model's ``get_output_embeddings()`` where it has one, lazy
-            wherever that is not slower (in half types for which the CPU has instructions it is, for less memory).
+            name, the module, None, or ``auto``: the ``get_output_embeddings()`` of the model or of those within it,
+            which a training library's module may wrap, lazy wherever that is not slower (in half types for which
+            the CPU has instructions it may be, for less memory).
 
     Returns:
         A :class:`Replacement`: ``print(report)`` shows what was changed, and what was left and why;
@@ -210,11 +217,11 @@ def replace(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"regfast.replace: model: expected a torch.nn.Module, got {type(model).__name__}")
-    report, lazy = Replacement(), _head_of(model, head)
+    report, lazy = Replacement(), _heads_of(model, head)
     theirs = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     for name, module in list(model.named_modules()):
         kind = type(module)
-        if lazy is not None and module is lazy:
+        if any(module is h for h in lazy):
             wanted = AutoLazyHead if head == "auto" else LazyHead
             if kind is not wanted:
                 report._change(name, module, wanted, "logits are multiplied only if someone looks")

@@ -313,6 +313,64 @@ def test_accelerator_of_the_accelerate_library(all_sizes):
     assert logits.dtype is torch.float32  # as the library casts what a model returns
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_module(precision, tmp_path, all_sizes):
+    lightning = pytest.importorskip("lightning")
+    rows = [{"input_ids": row, "labels": row} for row in ids(16)]
+
+    class Module(lightning.LightningModule):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.losses = model, []
+
+        def training_step(self, batch, index):
+            loss = self.model(**batch)["loss"]
+            self.losses.append(loss.item())
+            self.log("train_loss", loss)
+            return loss
+
+        def validation_step(self, batch, index):
+            output = self.model(**batch)
+            self.losses.append(output["loss"].item())
+            self.log("accuracy", (output["logits"].argmax(-1) == batch["labels"]).float().mean())
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), 1e-3)
+
+    def run(prepare):
+        torch.manual_seed(1)
+        module = Module(made("llama")[0])
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            precision=precision,
+            max_steps=4,
+            accumulate_grad_batches=2,
+            gradient_clip_val=1.0,
+            check_val_every_n_epoch=1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        )
+        with prepare(module):
+            loaders = [torch.utils.data.DataLoader(rows, batch_size=2) for _ in range(2)]
+            trainer.fit(module, *loaders)
+        return module.losses
+
+    @contextlib.contextmanager
+    def ours(module):
+        regfast.replace(module)
+        with regfast.accelerate():
+            yield
+
+    stock = run(lambda module: contextlib.nullcontext())
+    with recorded() as calls:
+        losses = run(ours)
+    assert "linear_cross_entropy" in ops(calls) and len(losses) == len(stock) > 16
+    assert losses == pytest.approx(stock, rel=1e-5 if precision == "32-true" else 1e-2)
+
+
 def test_checkpointing_of_activations():
     stock = stock_losses("llama")
     model, batch = made("llama")
