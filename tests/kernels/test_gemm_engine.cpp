@@ -1,6 +1,7 @@
 // The GEMM engine's plan: every combination of operand types, layouts and a C that is added to, with K on either side
 // of each block constant and either side of the product the longer one. Scratch memory has a guard page too
 // (threads.cpp).
+#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <vector>
@@ -100,7 +101,7 @@ template <class T, class A, class C, class B = T>
 void each_size(bool accumulate, Random& random) {
   // Rows times columns: either side the longer one, one of them beyond what is packed for all threads at a time, few
   // and many register tiles.
-  constexpr int64_t kSides[][2] = {
+  std::vector<std::array<int64_t, 2>> sides = {
       {37, 70}, {70, 37}, {9, rf::tuning::kPackedColumns + 40}, {rf::tuning::kPackedColumns + 40, 9}};
   std::vector<int64_t> depths = {1,
                                  rf::tuning::kShortK,
@@ -115,9 +116,14 @@ void each_size(bool accumulate, Random& random) {
   if (std::is_same_v<T, bf16> && rf::kernels().pairs)
     depths.insert(depths.end(), {2 * rf::tuning::kShortK, 2 * rf::tuning::kShortK + 1, 2 * rf::tuning::kBlockK + 1,
                                  2 * rf::tuning::kDeepBlockK + 3});
+  // Several pieces of AMX in both directions; K in whole squares, which A in place has to have, and one more; chains.
+  if (std::is_same_v<T, bf16> && rf::kernels().pairs && rf::kernels().pairs->step) {
+    sides.push_back({2 * rf::tuning::kAmxBlockRows + 5, rf::tuning::kAmxGroupColumns + 40});
+    depths.insert(depths.end(), {96, 97, 2 * rf::tuning::kAmxChain, 2 * rf::tuning::kAmxChain + 32});
+  }
   for (bool a_transposed : {false, true})
     for (bool b_transposed : {false, true})
-      for (const auto& side : kSides)
+      for (const auto& side : sides)
         for (int64_t k : depths) {
           // Millions of random numbers are what takes the time.
           const bool large = std::max(side[0], side[1]) * k > 100 * rf::tuning::kBlockKInPlace;
