@@ -168,7 +168,8 @@ Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
   const bool transposed = by_steps ? w_in_place : w_is_longer == a_is_longer;
   Plan p = {transposed ? w : x, transposed ? x : w, transposed, a_is_longer, c_type(dtype, g), k};
   const double products = (double)g.m * (double)g.n * (double)std::max<int64_t>(g.k, 1);
-  p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / tuning::kProductsPerThread));
+  const double for_one = by_steps ? tuning::kAmxProductsPerThread : tuning::kProductsPerThread;
+  p.threads = std::min<int64_t>(threads, 1 + (int64_t)(products / for_one));
   // K in equal parts, so that the last is not a sliver; and in whole steps, where there are some.
   const int64_t step = std::max<int64_t>(1, slots.step());
   const auto parts = [step](int64_t whole, int64_t part) {
