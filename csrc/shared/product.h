@@ -44,6 +44,9 @@ inline void* data_or_null(const Tensor& t) { return t.defined() ? t.data_ptr() :
 
 inline MatrixView view_of(const Tensor& t) { return {t.const_data_ptr(), 1, t.stride(0), 0, t.stride(1)}; }
 
+// A matrix whose rows are adjacent down its columns is the transpose of one that is stored by rows.
+inline bool is_by_columns(int64_t row_stride, int64_t column_stride) { return column_stride != 1 && row_stride == 1; }
+
 // A factor of a product: a matrix, or its transpose without a tensor of its own.
 struct Factor {
   Factor(const Tensor& t, bool transposed = false) : t(t), transposed(transposed) {}
@@ -54,8 +57,7 @@ struct Factor {
   int64_t size(int d) const { return t.size(transposed ? 1 - d : d); }
   int64_t stride(int d) const { return t.stride(transposed ? 1 - d : d); }
   Tensor tensor() const { return transposed ? t.t() : t; }
-  // A matrix whose rows are adjacent down its columns is the transpose of one that is stored by rows.
-  bool stored_by_columns() const { return stride(1) != 1 && stride(0) == 1; }
+  bool stored_by_columns() const { return is_by_columns(stride(0), stride(1)); }
   MatrixView view() const {
     const bool columns = stored_by_columns();
     return {t.const_data_ptr(), 1, stride(columns), 0, stride(!columns)};

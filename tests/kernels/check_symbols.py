@@ -5,6 +5,7 @@ Two things can go wrong: such code in another object, or an inline function of t
 region, whose copy the linker may then keep for everybody. Usage: check_symbols.py OBJECT...
 """
 
+import functools
 import os
 import re
 import subprocess
@@ -25,6 +26,7 @@ def output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+@functools.cache
 def functions(path: str) -> dict[str, list[str]]:
     """The instructions of each function, by demangled name."""
     found: dict[str, list[str]] = {}

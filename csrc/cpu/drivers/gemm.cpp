@@ -294,9 +294,10 @@ const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k, bool a_ac
   }();
   if (force != Force::neither) return force == Force::aten ? "REGFAST_GEMM=aten" : nullptr;
   const PairKernels* const pairs = dtype == DType::bf16 ? kernels().pairs : nullptr;
-  bool wins = m * n * k >= tuning::kLibraryProducts && n > tuning::kSkinny && m > tuning::kFewRows &&
-              k > tuning::kSkinny && library_gemm_wins(dtype, pairs);
-  if (pairs && pairs->step) wins = library_beats_squares(m, n, k, a_across);
+  const bool skinny = n <= tuning::kSkinny || m <= tuning::kFewRows || k <= tuning::kSkinny;
+  const bool wins = pairs && pairs->step
+                        ? library_beats_squares(m, n, k, a_across)
+                        : !skinny && m * n * k >= tuning::kLibraryProducts && library_gemm_wins(dtype, pairs);
   return wins ? "measured to be faster on CPUs like this one" : nullptr;
 }
 

@@ -253,8 +253,7 @@ Region region_part(const Region& r, int64_t i, int64_t n) {
 Region rows_below(const GemmBlockArgs& block, const Plan& p, int64_t rows, int64_t acc) {
   if (!p.a.slots.step() || rows <= 0) return {};
   const char* const from = (const char*)block.a + ceil_div(block.a_count, p.a.slots.pairs->mr) * block.a_panel * acc;
-  return block.a_k == 1 ? Region{from, rows, block.a_row * acc, block.k * acc}
-                        : Region{from, rows, block.k * acc, block.k * acc};
+  return {from, rows, (block.a_k == 1 ? block.a_row : block.k) * acc, block.k * acc};
 }
 
 // Rows i of A, from where `block` reads them, times the packed rows j of B, in pieces that fit the caches. `block`

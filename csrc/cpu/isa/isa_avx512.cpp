@@ -32,34 +32,34 @@ constexpr Kernels table = make_table("avx512", nullptr);
 
 namespace rf::avx512_bf16 {
 using namespace avx512;
-constexpr PairKernels pairs = {kTile.rows,
-                               kPairColumns,
-                               0,
-                               tuning::kGemmChain,
-                               tuning::kBlockRows,
-                               tuning::kGroupColumns,
-                               {pack_a_pairs<bf16>, pack_a_pairs<float>},
-                               {pack_b_pairs<bf16>, pack_b_pairs<float>},
-                               {lay_out_a_pairs<bf16>, lay_out_a_pairs<float>},
-                               {gemm_block_pairs<flushed_bf16>, gemm_block_pairs<float>},
-                               gemm_dot_pairs};
+constexpr PairKernels pairs = {.mr = kTile.rows,
+                               .nr = kPairColumns,
+                               .step = 0,
+                               .chain = tuning::kGemmChain,
+                               .rows = tuning::kBlockRows,
+                               .columns = tuning::kGroupColumns,
+                               .pack_a = {pack_a_pairs<bf16>, pack_a_pairs<float>},
+                               .pack_b = {pack_b_pairs<bf16>, pack_b_pairs<float>},
+                               .lay_out_a = {lay_out_a_pairs<bf16>, lay_out_a_pairs<float>},
+                               .gemm_block = {gemm_block_pairs<flushed_bf16>, gemm_block_pairs<float>},
+                               .gemm_dot = gemm_dot_pairs};
 extern const Kernels table;
 constexpr Kernels table = make_table("avx512_bf16", &pairs);
 }  // namespace rf::avx512_bf16
 
 namespace rf::avx512_amx {
 using namespace avx512;
-constexpr PairKernels pairs = {kAmxTileRows,
-                               kPairColumns,
-                               kSquare,
-                               tuning::kAmxChain,
-                               tuning::kAmxBlockRows,
-                               tuning::kAmxGroupColumns,
-                               {pack_a_amx<bf16>, pack_a_amx<float>},
-                               {pack_b_pairs<bf16, true>, pack_b_pairs<float, true>},
-                               {lay_out_a_amx<bf16>, lay_out_a_amx<float>},
-                               {gemm_block_amx<flushed_bf16>, gemm_block_amx<float>},
-                               gemm_dot_pairs};
+constexpr PairKernels pairs = {.mr = kAmxTileRows,
+                               .nr = kPairColumns,
+                               .step = kSquare,
+                               .chain = tuning::kAmxChain,
+                               .rows = tuning::kAmxBlockRows,
+                               .columns = tuning::kAmxGroupColumns,
+                               .pack_a = {pack_a_amx<bf16>, pack_a_amx<float>},
+                               .pack_b = {pack_b_pairs<bf16, true>, pack_b_pairs<float, true>},
+                               .lay_out_a = {lay_out_a_amx<bf16>, lay_out_a_amx<float>},
+                               .gemm_block = {gemm_block_amx<flushed_bf16>, gemm_block_amx<float>},
+                               .gemm_dot = gemm_dot_pairs};
 extern const Kernels table;
 constexpr Kernels table = make_table("avx512_amx", &pairs);
 }  // namespace rf::avx512_amx

@@ -38,7 +38,7 @@ bool are_ours(const Tensor& a, const Tensor& b, int64_t batches = 0) {
   const DType dtype = dtype_of(a.scalar_type());
   const int64_t from = least[(int)dtype];
   if (a.numel() == 0 || b.numel() == 0 || from < 0 || m * n * k < from) return false;
-  return !gemm_by_aten(dtype, m, n, k, a.stride(-1) != 1 && a.stride(-2) == 1);
+  return !gemm_by_aten(dtype, m, n, k, is_by_columns(a.stride(-2), a.stride(-1)));
 }
 
 // On record while somebody listens.
