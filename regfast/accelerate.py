@@ -439,8 +439,10 @@ def accelerate(*, products: bool = False) -> Accelerated:
     Args:
         products: give ``aten::mm``, ``addmm``, ``bmm`` and ``baddbmm`` on the CPU, to which ``matmul``, attention,
             ``transformers``' Conv1D, backward passes and optimizers come down, our kernels too, in torch's dispatcher:
-            in float32 and half types, where the table says so. Compiled code (inductor's) calls them as well. Nothing
-            else in the process may be computing when they come and go.
+            in float32 and half types, where the table says so. Compiled code (inductor's) calls them as well. On CPUs
+            without instructions for half types, convolutions of these and the gradients of
+            ``scaled_dot_product_attention`` are computed by them too. Nothing else in the process may be computing
+            when they come and go.
 
     It holds for the process, all threads included, from the call on until :func:`restore`, and may be nested::
 

@@ -59,10 +59,14 @@ def is_product(layer: nn.Module) -> bool:
     A parametrization is computed whenever the weight is read. Hooks on all modules of the process do not count: they
     watch.
     """
+    plain = isinstance(layer, nn.Linear) and type(layer).forward in (nn.Linear.forward, Linear.forward)
+    return plain and is_bare(layer)
+
+
+def is_bare(layer: nn.Module) -> bool:
+    """Whether a call of a layer is its class's forward and nothing else, and its weight knows our functions."""
     return (
-        isinstance(layer, nn.Linear)
-        and type(layer).forward in (nn.Linear.forward, Linear.forward)
-        and "forward" not in vars(layer)
+        "forward" not in vars(layer)
         and not (layer._forward_hooks or layer._forward_pre_hooks)
         and not (layer._backward_hooks or layer._backward_pre_hooks)
         and not _answers_functions(layer.weight)

@@ -14,33 +14,16 @@ from torch import Tensor, nn
 from torch.jit import is_scripting
 
 from .cross_entropy import CrossEntropyLoss
+from .fused_methods import activation_of, fused_class_of, is_conv1d, is_fused
 from .lazy import AutoLazyHead, LazyHead
 from .linear import Linear, is_product, linear
 from .linear_cross_entropy import LinearCrossEntropyLoss
 from .mse_loss import MSELoss
-from .types import Activation
 
-_ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-}
 _HEADS = (nn.Linear, Linear, LazyHead, AutoLazyHead)
 _LOSSES: dict[type[nn.Module], type[nn.Module]] = {nn.CrossEntropyLoss: CrossEntropyLoss, nn.MSELoss: MSELoss}
 if hasattr(nn, "LinearCrossEntropyLoss"):  # since torch 2.13
     _LOSSES[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
-
-
-def _activation(module: nn.Module) -> Activation | None:
-    """The name of the activation that a module is and nothing else: hooks are called before or after it."""
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return None
-    if "forward" in vars(module):
-        return None
-    if type(module) is nn.GELU:
-        return "gelu" if module.approximate == "none" else "gelu_tanh"
-    return _ACTIVATIONS.get(type(module))
 
 
 class FusedSequential(nn.Sequential):
@@ -59,7 +42,7 @@ class FusedSequential(nn.Sequential):
         module = next(modules, None)
         while module is not None:
             after = next(modules, None)
-            activation = _activation(after) if after is not None and is_product(module) else None
+            activation = activation_of(after) if after is not None and is_product(module) else None
             if activation is None:
                 input, module = module(input), after
             else:
@@ -150,7 +133,7 @@ class Replacement:
 def _pairs(sequential: nn.Sequential) -> Iterator[tuple[nn.Module, nn.Module]]:
     modules = list(sequential._modules.values())
     for module, after in itertools.pairwise(modules):
-        if type(module) in (nn.Linear, Linear) and _activation(after):
+        if type(module) in (nn.Linear, Linear) and activation_of(after):
             yield module, after
 
 
@@ -198,8 +181,10 @@ def replace(
 
     Args:
         model: any module, before or after it was trained, compiled models before they are compiled.
-        linear: ``nn.Linear`` becomes :class:`regfast.Linear`; an ``nn.Sequential`` in which one is followed by
-            ReLU, GELU, SiLU, Sigmoid or Tanh computes both in one call; transformers' ``Conv1D`` too.
+        linear: ``nn.Linear`` becomes :class:`regfast.Linear`, and transformers' ``Conv1D`` is computed by the same. An
+            ``nn.Sequential`` in which one is followed by an activation of :func:`regfast.linear` computes both in one
+            call, and so does a module whose own code calls one right after the other (``self.act(self.fc1(x))``, or
+            two statements that assign one name), as the source of its methods shows.
         losses: ``nn.CrossEntropyLoss``, ``nn.MSELoss`` and ``nn.LinearCrossEntropyLoss`` become ours.
         head: the layer whose logits are to be :class:`regfast.LazyLogits`, as :class:`regfast.LazyHead` makes them: its
             name, the module, None, or ``auto``: the ``get_output_embeddings()`` of the model or of those within it,
@@ -240,13 +225,17 @@ def replace(
                 report._change(name, module, FusedSequential, "linear layers with the activations after them")
         elif isinstance(module, nn.Linear) and kind not in _HEADS:
             report._leave(name, module, "a subclass of nn.Linear, whose own forward may do more")
-        elif kind is not FusedSequential and _has_hidden_pair(module):
-            report._leave(name, module, "the activation is its own code's, not an nn.Sequential's: not fused")
+        elif kind is FusedSequential or is_fused(module):
+            continue
+        elif fused := fused_class_of(module):
+            report._change(name, module, fused, "linear layers with the activations after them")
+        elif _has_hidden_pair(module):
+            report._leave(name, module, "its code does more between a linear layer and an activation: not fused")
     return report
 
 
 def _has_hidden_pair(module: nn.Module) -> bool:
     """Whether a linear layer and an activation are parts of it: its forward may call one after the other."""
     children = list(module.children())
-    activation = any(_activation(child) or type(child).__module__ == "transformers.activations" for child in children)
-    return activation and any(isinstance(c, nn.Linear) or type(c).__name__ == "Conv1D" for c in children)
+    activation = any(activation_of(child) or type(child).__module__ == "transformers.activations" for child in children)
+    return activation and any(isinstance(child, nn.Linear) or is_conv1d(child) for child in children)

@@ -58,9 +58,44 @@ def activated(**options):
     return regfast.Linear(8, 5, activation="relu", **options)
 
 
+class Nested(nn.Module):
+    """A model's own code, which replace() rewrites."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.linear, self.activation = nn.Linear(8, 5, **options), nn.ReLU()
+
+    def forward(self, input):
+        return self.activation(self.linear(input))
+
+
+class Statements(Nested):
+    def forward(self, input):
+        input = self.linear(input)
+        input = self.activation(input)
+        return input
+
+
+class Function(Nested):
+    def forward(self, input):
+        return F.relu(self.linear(input))
+
+
+def replaced(kind):
+    def make(**options):
+        module = kind(**options)
+        regfast.replace(module)
+        assert type(module) is not kind
+        module.linear.__class__ = nn.Linear  # which torch.ao.quantization looks for
+        return module
+
+    return make
+
+
 # Modules that hold a linear layer, with the arguments of a call, and the same by the layer's output.
 HOLDERS = {
     "Linear": (activated, (X,), F.relu),
+    **{f"replaced {kind.__name__}": (replaced(kind), (X,), F.relu) for kind in (Nested, Statements, Function)},
     "LinearCrossEntropyLoss": (
         lambda **options: regfast.LinearCrossEntropyLoss(8, 5, bias=True, label_smoothing=0.1, **options),
         (X, T),

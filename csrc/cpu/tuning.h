@@ -122,6 +122,10 @@ constexpr double kProductsPerThread = 400e3;
 // AMX does ten times as many: 128^3 takes 9 us on one thread and 19 on two, 300 x 128 -> 300 46 either way.
 constexpr double kAmxProductsPerThread = 10e6;
 
+// Of what takes the place of ATen's in half types: numbers of an image's patches made at a time, for one image at
+// least; scores of attention made at a time, which stay in L2 twice, for so many rows of queries at least.
+constexpr int64_t kPatchNumbers = 1 << 21, kScores = 1 << 16, kScoreRows = 32;
+
 // GEMM: the micro-kernel's chain of additions, cut for the sake of rounding errors and so that a chain of a panel of B
 // (16 KiB on AVX2) stays in L1 while rows of A pass by from L2. On Zen 3, 192 to 1024 are within 2% of each other; a
 // chain costs 25 ns beside its 500.

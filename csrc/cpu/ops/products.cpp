@@ -18,10 +18,38 @@
 #include <optional>
 
 #include "cpu/ops/device.h"
+#include "cpu/ops/products.h"
 #include "cpu/platform.h"
 #include "cpu/tuning.h"
 
 namespace rf {
+
+// Threads share the batches if there are enough, the matrices otherwise: a product within one of their tasks is
+// computed by one thread. No tensor is touched there.
+void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& c, Sum sum) {
+  const Tensor first_a = a.select(0, 0), first_b = b.select(0, 0);
+  const DType dtype = dtype_of(product_type(a, b));
+  GemmProblem problem = gemm_problem(first_a, first_b, c.select(0, 0));
+  problem.accumulate = sum == Sum::next;
+  const Gemm g = as_gemm(problem);
+  const int64_t batches = a.size(0);
+  const int64_t a_bytes = a.stride(0) * a.element_size(), b_bytes = b.stride(0) * b.element_size(),
+                c_bytes = c.stride(0) * c.element_size();
+  const auto product = [&](int64_t i) {
+    Gemm mine = g;
+    mine.a.data = (const char*)g.a.data + i * a_bytes;
+    mine.b.data = (const char*)g.b.data + i * b_bytes;
+    mine.epilogue.c = (char*)g.epilogue.c + i * c_bytes;
+    gemm(dtype, mine);
+  };
+  const int64_t threads = thread_count();
+  if (batches < threads || double(batches) * g.m * g.n * g.k < 2 * tuning::kProductsPerThread) {
+    for (int64_t i = 0; i < batches; ++i) product(i);
+    return;
+  }
+  take_tasks(batches, threads, product);
+}
+
 namespace {
 
 // Multiplications of one product from which on it is ours, by dtype; negative: never.
@@ -39,41 +67,6 @@ bool are_ours(const Tensor& a, const Tensor& b, int64_t batches = 0) {
   const int64_t from = least[(int)dtype];
   if (a.numel() == 0 || b.numel() == 0 || from < 0 || m * n * k < from) return false;
   return !gemm_by_aten(dtype, m, n, k, is_by_columns(a.stride(-2), a.stride(-1)));
-}
-
-// On record while somebody listens.
-class Record {
- public:
-  Record(const char* op, const Tensor& a, const Tensor& b) {
-    if (trace::on()) record.emplace(op, trace::Tensors{&a, &b}, kernels().isa);
-  }
-
- private:
-  std::optional<trace::Kernels> record;
-};
-
-// c = a b for each pair of matrices; c's rows are adjacent numbers. Threads share the batches if there are enough, the
-// matrices otherwise: a product within one of their tasks is computed by one thread. No tensor is touched there.
-void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& c) {
-  const Tensor first_a = a.select(0, 0), first_b = b.select(0, 0);
-  const DType dtype = dtype_of(a.scalar_type());
-  const Gemm g = as_gemm(gemm_problem(first_a, first_b, c.select(0, 0)));
-  const int64_t batches = a.size(0);
-  const int64_t a_bytes = a.stride(0) * a.element_size(), b_bytes = b.stride(0) * b.element_size(),
-                c_bytes = c.stride(0) * c.element_size();
-  const auto product = [&](int64_t i) {
-    Gemm mine = g;
-    mine.a.data = (const char*)g.a.data + i * a_bytes;
-    mine.b.data = (const char*)g.b.data + i * b_bytes;
-    mine.epilogue.c = (char*)g.epilogue.c + i * c_bytes;
-    gemm(dtype, mine);
-  };
-  const int64_t threads = thread_count();
-  if (batches < threads || double(batches) * g.m * g.n * g.k < 2 * tuning::kProductsPerThread) {
-    for (int64_t i = 0; i < batches; ++i) product(i);
-    return;
-  }
-  take_tasks(batches, threads, product);
 }
 
 void multiply_any(const Tensor& a, const Tensor& b, const Tensor& c) {
@@ -134,22 +127,22 @@ Tensor& product_out(const Tensor& a, const Tensor& b, Tensor& out) {
 
 Tensor mm(const Tensor& a, const Tensor& b) {
   if (!are_ours(a, b)) return at::cpu::mm(a, b);
-  const Record record("mm", a, b);
+  const Record record("mm", {&a, &b});
   return product(a, b);
 }
 Tensor& mm_out(const Tensor& a, const Tensor& b, Tensor& out) {
   if (!are_ours(a, b) || !takes(out, a)) return at::cpu::mm_out(out, a, b);
-  const Record record("mm", a, b);
+  const Record record("mm", {&a, &b});
   return product_out(a, b, out);
 }
 Tensor bmm(const Tensor& a, const Tensor& b) {
   if (!are_ours(a, b, 1)) return at::cpu::bmm(a, b);
-  const Record record("bmm", a, b);
+  const Record record("bmm", {&a, &b});
   return product(a, b);
 }
 Tensor& bmm_out(const Tensor& a, const Tensor& b, Tensor& out) {
   if (!are_ours(a, b, 1) || !takes(out, a)) return at::cpu::bmm_out(out, a, b);
-  const Record record("bmm", a, b);
+  const Record record("bmm", {&a, &b});
   return product_out(a, b, out);
 }
 
@@ -158,20 +151,20 @@ Tensor& bmm_out(const Tensor& a, const Tensor& b, Tensor& out) {
   Tensor name(const Tensor& self, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) { \
     if (!are_ours(a, b, batches) || !takes_sum(self, a, b, beta, alpha))                                               \
       return at::cpu::name(self, a, b, beta, alpha);                                                                   \
-    const Record record(#name, a, b);                                                                                  \
+    const Record record(#name, {&a, &b});                                                                              \
     return sum(self, a, b, beta, alpha);                                                                               \
   }                                                                                                                    \
   Tensor& name##_out(const Tensor& self, const Tensor& a, const Tensor& b, const at::Scalar& beta,                     \
                      const at::Scalar& alpha, Tensor& out) {                                                           \
     if (!are_ours(a, b, batches) || !takes_sum(self, a, b, beta, alpha) || !takes(out, a))                             \
       return at::cpu::name##_out(out, self, a, b, beta, alpha);                                                        \
-    const Record record(#name, a, b);                                                                                  \
+    const Record record(#name, {&a, &b});                                                                              \
     return put(out, sum(self, a, b, beta, alpha));                                                                     \
   }                                                                                                                    \
   Tensor& name##_(Tensor& self, const Tensor& a, const Tensor& b, const at::Scalar& beta, const at::Scalar& alpha) {   \
     if (!are_ours(a, b, batches) || !takes_sum(self, a, b, beta, alpha) || self.sizes() != sizes_of_product(a, b))     \
       return at::cpu::name##_(self, a, b, beta, alpha);                                                                \
-    const Record record(#name, a, b);                                                                                  \
+    const Record record(#name, {&a, &b});                                                                              \
     return self.copy_(sum(self, a, b, beta, alpha));                                                                   \
   }
 RF_SUM(addmm, 0)
@@ -211,6 +204,8 @@ void override_products(bool on, at::IntArrayRef from) {
   m.impl("baddbmm", TORCH_FN(baddbmm));
   m.impl("baddbmm.out", TORCH_FN(baddbmm_out));
   m.impl("baddbmm_", TORCH_FN(baddbmm_));
+  take_convolutions(m);
+  take_attention(m);
 }
 
 }  // namespace
