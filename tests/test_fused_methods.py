@@ -78,7 +78,8 @@ class InLoops(Base):
             x = self.fc1(x)
             x = self.act(x)
         with torch.enable_grad():
-            return [self.act(self.fc2(y)) for y in (x,)][0]
+            (last,) = (self.act(self.fc2(y)) for y in (x,))
+        return last
 
 
 class SeenBetween(Base):
