@@ -1,4 +1,4 @@
-"""replace(): a linear layer and the activation after it in a module's own code become one call, and nothing else does."""
+"""replace(): a linear layer and the activation after it in a module's own code become one call, and nothing else."""
 
 import copy
 import functools
