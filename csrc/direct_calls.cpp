@@ -7,7 +7,9 @@
 #include "direct_calls.h"
 
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <torch/csrc/Dtype.h>
+#include <torch/csrc/DynamicTypes.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/frontend/tracer.h>
@@ -106,10 +108,36 @@ RF_DIRECT(linear_nll, Tensor(const LinearNllOperands&, const LinearNllOptions&, 
 RF_DIRECT(mse_loss, Tensor(const Tensor&, const Tensor&, int64_t))
 #undef RF_DIRECT
 
+// For the dispatchers of accelerate(), is_left(table, input, *others): whether a call is left to torch by its size
+// alone, so that nothing else has to be asked in Python. The table has for a dtype how many elements input has at
+// least where ours wins, or, as the first of a tuple, how many multiplications its product with the rows of the first
+// other tensor takes. False where anything is not plain, or autocast may change its type.
+PyObject* is_left(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  if (count < 2 || !PyDict_CheckExact(given[0]) || at::impl::torch_function_mode_enabled() ||
+      torch::jit::tracer::isTracing() || at::autocast::is_autocast_enabled(at::kCPU))
+    Py_RETURN_FALSE;
+  for (Py_ssize_t i = 1; i < count; ++i)
+    if (!THPVariable_CheckExact(given[i]) && (i == 1 || given[i] != Py_None)) Py_RETURN_FALSE;
+  const Tensor& input = THPVariable_Unpack(given[1]);
+  PyObject* const dtype = reinterpret_cast<PyObject*>(torch::getTHPDtype(input.scalar_type()));
+  PyObject* least = PyDict_GetItemWithError(given[0], dtype);
+  int64_t elements = input.numel();
+  if (count > 2 && least && PyTuple_Check(least)) {
+    least = PyTuple_GetItem(least, 0);
+    const Tensor& weight = THPVariable_Unpack(given[2]);
+    elements *= weight.dim() == 2 ? weight.size(0) : weight.numel();
+  }
+  if (PyErr_Occurred()) throw python_error();
+  return PyBool_FromLong(!least || elements < PyLong_AsLongLong(least));
+  END_HANDLE_TH_ERRORS
+}
+
 #define RF_METHOD(name) {#name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(name)), METH_FASTCALL, nullptr}
-PyMethodDef methods[] = {RF_METHOD(linear),     RF_METHOD(phm_linear),    RF_METHOD(softmax),
-                         RF_METHOD(logsumexp),  RF_METHOD(cross_entropy), RF_METHOD(linear_cross_entropy),
-                         RF_METHOD(linear_nll), RF_METHOD(mse_loss),      {nullptr, nullptr, 0, nullptr}};
+PyMethodDef methods[] = {
+    RF_METHOD(linear),        RF_METHOD(phm_linear),           RF_METHOD(softmax),    RF_METHOD(logsumexp),
+    RF_METHOD(cross_entropy), RF_METHOD(linear_cross_entropy), RF_METHOD(linear_nll), RF_METHOD(mse_loss),
+    RF_METHOD(is_left),       {nullptr, nullptr, 0, nullptr}};
 #undef RF_METHOD
 
 }  // namespace

@@ -67,9 +67,7 @@ LINEAR = {
 # Half types on CPUs without instructions for them, with ATen kept from them: 3 to 50x. float32 as for linear.
 _PRODUCTS_FROM = [_PRODUCTS[_F32][0] if _F32 in _OURS_ALONE else -1, -1, 1 << 12, 1 << 12]
 
-# Calls with fewer elements are torch's in every table: nothing else is asked of them.
-_SMALL = 1 << 10
-
+_is_left = _C.is_left
 _mode_is_active = torch._C._is_torch_function_mode_enabled
 _tracing_state = torch._C._get_tracing_state
 _transform = torch._C._functorch.peek_interpreter_stack
@@ -129,14 +127,14 @@ def _asks(torchs: Callable[..., Any]) -> Callable[..., Any]:
 def _linear(torchs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(torchs)
     def call(input: Any, weight: Any, bias: Any = None) -> Any:
-        if _active and type(input) is Tensor and (type(weight) is Parameter or type(weight) is Tensor):
+        if not _active or _is_left(LINEAR, input, weight):
+            return torchs(input, weight, bias)
+        if type(input) is Tensor and (type(weight) is Parameter or type(weight) is Tensor):
             if _autocast_is_active() and torch.is_autocast_enabled("cpu"):
                 limits = LINEAR.get(torch.get_autocast_dtype("cpu"))
             else:
                 limits = LINEAR.get(input.dtype)
-            # No product of so many elements has more multiplications: a small call, for which each question here is a
-            # cost, is asked no more.
-            if limits is not None and type(most := input.numel() * weight.numel()) is int and most >= limits[0]:
+            if limits is not None:
                 first, end = limits
                 if weight.dim() == 2 and _is_plain(bias):
                     products = input.numel() * weight.shape[0]
@@ -152,11 +150,10 @@ def _functional_softmax(torchs: Callable[..., Any], ours: Callable[..., Any]) ->
 
     @functools.wraps(torchs)
     def call(input: Any, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None) -> Any:
-        if _active:
+        if _active and not _is_left(SOFTMAX, input):
             if (
                 type(input) is Tensor
                 and type(n := input.numel()) is int
-                and n >= _SMALL
                 and type(dim) is int
                 and _wins(input, SOFTMAX, n)
                 and _may_take(input)
@@ -176,8 +173,8 @@ def _of_tensors(torchs: Callable[..., Any], ours: Callable[..., Any]) -> Callabl
 
     @functools.wraps(torchs)
     def call(input: Any = ..., dim: Any = ..., *others: Any, **options: Any) -> Any:
-        if _active:
-            if type(input) is Tensor and type(n := input.numel()) is int and n >= _SMALL:
+        if _active and not _is_left(SOFTMAX, input):
+            if type(input) is Tensor and type(n := input.numel()) is int:
                 known = len(others) < 2 and not (options.keys() - {"dtype", "keepdim"})
                 if known and _wins(input, SOFTMAX, n) and type(dim) is int and _may_take(input):
                     return ours(input, dim, *others, **options)
@@ -211,11 +208,10 @@ def _cross_entropy(torchs: Callable[..., Any]) -> Callable[..., Any]:
         label_smoothing: Any = 0.0,
     ) -> Any:
         take = torchs
-        if _active:
+        if _active and not _is_left(CROSS_ENTROPY, input, target, weight):
             if (
                 type(input) is Tensor
                 and type(n := input.numel()) is int
-                and n >= _SMALL
                 and _wins(input, CROSS_ENTROPY, n)
                 and _is_plain(target, weight)
                 and _may_take(input)
@@ -240,8 +236,8 @@ def _mse_loss(torchs: Callable[..., Any]) -> Callable[..., Any]:
         reduction: Any = "mean",
         weight: Any = None,
     ) -> Any:
-        if _active:
-            if type(input) is Tensor and type(n := input.numel()) is int and n >= _SMALL and type(target) is Tensor:
+        if _active and not _is_left(MSE_LOSS, input, target, weight):
+            if type(input) is Tensor and type(n := input.numel()) is int and type(target) is Tensor:
                 alike = weight is None and target.dtype is input.dtype and target.shape == input.shape
                 adjacent = alike and input.is_contiguous() and target.is_contiguous()
                 if adjacent and _wins(input, MSE_LOSS, n) and _may_take(input):
@@ -261,11 +257,10 @@ def _linear_cross_entropy(torchs: Callable[..., Any]) -> Callable[..., Any]:
         input: Any, linear_weight: Any, target: Any, *, linear_bias: Any = None, weight: Any = None, **options: Any
     ) -> Any:
         take = torchs
-        if _active:
+        if _active and not _is_left(LINEAR_CROSS_ENTROPY, input, linear_weight, target, linear_bias, weight):
             if (
                 type(input) is Tensor
                 and type(n := input.numel()) is int
-                and n >= _SMALL
                 and _wins(input, LINEAR_CROSS_ENTROPY, n)
                 and _is_plain(linear_weight, target, linear_bias, weight)
                 and _may_take(input)
@@ -349,9 +344,19 @@ def _swap(new_of: dict[int, Callable[..., Any]]) -> None:
                 names[name] = new
 
 
+def _nothing_is_left(table: object, input: object, *others: object) -> bool:
+    return False
+
+
+_traced: list[Callable[..., bool]] = []
+
+
 def _begin_tables() -> None:
     """Tables of torch's functions that torch makes at some time of its own: of what they are now, not of ours."""
     importlib.import_module("torch._dynamo")
+    if not _traced:
+        # Which a compiler does not read, and need not ask: what it compiles is no cost of each call.
+        _traced.append(torch.compiler.substitute_in_graph(_is_left, skip_signature_check=True)(_nothing_is_left))
     torch.overrides.get_testing_overrides()
     for torchs, dispatcher in _PAIRS:
         if operator := torch.jit._builtins._find_builtin(torchs):

@@ -351,3 +351,27 @@ def test_imports_of_torch_itself_keep_their_functions():
         for name, value in vars(importlib.import_module("torch._refs.nn.functional")).items():
             assert id(value) not in module._TORCHS, name
         assert refs.softmax is not torch.softmax
+
+
+def test_what_a_size_alone_leaves_to_torch():
+    """The question that C++ answers before any other, on both sides of each limit."""
+    is_left = sys.modules["regfast._C"].is_left
+    x, table = torch.ones(4, 8), {torch.float32: 32, torch.bfloat16: 1}
+    assert not is_left(table, x) and is_left(table, x[1:]) and is_left({torch.float32: 33}, x)
+    assert is_left(table, x.double()) and is_left(table, x.long()) and not is_left(table, x[:1].bfloat16())
+    assert not is_left(table, x, None) and is_left(table, x[1:], nn.Parameter(x), None)
+    products = {torch.float32: (4 * 8 * 5, 1)}
+    for rows in (4, 5):
+        assert is_left(products, x, torch.ones(rows, 8)) == (rows == 4)
+    assert not is_left({torch.float32: (256, 1)}, x, torch.ones(8))
+
+    class Mine(torch.Tensor):
+        pass
+
+    for others in ((x.as_subclass(Mine),), (x[1:], x.as_subclass(Mine)), (None,), (3,), (x[1:], "x"), ()):
+        assert not is_left(table, *others)
+    assert not is_left([], x[1:]) and not is_left()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_left(table, x[1:])
+    with torch.utils._device.DeviceContext("cpu"):
+        assert not is_left(table, x[1:])

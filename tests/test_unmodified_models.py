@@ -144,7 +144,6 @@ def all_sizes(monkeypatch):
         for dtype in list(table):
             monkeypatch.setitem(table, dtype, 1)
     monkeypatch.setitem(TABLES.LINEAR, torch.float32, (1, 1 << 62))
-    monkeypatch.setattr(TABLES, "_SMALL", 1)
 
 
 @pytest.fixture(params=MODELS)
