@@ -11,10 +11,10 @@ import ast
 import copy
 import functools
 import inspect
+import linecache
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -174,6 +174,48 @@ def _assigned_call(statement: ast.stmt) -> tuple[str, ast.Call] | None:
     return (target.id, call) if isinstance(target, ast.Name) and call else None
 
 
+def _same_code(a: CodeType, b: CodeType) -> bool:
+    """Whether two functions do the same, wherever their lines are."""
+
+    def same(x: object, y: object) -> bool:
+        if isinstance(x, CodeType) and isinstance(y, CodeType):
+            return _same_code(x, y)
+        return type(x) is type(y) and repr(x) == repr(y)
+
+    parts = ("co_code", "co_names", "co_varnames", "co_cellvars", "co_freevars", "co_flags")
+    alike = all(getattr(a, part) == getattr(b, part) for part in parts) and len(a.co_consts) == len(b.co_consts)
+    return alike and all(map(same, a.co_consts, b.co_consts))
+
+
+@functools.lru_cache(maxsize=4)
+def _parsed(source: str, filename: str) -> tuple[ast.Module, CodeType] | None:
+    try:
+        return ast.parse(source), compile(source, filename, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return None
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield inner
+            yield from _codes(inner)
+
+
+def _definition_of(method: FunctionType) -> ast.FunctionDef | None:
+    """A copy of the method in its file, unless what is there now, as a file that was edited, is another one."""
+    code = method.__code__
+    source = "".join(linecache.getlines(code.co_filename, method.__globals__))
+    parsed = _parsed(source, code.co_filename)
+    # The whole file, since the code of a call depends on whether its name was imported there.
+    if parsed is None or not any(_same_code(c, code) for c in _codes(parsed[1]) if c.co_qualname == code.co_qualname):
+        return None
+    for node in ast.walk(parsed[0]):
+        if isinstance(node, ast.FunctionDef) and (node.name, node.lineno) == (code.co_name, code.co_firstlineno):
+            return copy.deepcopy(node)
+    return None
+
+
 def _looked_up(node: ast.expr, names: dict[str, Any]) -> object:
     """What an expression of dotted names stands for, in a module's names; None for anything else."""
     if isinstance(node, ast.Name):
@@ -190,13 +232,8 @@ def _rewritten(method: FunctionType) -> tuple[FunctionType, list[tuple[ast.expr,
     code = method.__code__
     if code.co_freevars or method.__closure__ or not code.co_argcount or code.co_varnames[0] != "self":
         return None  # super() and what surrounds a function cannot be had again
-    try:
-        lines, first = inspect.getsourcelines(method)
-        tree = ast.parse(textwrap.dedent("".join(lines)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    definition = tree.body[0]
-    if not isinstance(definition, ast.FunctionDef) or definition.decorator_list or definition.name != code.co_name:
+    definition = _definition_of(method)
+    if definition is None or definition.decorator_list:
         return None
     if inspect.isgeneratorfunction(method) or inspect.unwrap(method) is not method:
         return None
@@ -233,7 +270,6 @@ def _rewritten(method: FunctionType) -> tuple[FunctionType, list[tuple[ast.expr,
             argument.annotation = None
     definition.returns = None
     module = ast.fix_missing_locations(ast.Module([outer], []))
-    ast.increment_lineno(module, first - 1)
     made: dict[str, Any] = {}
     exec(compile(module, code.co_filename, "exec", dont_inherit=True), method.__globals__, made)
     new: FunctionType = made["make"](linear_then)

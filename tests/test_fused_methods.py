@@ -2,8 +2,12 @@
 
 import copy
 import functools
+import importlib
 import io
+import linecache
 import pickle
+import shutil
+import sys
 import traceback
 
 import pytest
@@ -251,6 +255,25 @@ def test_what_is_asked_at_each_call():
     assert activations(lambda: model(X)) == 0
     model.fc1 = nn.Identity()
     torch.testing.assert_close(model(X), model.fc2(torch.tanh(X)) * 2)
+
+
+def test_a_source_that_has_changed_since_is_not_read(tmp_path, monkeypatch):
+    source = "from test_fused_methods import Base\n\n\nclass Model(Base):\n    def forward(self, x):\n"
+    file = tmp_path / "a_model_of_a_user.py"
+    monkeypatch.syspath_prepend(tmp_path)
+    for before, after, fused in (("* 2", "* 2", True), ("* 2", "* 3", False), ("+ x", "- x", False)):
+        file.write_text(f"{source}        return self.act(self.fc1(x)) {before}\n")
+        sys.modules.pop(file.stem, None)
+        linecache.clearcache()
+        importlib.invalidate_caches()
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)
+        model = importlib.import_module(file.stem).Model()
+        true = model(X)
+        file.write_text(f"{source}        return self.act(self.fc1(x)) {after}\n")
+        linecache.clearcache()
+        regfast.replace(model)
+        assert ("forward" in vars(type(model))) and hasattr(type(model), "_fused_from") == fused
+        torch.testing.assert_close(model(X), true)
 
 
 def test_methods_of_an_instance_stay():

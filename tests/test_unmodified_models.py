@@ -72,6 +72,22 @@ def vit():
     }
 
 
+def timm_vit():
+    timm = pytest.importorskip("timm")  # which torchvision has to fit
+
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            sizes = {"img_size": 16, "patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 7}
+            self.body = timm.models.VisionTransformer(**sizes)
+
+        def forward(self, pixels, labels):
+            logits = self.body(pixels)
+            return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+    return Classifier(), {"pixels": torch.randn(4, 3, 16, 16), "labels": ids(4, 1, 7)[:, 0]}
+
+
 class LanguageModel(nn.Module):
     """As PyTorch's tutorials build one of nn.TransformerEncoder."""
 
@@ -109,10 +125,11 @@ def perceptron():
 
 
 MODELS = {
-    f.__name__: f for f in (gpt2, llama, gemma2, cohere, bert, bert_masked, t5, vit, transformer_encoder, perceptron)
+    f.__name__: f
+    for f in (gpt2, llama, gemma2, cohere, bert, bert_masked, t5, vit, timm_vit, transformer_encoder, perceptron)
 }
 HEADS = {"transformer_encoder": "decoder", "perceptron": "head"}
-WITHOUT_HEAD = {"bert", "vit"}  # no get_output_embeddings: few classes
+WITHOUT_HEAD = {"bert", "vit", "timm_vit"}  # no get_output_embeddings: few classes
 
 
 def made(name):
