@@ -1,6 +1,7 @@
 """accelerate(products=True): what ATen computes within its own kernels by slow products of half types, by ours."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ def compare(call, *tensors, by=(), absolute=False, what=""):
     results = zip(out + grad, their_out + their_grad, true_out + true_grad, sizes, strict=True)
     for i, (ours, theirs, true, size) in enumerate(results):
         assert_as_good(ours, theirs, true, f"{what} result {i}", size)
+        assert ours.stride() == theirs.stride() or i >= len(out), f"{what} result {i}"
 
 
 @functools.cache
@@ -88,6 +90,25 @@ def test_layouts_of_convolutions(layout, dtype, by_loops):
     compare(lambda x, w: F.conv2d(x, w, stride=2), x, w, by=BOTH, absolute=True)
     # Its gradient is expanded.
     compare(lambda x, w: F.conv2d(x, w).sum(), x, w, by=BOTH, absolute=True)
+
+
+@half_types
+def test_results_have_channels_last_where_atens_have(dtype, by_loops):
+    formats = (torch.contiguous_format, torch.channels_last)
+    cases = (((2, 3, 8, 8), 3, 1), ((2, 1, 8, 8), 1, 1), ((2, 4, 4, 4), 4, 4), ((1, 4, 6, 6), 1, 1))
+    for shape, kernel, stride in cases:
+        for of_x, of_w in itertools.product(formats, formats):
+            x = spiky(*shape, dtype=dtype).contiguous(memory_format=of_x).requires_grad_()
+            w = spiky(5, shape[1], kernel, kernel, dtype=dtype).contiguous(memory_format=of_w).requires_grad_()
+
+            def strides(x=x, w=w, stride=stride):
+                y = F.conv2d(x, w, stride=stride)
+                results = (y, *torch.autograd.grad(y, (x, w), torch.ones_like(y)))
+                return [s for t in results for s, size in zip(t.stride(), t.shape, strict=True) if size > 1]
+
+            true = strides()
+            with regfast.accelerate(products=True):
+                assert strides() == true, (shape, of_x, of_w)
 
 
 @half_types

@@ -73,6 +73,13 @@ Tensor repeated(const Tensor& matrix, int64_t times) {
   return matrix.unsqueeze(0).expand({times, matrix.size(0), matrix.size(1)});
 }
 
+// Results have their channels last in memory where one of these has, as ATen's do.
+Tensor as_atens(const Tensor& result, const Tensor& input, const Tensor& weight) {
+  constexpr auto last = at::MemoryFormat::ChannelsLast;
+  if (input.suggest_memory_format() != last && weight.suggest_memory_format() != last) return result;
+  return at::empty_like(result, result.options(), last).copy_(result);
+}
+
 int64_t patches_along(int64_t size, int64_t kernel, int64_t stride, int64_t padding) {
   return size + 2 * padding < kernel ? 0 : (size + 2 * padding - kernel) / stride + 1;
 }
@@ -104,7 +111,7 @@ Tensor forward(const Tensor& input_, const Tensor& weight_, Pair kernel, const s
     sums.add_(bias->unsqueeze(1));
     result.copy_(sums);
   }
-  return output;
+  return as_atens(output, input_, weight_);
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& input_, const Tensor& weight_,
@@ -117,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& i
   const Convolution of(input, weight_, grad, kernel, stride, padding);
   const Tensor grads = grad.view({of.images, of.outputs, of.patches});
   const auto acc = input.options().dtype(acc_type(input.scalar_type()));
-  Tensor grad_input, grad_bias;
+  Tensor grad_input, grad_weight, grad_bias;
   if (wanted[0]) grad_input = empty_result(input.sizes(), input.options());
   const Tensor sums = wanted[1] ? at::empty(weight.sizes(), acc) : Tensor();
   for (int64_t first = 0, step = of.images_at_once(); first < of.images; first += step) {
@@ -137,8 +144,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_, const Tensor& i
                          first + i ? Sum::next : Sum::first);
     }
   }
+  if (wanted[0]) grad_input = as_atens(grad_input, input_, weight_);
+  if (wanted[1]) grad_weight = as_atens(sums.to(weight_.scalar_type()).view(weight_.sizes()), input_, weight_);
   if (wanted[2]) grad_bias = grad.sum({0, 2, 3});
-  return {grad_input, wanted[1] ? sums.to(weight_.scalar_type()).view(weight_.sizes()) : Tensor(), grad_bias};
+  return {grad_input, grad_weight, grad_bias};
 }
 
 }  // namespace
