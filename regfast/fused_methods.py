@@ -265,10 +265,11 @@ def _rewritten(method: FunctionType) -> tuple[FunctionType, list[tuple[ast.expr,
     if sys.version_info >= (3, 12):
         outer.type_params = []
     definition.args.defaults, definition.args.kw_defaults = [], [None] * len(definition.args.kwonlyargs)
-    for argument in ast.walk(definition.args):
-        if isinstance(argument, ast.arg):
-            argument.annotation = None
-    definition.returns = None
+    for node in ast.walk(definition):  # names that may be there for type checkers alone
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
     module = ast.fix_missing_locations(ast.Module([outer], []))
     made: dict[str, Any] = {}
     exec(compile(module, code.co_filename, "exec", dont_inherit=True), method.__globals__, made)
@@ -308,8 +309,7 @@ def _fused_class(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     of_class = {"_fused_from": kind, "__prepare_scriptable__": as_it_was, "__reduce_ex__": reduced}
     of_class |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     methods = {name: found[0] for name in names if (found := _rewritten(inspect.getattr_static(kind, name)))}
-    metaclass: Any = type(kind)
-    return _made.setdefault((kind, names), metaclass(kind.__name__, (kind,), {**of_class, **methods}))
+    return _made.setdefault((kind, names), type(kind.__name__, (kind,), {**of_class, **methods}))
 
 
 def _empty_of(kind: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
@@ -329,7 +329,9 @@ def fused_class_of(module: nn.Module) -> type[nn.Module] | None:
     layers = {name for name, child in module._modules.items() if child is not None and _weight(child) is not None}
     if not layers or isinstance(module, (torch.jit.ScriptModule, nn.Sequential)):
         return None
-    if kind.__reduce_ex__ is not object.__reduce_ex__ or kind.__reduce__ is not object.__reduce__:
+    # Of classes that are pickled, or know of their subclasses, in a way of their own there is none.
+    own = {"__reduce_ex__", "__reduce__", "__init_subclass__"}
+    if type(kind) is not type or any(own & vars(c).keys() for c in kind.__mro__ if c is not object):
         return None
 
     def is_pair(activation: ast.expr, layer: str, names: dict[str, Any]) -> bool:
@@ -341,7 +343,7 @@ def fused_class_of(module: nn.Module) -> type[nn.Module] | None:
         name
         for name, method in _methods(kind)
         if name not in vars(module)
-        and not layers.isdisjoint(method.__code__.co_names)
+        and any(not layers.isdisjoint(code.co_names) for code in (method.__code__, *_codes(method.__code__)))
         and (found := _rewritten(method))
         and any(is_pair(activation, layer, method.__globals__) for activation, layer in found[1])
     )

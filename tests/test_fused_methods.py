@@ -9,6 +9,7 @@ import pickle
 import shutil
 import sys
 import traceback
+from typing import ClassVar
 
 import pytest
 import torch
@@ -178,8 +179,43 @@ class OtherLayer(Nested):
         self.fc1 = OwnLinear(8, 8)
 
 
-FUSED = [Nested, Statements, Gated, Functions, OtherMethod, Inherited, InLoops]
-LEFT = [SeenBetween, MoreBetween, Keyword, LocalName, Decorated, Super, Private, OtherActivation, OtherLayer]
+class Registered(Nested):
+    fused = 0
+    registry: ClassVar = []
+
+    def __init_subclass__(cls, *, name, **options):
+        Registered.registry.append(name)
+
+
+class Meta(type):
+    pass
+
+
+class OfMetaclass(Nested, metaclass=Meta):
+    fused = 0
+
+
+class Pickled(Nested):
+    fused = 0
+
+    def __reduce__(self):
+        return Pickled, ()
+
+
+class Annotated(Base):
+    def forward(self, x):
+        def twice(y: "NotThere") -> "NotThere":  # noqa: F821
+            return self.act(self.fc1(y)) * 2
+
+        z: NotThere = twice(x)  # noqa: F821
+        return z
+
+
+FUSED = [Nested, Statements, Gated, Functions, OtherMethod, Inherited, InLoops, Annotated]
+LEFT = [
+    *(SeenBetween, MoreBetween, Keyword, LocalName, Decorated, Super, Private, OtherActivation, OtherLayer),
+    *(Registered, OfMetaclass, Pickled),
+]
 
 
 def activations(call) -> int:
@@ -198,7 +234,7 @@ def test_what_is_fused(kind):
     gradients = torch.autograd.grad(true.sum(), [x, *model.parameters()], allow_unused=True)
     before = activations(lambda: model(X))
     report = regfast.replace(model)
-    if kind in FUSED and kind is not Super:
+    if kind in FUSED:
         assert type(model) is not kind and isinstance(model, kind) and type(model).__name__ == kind.__name__
         assert [e.why for e in report.changed if not e.name] == ["linear layers with the activations after them"]
     elif kind is not Super:  # which inherits what can be fused, and calls it
