@@ -33,7 +33,7 @@ pybind11::dict linear_products() {
   pybind11::dict who;
   for (int i = 0; i < rf::kDTypes; ++i) {
     const auto t = (rf::DType)i;
-    const bool large = rf::gemm_by_aten(t, 4096, 4096, 4096), all = rf::gemm_by_aten(t, 4, 4, 4);
+    const bool large = rf::large_gemm_by_aten(t), all = rf::gemm_by_aten(t, 4, 4, 4);
     who[rf::kDTypeNames[i]] = all ? "aten" : large ? "aten for large products, regfast for the others" : "regfast";
   }
   return who;

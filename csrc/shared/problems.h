@@ -84,17 +84,41 @@ struct LikelihoodProblem {
 struct GemmProblem {
   int64_t m, n, k;
   MatrixView a;  // a(i, k), or a(k, i) where transposed
-  bool a_transposed;
+  bool a_transposed = false;
   MatrixView b;  // b(k, j), or b(j, k) where transposed, as in X W^T
-  bool b_transposed;
-  void* c;
-  int64_t c_stride;
+  bool b_transposed = false;
+  void* c = nullptr;
+  int64_t c_stride = 0;
   const void* bias = nullptr;  // n of C's type, or null
   Activation activation = Activation::none;
   void* preactivation = nullptr;  // laid out as c, or null
-  // What is acc beside operands of a half type (C's type is bias's and pre-activation's), and whether the product is
-  // added to C. The CPU's GEMM alone has these.
+  // The CPU's GEMM alone has these: what is acc beside operands of a half type (C's type is bias's and
+  // pre-activation's), whether the product is added to C, and so many biases in which the rows of C take turns,
+  // bias_stride apart.
   bool wide_a = false, wide_b = false, wide_c = false, accumulate = false;
+  int64_t bias_rows = 1, bias_stride = 0;
+};
+
+// ---- parts of rows -------------------------------------------------------------------------------------------------
+
+// A row is a sequence of adjacent parts of equal length. Rows follow one another where they have no stride.
+
+// Part j of a row of `to` = sum over i of coefficients(j, i) times part i of that row of `from`.
+struct CombinePartsProblem {
+  int64_t parts, to_parts, length;
+  const void* from;
+  int64_t from_stride;
+  const void* coefficients;  // acc, to_parts x parts
+  void* to;
+};
+
+// sums(j, i) = sum over rows of the dot product of part j of `of` with part i of `with`.
+struct PartProductsProblem {
+  int64_t of_parts, parts, length;
+  const void* of;  // acc
+  const void* with;
+  int64_t with_stride;
+  void* sums = nullptr;  // acc, of_parts x parts for each range of rows that is added up by itself
 };
 
 }  // namespace rf

@@ -4,11 +4,11 @@
 #include <string>
 #include <vector>
 
-#include "activation_reference.h"
 #include "cuda/device/launch_kernel.cuh"
 #include "cuda/gemm.h"
 #include "cuda/tuning.h"
 #include "device_memory.h"
+#include "gemm_reference.h"
 
 namespace test {
 namespace {
@@ -101,25 +101,26 @@ void product(const Call& c, Random& random) {
   const int64_t size = (c.m - 1) * stride + c.n, shift = plain ? 0 : random.integer(c.hopper ? 1 : 0, 3);
   Buffer<T> y(size, Guard::before, shift), z(size, Guard::before, shift);
 
-  rf::cuda::Gemm g = {};
-  g.m = c.m;
-  g.n = c.n;
-  g.k = c.k;
-  g.a = a.view;
-  g.a_transposed = c.a_transposed;
-  g.b = b.view;
-  g.b_transposed = c.b_transposed;
-  g.c = y.data();
-  g.c_stride = stride;
-  g.bias = c.bias ? bias.data() : nullptr;
-  g.activation = c.activation;
-  g.preactivation = c.preactivation ? z.data() : nullptr;
+  rf::cuda::Gemm g = {{.m = c.m,
+                       .n = c.n,
+                       .k = c.k,
+                       .a = a.view,
+                       .a_transposed = c.a_transposed,
+                       .b = b.view,
+                       .b_transposed = c.b_transposed,
+                       .c = y.data(),
+                       .c_stride = stride,
+                       .bias = c.bias ? bias.data() : nullptr,
+                       .activation = c.activation,
+                       .preactivation = c.preactivation ? z.data() : nullptr},
+                      nullptr};
   const rf::DType dtype = Format<T>::dtype;
   const GemmPlan plan = rf::cuda::gemm_plan(dtype, c.tf32, g);
   const rf::cuda::GemmTask task = rf::cuda::gemm_task(g);
   // Its first contents are NaN bits: a sum that is read before it is written would show.
   Buffer<char> workspace(rf::cuda::gemm_workspace(dtype, c.tf32, g));
   g.workspace = workspace.data();
+  const With with(g);
   char name[80];
   if (c.hopper)
     std::snprintf(name, sizeof name, "%s sm90 %d %d %s", Format<T>::name, task.a.across_k, task.b.across_k,
@@ -141,36 +142,7 @@ void product(const Call& c, Random& random) {
     CHECK((cuda_on_host::boxes_stored() > stored) == c.by_engine);
   }
 
-  std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
-  const auto operand = [&](double x) { return tf32 ? rounded_to_tf32(x) : x; };
-  for (int64_t i = 0; i < c.m; ++i)
-    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = operand(c.a_transposed ? a.value(k, i) : a.value(i, k));
-  for (int64_t j = 0; j < c.n; ++j)
-    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = operand(c.b_transposed ? b.value(j, k) : b.value(k, j));
-  {
-    Comparison<T> of_y("c"), of_z("pre-activation");
-    for (int64_t i = 0; i < c.m; ++i)
-      for (int64_t j = 0; j < c.n; ++j) {
-        double sum = 0, units = 0;
-        const double *p = rows.data() + i * c.k, *q = columns.data() + j * c.k;
-        for (int64_t k = 0; k < c.k; ++k) {
-          sum += p[k] * q[k];
-          units += std::fabs(p[k] * q[k]);
-        }
-        units *= long_sum_error(c.k);
-        if (c.bias) {
-          sum += bias.value(j);
-          units += 2 * (std::fabs(sum) + std::fabs(bias.value(j)));
-        }
-        const int64_t at = i * stride + j;
-        if (c.preactivation) of_z.add(z.result(at), sum, units, at);
-        // No activation here is steeper than 1.13.
-        const double through =
-            c.activation == Activation::none ? units : 1.13 * units + activate_units(c.activation, sum);
-        of_y.add(y.result(at), activate(c.activation, sum), through, at);
-      }
-  }
-  CHECK(y.rest_untouched() && z.rest_untouched());
+  check_product(g, y, z, [&](double x) { return tf32 ? rounded_to_tf32(x) : x; });
 }
 
 template <class T>

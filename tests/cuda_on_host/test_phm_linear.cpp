@@ -24,15 +24,15 @@ void combine(int64_t rows, int64_t parts, int64_t to_parts, int64_t length, Rand
   {
     const Lent f(from), c(coefficients), t(to);
     rf::cuda::launch_combine_parts(Format<T>::dtype,
-                                   {.rows = rows,
-                                    .parts = parts,
-                                    .to_parts = to_parts,
-                                    .length = length,
-                                    .from = from.data(),
-                                    .from_stride = stride,
-                                    .from_is_acc = !std::is_same_v<From, T>,
-                                    .coefficients = coefficients.data(),
-                                    .to = to.data()},
+                                   {{.parts = parts,
+                                     .to_parts = to_parts,
+                                     .length = length,
+                                     .from = from.data(),
+                                     .from_stride = stride,
+                                     .coefficients = coefficients.data(),
+                                     .to = to.data()},
+                                    rows,
+                                    /*from_is_acc=*/!std::is_same_v<From, T>},
                                    nullptr);
   }
   check_combination({rows, stride, parts, length}, from, coefficients, to_parts, sum_error(parts), to);
@@ -53,14 +53,14 @@ void products(int64_t rows, int64_t of_parts, int64_t parts, int64_t length, Ran
   {
     const Lent o(of), w(with), s(sums);
     rf::cuda::launch_part_products(Format<T>::dtype,
-                                   {.rows = rows,
-                                    .of_parts = of_parts,
-                                    .parts = parts,
-                                    .length = length,
-                                    .of = of.data(),
-                                    .with = with.data(),
-                                    .with_stride = stride,
-                                    .sums = sums.data()},
+                                   {{.of_parts = of_parts,
+                                     .parts = parts,
+                                     .length = length,
+                                     .of = of.data(),
+                                     .with = with.data(),
+                                     .with_stride = stride,
+                                     .sums = sums.data()},
+                                    rows},
                                    nullptr);
   }
   check_part_products({rows, stride, parts, length}, of, of_parts, with, 0, sum_error(rows * length),

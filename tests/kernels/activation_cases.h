@@ -72,9 +72,13 @@ void activation_backward(Activation activation, int64_t rows, int64_t columns, G
       guard, 1);
   Buffer<T> dz(rows * columns, guard, random.integer(0, 3));
   Buffer<Sum> sums(columns, guard);
-  const rf::ActivationBackward p = {grad.data(), activation == Activation::none ? nullptr : saved.data(),
-                                    layout,      write ? dz.data() : nullptr,
-                                    columns,     activation};
+  const rf::ActivationBackward p = {.grad = grad.data(),
+                                    .saved = activation == Activation::none ? nullptr : saved.data(),
+                                    .grad_layout = layout,
+                                    .output = write ? dz.data() : nullptr,
+                                    .columns = columns,
+                                    .activation = activation};
+  const With with(p);
   Device::backward(Format<T>::dtype, p, rows, sum ? sums.data() : nullptr, grad, saved, dz, sums);
   std::vector<double> total(columns), size(columns);
   {

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iostream>
 
 namespace test {
 
@@ -36,6 +37,14 @@ void describe(const char* format, ...) {
 
 const char* description() { return current; }
 
+void With::print_all(std::ostream& to) {
+  for (const With* w = innermost; w; w = w->outer) {
+    to << "  with ";
+    w->print(to, w->problem);
+    to << std::endl;
+  }
+}
+
 bool check(bool ok, const char* format, ...) {
   if (ok) {
     ++passed;
@@ -49,6 +58,8 @@ bool check(bool ok, const char* format, ...) {
     std::vprintf(format, args);
     va_end(args);
     std::printf("\n");
+    std::fflush(stdout);
+    With::print_all(std::cout);
   } else if (failed == kPrinted + 1) {
     std::printf("... further failures are only counted\n");
   }

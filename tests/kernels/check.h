@@ -1,7 +1,10 @@
 // Checks, counted. A failure prints what was being tested and the test goes on; a crash prints it too (main.cpp).
 #pragma once
 #include <cstdint>
+#include <iosfwd>
 #include <vector>
+
+#include "shared/print_problems.h"
 
 namespace test {
 
@@ -10,6 +13,25 @@ extern int64_t passed, failed;
 // What is being tested, as printf.
 __attribute__((format(printf, 1, 2))) void describe(const char* format, ...);
 const char* description();
+
+// What a kernel is called with, printed too where a check fails while this lives.
+class With {
+ public:
+  template <class Problem>
+  explicit With(const Problem& problem)
+      : problem(&problem), print([](std::ostream& to, const void* p) { to << *(const Problem*)p; }), outer(innermost) {
+    innermost = this;
+  }
+  ~With() { innermost = outer; }
+  With(const With&) = delete;
+  static void print_all(std::ostream& to);
+
+ private:
+  const void* problem;
+  void (*print)(std::ostream&, const void*);
+  const With* outer;
+  static inline const With* innermost = nullptr;
+};
 
 __attribute__((format(printf, 2, 3))) bool check(bool ok, const char* format, ...);
 #define CHECK(condition) test::check((condition), "%s:%d: %s", __FILE__, __LINE__, #condition)

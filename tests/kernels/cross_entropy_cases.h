@@ -130,6 +130,8 @@ class CrossEntropyTest {
   }
 
   void run() {
+    const rf::CrossEntropyProblem asked = problem();
+    const With with(asked);
     {
       typename Device::Memory memory;
       memory.read(std::as_const(x.memory));

@@ -39,7 +39,9 @@ void softmax_forward(const RowShape& s, const SoftmaxLayout& w, bool log, Random
   const Guard guard = random.chance(0.7) ? Guard::behind : Guard::before;
   const Rows<T> x = read_only_rows<T>(s, w.input, guard, w.input_shift, [&] { return 4 * random.spiky(); });
   Rows<T> y(s, w.output, guard, w.output_shift);
-  Device::run(SoftmaxCall::forward, Format<T>::dtype, softmax_problem(x, &y, log), s.rows(), x.memory, y.memory);
+  const rf::SoftmaxProblem p = softmax_problem(x, &y, log);
+  const With with(p);
+  Device::run(SoftmaxCall::forward, Format<T>::dtype, p, s.rows(), x.memory, y.memory);
   check_softmax(x, y, log);
   CHECK(y.memory.rest_untouched());
 }
@@ -55,6 +57,7 @@ void softmax_backward(const RowShape& s, const SoftmaxLayout& w, bool log, Rando
   rf::SoftmaxProblem p = softmax_problem(y, &dx, log);
   p.grad = g.memory.data();
   p.grad_in = g.layout;
+  const With with(p);
   Device::run(SoftmaxCall::backward, Format<T>::dtype, p, s.rows(), y.memory, g.memory, dx.memory);
   check_softmax_backward(y, g, dx, log);
   CHECK(dx.memory.rest_untouched());
@@ -70,6 +73,7 @@ void logsumexp(const RowShape& s, const SoftmaxLayout& w, Random& random) {
   Buffer<A> lse(s.rows(), guard);
   rf::SoftmaxProblem p = softmax_problem<T>(x, nullptr, false);
   p.row_result = lse.data();
+  const With with(p);
   Device::run(SoftmaxCall::logsumexp_forward, Format<T>::dtype, p, s.rows(), x.memory, lse);
   check_logsumexp(x, lse);
   CHECK(lse.rest_untouched());

@@ -12,17 +12,15 @@ namespace {
 template <class T>
 void apply(Activation activation, const Buffer<T>& x, Buffer<T>& y, Buffer<T>* z) {
   const Buffer<T> one = input<T>(1, [] { return 1.0; });
-  rf::Gemm g = {};
-  g.m = g.k = 1;
-  g.n = x.count();
-  g.a = {one.data(), 1, 1, 0, 1};
-  g.b = {x.data(), 1, x.count(), 0, 1};
-  g.b_transposed = false;
-  g.epilogue.c = y.data();
-  g.epilogue.c_stride = x.count();
-  g.epilogue.activation = activation;
-  g.epilogue.preactivation = z ? z->data() : nullptr;
-  rf::gemm(Format<T>::dtype, g);
+  rf::gemm(Format<T>::dtype, {.m = 1,
+                              .n = x.count(),
+                              .k = 1,
+                              .a = {one.data(), 1, 1, 0, 1},
+                              .b = {x.data(), 1, x.count(), 0, 1},
+                              .c = y.data(),
+                              .c_stride = x.count(),
+                              .activation = activation,
+                              .preactivation = z ? z->data() : nullptr});
 }
 
 struct Cpu {

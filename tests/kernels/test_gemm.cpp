@@ -2,8 +2,8 @@
 #include <cmath>
 #include <vector>
 
-#include "activation_reference.h"
 #include "cpu/drivers/drivers.h"
+#include "gemm_reference.h"
 #include "matrices.h"
 
 namespace test {
@@ -28,56 +28,27 @@ void product(const Call& c, Random& random, std::vector<T>* keep = nullptr) {
   const Buffer<T> bias = input<T>(c.n, value, guard);
   const int64_t stride = c.n + random.integer(0, 2), size = (c.m - 1) * stride + c.n;
   Buffer<T> y(size, guard, random.integer(0, 3)), z(size, guard, random.integer(0, 3));
-  rf::Gemm g = {.m = c.m,
-                .n = c.n,
-                .k = c.k,
-                .a = a.view,
-                .a_transposed = c.a_transposed,
-                .b = b.view,
-                .b_transposed = c.b_transposed,
-                .epilogue = {}};
-  g.epilogue.c = y.data();
-  g.epilogue.c_stride = stride;
-  g.epilogue.bias = c.bias ? bias.data() : nullptr;
-  g.epilogue.activation = c.activation;
-  g.epilogue.preactivation = c.preactivation ? z.data() : nullptr;
+  const rf::GemmProblem g = {.m = c.m,
+                             .n = c.n,
+                             .k = c.k,
+                             .a = a.view,
+                             .a_transposed = c.a_transposed,
+                             .b = b.view,
+                             .b_transposed = c.b_transposed,
+                             .c = y.data(),
+                             .c_stride = stride,
+                             .bias = c.bias ? bias.data() : nullptr,
+                             .activation = c.activation,
+                             .preactivation = c.preactivation ? z.data() : nullptr};
   const rf::GemmPath path = rf::gemm_path(Format<T>::dtype, g);
   ++runs_of_path[(int)path];
   describe("gemm %s m=%lld n=%lld k=%lld a=%s%s b=%s%s bias=%d pre=%d %s path=%d", Format<T>::name, (long long)c.m,
            (long long)c.n, (long long)c.k, kOperandNames[(int)c.a], c.a_transposed ? "^T" : "", kOperandNames[(int)c.b],
            c.b_transposed ? "^T" : "", c.bias, c.preactivation, name_of(c.activation), (int)path);
+  const With with(g);
   rf::gemm(Format<T>::dtype, g);
 
-  // Both operands with K adjacent, for the reference's inner loop.
-  std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
-  for (int64_t i = 0; i < c.m; ++i)
-    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = c.a_transposed ? a.value(k, i) : a.value(i, k);
-  for (int64_t j = 0; j < c.n; ++j)
-    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = c.b_transposed ? b.value(j, k) : b.value(k, j);
-  {
-    Comparison<T> of_y("c"), of_z("pre-activation");
-    for (int64_t i = 0; i < c.m; ++i)
-      for (int64_t j = 0; j < c.n; ++j) {
-        double sum = 0, units = 0;
-        const double *p = rows.data() + i * c.k, *q = columns.data() + j * c.k;
-        for (int64_t k = 0; k < c.k; ++k) {
-          sum += p[k] * q[k];
-          units += std::fabs(p[k] * q[k]);
-        }
-        units *= long_sum_error(c.k);
-        if (c.bias) {
-          sum += bias.value(j);
-          units += 2 * (std::fabs(sum) + std::fabs(bias.value(j)));
-        }
-        const int64_t at = i * stride + j;
-        if (c.preactivation) of_z.add(z.result(at), sum, units, at);
-        // No activation here is steeper than 1.13.
-        const double through =
-            c.activation == Activation::none ? units : 1.13 * units + activate_units(c.activation, sum);
-        of_y.add(y.result(at), activate(c.activation, sum), through, at);
-      }
-  }
-  CHECK(y.rest_untouched() && z.rest_untouched());
+  check_product(g, y, z, [](double x) { return x; });
   if (keep) *keep = y.copy();
 }
 
@@ -149,18 +120,17 @@ void special_values(int64_t m, int64_t n, int64_t k) {
     Matrix<T> a(Operand::contiguous, m, k, Guard::behind, [&] { return at++ == bad * k + k / 2 ? kNaN : 0.5; });
     Matrix<T> b(Operand::contiguous, b_transposed ? n : k, b_transposed ? k : n, Guard::behind, [] { return 1.0; });
     Buffer<T> y(m * n);
-    rf::Gemm g = {.m = m,
-                  .n = n,
-                  .k = k,
-                  .a = a.view,
-                  .a_transposed = false,
-                  .b = b.view,
-                  .b_transposed = b_transposed,
-                  .epilogue = {}};
-    g.epilogue.c = y.data();
-    g.epilogue.c_stride = n;
+    rf::GemmProblem g = {.m = m,
+                         .n = n,
+                         .k = k,
+                         .a = a.view,
+                         .a_transposed = false,
+                         .b = b.view,
+                         .b_transposed = b_transposed,
+                         .c = y.data(),
+                         .c_stride = n};
     for (Activation activation : {Activation::none, Activation::relu}) {
-      g.epilogue.activation = activation;
+      g.activation = activation;
       rf::gemm(Format<T>::dtype, g);
       bool right = true;
       for (int64_t i = 0; i < m * n; ++i)

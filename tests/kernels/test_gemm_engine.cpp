@@ -9,6 +9,7 @@
 #include "cpu/drivers/drivers.h"
 #include "cpu/drivers/gemm_packed.h"
 #include "cpu/tuning.h"
+#include "gemm_reference.h"
 #include "matrices.h"
 
 namespace test {
@@ -32,29 +33,26 @@ void engine_product(const EngineCall& c, Random& random) {
   const int64_t stride = c.n + (c.padded ? 3 : 0), size = (c.m - 1) * stride + c.n;
   std::vector<C> before(size);
   for (C& x : before) x = from_double<C>(value());
-  rf::Gemm g = {.m = c.m,
-                .n = c.n,
-                .k = c.k,
-                .a = a.view,
-                .a_transposed = c.a_transposed,
-                .b = b.view,
-                .b_transposed = c.b_transposed,
-                .epilogue = {},
-                .wide_a = wide_a,
-                .wide_b = wide_b,
-                .wide_c = wide_c,
-                .accumulate = c.accumulate};
-  g.epilogue.c_stride = stride;
-  g.epilogue.bias = c.bias ? bias.data() : nullptr;
+  rf::GemmProblem g = {.m = c.m,
+                       .n = c.n,
+                       .k = c.k,
+                       .a = a.view,
+                       .a_transposed = c.a_transposed,
+                       .b = b.view,
+                       .b_transposed = c.b_transposed,
+                       .c = nullptr,
+                       .c_stride = stride,
+                       .bias = c.bias ? bias.data() : nullptr,
+                       .wide_a = wide_a,
+                       .wide_b = wide_b,
+                       .wide_c = wide_c,
+                       .accumulate = c.accumulate};
 
   // Beside pairs of bf16 a factor of floats is rounded to them.
   const bool rounds = rf::pair_kernels(Format<T>::dtype, g);
   const auto factor = [&](double x) { return rounds ? rounded<bf16>(x) : x; };
-  std::vector<double> rows(c.m * c.k), columns(c.n * c.k);
-  for (int64_t i = 0; i < c.m; ++i)
-    for (int64_t k = 0; k < c.k; ++k) rows[i * c.k + k] = factor(c.a_transposed ? a.value(k, i) : a.value(i, k));
-  for (int64_t j = 0; j < c.n; ++j)
-    for (int64_t k = 0; k < c.k; ++k) columns[j * c.k + k] = factor(c.b_transposed ? b.value(j, k) : b.value(k, j));
+  const auto rows = along_k<A>(g.a, g.a_transposed, g.m, g.k, factor);
+  const auto columns = along_k<B>(g.b, !g.b_transposed, g.n, g.k, factor);
 
   std::vector<C> first;
   for (int64_t n : {1, 3}) {
@@ -66,7 +64,8 @@ void engine_product(const EngineCall& c, Random& random) {
     Buffer<C> y(size, guard, random.integer(0, 3));
     for (int64_t i = 0; c.accumulate && i < c.m; ++i)
       std::copy_n(before.data() + i * stride, c.n, y.data() + i * stride);
-    g.epilogue.c = y.data();
+    g.c = y.data();
+    const With with(g);
     rf::gemm(Format<T>::dtype, g);
     Comparison<C> comparison("c");
     for (int64_t i = 0; i < c.m; ++i)
@@ -75,18 +74,10 @@ void engine_product(const EngineCall& c, Random& random) {
         const double result = y.result(at);
         // On more threads it is right already if it has the same bits; on one, the reference is what takes the time.
         if (!first.empty() || random.chance(0.8)) continue;
-        double sum = 0, units = 0;
-        const double *p = rows.data() + i * c.k, *q = columns.data() + j * c.k;
-        for (int64_t k = 0; k < c.k; ++k) {
-          sum += p[k] * q[k];
-          units += std::fabs(p[k] * q[k]);
-        }
-        units *= long_sum_error(c.k);
-        for (double more : {c.accumulate ? to_double(before[at]) : 0, c.bias ? bias.value(j) : 0}) {
-          sum += more;
-          units += 2 * (std::fabs(more) + std::fabs(sum));
-        }
-        comparison.add(result, sum, units, at);
+        Approximate sum = dot(rows.data() + i * g.k, columns.data() + j * g.k, g.k);
+        if (c.accumulate) sum.add(to_double(before[at]));
+        if (c.bias) sum.add(bias.value(j));
+        comparison.add(result, sum.value, sum.units, at);
       }
     CHECK(y.rest_untouched());
     if (first.empty())
@@ -167,8 +158,8 @@ void each_type(Random& random) {
 
 // A caller that breaks what the engine assumes gets an exception, not a write to memory that is not its own.
 template <class F>
-bool refused(const rf::Gemm& right, F&& spoil) {
-  rf::Gemm g = right;
+bool refused(const rf::GemmProblem& right, F&& spoil) {
+  rf::GemmProblem g = right;
   spoil(g);
   try {
     rf::gemm(rf::DType::bf16, g);
@@ -185,23 +176,22 @@ void broken_assumptions() {
   const Matrix<bf16> a(Operand::contiguous, 40, 30, Guard::behind, one),
       b(Operand::contiguous, 50, 30, Guard::behind, one);
   Buffer<float> c(40 * 50);
-  rf::Gemm g = {.m = 40,
-                .n = 50,
-                .k = 30,
-                .a = a.view,
-                .a_transposed = false,
-                .b = b.view,
-                .b_transposed = true,
-                .epilogue = {},
-                .wide_c = true,
-                .accumulate = true};
-  g.epilogue.c = c.data();
-  g.epilogue.c_stride = 50;
-  CHECK(refused(g, [](rf::Gemm& x) { x.wide_c = false; }));
-  CHECK(refused(g, [](rf::Gemm& x) { x.epilogue.c = nullptr; }));
-  CHECK(refused(g, [](rf::Gemm& x) { x.epilogue.c_stride = 49; }));
-  CHECK(refused(g, [](rf::Gemm& x) { x.a.data = nullptr; }));
-  CHECK(refused(g, [](rf::Gemm& x) { x.k = -1; }));
+  const rf::GemmProblem g = {.m = 40,
+                             .n = 50,
+                             .k = 30,
+                             .a = a.view,
+                             .a_transposed = false,
+                             .b = b.view,
+                             .b_transposed = true,
+                             .c = c.data(),
+                             .c_stride = 50,
+                             .wide_c = true,
+                             .accumulate = true};
+  CHECK(refused(g, [](rf::GemmProblem& x) { x.wide_c = false; }));
+  CHECK(refused(g, [](rf::GemmProblem& x) { x.c = nullptr; }));
+  CHECK(refused(g, [](rf::GemmProblem& x) { x.c_stride = 49; }));
+  CHECK(refused(g, [](rf::GemmProblem& x) { x.a.data = nullptr; }));
+  CHECK(refused(g, [](rf::GemmProblem& x) { x.k = -1; }));
 }
 
 }  // namespace

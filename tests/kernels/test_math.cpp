@@ -64,15 +64,15 @@ template <class T>
 std::vector<T> activated(const std::vector<T>& x, rf::Activation activation) {
   std::vector<T> y(x.size());
   const T one = 1;
-  rf::Gemm g = {};
-  g.m = g.k = 1;
-  g.n = (int64_t)x.size();
-  g.a = {&one, 1, 1, 0, 1};
-  g.b = {x.data(), 1, g.n, 0, 1};
-  g.epilogue.c = y.data();
-  g.epilogue.c_stride = g.n;
-  g.epilogue.activation = activation;
-  rf::gemm(Format<T>::dtype, g);
+  const int64_t n = (int64_t)x.size();
+  rf::gemm(Format<T>::dtype, {.m = 1,
+                              .n = n,
+                              .k = 1,
+                              .a = {&one, 1, 1, 0, 1},
+                              .b = {x.data(), 1, n, 0, 1},
+                              .c = y.data(),
+                              .c_stride = n,
+                              .activation = activation});
   return y;
 }
 

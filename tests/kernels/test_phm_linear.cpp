@@ -21,12 +21,13 @@ void combine(F driver, const char* name, int64_t rows, int64_t parts, int64_t to
   const Buffer<In> from = input<In>((rows - 1) * stride + parts * length, value, guard, random.integer(0, 3));
   const Buffer<A> coefficients = input<A>(to_parts * parts, value, guard);
   Buffer<Out> to(rows * to_parts * length, guard, random.integer(0, 3));
-  driver(rf::CombinePartsArgs{.from = {from.data(), 1, stride, 0, 1},
-                              .parts = parts,
-                              .to_parts = to_parts,
-                              .length = length,
-                              .coefficients = coefficients.data(),
-                              .to = to.data()},
+  driver(rf::CombinePartsProblem{.parts = parts,
+                                 .to_parts = to_parts,
+                                 .length = length,
+                                 .from = from.data(),
+                                 .from_stride = stride,
+                                 .coefficients = coefficients.data(),
+                                 .to = to.data()},
          rows);
   check_combination({rows, stride, parts, length}, from, coefficients, to_parts, 8, to);
   CHECK(to.rest_untouched());
@@ -43,12 +44,13 @@ void products(int64_t rows, int64_t of_parts, int64_t parts, int64_t length, Ran
   const Buffer<A> of = input<A>(rows * of_parts * length, value, guard, random.integer(0, 3));
   const Buffer<T> with = input<T>((rows - 1) * stride + parts * length, value, guard, random.integer(0, 3));
   std::vector<double> sums(of_parts * parts, 1.5), alone = sums;
-  const rf::PartProductsArgs args = {.of = of.data(),
-                                     .with = {with.data(), 1, stride, 0, 1},
-                                     .of_parts = of_parts,
-                                     .parts = parts,
-                                     .length = length,
-                                     .sums = nullptr};
+  const rf::PartProductsProblem args = {.of_parts = of_parts,
+                                        .parts = parts,
+                                        .length = length,
+                                        .of = of.data(),
+                                        .with = with.data(),
+                                        .with_stride = stride,
+                                        .sums = nullptr};
   rf::add_part_products(Format<T>::dtype, args, rows, sums.data());
   const int64_t used = threads;
   threads = 1;
@@ -65,8 +67,8 @@ void all() {
   Random random(2100 + (int)Format<T>::dtype);
   // Parts shorter than a vector, a vector, with tails, and beyond a chain of additions of a scalar.
   constexpr int64_t kLengths[] = {1, 2, 7, 8, 15, 16, 17, 33, 64, 131, 300}, kParts[] = {1, 2, 3, 4, 5, 7, 8, 13, 16};
-  const auto mix = [](const rf::CombinePartsArgs& a, int64_t rows) { rf::mix_parts(Format<T>::dtype, a, rows); };
-  const auto unmix = [](const rf::CombinePartsArgs& a, int64_t rows) { rf::unmix_parts(Format<T>::dtype, a, rows); };
+  const auto mix = [](const rf::CombinePartsProblem& a, int64_t rows) { rf::mix_parts(Format<T>::dtype, a, rows); };
+  const auto unmix = [](const rf::CombinePartsProblem& a, int64_t rows) { rf::unmix_parts(Format<T>::dtype, a, rows); };
   for (int i = 0; i < fewer(60); ++i) {
     const int64_t rows = random.integer(1, 70), length = random.pick(kLengths);
     combine<T, A>(mix, "mix", rows, random.pick(kParts), random.pick(kParts), length, random);

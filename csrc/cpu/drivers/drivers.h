@@ -70,25 +70,14 @@ double few_outputs(DType dtype, const FewOutputsArgs& args, int64_t rows, Likeli
 
 // ---- gemm.cpp, gemm_packed.cpp -------------------------------------------------------------------------------------
 
-// C = op(A) op(B) with an epilogue; all strides of A and B are allowed, C's columns are adjacent.
-struct Gemm {
-  int64_t m, n, k;
-  MatrixView a;  // a(i, k), or a(k, i) where transposed
-  bool a_transposed;
-  MatrixView b;             // b(j, k), or b(k, j) where not transposed: B is a weight's layout by default
-  bool b_transposed;        // true: rows of memory are B's columns, as in X W^T
-  Epilogue epilogue;        // partial is filled in by gemm()
-  bool wide_a = false;      // A has the accumulator's type
-  bool wide_b = false;      // B has it
-  bool wide_c = false;      // C, bias and pre-activation have it
-  bool accumulate = false;  // the product is added to C, which has the accumulator's type
-};
 enum class GemmPath { packed, dot_few_columns, dot_few_rows, direct, lanes, lane_sums };
-GemmPath gemm_path(DType dtype, const Gemm& g);
-void gemm(DType dtype, Gemm g);
+GemmPath gemm_path(DType dtype, const GemmProblem& g);
+void gemm(DType dtype, GemmProblem g);
 // Why a product of this type and shape is left to ATen's GEMM on this CPU, by tuning.h's table of measurements, or null
 // where it is ours; `a_across`: A's memory has rows across K. REGFAST_GEMM=own or aten forces either side.
 const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k, bool a_across = false);
+// Whether those are that are large on each side.
+inline bool large_gemm_by_aten(DType dtype) { return gemm_by_aten(dtype, 4096, 4096, 4096); }
 
 // ---- sparse.cpp ----------------------------------------------------------------------------------------------------
 
@@ -110,11 +99,11 @@ void sparse_product(DType dtype, const SparseMatrix& a, const MatrixView& b, int
 // ---- phm_linear.cpp ------------------------------------------------------------------------------------------------
 
 // Combinations of the parts of rows: from the dtype to its accumulator's type, or back.
-void mix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
-void unmix_parts(DType dtype, const CombinePartsArgs& args, int64_t rows);
+void mix_parts(DType dtype, const CombinePartsProblem& args, int64_t rows);
+void unmix_parts(DType dtype, const CombinePartsProblem& args, int64_t rows);
 // Products of parts with parts, added to of_parts x parts sums.
-void add_part_products(DType dtype, PartProductsArgs args, int64_t rows, double* sums);
+void add_part_products(DType dtype, PartProductsProblem args, int64_t rows, double* sums);
 // C = Z S^T with Z's rows `n` to each row of what it was mixed from; few of them are not worth packing S.
-void phm_product(DType dtype, const Gemm& g, int64_t n);
+void phm_product(DType dtype, const GemmProblem& g, int64_t n);
 
 }  // namespace rf

@@ -14,19 +14,19 @@ namespace {
 
 // How many parts K is cut into where C alone gives the threads too little to share. By shape, not by the number of
 // threads: the same bits with any number of them.
-int64_t k_parts(const Gemm& g) {
+int64_t k_parts(const GemmProblem& g) {
   const bool affine = (!g.a_transposed || g.a.inner == 1) && (g.b_transposed || g.b.inner == 1);
   if (!affine || g.m * g.n > tuning::kSplitOutputs || std::max(g.m, g.n) > tuning::kSplitSide) return 1;
   return std::max<int64_t>(1, std::min(tuning::kMostSplits, g.k / tuning::kSplitK));
 }
 
 // C from its sums (acc, m x n): a block without products adds them to nothing and finishes C.
-void finish(DType dtype, const Gemm& g, void* sums) {
+void finish(DType dtype, const GemmProblem& g, void* sums) {
   GemmBlockArgs block = {};
   block.a = block.b = sums;
   block.chain = 1;
   block.last = true;
-  block.epilogue = g.epilogue;
+  block.epilogue = epilogue_of(g);
   block.epilogue.partial = sums;
   block.epilogue.partial_stride = g.n;
   const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
@@ -37,12 +37,12 @@ void finish(DType dtype, const Gemm& g, void* sums) {
 }
 
 // Rows of both factors lie along K, in the type they are multiplied in, each at a distance from the one before it.
-bool rows_along_k(DType dtype, const Gemm& g) {
+bool rows_along_k(DType dtype, const GemmProblem& g) {
   return size_of(dtype) == acc_size(dtype) && !g.a_transposed && g.b_transposed && g.a.col_stride == 1 &&
          g.b.col_stride == 1 && g.a.inner == 1 && g.b.inner == 1;
 }
 
-void dot(DType dtype, const Gemm& g, bool few_rows) {
+void dot(DType dtype, const GemmProblem& g, bool few_rows) {
   const int64_t many = few_rows ? g.n : g.m, few = few_rows ? g.m : g.n;
   const int64_t grain = tuning::kParallelElements / (few * g.k / 8 + tuning::kRowElements) + 1;
   const bool far = short_and_far(g.k * size_of(dtype), many);
@@ -56,20 +56,20 @@ void dot(DType dtype, const Gemm& g, bool few_rows) {
                           .k = g.k,
                           .many_are_columns = few_rows,
                           .many_are_far = far,
-                          .epilogue = g.epilogue};
+                          .epilogue = epilogue_of(g)};
     pairs ? pairs->gemm_dot(args) : kernels().gemm_dot[(int)dtype](args);
   });
 }
 
 // Parts of K, one to a task, and their sums added in order.
-void split_k(DType dtype, const Gemm& g, int64_t parts) {
+void split_k(DType dtype, const GemmProblem& g, int64_t parts) {
   const int64_t acc = acc_size(dtype), size = g.m * g.n;
   char* sums = (char*)scratch(Slot::splits, parts * size * acc);
   const bool few_columns = g.n <= tuning::kSkinny, few_rows = g.m <= tuning::kFewRows;
   const bool dots = (few_columns || few_rows) && rows_along_k(dtype, g);
   take_tasks(parts, thread_count(), [&](int64_t task) {
     const Range k = part_of(g.k, tuning::kGemmChain, task, parts);
-    Gemm part = g;
+    GemmProblem part = g;
     part.k = k.size();
     const auto from = [&](MatrixView& m, bool rows_are_k) {
       const int64_t at = rows_are_k ? m.row_offset(k.begin) : k.begin * m.col_stride;
@@ -78,9 +78,11 @@ void split_k(DType dtype, const Gemm& g, int64_t parts) {
     from(part.a, g.a_transposed);
     from(part.b, !g.b_transposed);
     part.wide_c = true;
-    part.epilogue = {};
-    part.epilogue.c = sums + task * size * acc;
-    part.epilogue.c_stride = g.n;
+    part.c = sums + task * size * acc;
+    part.c_stride = g.n;
+    part.bias = nullptr;
+    part.activation = Activation::none;
+    part.preactivation = nullptr;
     dots ? dot(dtype, part, !few_columns) : gemm_packed(dtype, part, 1);
   });
   const auto add = [&](auto* first) {
@@ -107,7 +109,7 @@ MatrixView widened(DType dtype, const MatrixView& m, int64_t rows, int64_t colum
 }
 
 // Threads share whichever of C's sides has more register tiles.
-void direct(DType dtype, const Gemm& g) {
+void direct(DType dtype, const GemmProblem& g) {
   const int64_t mr = kernels().mr[(int)dtype], nr = kernels().nr[(int)dtype];
   MatrixView a = g.a;
   if (size_of(dtype) != acc_size(dtype))
@@ -120,7 +122,7 @@ void direct(DType dtype, const Gemm& g) {
   args.b_k = g.b.outer_stride;
   args.k = g.k;
   args.b_is_far = g.k * g.n * acc_size(dtype) > 2 * caches().l2;  // by shape alone: it decides the order of sums
-  args.epilogue = g.epilogue;
+  args.epilogue = epilogue_of(g);
   const bool by_rows = g.k <= tuning::kSkinny && (g.m >= 4 * mr * thread_count() || g.m / mr > g.n / nr);
   const int64_t step = by_rows ? mr : nr, side = by_rows ? g.m : g.n, other = by_rows ? g.n : g.m;
   const int64_t grain = tuning::kParallelElements / std::max<int64_t>(1, step * other * g.k / 8) + 1;
@@ -141,7 +143,7 @@ RowLayout lanes_of(const MatrixView& m, bool across) {
   return {m.inner, m.outer_stride, m.row_stride, m.col_stride};
 }
 
-void lanes(DType dtype, const Gemm& g) {
+void lanes(DType dtype, const GemmProblem& g) {
   LanesArgs args = {};
   args.a = g.a.data;
   args.a_layout = lanes_of(g.a, g.a_transposed);
@@ -149,13 +151,13 @@ void lanes(DType dtype, const Gemm& g) {
   args.b_layout = lanes_of(g.b, !g.b_transposed);
   args.n = g.n;
   args.k = g.k;
-  args.epilogue = g.epilogue;
+  args.epilogue = epilogue_of(g);
   const int64_t grain = tuning::kParallelElements / (g.n * g.k / 8 + g.n + g.k) + 1;
   parallel_for(g.m, grain, [&](int64_t begin, int64_t end) { kernels().gemm_lanes[(int)dtype](args, begin, end); });
 }
 
 // Sums over blocks of rows, added in order. They are A's rows and B's, along which K runs.
-void lane_sums(DType dtype, const Gemm& g) {
+void lane_sums(DType dtype, const GemmProblem& g) {
   LanesArgs args = {};
   args.a = g.a.data;
   args.a_layout = lanes_of(g.a, false);
@@ -177,45 +179,44 @@ void lane_sums(DType dtype, const Gemm& g) {
 
 // One output of rows that are adjacent across k: a row of C transposed, to which A is a matrix with adjacent columns.
 // The output's bias becomes one for each column. Types that differ would have to change places with the factors.
-bool is_column_of_transposed(const Gemm& g) {
+bool is_column_of_transposed(const GemmProblem& g) {
   return g.n == 1 && g.m > 1 && !g.wide_a && !g.wide_b && !g.wide_c && !g.a_transposed && g.a.inner == 1 &&
-         g.a.outer_stride == 1 && g.a.col_stride != 1 && g.b_transposed && g.b.col_stride == 1 &&
-         g.epilogue.c_stride == 1 && g.epilogue.bias_rows == 1;
+         g.a.outer_stride == 1 && g.a.col_stride != 1 && g.b_transposed && g.b.col_stride == 1 && g.c_stride == 1 &&
+         g.bias_rows == 1;
 }
-Gemm as_row(DType dtype, const Gemm& g) {
-  Gemm row = g;
+GemmProblem as_row(DType dtype, const GemmProblem& g) {
+  GemmProblem row = g;
   std::swap(row.m, row.n);
   row.a = g.b;
   row.b = {g.a.data, 1, g.a.col_stride, 0, 1};
   row.b_transposed = false;
-  row.epilogue.c_stride = g.m;
-  if (g.epilogue.bias) {
+  row.c_stride = g.m;
+  if (g.bias) {
     void* const biases = scratch(Slot::tile, g.m * size_of(dtype));
-    const auto fill = [&](auto* to) { std::fill(to, to + g.m, *(decltype(to))g.epilogue.bias); };
+    const auto fill = [&](auto* to) { std::fill(to, to + g.m, *(decltype(to))g.bias); };
     size_of(dtype) == 8   ? fill((uint64_t*)biases)
     : size_of(dtype) == 4 ? fill((uint32_t*)biases)
                           : fill((uint16_t*)biases);
-    row.epilogue.bias = biases;
+    row.bias = biases;
   }
   return row;
 }
 
 // Rows or columns [begin, end) of C.
-Gemm part_of_c(DType dtype, const Gemm& g, bool rows, int64_t begin, int64_t end) {
-  Gemm part = g;
+GemmProblem part_of_c(DType dtype, const GemmProblem& g, bool rows, int64_t begin, int64_t end) {
+  GemmProblem part = g;
   (rows ? part.m : part.n) = end - begin;
   MatrixView& factor = rows ? part.a : part.b;
   factor.data = (const char*)factor.data + begin * factor.outer_stride * size_of(dtype);
-  const int64_t size = size_of(c_type(dtype, g)), at = begin * (rows ? g.epilogue.c_stride : 1) * size;
-  Epilogue& e = part.epilogue;
-  e.c = (char*)e.c + at;
-  if (e.preactivation) e.preactivation = (char*)e.preactivation + at;
-  if (e.bias && !rows) e.bias = (const char*)e.bias + begin * size;
+  const int64_t size = size_of(c_type(dtype, g)), at = begin * (rows ? g.c_stride : 1) * size;
+  part.c = (char*)g.c + at;
+  if (g.preactivation) part.preactivation = (char*)g.preactivation + at;
+  if (g.bias && !rows) part.bias = (const char*)g.bias + begin * size;
   return part;
 }
 
 // Up to so many rows are dot products: kFewRows, and of long ones what would fill most of a panel of the engine's B.
-int64_t few_rows(DType dtype, const Gemm& g, const PairKernels* pairs) {
+int64_t few_rows(DType dtype, const GemmProblem& g, const PairKernels* pairs) {
   if (pairs) return pairs->step ? tuning::kFewForSquares : tuning::kFewRowsOfPairs;
   if (g.k < tuning::kDotK || !rows_along_k(dtype, g)) return tuning::kFewRows;
   return std::max(tuning::kFewRows, kernels().nr[(int)dtype] * 2 / 3);
@@ -223,16 +224,16 @@ int64_t few_rows(DType dtype, const Gemm& g, const PairKernels* pairs) {
 
 // Of a shorter side of some panels and a rest that would leave the last one mostly empty, where the rest begins; else
 // 0.
-int64_t whole_panels(DType dtype, const Gemm& g) {
+int64_t whole_panels(DType dtype, const GemmProblem& g) {
   const int64_t shorter = std::min(g.m, g.n), panel = kernels().nr[(int)dtype], rest = shorter % panel;
   const int64_t most = panel * std::min(g.k, tuning::kDotK) / (2 * tuning::kDotK);
   const bool splits = 0 < rest && rest <= most && panel < shorter && shorter < tuning::kFewPanels * panel;
-  return splits && rows_along_k(dtype, g) && g.epilogue.bias_rows == 1 ? shorter - rest : 0;
+  return splits && rows_along_k(dtype, g) && g.bias_rows == 1 ? shorter - rest : 0;
 }
 
 // Whether dot products of rows along K with a few others take less than a panel that those fill in part: vectors of
 // multiply-adds, and what a sum costs. Of half types without pairs, dot products widen both sides again and again.
-bool dots_win(DType dtype, const Gemm& g, const PairKernels* pairs) {
+bool dots_win(DType dtype, const GemmProblem& g, const PairKernels* pairs) {
   if (pairs && pairs->step) return g.n <= tuning::kFewForSquares;
   if (g.n <= tuning::kFewColumnsOfDots || g.m < tuning::kSkinny) return true;
   if (size_of(dtype) != acc_size(dtype) && !pairs) return g.k > tuning::kDotK;
@@ -254,7 +255,7 @@ bool library_beats_squares(int64_t m, int64_t n, int64_t k, bool a_across) {
 
 }  // namespace
 
-const PairKernels* pair_kernels(DType dtype, const Gemm& g) {
+const PairKernels* pair_kernels(DType dtype, const GemmProblem& g) {
   return dtype == DType::bf16 && g.m * g.n * g.k > tuning::kFewPairs ? kernels().pairs : nullptr;
 }
 
@@ -262,7 +263,7 @@ bool short_and_far(int64_t row_bytes, int64_t rows) {
   return row_bytes < tuning::kShortRow && rows * row_bytes > 2 * caches().l2;
 }
 
-GemmPath gemm_path(DType dtype, const Gemm& g) {
+GemmPath gemm_path(DType dtype, const GemmProblem& g) {
   const bool a_walks = !g.a_transposed || g.a.inner == 1, b_is_plain = g.b.inner == 1;
   const bool along_k = !g.a_transposed && g.b_transposed && g.a.col_stride == 1 && g.b.col_stride == 1;
   const bool short_dots = along_k && g.n <= tuning::kShortDots && g.k * acc_size(dtype) > tuning::kShortDotBytes;
@@ -272,7 +273,7 @@ GemmPath gemm_path(DType dtype, const Gemm& g) {
   const bool fill_panels = along_k && g.m >= tuning::kSkinny &&
                            (pairs ? 2 * g.n > kernels().nr[(int)dtype] : g.n == tuning::kSkinny && !half);
   if (both_few(g.n, g.k) && !short_dots && !fill_panels && g.k > 0 && g.m >= tuning::kLeastLanes && a_walks &&
-      b_is_plain && g.epilogue.bias_rows == 1)
+      b_is_plain && g.bias_rows == 1)
     return GemmPath::lanes;
   if (both_few(g.m, g.n) && g.k >= tuning::kLeastLanes && g.a_transposed && !g.b_transposed) return GemmPath::lane_sums;
   if (along_k && g.n <= tuning::kSkinny && dots_win(dtype, g, pairs)) return GemmPath::dot_few_columns;
@@ -301,7 +302,7 @@ const char* gemm_by_aten(DType dtype, int64_t m, int64_t n, int64_t k, bool a_ac
   return wins ? "measured to be faster on CPUs like this one" : nullptr;
 }
 
-void gemm(DType dtype, Gemm g) {
+void gemm(DType dtype, GemmProblem g) {
   if (g.m == 0 || g.n == 0) return;
   // A column whose numbers are adjacent is a row too, along the columns of C.
   if (g.k == 1 && g.b_transposed && g.b.inner == 1 && g.b.outer_stride == 1) {

@@ -17,7 +17,7 @@ struct Slots {
   const PairKernels* pairs;  // or null
   int64_t numbers;           // of K
 
-  Slots(DType dtype, const Gemm& g) : pairs(pair_kernels(dtype, g)), numbers(g.k) {}
+  Slots(DType dtype, const GemmProblem& g) : pairs(pair_kernels(dtype, g)), numbers(g.k) {}
   int64_t width() const { return pairs ? 2 : 1; }
   int64_t count() const { return round_up(ceil_div(numbers, width()), std::max<int64_t>(1, step())); }
   // What pairs' micro-kernel has of its own.
@@ -132,13 +132,13 @@ struct Plan {
 void require(bool holds, const char* what) {
   if (!holds) throw std::logic_error(std::string("regfast: gemm: ") + what);
 }
-void check_product(DType dtype, const Gemm& g) {
+void check_product(DType dtype, const GemmProblem& g) {
   require(g.m >= 0 && g.n >= 0 && g.k >= 0, "expected sizes of at least 0");
-  require(g.epilogue.c && (g.m == 1 || g.epilogue.c_stride >= g.n), "expected rows of C that do not overlap");
+  require(g.c && (g.m == 1 || g.c_stride >= g.n), "expected rows of C that do not overlap");
   require(!g.accumulate || c_type(dtype, g) == acc_dtype(dtype), "expected a C of the accumulator's type to add to");
   require(g.k == 0 || (g.a.data && g.b.data), "expected operands");
 }
-void check_plan(DType dtype, const Gemm& g, const Plan& p) {
+void check_plan(DType dtype, const GemmProblem& g, const Plan& p) {
   require(p.a.count == (p.transposed ? g.n : g.m) && p.b.count == (p.transposed ? g.m : g.n), "the plan has its sides");
   require(!p.a_is_longer || p.a.in_place() || p.a.slots.step(), "A, which is not laid out, can be read in place");
   require(p.kc >= 1 && p.k_count >= p.kc && p.k_count % p.kc == 0, "K is laid out in whole blocks");
@@ -150,7 +150,7 @@ void check_plan(DType dtype, const Gemm& g, const Plan& p) {
   require(!p.stays_in_tiles || p.k_count >= p.k, "a task whose sums stay in tiles sees all of K");
 }
 
-Plan make_plan(DType dtype, const Gemm& g, int64_t threads) {
+Plan make_plan(DType dtype, const GemmProblem& g, int64_t threads) {
   const Slots slots(dtype, g);
   const int64_t acc = acc_size(dtype), mr = slots.mr(dtype), nr = slots.nr(dtype), k = slots.count();
   const Side x(g.wide_a ? acc_dtype(dtype) : dtype, g.a, g.a_transposed, g.m, slots);
@@ -305,13 +305,13 @@ void lay_out(DType dtype, const Plan& p, const Side& side, int64_t width,
 }
 
 // The longer side in place, or laid out by whoever multiplies it.
-void multiply_by_rows(DType dtype, const Gemm& g, const Plan& p) {
+void multiply_by_rows(DType dtype, const GemmProblem& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   char* packed = (char*)scratch(Slot::packed_b, p.b_count * p.depth() * acc);
   for (int64_t j0 = 0; j0 < p.b.count; j0 += p.b_count) {
     const Range rows = {j0, std::min(j0 + p.b_count, p.b.count)};
     const int64_t padded = round_up(rows.size(), nr);
-    Epilogue e = g.epilogue;
+    Epilogue e = epilogue_of(g);
     if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, rows);
     int64_t k0 = 0;
     do {  // once for an empty K too: C is written all the same
@@ -346,12 +346,12 @@ void multiply_by_rows(DType dtype, const Gemm& g, const Plan& p) {
 }
 
 // The longer side packed, by whoever multiplies it.
-void multiply_by_columns(DType dtype, const Gemm& g, const Plan& p) {
+void multiply_by_columns(DType dtype, const GemmProblem& g, const Plan& p) {
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   const bool in_place = p.a.in_place();
   const int64_t rows = round_up(p.a.count, mr);
   char* laid_out = in_place ? nullptr : (char*)scratch(Slot::packed_a, rows * p.depth() * acc);
-  Epilogue e = g.epilogue;
+  Epilogue e = epilogue_of(g);
   if (p.waiting != Waiting::task) place_sums(e, dtype, p, {0, p.a.count}, {0, p.b.count});
   int64_t k0 = 0;
   do {  // once for an empty K too
@@ -393,13 +393,13 @@ void multiply_by_columns(DType dtype, const Gemm& g, const Plan& p) {
 
 }  // namespace
 
-void gemm_packed(DType dtype, const Gemm& g, int64_t threads) {
+void gemm_packed(DType dtype, const GemmProblem& g, int64_t threads) {
   check_product(dtype, g);
   const Plan p = make_plan(dtype, g, threads);
   p.a_is_longer ? multiply_by_rows(dtype, g, p) : multiply_by_columns(dtype, g, p);
 }
 
-int64_t gemm_scratch_bytes(DType dtype, const Gemm& g, int64_t threads) {
+int64_t gemm_scratch_bytes(DType dtype, const GemmProblem& g, int64_t threads) {
   const Plan p = make_plan(dtype, g, threads);
   const int64_t acc = acc_size(dtype), mr = p.a.slots.mr(dtype), nr = p.a.slots.nr(dtype);
   const Slots& s = p.a.slots;

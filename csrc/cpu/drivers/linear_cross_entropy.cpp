@@ -28,13 +28,21 @@ int64_t engine_bytes(const LinearCrossEntropySize& s, int64_t rows) {
   const int64_t outputs = s.classes * s.positions;
   // Only the layouts matter: x and w by rows, the panel by rows.
   const MatrixView x = {nullptr, 1, s.features, 0, 1}, panel = {nullptr, 1, outputs, 0, 1};
-  Gemm logits = {rows, outputs, s.features, x, false, x, true, {}},
-       dx = {rows, s.features, outputs, panel, false, x, false, {}},
-       dw = {outputs, s.features, rows, panel, true, x, false, {}};
-  logits.wide_c = dx.wide_a = dx.wide_c = dw.wide_a = dw.wide_c = dw.accumulate = true;
+  const GemmProblem
+      logits = {.m = rows, .n = outputs, .k = s.features, .a = x, .b = x, .b_transposed = true, .wide_c = true},
+      dx = {.m = rows, .n = s.features, .k = outputs, .a = panel, .b = x, .wide_a = true, .wide_c = true},
+      dw = {.m = outputs,
+            .n = s.features,
+            .k = rows,
+            .a = panel,
+            .a_transposed = true,
+            .b = x,
+            .wide_a = true,
+            .wide_c = true,
+            .accumulate = true};
   int64_t most = 0;
   if (rows > 0 && outputs > 0 && s.features > 0)
-    for (const Gemm* g : {&logits, &dx, &dw}) most = std::max(most, gemm_scratch_bytes(s.dtype, *g, cores()));
+    for (const GemmProblem* g : {&logits, &dx, &dw}) most = std::max(most, gemm_scratch_bytes(s.dtype, *g, cores()));
   return most + outputs * (acc_size(s.dtype) + (int64_t)sizeof(CompensatedSum));
 }
 

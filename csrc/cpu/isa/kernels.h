@@ -67,9 +67,9 @@ struct Kernels {
   void (*list_entries[kDTypes])(const void* row, int64_t n, double bound, int32_t* columns, void* values);
   void (*sparse_row_product[kDTypes])(const SparseRow&);
 
-  void (*mix_parts[kDTypes])(const CombinePartsArgs&, int64_t row_begin, int64_t row_end);    // to acc
-  void (*unmix_parts[kDTypes])(const CombinePartsArgs&, int64_t row_begin, int64_t row_end);  // from acc
-  void (*part_products[kDTypes])(const PartProductsArgs&, int64_t row_begin, int64_t row_end);
+  void (*mix_parts[kDTypes])(const CombinePartsProblem&, int64_t row_begin, int64_t row_end);    // to acc
+  void (*unmix_parts[kDTypes])(const CombinePartsProblem&, int64_t row_begin, int64_t row_end);  // from acc
+  void (*part_products[kDTypes])(const PartProductsProblem&, int64_t row_begin, int64_t row_end);
 
   double (*fma_gflops)(double seconds);  // this core's float32 peak, measured for about so long
 

@@ -76,9 +76,9 @@ struct FewOutputsArgs {
 // What happens to a tile of C = A B once its products are summed. C, pre-activation and bias have the entry's dtype.
 struct Epilogue {
   void* c;
-  int64_t c_stride;  // between rows; columns are adjacent
-  void* partial;     // acc, sums of the K blocks before the last; may be c itself
-  int64_t partial_stride;
+  int64_t c_stride;         // between rows; columns are adjacent
+  void* partial = nullptr;  // acc, sums of the K blocks before the last; may be c itself
+  int64_t partial_stride = 0;
   const void* bias;  // one per column, or null
   Activation activation;
   void* preactivation;  // laid out as c, or null
@@ -165,25 +165,6 @@ struct SparseRow {
   int64_t b_row, columns;
   void* c;   // acc
   bool add;  // to what is there
-};
-
-// ---- parts of rows -------------------------------------------------------------------------------------------------
-
-// Part j of a row of `to` = sum over i of coefficients[j * parts + i] times part i of that row of `from`. A row's parts
-// are adjacent and equally long, from's rows lie anywhere, to's follow one another.
-struct CombinePartsArgs {
-  MatrixView from;  // col_stride 1
-  int64_t parts, to_parts, length;
-  const void* coefficients;  // acc, to_parts x parts
-  void* to;
-};
-
-// sums[j * parts + i] = sum over rows of the dot product of part j of `of` and part i of `with`.
-struct PartProductsArgs {
-  const void* of;   // acc, rows follow one another
-  MatrixView with;  // col_stride 1
-  int64_t of_parts, parts, length;
-  void* sums;  // acc
 };
 
 }  // namespace rf

@@ -26,9 +26,9 @@ inline void combine_some(const In* from, int64_t parts, int64_t length, const ac
 }
 
 template <class In, class Out>
-inline void combine_parts(const CombinePartsArgs& a, int64_t begin, int64_t end) {
+inline void combine_parts(const CombinePartsProblem& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const In* from = (const In*)a.from.data + a.from.row_offset(row);
+    const In* from = (const In*)a.from + row * a.from_stride;
     Out* to = (Out*)a.to + row * a.to_parts * a.length;
     const acc_t<In>* c = (const acc_t<In>*)a.coefficients;
     int64_t j = 0;
@@ -41,11 +41,11 @@ inline void combine_parts(const CombinePartsArgs& a, int64_t begin, int64_t end)
 }
 
 template <class T>
-inline void mix_parts(const CombinePartsArgs& a, int64_t begin, int64_t end) {
+inline void mix_parts(const CombinePartsProblem& a, int64_t begin, int64_t end) {
   combine_parts<T, acc_t<T>>(a, begin, end);
 }
 template <class T>
-inline void unmix_parts(const CombinePartsArgs& a, int64_t begin, int64_t end) {
+inline void unmix_parts(const CombinePartsProblem& a, int64_t begin, int64_t end) {
   combine_parts<acc_t<T>, T>(a, begin, end);
 }
 
@@ -89,13 +89,13 @@ inline void add_products_of(const acc_t<T>* p, const T* q, int64_t parts, int64_
 }
 
 template <class T>
-inline void part_products(const PartProductsArgs& a, int64_t begin, int64_t end) {
+inline void part_products(const PartProductsProblem& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   A* sums = (A*)a.sums;
   for (int64_t i = 0; i < a.of_parts * a.parts; ++i) sums[i] = 0;
   for (int64_t row = begin; row < end; ++row) {
     const A* p = (const A*)a.of + row * a.of_parts * a.length;
-    const T* q = (const T*)a.with.data + a.with.row_offset(row);
+    const T* q = (const T*)a.with + row * a.with_stride;
     int64_t j = 0;
     for (; j + 4 <= a.of_parts; j += 4)
       add_products_of<T, 4>(p + j * a.length, q, a.parts, a.length, sums + j * a.parts);

@@ -8,25 +8,6 @@ namespace rf {
 
 inline std::string isa_in_use(const Tensor&) { return kernels().isa; }
 
-inline Gemm as_gemm(const GemmProblem& p) {
-  return {.m = p.m,
-          .n = p.n,
-          .k = p.k,
-          .a = p.a,
-          .a_transposed = p.a_transposed,
-          .b = p.b,
-          .b_transposed = p.b_transposed,
-          .epilogue = {.c = p.c,
-                       .c_stride = p.c_stride,
-                       .bias = p.bias,
-                       .activation = p.activation,
-                       .preactivation = p.preactivation},
-          .wide_a = p.wide_a,
-          .wide_b = p.wide_b,
-          .wide_c = p.wide_c,
-          .accumulate = p.accumulate};
-}
-
 struct Cpu {
   explicit Cpu(const Tensor&) {}
 
@@ -37,7 +18,7 @@ struct Cpu {
     return p.wide ? nullptr : gemm_by_aten(dtype_of(p.type), p.m, p.n, p.k, p.a_across);
   }
   bool fused_by_aten(DType, Activation) const { return false; }
-  void gemm(DType dtype, const GemmProblem& p) const { rf::gemm(dtype, as_gemm(p)); }
+  void gemm(DType dtype, const GemmProblem& p) const { rf::gemm(dtype, p); }
 
   void activate(const Tensor& z, const Tensor& y, Activation activation) const {
     activation_forward(dtype_of(z.scalar_type()), z.const_data_ptr(), y.mutable_data_ptr(), z.numel(), activation);

@@ -42,25 +42,42 @@ struct CpuPhm : Cpu {
   at::ScalarType mixed_type(const PhmTensors& p) const { return p.acc; }
   void mix(const PhmTensors& p, const Tensor& coefficients, int64_t begin, const Tensor& z) const {
     mix_parts(p.dtype,
-              {x_rows(p, begin), p.n, p.n * p.n, p.from_part, coefficients.const_data_ptr(), z.mutable_data_ptr()},
+              {.parts = p.n,
+               .to_parts = p.n * p.n,
+               .length = p.from_part,
+               .from = x_rows(p, begin),
+               .from_stride = p.x.stride(0),
+               .coefficients = coefficients.const_data_ptr(),
+               .to = z.mutable_data_ptr()},
               z.size(0) / p.n);
   }
   void unmix(const PhmTensors& p, const Tensor& coefficients, int64_t begin, const Tensor& dz, const Tensor& dx) const {
     const int64_t rows = dz.size(0) / p.n;
     unmix_parts(p.dtype,
-                {MatrixView{dz.const_data_ptr(), 1, p.n * p.inputs, 0, 1}, p.n * p.n, p.n, p.from_part,
-                 coefficients.const_data_ptr(), (char*)dx.mutable_data_ptr() + begin * p.inputs * size_of(p.dtype)},
+                {.parts = p.n * p.n,
+                 .to_parts = p.n,
+                 .length = p.from_part,
+                 .from = dz.const_data_ptr(),
+                 .from_stride = p.n * p.inputs,
+                 .coefficients = coefficients.const_data_ptr(),
+                 .to = (char*)dx.mutable_data_ptr() + begin * p.inputs * size_of(p.dtype)},
                 rows);
   }
   void add_part_products(const PhmTensors& p, int64_t begin, const Tensor& dz, PartSums& da) const {
-    rf::add_part_products(p.dtype, {dz.const_data_ptr(), x_rows(p, begin), p.n * p.n, p.n, p.from_part, nullptr},
+    rf::add_part_products(p.dtype,
+                          {.of_parts = p.n * p.n,
+                           .parts = p.n,
+                           .length = p.from_part,
+                           .of = dz.const_data_ptr(),
+                           .with = x_rows(p, begin),
+                           .with_stride = p.x.stride(0)},
                           dz.size(0) / p.n, da.sums.data());
   }
 
  private:
   static bool many_rows(const PhmTensors& p) { return p.rows > p.to_part; }
-  static MatrixView x_rows(const PhmTensors& p, int64_t begin) {
-    return {(const char*)p.x.const_data_ptr() + begin * p.x.stride(0) * size_of(p.dtype), 1, p.x.stride(0), 0, 1};
+  static const void* x_rows(const PhmTensors& p, int64_t begin) {
+    return (const char*)p.x.const_data_ptr() + begin * p.x.stride(0) * size_of(p.dtype);
   }
   // How many n-ths of W are made at a time, and memory for these.
   static int64_t parts_at_once(const PhmTensors& p) {
@@ -71,15 +88,25 @@ struct CpuPhm : Cpu {
   }
   // Parts of S's rows combined into those of an n-th of W, (v, (p, r)) for one u or (v, (u, r)) for one p.
   static void combine(const PhmTensors& p, const Tensor& coefficients, int64_t which, void* w) {
-    mix_parts(p.dtype,
-              {view_of(p.s), p.n, p.n, p.from_part,
-               (char*)coefficients.const_data_ptr() + which * p.n * p.n * acc_size(p.dtype), w},
-              p.to_part);
+    mix_square(p, p.dtype, p.s, coefficients, which, w);
   }
   // Rows of W, those of outputs from part `first` on.
   static void combine_rows(const PhmTensors& p, const Tensor& coefficients, int64_t first, const Tensor& w) {
     for (int64_t row = 0; row < w.size(0); row += p.to_part)
       combine(p, coefficients, first + row / p.to_part, rows_from(w, row, p.to_part).mutable_data_ptr());
+  }
+  // Each row's n parts combined into as many.
+  static void mix_square(const PhmTensors& p, DType dtype, const Tensor& from, const Tensor& coefficients,
+                         int64_t which, void* to) {
+    mix_parts(dtype,
+              {.parts = p.n,
+               .to_parts = p.n,
+               .length = p.from_part,
+               .from = from.const_data_ptr(),
+               .from_stride = from.stride(0),
+               .coefficients = (char*)coefficients.const_data_ptr() + which * p.n * p.n * acc_size(p.dtype),
+               .to = to},
+              p.to_part);
   }
   static Tensor row_coefficients(const PhmTensors& p) { return p.a.permute({1, 2, 0}).contiguous(); }  // u, p, m
 
@@ -145,16 +172,19 @@ void CpuPhm::backward_by_weights(const PhmTensors& p, const Tensor& dy, const Te
     const Tensor dw = rows_from(all, u % parts * p.to_part, p.to_part);
     if (ds.defined()) {
       const Tensor& to = u == 0 ? ds : term;
-      mix_parts(acc_dtype(p.dtype),
-                {view_of(dw), p.n, p.n, p.from_part,
-                 (char*)coefficients.const_data_ptr() + u * p.n * p.n * acc_size(p.dtype), to.mutable_data_ptr()},
-                p.to_part);
+      mix_square(p, acc_dtype(p.dtype), dw, coefficients, u, to.mutable_data_ptr());
       if (u > 0) Tensor(ds).add_(term);
     }
     if (da) {  // of part p of dW's rows with part m of S's
       std::fill(products.begin(), products.end(), 0.0);
-      rf::add_part_products(p.dtype, {dw.const_data_ptr(), view_of(p.s), p.n, p.n, p.from_part, nullptr}, p.to_part,
-                            products.data());
+      rf::add_part_products(p.dtype,
+                            {.of_parts = p.n,
+                             .parts = p.n,
+                             .length = p.from_part,
+                             .of = dw.const_data_ptr(),
+                             .with = p.s.const_data_ptr(),
+                             .with_stride = p.s.stride(0)},
+                            p.to_part, products.data());
       for (int64_t i = 0; i < p.n; ++i)
         for (int64_t m = 0; m < p.n; ++m) da->sums[(u * p.n + m) * p.n + i] = products[i * p.n + m];
     }
@@ -180,15 +210,20 @@ void CpuPhm::by_mixed_rows(const PhmTensors& p, const Tensor& bias, Activation a
       if (activation != Activation::none) activate(sums, to, activation);
       continue;
     }
-    Gemm g = {mixed, p.to_part, p.inputs, view_of(z), false, view_of(p.s), true, {}};
-    g.wide_a = wide;
-    g.epilogue = {.c = to.mutable_data_ptr(),
-                  .c_stride = p.to_part,
-                  .bias = data_or_null(bias),
-                  .activation = activation,
-                  .preactivation = data_or_null(kept),
-                  .bias_rows = p.n,
-                  .bias_stride = p.to_part};
+    const GemmProblem g = {.m = mixed,
+                           .n = p.to_part,
+                           .k = p.inputs,
+                           .a = view_of(z),
+                           .b = view_of(p.s),
+                           .b_transposed = true,
+                           .c = to.mutable_data_ptr(),
+                           .c_stride = p.to_part,
+                           .bias = data_or_null(bias),
+                           .activation = activation,
+                           .preactivation = data_or_null(kept),
+                           .wide_a = wide,
+                           .bias_rows = p.n,
+                           .bias_stride = p.to_part};
     phm_product(p.dtype, g, p.n);
   }
 }

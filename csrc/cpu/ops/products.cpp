@@ -29,17 +29,16 @@ namespace rf {
 void multiply_batches(const Tensor& a, const Tensor& b, const Tensor& c, Sum sum) {
   const Tensor first_a = a.select(0, 0), first_b = b.select(0, 0);
   const DType dtype = dtype_of(product_type(a, b));
-  GemmProblem problem = gemm_problem(first_a, first_b, c.select(0, 0));
-  problem.accumulate = sum == Sum::next;
-  const Gemm g = as_gemm(problem);
+  GemmProblem g = gemm_problem(first_a, first_b, c.select(0, 0));
+  g.accumulate = sum == Sum::next;
   const int64_t batches = a.size(0);
   const int64_t a_bytes = a.stride(0) * a.element_size(), b_bytes = b.stride(0) * b.element_size(),
                 c_bytes = c.stride(0) * c.element_size();
   const auto product = [&](int64_t i) {
-    Gemm mine = g;
+    GemmProblem mine = g;
     mine.a.data = (const char*)g.a.data + i * a_bytes;
     mine.b.data = (const char*)g.b.data + i * b_bytes;
-    mine.epilogue.c = (char*)g.epilogue.c + i * c_bytes;
+    mine.c = (char*)g.c + i * c_bytes;
     gemm(dtype, mine);
   };
   const int64_t threads = thread_count();

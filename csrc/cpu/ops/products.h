@@ -11,14 +11,10 @@
 
 namespace rf {
 
-// Whether products of this type are ours on this CPU, however large they are.
-inline bool is_ours_alone(at::ScalarType type) {
-  constexpr int64_t large = 1 << 10;
-  return has_kernel(type) && !gemm_by_aten(dtype_of(type), large, large, large, false);
-}
 inline bool is_slow_half(const Tensor& t) {
-  return t.is_cpu() && t.layout() == at::kStrided && at::isReducedFloatingType(t.scalar_type()) &&
-         is_ours_alone(t.scalar_type());
+  const auto type = t.scalar_type();
+  return t.is_cpu() && t.layout() == at::kStrided && at::isReducedFloatingType(type) && has_kernel(type) &&
+         !large_gemm_by_aten(dtype_of(type));
 }
 
 // c = a b, or c += a b, for each pair of matrices; c's rows are adjacent numbers. Of the factors and c each may be wide

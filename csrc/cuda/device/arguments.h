@@ -64,22 +64,13 @@ struct CrossEntropyUpstream : CrossEntropyBackward {  // loss null: 1, or in lau
 
 // ---- parts of rows -------------------------------------------------------------------------------------------------
 
-// A row is a sequence of adjacent parts of equal length.
-struct CombineParts {  // part j of a row of `to` = sum over i of coefficients(j, i) times part i of that row of `from`
-  int64_t rows, parts, to_parts, length;
-  const void* from;  // acc where from_is_acc, else of `dtype`
-  int64_t from_stride;
-  bool from_is_acc;
-  const void* coefficients;  // acc, to_parts x parts
-  void* to;                  // contiguous
+struct CombineParts : CombinePartsProblem {
+  int64_t rows;
+  bool from_is_acc;  // else of `dtype`, as `to` is
 };
 
-struct PartProducts {  // sums(j, i) = over all rows the dot products of part j of `of` with part i of `with`
-  int64_t rows, of_parts, parts, length;
-  const void* of;    // acc, contiguous
-  const void* with;  // of `dtype`
-  int64_t with_stride;
-  void* sums;  // acc, part_products_blocks x of_parts x parts: they add up to them
+struct PartProducts : PartProductsProblem {  // sums: part_products_blocks of them, which add up to those of all rows
+  int64_t rows;
 };
 
 // ---- GEMM ----------------------------------------------------------------------------------------------------------

@@ -50,23 +50,43 @@ struct CudaPhm : Cuda {
   void mix(const PhmTensors& p, const Tensor& coefficients, int64_t begin, const Tensor& z) const {
     const int64_t rows = z.size(0) / p.n;
     launch_combine_parts(p.dtype,
-                         {rows, p.n, p.n * p.n, p.from_part, p.x.narrow(0, begin, rows).const_data_ptr(), p.x.stride(0),
-                          false, coefficients.const_data_ptr(), z.mutable_data_ptr()},
+                         {{.parts = p.n,
+                           .to_parts = p.n * p.n,
+                           .length = p.from_part,
+                           .from = p.x.narrow(0, begin, rows).const_data_ptr(),
+                           .from_stride = p.x.stride(0),
+                           .coefficients = coefficients.const_data_ptr(),
+                           .to = z.mutable_data_ptr()},
+                          rows,
+                          /*from_is_acc=*/false},
                          stream);
   }
   void unmix(const PhmTensors& p, const Tensor& coefficients, int64_t begin, const Tensor& dz, const Tensor& dx) const {
     const int64_t rows = dz.size(0) / p.n;
     launch_combine_parts(p.dtype,
-                         {rows, p.n * p.n, p.n, p.from_part, dz.const_data_ptr(), p.n * p.inputs, true,
-                          coefficients.const_data_ptr(), dx.narrow(0, begin, rows).data_ptr()},
+                         {{.parts = p.n * p.n,
+                           .to_parts = p.n,
+                           .length = p.from_part,
+                           .from = dz.const_data_ptr(),
+                           .from_stride = p.n * p.inputs,
+                           .coefficients = coefficients.const_data_ptr(),
+                           .to = dx.narrow(0, begin, rows).data_ptr()},
+                          rows,
+                          /*from_is_acc=*/true},
                          stream);
   }
   void add_part_products(const PhmTensors& p, int64_t begin, const Tensor& dz, PartSums& da) const {
     const int64_t rows = dz.size(0) / p.n, parts = p.n * p.n;
     const Tensor sums = at::empty({part_products_blocks(p.dtype, rows, p.from_part), parts, p.n}, dz.options());
     launch_part_products(p.dtype,
-                         {rows, parts, p.n, p.from_part, dz.const_data_ptr(),
-                          p.x.narrow(0, begin, rows).const_data_ptr(), p.x.stride(0), sums.mutable_data_ptr()},
+                         {{.of_parts = parts,
+                           .parts = p.n,
+                           .length = p.from_part,
+                           .of = dz.const_data_ptr(),
+                           .with = p.x.narrow(0, begin, rows).const_data_ptr(),
+                           .with_stride = p.x.stride(0),
+                           .sums = sums.mutable_data_ptr()},
+                          rows},
                          stream);
     da.blocks.push_back(sums);
   }
