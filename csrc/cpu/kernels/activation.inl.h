@@ -65,11 +65,13 @@ inline V through_activation(V g, V s) {
   else if constexpr (act == Activation::tanh)
     return g * (one - s * s);
   else if constexpr (act == Activation::silu) {
+    // Beyond it y or rest is 0 or 1 already, and infinity times 0 is avoided.
     const V bound = set1(A(1000));
     V z = min(bound, max(zero - bound, s)), y, rest;
     sigmoid_and_rest(z, &y, &rest);
     return g * (y * (one + z * rest));
   } else if constexpr (act == Activation::gelu) {
+    // exp(-z^2 / 2) is 0 long before the bounds.
     V gauss = gaussian(s), z = min(set1(A(40)), max(set1(A(-40)), s));
     return g * (normal_cdf(s, gauss) + z * gauss * set1(A(0.39894228040143267794)));
   } else if constexpr (act == Activation::gelu_tanh) {
@@ -86,15 +88,18 @@ template <class T, Activation act>
 inline void activation_backward_rows(const ActivationBackwardArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   using V = vec_t<T>;
+  // Sums of a range of rows, in L1 beside them; the caller adds ranges up in order.
   A* sums = (A*)a.column_sums;
   if (sums)
     for (int64_t j = 0; j < a.columns; ++j) sums[j] = 0;
   for (int64_t r = begin; r < end; ++r) {
     const T* g = (const T*)a.grad + a.grad_layout.offset(r);
+    // Without an activation nothing was saved, and null has no rows.
     const T* s = (const T*)a.saved + (act == Activation::none ? 0 : r * a.columns);
     T* out = a.output ? (T*)a.output + r * a.columns : nullptr;
     for (int64_t j = 0; j < a.columns; j += V::size) {
       const int64_t n = std::min<int64_t>(V::size, a.columns - j);
+      // Whole vectors without masks; the branch goes the same way until the end of a row.
       const bool full = n == V::size;
       V d = full ? load(g + j) : load_n(g + j, n);
       if constexpr (act != Activation::none) d = through_activation<act>(d, full ? load(s + j) : load_n(s + j, n));
@@ -116,6 +121,7 @@ inline void activation_backward_lanes(const ActivationBackwardArgs& a, int64_t b
   using V = vec_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = V::size;
   const RowLayout rows_of_it = {1, a.columns, 0, 1};  // of what is contiguous
+  // A column's sums in lanes; across lanes once in the end.
   V sums[tuning::kFewColumns];
   for (int64_t j = 0; j < a.columns; ++j) sums[j] = set1(A(0));
   ColumnTile<A> g, s;
@@ -136,6 +142,7 @@ inline void activation_backward_lanes(const ActivationBackwardArgs& a, int64_t b
       }
       sums[j] = sums[j] + (part[0] + part[1]);
     }
+    // Rounded after it has been summed: the bias's gradient is that of what was not rounded.
     if (a.output) store_tile(g, (T*)a.output, rows_of_it, row, rows, a.columns);
   }
   for (int64_t j = 0; a.column_sums && j < a.columns; ++j) ((A*)a.column_sums)[j] = reduce_add(sums[j]);

@@ -69,6 +69,7 @@ inline void load_squares(const T* from, int64_t step, int64_t rows, int64_t clas
     for (int64_t r = 0; r < rows; r += W) {
       const int64_t lanes = std::min(W, rows - r);
       const T* p = from + r * step + c;
+      // W rows of W classes become W columns: shuffles instead of a load and a store for each element.
       vec_t<T> square[W];
       if constexpr (W == 2 * F) {
         if (halves) {
@@ -84,6 +85,7 @@ inline void load_squares(const T* from, int64_t step, int64_t rows, int64_t clas
           continue;
         }
       }
+      // Whole vectors, whatever lies behind a row's last class: what the tile does not want is not stored.
       if (r + W <= whole) {
         for (int64_t i = 0; i < W; ++i) square[i] = load(p + i * step);
       } else {
@@ -104,6 +106,7 @@ inline void store_squares(const acc_t<T>* from, T* to, int64_t step, int64_t row
       const int64_t count = std::min(W, classes - c);
       vec_t<T> square[W];
       for (int64_t i = 0; i < W; ++i)
+        // Columns that are not there: whatever they hold is transposed and not stored.
         square[i] = i < count ? load_up_to(from + (c + i) * R + r, lanes) : set1(acc_t<T>(0));
       transpose(square);
       for (int64_t i = 0; i < lanes; ++i) store_up_to(to + (r + i) * step + c, square[i], count);
@@ -115,6 +118,7 @@ inline void store_squares(const acc_t<T>* from, T* to, int64_t step, int64_t row
 template <int K, class V>
 [[gnu::always_inline]] inline void rows_to_columns(V* v) {
   if constexpr (K > 1) {
+    // Even numbers and odd ones, and in each half again: log K steps of one shuffle a vector.
     V even[K / 2], odd[K / 2];
 #pragma GCC unroll 4
     for (int i = 0; i < K / 2; ++i) unzip(v[2 * i], v[2 * i + 1], even + i, odd + i);
@@ -143,6 +147,7 @@ inline void load_pairs(const T* from, int64_t rows, acc_t<T>* to) {
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<T>::size;
   for (int64_t r = 0; r < rows; r += W) {
     const int64_t lanes = std::min(W, rows - r);
+    // Rows without gaps are K vectors of numbers one behind another.
     vec_t<T> v[K];
     for (int64_t k = 0; k < K; ++k)
       v[k] = load_up_to(from + r * K + k * W, std::max<int64_t>(0, std::min(W, lanes * K - k * W)));
@@ -155,6 +160,7 @@ inline void store_pairs(const acc_t<T>* from, T* to, int64_t rows) {
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<T>::size;
   for (int64_t r = 0; r < rows; r += W) {
     const int64_t lanes = std::min(W, rows - r);
+    // As load_pairs, the other way round.
     vec_t<T> v[K];
     for (int64_t k = 0; k < K; ++k) v[k] = load_up_to(from + k * R + r, lanes);
     columns_to_rows<K>(v);
@@ -172,10 +178,12 @@ inline void load_tile(const T* base, const RowLayout& l, int64_t row, int64_t ro
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<T>::size;
   const int64_t step = l.inner == 1 ? l.outer_stride : l.inner_stride;
+  // The last vector of each column may have lanes beyond the rows: they are computed too, of zeros.
   for (int64_t c = 0; rows % W && c < classes; ++c) store(tile.at + c * R + rows / W * W, set1(A(0)));
   for (int64_t r = 0, run; r < rows; r += run) {
     run = rows_of_run(l, row + r, rows - r);
     const T* from = base + l.offset(row + r);
+    // Cheapest first: rows without gaps, squares, columns that are adjacent, and single elements.
     if (in_pairs(l, step, classes)) {
       classes == 2   ? load_pairs<T, 2>(from, run, tile.at + r)
       : classes == 4 ? load_pairs<T, 4>(from, run, tile.at + r)
@@ -201,6 +209,7 @@ inline void load_tile(const T* base, const RowLayout& l, int64_t row, int64_t ro
       } else if constexpr (std::is_same_v<T, A>) {
         for (int64_t i = 0; i < run; ++i) to[i] = p[i * step];
       } else {
+        // Half types are gathered as they are, and widened a vector at a time.
         T narrow[R];
         for (int64_t i = 0; i < run; ++i) narrow[i] = p[i * step];
         for (int64_t i = 0; i < run; i += W) {
@@ -242,11 +251,13 @@ inline void store_tile(const ColumnTile<acc_t<T>>& tile, T* base, const RowLayou
       } else if constexpr (std::is_same_v<T, A>) {
         for (int64_t i = 0; i < run; ++i) p[i * step] = from[i];
       } else {
+        // Rounded a vector at a time, then scattered.
         T narrow[R];
         for (int64_t i = 0; i < run; i += W) {
           const int64_t n = std::min(W, run - i);
           store_up_to(narrow + i, load_up_to(from + i, n), n);
         }
+        // No instruction scatters half types.
         for (int64_t i = 0; i < run; ++i) p[i * step] = narrow[i];
       }
     }

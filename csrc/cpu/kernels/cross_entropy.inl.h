@@ -54,6 +54,7 @@ inline void block_entropy_sums(const A* z, int64_t n, A m, double* sum, double* 
   V vm = set1(m), least = set1(kLeastExponent<A>), s = set1(A(0)), w = s;
   int64_t j = 0;
   for (; j + V::size <= n; j += V::size) {
+    // Bounded: a logit of -inf has exponential 0, and 0 times -inf were NaN.
     V t = max(least, load(z + j) - vm), e = exp(t);
     s = s + e;
     w = fma(e, t, w);
@@ -71,6 +72,7 @@ inline void block_entropy_sums(const A* z, int64_t n, A m, double* sum, double* 
 template <class A>
 inline A block_dot(const A* z, const A* weight, int64_t n, A m) {
   using V = vec_t<A>;
+  // Two chains of additions: this pass is bound by their latency, not by loads from L1.
   V vm = set1(m), s = set1(A(0)), s1 = s, one = set1(A(1));
   int64_t j = 0;
   for (; j + 2 * V::size <= n; j += 2 * V::size) {
@@ -113,6 +115,7 @@ inline TargetSums block_target_sums(const A* z, const A* t, const A* weight, int
     V zv = full ? load(z + j) - vm : first_n(load_n(z + j, c) - vm, c, zero);
     V wv = !weight ? one : full ? load(weight + j) : load_n(weight + j, c);
     V q = wv * fma(vkeep, tv, vspread);
+    // `spread` has made something of the lanes beyond the last.
     if (!full) q = first_n(q, c, zero);
     q_dot = fma(q, zv, q_dot);
     q_mass = q_mass + q;
@@ -125,6 +128,7 @@ inline TargetSums block_target_sums(const A* z, const A* t, const A* weight, int
 // First position of a NaN where there is one, else of the value m, which blocks before `from` are known not to hold.
 template <class T, class A>
 inline int64_t first_maximum(const T* x, int64_t n, int64_t from, A m, bool nan, const LogitTransform<A>& transform) {
+  // Looked for afterwards, and only where it is asked for: to carry an index along the maximum costs every row.
   A buf[kBlock];
   for (int64_t j = nan ? 0 : from; j < n; j += kBlock) {
     int64_t count = std::min<int64_t>(kBlock, n - j);
@@ -155,6 +159,7 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
   const int64_t y = by_class && !ignored ? a.target[row] : -1;
   const bool smooth = y >= 0 && spread != A(0);
 
+  // Blocks of L1: each is read several times, memory once.
   A zbuf[kBlock], tbuf[kBlock];
   A m = minus_infinity<A>(), zy = 0;
   double sum = 0, weighted = 0, dot = 0, weight_so_far = 0;
@@ -164,6 +169,7 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
     const int64_t count = std::min<int64_t>(kBlock, a.classes - j);
     const A* z = staged_logits(x + j, count, zbuf, transform);
     const A bm = block_max(z, count);
+    // False for NaN, which the sum carries on.
     if (bm > m) {
       // All sums so far are relative to the old maximum (to 0 before there was one).
       const bool started = m != minus_infinity<A>();
@@ -179,6 +185,7 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
       max_block = j;
     }
     const A origin = origin_of(m);
+    // One of three ways to the sum, by what else is made of the exponentials.
     if (a.row_entropy) {
       block_entropy_sums(z, count, origin, &sum, &weighted);
     } else if (exponentials) {
@@ -200,9 +207,11 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
       target.t_dot += s.t_dot;
       target.t_mass += s.t_mass;
     }
+    // While it is in L1, and before a gradient may replace it.
     if (y >= j && y < j + count) zy = z[y - j];
   }
 
+  // In double precision, once a row: a float's logarithm would cost a loss near 0 its digits.
   const RowResult<A, double> result = row_result(m, sum);
   const double log_sum = result.log_sum, lse = result.lse;
   ((A*)a.row_max)[row] = result.max;
@@ -220,6 +229,7 @@ inline double cross_entropy_row(const T* x, const T* probabilities, const CrossE
     denominator = 1;
   } else if (y >= 0) {
     denominator = weight ? weight[y] : 1;
+    // Not zy - lse: of large logits that has few digits left.
     logprob = ((double)zy - (double)m) - log_sum;
     row_loss = -keep * denominator * logprob;
     if (smooth) row_loss += spread * (a.class_weight_sum * log_sum - dot);

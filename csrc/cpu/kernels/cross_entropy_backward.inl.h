@@ -26,6 +26,7 @@ struct LogitGradient {
       g = fma(set1(b), p * max(set1(kLeastExponent<A>), log_p), p * set1(a));  // p log p first: it is bounded
     else
       g = p * set1(a);
+    // The same for all of a row's blocks, so that branches are foretold.
     if (t || spread != A(0)) {
       V w = !weight ? set1(A(1)) : full ? load(weight + j) : load_n(weight + j, n);
       if (t) {
@@ -148,8 +149,10 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
   if (a.z_loss != 0 && loss != A(0)) coefficient += loss * A(2 * a.z_loss) * (m + log_sum);
   if (entropy != A(0)) coefficient -= entropy * ((const A*)a.row_entropy)[row];
 
+  // Zeros without a look at the logits, which may hold anything.
   const bool nothing = ignored && lse == A(0) && entropy == A(0);
   const bool plain = !probabilities && spread == A(0) && entropy == A(0) && transform.identity();
+  // Exponentials relative to a maximum want one that is finite.
   const bool finite = origin_of(m) == m;
   const bool kept = exponentials && plain && finite && !dt;
   A zbuf[kBlock], tbuf[kBlock], so_far = minus_infinity<A>();
@@ -179,6 +182,7 @@ inline void cross_entropy_backward_row(const T* x, const T* probabilities, T* dx
     const A zy = has_target ? z[y - j] : A(0);  // before dx, which may be x, is written
     if (plain) {
       if (finite) {
+        // As in forward, whose exponentials were relative to the maximum up to there: the same bits, kept or not.
         so_far = std::max(so_far, block_max(z, count));
         write_block(dx + j, count, PlainGradient<E, T, false>(origin_of(so_far), m, log_sum, coefficient, z), g.stream);
       } else {
@@ -234,6 +238,7 @@ inline int64_t cross_entropy_backward(const CrossEntropyArgs& a, const CrossEntr
     gather_tile(x, a.layout, r, rows, a.classes, x_tile);
     if (t) gather_tile(t, a.probability_layout, r, rows, a.classes, t_tile);
     CrossEntropyGrads in_cache = g;
+    // Streamed stores are for memory; tiles are read again at once.
     in_cache.stream = false;
     for (int64_t i = 0; i < rows; ++i) {
       A* row = x_tile + i * a.classes;  // the logits' gradient takes their place

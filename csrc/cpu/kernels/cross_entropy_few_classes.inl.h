@@ -36,6 +36,7 @@ inline void load_cross_entropy_tile(const CrossEntropyArgs& a, bool probabilitie
   if (probabilities) load_tile((const T*)a.probabilities, a.probability_layout, row, rows, a.classes, tile.target);
   for (int64_t r = 0; r < R; r += W) store(tile.y + r, set1(A(-1)));
   if (!a.target) return;
+  // As numbers of the lanes' type, which select_eq compares: classes are few enough to be exact.
   const int64_t *target = a.target + row, ignored = a.ignore_index;
   for (int64_t r = 0; r < rows; ++r) tile.y[r] = target[r] == ignored ? A(-1) : A((int32_t)target[r]);
 }
@@ -47,6 +48,7 @@ inline vec_t<A> weight_of_class(const CrossEntropyArgs& a, vec_t<A> y) {
   const auto zero = set1(A(0));
   if (!weight) return select_lt(y, zero, zero, set1(A(1)));
   auto w = zero;
+  // A gather would wait for its index; few classes are compared in no more time.
   for (int64_t c = 0; c < a.classes; ++c) w = select_eq(y, set1(A(c)), set1(weight[c]), w);
   return w;
 }
@@ -68,6 +70,7 @@ inline void sum_lanes(const CrossEntropyArgs& a, CrossEntropyTile<A>& tile, int6
   constexpr int64_t R = tuning::kLaneRows;
   A* z = tile.logits.at + i;
   const V zero = set1(A(0)), y = load(tile.y + i);
+  // Two looks at the classes: maximum, then everything that is a sum.
   V m = set1(minus_infinity<A>());
   for (int64_t c = 0; c < a.classes; ++c) m = max(load(z + c * R), m);
   const V origin = lane_origin(m);
@@ -76,6 +79,7 @@ inline void sum_lanes(const CrossEntropyArgs& a, CrossEntropyTile<A>& tile, int6
   for (int64_t c = 0; c < a.classes; ++c) {
     const V zc = load(z + c * R), e = exp(zc - origin);
     exps.add(e, zc, origin);
+    // The target's logit is selected on the way: rows' classes differ from lane to lane.
     of_target = select_eq(y, set1(A(c)), zc, of_target);
     if (!keep && a.row_entropy) weighted = fma(e, max(set1(kLeastExponent<A>), zc - origin), weighted);
     if (keep) store(z + c * R, e);
@@ -120,6 +124,7 @@ inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOut
   store_rows<A>(out.lse, row, lse, n);
   if (out.argmax) {
     // The first maximum, or the first NaN.
+    // From the last class down, so that the first one stays.
     V first = zero, nan = zero;
     for (int64_t c = a.classes - 1; c >= 0; --c) {
       const V zc = load(z + c * R);
@@ -134,6 +139,7 @@ inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOut
   const A keep = A(1 - a.label_smoothing), spread = A(a.label_smoothing / (double)a.classes);
   V losses, denominator = set1(A(1)), logprob;
   if (a.probabilities) {
+    // As block_target_sums, of all classes at once.
     V q_dot = zero, q_mass = zero, t_dot = zero, t_mass = zero;
     for (int64_t c = 0; c < a.classes; ++c) {
       const V tc = load(t + c * R), zc = load(z + c * R) - origin;
@@ -149,6 +155,7 @@ inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOut
     logprob = t_dot - t_mass * log_sum;
     if (a.z_loss != 0) losses = fma(set1(A(a.z_loss)) * lse, lse, losses);
   } else {
+    // 0 of rows that are ignored, so that the mean does not count them.
     denominator = weight_of_class<A>(a, y);
     logprob = (zy - m) - log_sum;
     losses = set1(-keep) * denominator * logprob;
@@ -172,6 +179,7 @@ inline void cross_entropy_lanes(const CrossEntropyArgs& a, const CrossEntropyOut
 // The sum of n numbers, as double, in four chains.
 template <class A>
 inline double sum_of(const A* x, int64_t n) {
+  // Four chains, however wide the vectors are.
   double s[4] = {};
   int64_t i = 0;
   for (; i + 4 <= n; i += 4)
@@ -251,6 +259,7 @@ inline void cross_entropy_backward_lanes(const CrossEntropyArgs& a, const CrossE
   // Rows that are ignored have a gradient where lse or entropy has one.
   const V any = select_lt(y, zero, select_eq(lse, zero, select_eq(entropy, zero, zero, one), one), one);
 
+  // One factor for all classes of a row; 1 / sum would differ in its last bit from what forward's log_sum says.
   const V reciprocal = exp(zero - log_sum);
   for (int64_t c = 0; c < a.classes; ++c) {
     const V zc = load(z + c * R), log_p = zc - m - log_sum;
@@ -287,6 +296,7 @@ inline void cross_entropy_backward_few_classes(const CrossEntropyArgs& a, const 
                                                int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
+  // Without a gradient that they take part in they are not read: they may hold infinities.
   const bool probabilities = a.probabilities && (g.loss || g.logprob);
   CrossEntropyTile<A> tile;
   for (int64_t row = begin; row < end; row += R) {
@@ -313,6 +323,7 @@ inline CrossEntropyPartial cross_entropy_few_classes_in_one_pass(const CrossEntr
   const V zero = set1(A(0)), upstream = set1(*(const A*)g.loss) * set1(A(g.loss_scale));
   CrossEntropyTile<A> tile;
   TileSums<A> lanes;
+  // Rows' numbers between the looks, since a vector's results are waited for longer than they take to store.
   A loss[R], coefficient[R], reciprocal[R], hot[R];
   CompensatedSum losses;
   for (int64_t row = begin; row < end; row += R) {

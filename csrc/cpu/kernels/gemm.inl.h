@@ -25,6 +25,7 @@ inline void finish_tile(const acc_t<T>* tile, int64_t tile_stride, int64_t rows,
   const T* bias = e.bias ? (const T*)e.bias + col : nullptr;
   // A whole tile, and nothing to ask for each vector of it: what most are.
   if (cols == kTileColumns<V> && first && !e.preactivation && e.bias_rows == 1) {
+    // The bias stays in registers for all of the tile's rows.
     V b[kTile.vectors];
 #pragma GCC unroll 4
     for (int j = 0; j < kTile.vectors; ++j) b[j] = bias ? load(bias + j * V::size) : set1(A(0));
@@ -38,6 +39,7 @@ inline void finish_tile(const acc_t<T>* tile, int64_t tile_stride, int64_t rows,
     return;
   }
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride) {
+    // phm_linear's: rows of C are parts of an output, each with its part of the bias.
     if (bias && e.bias_rows > 1) bias = (const T*)e.bias + (row + i) % e.bias_rows * e.bias_stride + col;
     T* c = (T*)e.c + (row + i) * e.c_stride + col;
     T* z = e.preactivation ? (T*)e.preactivation + (row + i) * e.c_stride + col : nullptr;
@@ -51,6 +53,7 @@ inline void finish_tile(const acc_t<T>* tile, int64_t tile_stride, int64_t rows,
       store(c + j, activate<act>(x));
     }
     if (j < cols) {
+      // Masked stores: what lies beyond is another thread's, or the caller's between C's rows.
       const int64_t n = cols - j;
       V x = load_n(tile + j, n);
       if (!first) x = x + load_n(partial + j, n);
@@ -67,6 +70,7 @@ inline void keep_tile(const A* tile, int64_t tile_stride, int64_t rows, int64_t 
                       bool first, const Epilogue& e) {
   using V = vec_t<A>;
   for (int64_t i = 0; i < rows; ++i, tile += tile_stride) {
+    // Blocks of K are added one after the other, whoever multiplies them: the same bits with any number of threads.
     A* partial = (A*)e.partial + (row + i) * e.partial_stride + col;
     int64_t j = 0;
     for (; j + V::size <= cols; j += V::size)
@@ -100,6 +104,8 @@ inline void epilogue(const acc_t<T>* tile, int64_t tile_stride, int64_t rows, in
 template <class P, class V, int R>
 [[gnu::noinline]] void micro_kernel(int64_t k, const scalar_t<P>* a, int64_t a_row, int64_t a_k, const scalar_t<P>* b,
                                     int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
+  // R * N sums, none of which waits for another: as many as hide the latency of two fma a cycle, and as registers hold
+  // beside a row of the panel.
   constexpr int N = kTile.vectors, kQuads = (R + 3) / 4;
   V acc[R][N];
 #pragma GCC unroll 16
@@ -111,6 +117,7 @@ template <class P, class V, int R>
 #pragma GCC unroll 4
   for (int q = 0; q < kQuads; ++q) quad[q] = a + 4 * q * a_row;
   for (; k > 0; --k, b += b_k) {
+    // Loads are the second bound: N of the panel and R broadcasts are R * N fma's, 8 loads beside 12 with AVX2.
     P row[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) row[j] = load(b + j * P::size);
@@ -127,6 +134,7 @@ template <class P, class V, int R>
   for (int i = 0; i < R; ++i, tile += tile_row)
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) {
+      // To a tile in L1 and not to C, whose lines would be waited for.
       scalar_t<V>* to = tile + j * V::size;
       store(to, add ? load(to) + acc[i][j] : acc[i][j]);
     }
@@ -137,6 +145,7 @@ template <class P, class V, int R>
 inline void multiply_tile(int64_t rows, int64_t k, const scalar_t<P>* a, int64_t a_row, int64_t a_k,
                           const scalar_t<P>* b, int64_t b_k, scalar_t<V>* tile, int64_t tile_row, bool add) {
   if constexpr (R > 1) {
+    // The last rows have an instance of their own: rows of zeros would cost as much as others.
     if (rows < R) return multiply_tile<P, V, R - 1>(rows, k, a, a_row, a_k, b, b_k, tile, tile_row, add);
   }
   micro_kernel<P, V, R>(k, a, a_row, a_k, b, b_k, tile, tile_row, add);
@@ -149,6 +158,7 @@ inline void transpose_tile(const scalar_t<V>* tile, int64_t rows, scalar_t<V>* s
   if constexpr (W > 1) {
     for (int64_t i = 0; i < rows; i += W)
       for (int64_t j = 0; j < N; j += W) {
+        // Squares in registers: to store element by element would touch a line for each.
         V square[W];
 #pragma GCC unroll 16
         for (int64_t r = 0; r < W; ++r) square[r] = i + r < rows ? load(tile + (i + r) * N + j) : set1(scalar_t<V>(0));
@@ -167,6 +177,7 @@ template <class T>
 inline void prefetch_tile(const Epilogue& e, int64_t row, int64_t col, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* c = (const T*)e.c + (row + i) * e.c_stride + col;
+    // A tile's row begins anywhere in a line, and then reaches into the next.
     __builtin_prefetch(c, 1);
     __builtin_prefetch(c + cols - 1, 1);
   }
@@ -212,6 +223,7 @@ inline void gemm_block_short(const GemmBlockArgs& g) {
   constexpr int64_t R = kTile.rows, N = kTileColumns<V>;
   acc_t<T>* tiles = (acc_t<T>*)g.tiles;
   for (int64_t i = 0; i < g.a_count; i += R) {
+    // All products of the rows first, then their epilogue, so that C is written along its rows.
     const int64_t rows = std::min(R, g.a_count - i);
     for (int64_t j = 0; j < g.b_count; j += N)
       multiply_tile<P, V, R>(rows, g.k, (const F*)g.a + i / R * g.a_panel, g.a_row, g.a_k, (const F*)g.b + j * g.k, N,
@@ -231,6 +243,7 @@ inline void finish_block(const GemmBlockArgs& g) {
   const A* const tiles = (const A*)g.tiles;
   const int64_t down = (g.a_count + R - 1) / R;
   if (!g.transposed) {
+    // Tiles lie by panels, but C is finished row by row, where its lines follow one another.
     for (int64_t i = 0; i < down; ++i)
       for (int64_t j = 0; j < g.b_count; j += N)
         epilogue<T>(tiles + (j / N * down + i) * R * N, N, std::min(R, g.a_count - i * R), std::min(N, g.b_count - j),
@@ -266,15 +279,18 @@ inline void gemm_block(const GemmBlockArgs& g) {
   const int64_t down = (g.a_count + R - 1) / R;
   const auto& e = g.epilogue;
   Ahead ahead(g.next, std::max<int64_t>(1, down * ((g.b_count + N - 1) / N) * ((g.k + g.chain - 1) / g.chain)));
+  // Once for an empty K too: C is written all the same.
   for (int64_t k = 0; k == 0 || k < g.k; k += g.chain) {
     const int64_t depth = std::min(g.chain, g.k - k);
     for (int64_t j = 0; j < g.b_count; j += N) {
       const F* panel = b + j * g.k + k * N;
       const int64_t cols = std::min(N, g.b_count - j);
+      // The panel after this one, or after the last panel the next chain of the first.
       const int64_t next_j = j + N < g.b_count ? j + N : 0, next_k = next_j ? k : k + g.chain;
       const F* next = g.b_is_far && next_k < g.k ? b + next_j * g.k + next_k * N : nullptr;
       for (int64_t i = 0; i < down; ++i) {
         const int64_t rows = std::min(R, g.a_count - i * R);
+        // C is not touched before the last chain is done.
         if (!g.continued && k + g.chain >= g.k)
           g.transposed ? prefetch_tile<T>(e, g.b_index + j, g.a_index + i * R, cols, rows)
                        : prefetch_tile<T>(e, g.a_index + i * R, g.b_index + j, rows, cols);

@@ -27,6 +27,7 @@ struct alignas(64) SquareShapes {
 
 // Registers 0 to 3 are C's squares, of up to 32 rows, 4 and 5 A's, 6 and 7 B's. Their contents are lost.
 inline void shape_squares(int64_t rows) {
+  // A register of fewer rows is loaded and multiplied in fewer cycles, and reads no row that is not there.
   const int64_t upper = std::min(kSquare, rows), lower = rows - upper;
   SquareShapes shapes;
   for (int j = 0; j < 2; ++j) {
@@ -45,9 +46,11 @@ template <bool lower, bool wide>
 inline void multiply_squares(int64_t k, const bf16x2* a, int64_t a_row, int64_t a_step, const bf16x2* b, float* tile,
                              bool add, Ahead& ahead) {
   constexpr int64_t N = kPairColumns, kRow = N * sizeof(float), kLine = kSquare * sizeof(bf16x2);
+  // Two by two squares of sums use each loaded square twice: with one by one there would be two loads to a product.
   const int64_t a_bytes = a_row * (int64_t)sizeof(bf16x2);
   float* const down = tile + kSquare * N;
   if (add) {
+    // Sums of the chain before, from a tile in L1 or L2.
     _tile_loadd(0, tile, kRow);
     if constexpr (wide) _tile_loadd(1, tile + kSquare, kRow);
     if constexpr (lower) _tile_loadd(2, down, kRow);
@@ -58,6 +61,7 @@ inline void multiply_squares(int64_t k, const bf16x2* a, int64_t a_row, int64_t 
     if constexpr (lower) _tile_zero(2);
     if constexpr (lower && wide) _tile_zero(3);
   }
+  // What most blocks are; the last rows and columns take the loop below, whose loads are waited for.
   if constexpr (lower && wide) {
     // The next squares are asked for as soon as a register is free, beside products that need none of them.
     if (k > 0) {
@@ -68,6 +72,7 @@ inline void multiply_squares(int64_t k, const bf16x2* a, int64_t a_row, int64_t 
       for (; k > kSquare; k -= kSquare) {
         a += a_step;
         b += kSquare * N;
+        // A few lines between products, never a burst.
         ahead.ask();
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -109,6 +114,7 @@ inline void multiply_squares(int64_t k, const bf16x2* a, int64_t a_row, int64_t 
 inline void multiply_rows(const GemmBlockArgs& g, int64_t begin, int64_t end, int64_t left, int64_t right, int64_t k,
                           int64_t depth, Ahead& ahead) {
   constexpr int64_t R = kAmxTileRows, N = kPairColumns;
+  // As gemm_block's tiles: by panels of B, in each of them by rows of A.
   const int64_t down = ceil_div(g.a_count, R), a_step = kSquare * g.a_k;
   const bool add = g.continues || k > 0, lower = end - begin > kSquare;
   for (int64_t i = begin / R; i < ceil_div(end, R); ++i) {
@@ -134,6 +140,7 @@ inline void gemm_block_amx_short(const GemmBlockArgs& g, Ahead& ahead) {
   const int64_t down = ceil_div(g.a_count, R);
   for (int64_t i = 0; i < g.a_count; i += R) {
     const int64_t rows = std::min(R, g.a_count - i);
+    // The shape changes for the last rows alone.
     if (i == 0 || rows < R) shape_squares(rows);
     for (int64_t left = 0; left < g.b_count; left += tuning::kAmxShortColumns) {
       const int64_t right = std::min(g.b_count, left + tuning::kAmxShortColumns);
@@ -153,6 +160,7 @@ inline void gemm_block_amx(const GemmBlockArgs& g) {
   Ahead ahead(g.next, std::max<int64_t>(1, whole / R * (g.b_count / kPairColumns) * (g.k / kSquare)));
   if (g.k <= tuning::kShortK && !g.transposed && !g.continues && !g.continued) {
     gemm_block_amx_short<T>(g, ahead);
+    // The system saves and restores eight KiB of registers as long as they are in use.
     return _tile_release();
   }
   for (int64_t k = 0; k == 0 || k < g.k; k += g.chain) {
@@ -177,6 +185,7 @@ inline void lay_out_a_amx(const PackArgs& a) {
   const int64_t slots = slots_of_squares(a.k);
   for (int64_t i = 0; i < a.count; ++i) {
     const T* const from = (const T*)a.from.data + a.from.row_offset(a.i0 + i) + a.k0;
+    // Where tile i / R begins, and in its squares the row.
     bf16x2* const to = (bf16x2*)a.to + i / R * R * slots + i % R * kSquare;
     for (int64_t j = 0; j < slots; j += kSquare) store(to + j * R, load_slots(from + 2 * j, a.k - 2 * j));
   }
@@ -189,6 +198,7 @@ inline void pack_across_k_amx(const PackArgs& a) {
   const int64_t slots = slots_of_squares(a.k);
   const T* const base = (const T*)a.from.data + a.i0;
   for (int64_t j = 0; j < slots; j += kSquare) {
+    // Null beyond the last of K: zeros.
     const T *first[kSquare], *second[kSquare];
     for (int64_t s = 0; s < kSquare; ++s) {
       const int64_t k = 2 * (j + s);
@@ -206,6 +216,7 @@ inline void pack_across_k_amx(const PackArgs& a) {
       bf16x2* const to = (bf16x2*)a.to + i / R * R * slots + j * R + i % R * kSquare;
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kSquare; ++r)
+        // Rows that are not there have no place: the last tile is as short as its rows.
         if (r < rows) store(to + r * kSquare, as_pairs(square[r]));
     }
   }

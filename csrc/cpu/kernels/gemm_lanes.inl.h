@@ -12,6 +12,7 @@ template <class A, int Q>
 inline void lane_columns(const A* x, const A* weight, const A* bias, int64_t k, A* y) {
   using V = vec_t<A>;
   constexpr int64_t R = tuning::kLaneRows;
+  // Q chains of fma, since one alone would be waited for at each step of k.
   V sum[Q];
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q) sum[q] = set1(bias[q]);
@@ -29,6 +30,7 @@ template <class T>
 inline void finish_lanes(ColumnTile<acc_t<T>>& y, int64_t row, int64_t rows, int64_t n, const Epilogue& e) {
   constexpr int64_t R = tuning::kLaneRows;
   const RowLayout c = {1, e.c_stride, 0, 1};
+  // Before the activation takes its place.
   if (e.preactivation) store_tile(y, (T*)e.preactivation, c, row, rows, n);
   for (int64_t j = 0; e.activation != Activation::none && j < n; ++j)
     activation_forward<acc_t<T>>(y.at + j * R, y.at + j * R, rows, e.activation);
@@ -41,6 +43,7 @@ inline void gemm_lanes(const LanesArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size, kMost = tuning::kFewSides * tuning::kFewSides;
   const Epilogue& e = a.epilogue;
+  // Widened once, and side by side: a broadcast from memory costs no more than a load.
   A weight[kMost], bias[tuning::kFewSides];
   for (int64_t j = 0; j < a.n; ++j) {
     for (int64_t h = 0; h < a.k; ++h)
@@ -67,6 +70,7 @@ inline void add_rows(const acc_t<T>* a, const T* b, int64_t step, int64_t rows, 
                      acc_t<T>* sums, int64_t sums_step) {
   using V = vec_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = V::size;
+  // Sums of even and of odd rows.
   V sum[2][I][N];
 #pragma GCC unroll 4
   for (int i = 0; i < I; ++i)
@@ -84,6 +88,7 @@ inline void add_rows(const acc_t<T>* a, const T* b, int64_t step, int64_t rows, 
       }
   for (; r < rows; ++r)
     for (int v = 0; v < N; ++v) {
+      // The last rows of memory, beyond which no whole vector may be read, and an odd one.
       const V x = load_up_to(b + r * step + v * W, std::min(W, n - v * W));
       for (int i = 0; i < I; ++i) sum[0][i][v] = fma(set1(a[i * R + r]), x, sum[0][i][v]);
     }
@@ -103,6 +108,7 @@ inline void add_row_products(const acc_t<T>* a, int64_t k, const T* b, int64_t s
                              acc_t<T>* sums) {
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<T>::size;
   for (int64_t j = 0; j < n; j += 2 * W) {
+    // Two vectors of B for each broadcast of A, where there are as many.
     const bool two = n - j > W;
     const int64_t whole = readable_rows(rows, step, n - j, two ? 2 * W : W);
     for (int64_t i = 0; i < k;) {
@@ -139,6 +145,7 @@ inline void gemm_lane_sums(const LanesArgs& a, int64_t begin, int64_t end, void*
     }
     return;
   }
+  // B's rows shorter than a vector: both sides in lanes, which are added up once in the end.
   V sum[tuning::kFewSides * tuning::kFewSides];
   for (int64_t i = 0; i < a.k * a.n; ++i) sum[i] = set1(A(0));
   for (int64_t row = begin; row < end; row += R) {
@@ -147,6 +154,7 @@ inline void gemm_lane_sums(const LanesArgs& a, int64_t begin, int64_t end, void*
     load_tile((const T*)a.b, a.b_layout, row, rows, a.n, right);
     for (int64_t i = 0; i < a.k; ++i)
       for (int64_t j = 0; j < a.n; ++j) {
+        // Of lanes beyond the last row both tiles have zeros.
         V part = load(left.at + i * R) * load(right.at + j * R);
         for (int64_t r = W; r < rows; r += W) part = fma(load(left.at + i * R + r), load(right.at + j * R + r), part);
         sum[i * a.n + j] = sum[i * a.n + j] + part;

@@ -18,6 +18,7 @@ inline void pack_rows_along_k(const PackArgs& a) {
   const T* base = (const T*)a.from.data + a.k0;
   acc_t<T>* to = (acc_t<T>*)a.to;
   for (int64_t panel = 0; panel < a.count; panel += P, to += P * a.k) {
+    // Of rows beyond the last, null: the panel has zeros there, and the micro-kernel need not ask.
     const T* row[P];
     for (int64_t i = 0; i < P; ++i) row[i] = panel + i < a.count ? base + a.from.row_offset(a.i0 + panel + i) : nullptr;
     if constexpr (W > 1 && std::is_same_v<V, f32v>) {
@@ -59,6 +60,7 @@ inline void pack_one_k(const T* from, int64_t n, bool spill, acc_t<T>* to) {
   }
   for (int64_t i = 0; i < P; i += W) {
     const int64_t there = n - i;
+    // The last columns: read as far as they go, zeros behind.
     const V x = there >= W ? load(from + i) : there > 0 ? load_n(from + i, there) : set1(acc_t<T>(0));
     if (i + W <= P || spill)
       store(to + i, x);
@@ -94,6 +96,7 @@ inline void pack_rows_across_k(const PackArgs& a) {
 template <class T, int P>
 inline void pack_any(const PackArgs& a) {
   using A = acc_t<T>;
+  // So many numbers of each row stay in L1 until they are written by columns.
   constexpr int64_t kStage = 128;
   const int64_t step = a.from.col_stride;
   const T* const base = (const T*)a.from.data;

@@ -36,6 +36,7 @@ inline void pack_pairs_along_k(const PackArgs& a) {
   const int64_t slots = squares ? slots_of_squares(a.k) : ceil_div(a.k, 2);
   bf16x2* to = (bf16x2*)a.to;
   for (int64_t panel = 0; panel < a.count; panel += P, to += P * slots) {
+    // Of rows beyond the last, null: their slots are zeros.
     const T* row[P];
     for (int64_t i = 0; i < P; ++i) row[i] = panel + i < a.count ? base + a.from.row_offset(a.i0 + panel + i) : nullptr;
     for (int64_t j = 0; j < slots; j += W) {
@@ -62,9 +63,11 @@ inline void pack_pairs_across_k(const PackArgs& a) {
   const auto* const base = (const T*)a.from.data + a.i0;
   bf16x2* to = (bf16x2*)a.to;
   for (int64_t j = 0; j < slots; j += kDepth / 2) {
+    // Rows that there are, and those that slots want: squares go on with zeros where K has ended.
     const int64_t rows = a.k - 2 * j, depth = std::min(kDepth, 2 * (slots - j));
     const T *row[kDepth], *later[kDepth];
     for (int64_t d = 0; d < kDepth; ++d) {
+      // Addresses to be asked for are always some row's.
       const int64_t k = a.k0 + 2 * j + d, last = a.k0 + a.k - 1;
       row[d] = d < rows ? base + a.from.row_offset(k) : nullptr;
       later[d] = base + a.from.row_offset(std::min(k + kAhead, last));
@@ -81,6 +84,7 @@ inline void pack_pairs_across_k(const PackArgs& a) {
           const bf16x2v x = there > 0 && row[d]
                                 ? interleave(row[d] + i + c, row[d + 1] ? row[d + 1] + i + c : nullptr, there)
                                 : as_pairs(set1(0.0f));
+          // A's panels have no squares, whatever B's have: with AMX, A is laid out by gemm_amx.inl.h.
           bf16x2* const slot = to + i * slots + (P == kPairColumns ? slot_of_panel<squares>(s, c) : s * P + c);
           wide == W ? store(slot, x) : store_n(slot, x, wide);
         }
@@ -100,6 +104,7 @@ inline void pack_pairs_any(const PackArgs& a) {
     const int64_t rows = std::min<int64_t>(P, a.count - panel);
     for (int64_t j = 0; j < 2 * slots; j += kStage) {
       const int64_t n = std::clamp<int64_t>(a.k - j, 0, kStage), columns = std::min(kStage, 2 * slots - j);
+      // Rows and numbers beyond the last are zeros.
       std::fill(stage, stage + P * kStage, 0.0f);
       for (int64_t i = 0; i < rows && !a.across && n > 0; ++i)
         gather_row(base + a.from.row_offset(a.i0 + panel + i) + (a.k0 + j) * step, step, n, stage + i * kStage);
@@ -109,6 +114,7 @@ inline void pack_pairs_any(const PackArgs& a) {
       }
       for (int64_t c = 0; c < columns; c += 2)
         for (int64_t i = 0; i < P; ++i) {
+          // One by one: elements that lie apart cost more to fetch than this costs.
           const int64_t s = (j + c) / 2, lane = i % bf16x2v::size;
           bf16x2* const slot = to + (squares ? slot_of_panel<true>(s, i - lane) + lane : s * P + i);
           store_one(&slot->first, stage[i * kStage + c]);

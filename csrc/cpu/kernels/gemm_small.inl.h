@@ -45,6 +45,7 @@ template <class T, class F, int R, int Q>
   using V = vec_t<T>;
   constexpr int64_t W = kNumbers<T, F>;
   for (int64_t begin = 0; begin == 0 || begin < k; begin += tuning::kChain * W) {
+    // A lane adds up kChain products at most before its sum joins the rest: errors grow with the length of a chain.
     const int64_t end = std::min<int64_t>(k, begin + tuning::kChain * W);
     V acc[R][Q];
 #pragma GCC unroll 8
@@ -63,6 +64,7 @@ template <class T, class F, int R, int Q>
         for (int r = 0; r < R; ++r) acc[r][q] = fma(x[r], w, acc[r][q]);
       }
     }
+    // What is left of K, with zeros behind it that add nothing.
     if (j < end) {
       F x[R];
 #pragma GCC unroll 8
@@ -74,6 +76,7 @@ template <class T, class F, int R, int Q>
         for (int r = 0; r < R; ++r) acc[r][q] = fma(x[r], w, acc[r][q]);
       }
     }
+    // Sums across lanes, a vector of them at a time: one by one they would take longer than the products of a short K.
     acc_t<T> sums[R * Q];
     constexpr int kGrouped = R * Q / V::size * V::size;
 #pragma GCC unroll 8
@@ -96,6 +99,7 @@ template <class T, class F, int R, int Q>
 template <class T, class F, int R>
 inline void dot_rows(const T* const* many, const T* const* few, int64_t few_rows, int64_t k, bool readable,
                      acc_t<T>* out, int64_t out_many, int64_t out_few) {
+  // R rows by four others are as many sums as registers hold.
   int64_t q = 0;
   for (; q + 4 <= few_rows; q += 4)
     dot_tile<T, F, R, 4>(many, few + q, k, readable, out + q * out_few, out_many, out_few);
@@ -117,6 +121,7 @@ inline void dot_short_rows(const T* many, int64_t stride, int64_t rows, int64_t 
   using V = vec_t<T>;
   constexpr int64_t R = V::size, W = kNumbers<T, F>;
   const int64_t last = k - (G - 1) * W;
+  // The one row of the few stays in registers for all of the many.
   F w[G];
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) w[g] = load_last<T, F>(few + g * W, k - g * W, false);
@@ -155,6 +160,7 @@ inline void dot_short_rows(const T* many, int64_t stride, int64_t rows, int64_t 
 template <class T>
 inline void read_in_order(const T* const* x, int64_t rows, int64_t features) {
   for (int64_t r = 0; r < rows; ++r) {
+    // volatile: a load that nobody uses would be left out.
     const volatile char* line = (const volatile char*)x[r];
     for (int64_t i = 0; i < features * (int64_t)sizeof(T); i += 64) line[i];
   }
@@ -187,6 +193,7 @@ inline void dot_strips(const DotArgs& d) {
       by_column && d.few_rows <= tuning::kShortDots && d.many.inner == 1 && d.k > 0 && d.k <= 4 * kNumbers<T, F>;
   for (int64_t s = d.begin; s < d.end; s += kStrip) {
     const int64_t count = std::min<int64_t>(kStrip, d.end - s);
+    // Whole vectors of short rows; what they leave of a strip goes the other way, with the same bits.
     const int64_t together = are_short ? count / vec_t<T>::size * vec_t<T>::size : 0;
     for (int64_t q = 0; together > 0 && q < d.few_rows; ++q)
       dot_short_rows<T, F>((const T*)d.many.data + d.many.row_offset(s), d.many.outer_stride, together, whole - s,
@@ -197,6 +204,7 @@ inline void dot_strips(const DotArgs& d) {
       for (int64_t r = 0; r < rows; ++r) many[r] = (const T*)d.many.data + d.many.row_offset(s + i + r);
       A* out = strip + i * along_many;
       if (d.many_are_far) read_in_order(many, rows, d.k);
+      // Rows that are not there have no address that could be read in their stead.
       if (rows == R)
         dot_rows<T, F, R>(many, few, d.few_rows, d.k, s + i + R <= whole, out, along_many, along_few);
       else
@@ -204,6 +212,7 @@ inline void dot_strips(const DotArgs& d) {
           dot_rows<T, F, 1>(many + r, few, d.few_rows, d.k, false, out + r * along_many, along_many, along_few);
     }
     if (lanes) {
+      // The bias goes to whole columns here, where finish_lanes expects it added.
       if (d.epilogue.bias)
         for (int64_t q = 0; q < d.few_rows; ++q)
           add_to_column(strip + q * kStrip, count, load_one((const T*)d.epilogue.bias + q));
@@ -242,8 +251,10 @@ inline void gemm_direct(const DirectArgs& d) {
   constexpr int64_t kTiles = (tuning::kSkinny + R - 1) / R;  // unless K is one block, where sums need not wait
   alignas(64) A tiles[kTiles * R * kColumns];
   const Epilogue& e = d.epilogue;
+  // Nothing is left to do with sums, so they may be written where they belong.
   const bool plain = std::is_same_v<T, A> && !e.bias && !e.preactivation && e.activation == Activation::none;
   const bool is_near = std::is_same_v<T, A> && !d.b_is_far;
+  // Few rows of B at a time where it comes from memory, whose streams the prefetchers can still follow.
   const int64_t block = d.k <= tuning::kSkinny ? tuning::kSkinny : is_near ? tuning::kGemmChain : tuning::kDirectK;
   for (int64_t j0 = d.column_begin; j0 < d.column_end; j0 += kColumns) {
     const int64_t j1 = std::min(j0 + kColumns, d.column_end);
@@ -252,6 +263,7 @@ inline void gemm_direct(const DirectArgs& d) {
       const T* from = (const T*)d.b + k * d.b_k;
       // Half types, and the last columns, since the micro-kernel reads whole vectors of its own type.
       alignas(64) A packed[std::max(tuning::kSkinny * kColumns, tuning::kGemmChain * N)];
+      // Columns before this one are read where they lie.
       const int64_t whole = std::is_same_v<T, A> ? j0 + (j1 - j0) / N * N : j0;
       for (int64_t j = whole; j < j1; j += N)
         for (int64_t h = 0; h < depth; ++h)
@@ -259,6 +271,7 @@ inline void gemm_direct(const DirectArgs& d) {
       for (int64_t i = d.row_begin; i < d.row_end; i += R) {
         const int64_t rows = std::min(R, d.row_end - i);
         const A* a = (const A*)d.a + i * d.a_row + k * d.a_k;
+        // Sums of a K in one block need not wait for another one: all rows of tiles share the first's place.
         A* waiting = tiles + (d.k > block ? (i - d.row_begin) * kColumns : 0);
         for (int64_t j = j0; j < j1; j += N) {
           const bool in_place = j < whole, to_c = plain && d.k <= block && j + N <= j1;

@@ -41,6 +41,7 @@ inline LossAndSlope<V> loss_and_slope(V eta, V y, V factor, V constant) {
     V far = negative * max(zero, eta) + positive * max(zero, zero - eta);
     return {fma(positive + negative, log1p_unit(e), far), negative * up - positive * down};
   } else {
+    // Without log(y!), which the op adds where it is asked for.
     V mean = exp(eta);
     return {mean - y * eta, mean - y};
   }
@@ -54,11 +55,13 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
   using V = vec_t<A>;
   const A *factor = (const A*)a.output_factor, *constant = (const A*)a.constant, *row_weight = (const A*)a.row_weight;
   A *bias = (A*)sums->bias, *variance = (A*)sums->variance;
+  // Of this range alone: ranges are added up in order.
   for (int64_t j = 0; j < a.outputs; ++j) {
     if (bias) bias[j] = 0;
     if (variance) variance[j] = 0;
   }
   const V half = set1(A(0.5)), zero = set1(A(0));
+  // The loss's sum, put aside in double precision before a lane has added too many.
   CompensatedSum total;
   V sum = zero;
   int64_t terms = 0;
@@ -67,6 +70,7 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
     A* eta = (A*)predictions + at;
     const T *target = (const T*)a.target + at, *grad = a.grad ? (const T*)a.grad + at : nullptr;
     T* loss = a.loss ? (T*)a.loss + at : nullptr;
+    // A row's weight is the same for all its outputs, along which the lanes go.
     const V w = set1(row_weight ? row_weight[r] : A(1)), shared = w * set1(A(a.grad_scale));
     for (int64_t j = 0; j < a.outputs; j += V::size) {
       const int64_t n = std::min<int64_t>(V::size, a.outputs - j);
@@ -76,8 +80,10 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
         if (constant) c = load_up_to(constant + j, n);
       const LossAndSlope<V> both = loss_and_slope<family>(x, y, s, c);
       if constexpr (value) {
+        // The loss as it is returned, and summed as it is returned.
         V l = w * both.loss;
         if (loss) store_up_to(loss + j, l, n);
+        // exp(0) - 0 is 1: lanes beyond the last are not 0 by themselves.
         sum = sum + (n == V::size ? l : first_n(l, n, zero));
         if (++terms == tuning::kSumVectors) {
           total.add((double)reduce_add(sum));
@@ -87,6 +93,7 @@ inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t 
       }
       if constexpr (slope) {
         V g = grad ? shared * load_up_to(grad + j, n) : shared, d = g * both.slope;
+        // In place of the prediction, for the products that follow.
         store_up_to(eta + j, d, n);
         if (bias) store_up_to(bias + j, load_up_to(bias + j, n) + d, n);
         if constexpr (family == Family::gaussian)

@@ -24,6 +24,7 @@ struct LaneSums {
     for (int64_t j = 0; j < kMost; ++j) bias[j] = variance[j] = loss;
   }
   void add_loss(V l) {
+    // A lane adds up kSumVectors losses at most before they are put aside.
     loss = loss + l;
     if (++losses < tuning::kSumVectors) return;
     loss_total.add((double)reduce_add(loss));
@@ -62,6 +63,7 @@ template <class A>
   if (!from) return set1(A(1));
   const A* at = (const A*)from + row * outputs + j;
   if (outputs == 1) return load_up_to(at, n);
+  // Outputs of neighbouring rows lie apart.
   alignas(64) A lanes[V::size] = {};
   for (int64_t i = 0; i < n; ++i) lanes[i] = at[i * outputs];
   return load(lanes);
@@ -74,6 +76,7 @@ inline void spread(const void* from, int64_t outputs, int64_t row, int64_t rows,
   const A* at = (const A*)from + row * outputs;
   for (int64_t j = 0; j < outputs; ++j) {
     for (int64_t r = 0; r < rows; ++r) to[j * kPassRows + r] = from ? at[r * outputs + j] : A(1);
+    // Finite in the lanes beyond the last row, whose slopes are made 0 afterwards.
     for (int64_t r = rows; r < kPassRows; ++r) to[j * kPassRows + r] = 0;
   }
 }
@@ -89,6 +92,7 @@ template <class A, Family family, bool value, bool slope>
   const V zero = set1(A(0));
   const bool full = n == V::size;
   V s = zero, c = zero;
+  // Null is the same for all rows, and its branch foretold.
   V w = a.row_weight ? load_up_to((const A*)a.row_weight + row, n) : set1(A(1));
   if constexpr (family != Family::poisson) s = set1(((const A*)a.output_factor)[j]);
   if constexpr (family == Family::gaussian)
@@ -96,6 +100,7 @@ template <class A, Family family, bool value, bool slope>
   const LossAndSlope<V> both = loss_and_slope<family>(eta, y, s, c);
   if constexpr (value) {
     V l = w * both.loss;
+    // Lanes beyond the last row have a loss too.
     sums->add_loss(full ? l : first_n(l, n, zero));
     if (a.loss && a.outputs == 1) {
       store_up_to((A*)a.loss + row, l, n);
@@ -109,6 +114,7 @@ template <class A, Family family, bool value, bool slope>
   if constexpr (slope) {
     V g = w * set1(A(a.grad_scale)) * grad;
     d = g * both.slope;
+    // A variance's derivative, w g f (1 - f (eta - y)^2) / 2, of what there is already.
     V v = set1(A(0.5)) * s * (g - d * (eta - y));
     if (!full) {
       d = first_n(d, n, zero);
@@ -135,6 +141,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
   using V = vec_t<T>;
   const int64_t outputs = a.likelihood.outputs, features = a.features;
   const A* bias = (const A*)a.bias;
+  // Padded to F features with zeros: the loops below have constant bounds and no rest.
   A weight[tuning::kFewOutputs * F];
   V outer[tuning::kFewOutputs * F];  // weight's gradient, of which each lane has the part of some rows
   for (int64_t i = 0; i < outputs * F; ++i) {
@@ -149,6 +156,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
     load_tile((const T*)a.x, {1, a.x_stride, 0, a.feature_stride}, tile, rows, features, x);
     for (int64_t i = 0; i < rows; i += V::size) {
       const int64_t row = tile + i, n = std::min<int64_t>(V::size, rows - i);
+      // A vector of rows, feature by feature, in registers.
       V columns[F], dx[F];
 #pragma GCC unroll 16
       for (int c = 0; c < F; ++c) {
@@ -168,6 +176,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
                 g = gather<A>(a.likelihood.grad, outputs, row, n, j);
         V d = lanes_loss_and_slope<A, family, value, slope>(a.likelihood, row, n, j, even + odd, y, g, &lanes);
         if constexpr (slope) {
+          // The weight's gradient grows in lanes beside the predictions: x is not read again for it.
           V* to = outer + j * F;
 #pragma GCC unroll 16
           for (int c = 0; c < F; ++c) to[c] = fma(d, columns[c], to[c]);
@@ -181,6 +190,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
         for (int64_t c = 0; c < features; ++c) store(grad_x.at + c * R + i, dx[c]);
     }
     if (slope && a.grad_x) {
+      // x's gradient is contiguous, however x lies.
       const RowLayout to = {1, features, 0, 1};
       a.wide_grad_x ? store_tile(grad_x, (A*)a.grad_x, to, tile, rows, features)
                     : store_tile(grad_x, (T*)a.grad_x, to, tile, rows, features);
@@ -188,6 +198,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
   }
   if (slope && a.grad_weight)
     for (int64_t i = 0; i < outputs * features; ++i)
+      // Across lanes once for all rows of the range.
       ((A*)a.grad_weight)[i] = reduce_add(outer[i / features * F + i % features]);
   lanes.write(outputs, sums);
 }
@@ -199,6 +210,7 @@ inline void few_features(const FewOutputsArgs& a, int64_t begin, int64_t end, Li
 template <class T, int R>
 inline void predict_rows(const T* const* x, int64_t rows, const T* const* weight, int64_t outputs, int64_t features,
                          bool far, acc_t<T>* to) {
+  // R rows side by side use each vector of the weight R times.
   int64_t r = 0;
   for (; r + R <= rows; r += R) {
     if (far) read_in_order(x + r, R, features);
@@ -215,6 +227,7 @@ inline void predict_block(const T* x, int64_t stride, int64_t rows, int64_t read
       dot_short_rows<T, vec_t<T>>(x, stride, rows, readable, weight[j], features, to + j * kPassRows);
     return;
   }
+  // Many outputs, or long rows: as gemm_dot, with as many rows at a time as sums fit registers.
   const T* each[kPassRows];
   for (int64_t r = 0; r < rows; ++r) each[r] = x + r * stride;
   outputs == 1   ? predict_rows<T, 8>(each, rows, weight, outputs, features, far, to)
@@ -227,6 +240,7 @@ template <class T, int Q, int N>
 inline void add_outer(const T* x, int64_t stride, int64_t rows, const acc_t<T>* slopes, int64_t n, acc_t<T>* sums,
                       int64_t features) {
   using V = vec_t<T>;
+  // Q x N sums of kPassRows rows each; a range's sums are in L1.
   V acc[Q][N];
 #pragma GCC unroll 4
   for (int q = 0; q < Q; ++q)
@@ -238,6 +252,7 @@ inline void add_outer(const T* x, int64_t stride, int64_t rows, const acc_t<T>* 
     for (int v = 0; v < N; ++v) columns[v] = N > 1 ? load(x + v * V::size) : load_up_to(x, n);
 #pragma GCC unroll 4
     for (int q = 0; q < Q; ++q) {
+      // x comes from L1, where predict_block has just read it.
       V slope = set1(slopes[q * kPassRows + r]);
 #pragma GCC unroll 4
       for (int v = 0; v < N; ++v) acc[q][v] = fma(slope, columns[v], acc[q][v]);
@@ -256,6 +271,7 @@ template <class T, int Q>
 inline void add_outer_products(const T* x, int64_t stride, int64_t rows, const acc_t<T>* slopes, int64_t features,
                                acc_t<T>* sums) {
   constexpr int64_t W = vec_t<T>::size;
+  // Up to eight sums, which hide the latency of fma.
   constexpr int N = Q <= 2 ? 4 : 2;
   int64_t c = 0;
   for (; c + N * W <= features; c += N * W) add_outer<T, Q, N>(x + c, stride, rows, slopes, W, sums + c, features);
@@ -284,6 +300,7 @@ inline void write_x_gradient(const FewOutputsArgs& a, const T* const* weight, in
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < a.features; c += V::size) {
       const int64_t n = std::min<int64_t>(V::size, a.features - c);
+      // dx = slopes W, row by row: outputs are few, so W stays in L1.
       V d = set1(acc_t<T>(0));
       for (int64_t j = 0; j < a.likelihood.outputs; ++j)
         d = fma(set1(slopes[j * kPassRows + r]), load_up_to(weight[j] + c, n), d);
@@ -299,6 +316,7 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
   const T* weight[tuning::kFewOutputs];
   for (int64_t j = 0; j < outputs; ++j) weight[j] = (const T*)a.weight + j * features;
   A* grad_weight = (A*)a.grad_weight;
+  // This range's own: ranges are added up in order.
   for (int64_t i = 0; grad_weight && i < outputs * features; ++i) grad_weight[i] = 0;
   constexpr int64_t kRoom = tuning::kFewOutputs * kPassRows;
   alignas(64) A slopes[kRoom], targets[kRoom], grads[kRoom];
@@ -307,6 +325,7 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
     const int64_t rows = std::min(kPassRows, end - row);
     const T* x = (const T*)a.x + row * a.x_stride;
     spread(a.likelihood.target, outputs, row, rows, targets);
+    // Without upstream gradients they are ones, written once.
     if (a.likelihood.grad || row == begin) spread(a.likelihood.grad, outputs, row, rows, grads);
     const int64_t readable = readable_rows(end - row, a.x_stride, features, round_up(features, V::size));
     predict_block(x, a.x_stride, rows, readable, weight, outputs, features, a.x_is_far, slopes);
@@ -314,6 +333,7 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
       for (int64_t r = 0; r < rows; r += V::size) {
         const int64_t n = std::min<int64_t>(V::size, rows - r);
         A* at = slopes + j * kPassRows + r;
+        // Slopes take the predictions' place.
         V eta = load_up_to(at, n);
         if (a.bias) eta = eta + set1(((const A*)a.bias)[j]);
         const V y = load(targets + j * kPassRows + r), g = load(grads + j * kPassRows + r);
@@ -329,6 +349,7 @@ inline void many_features(const FewOutputsArgs& a, int64_t begin, int64_t end, L
 template <class T, Family family, bool value, bool slope>
 inline void few_outputs_rows(const FewOutputsArgs& a, int64_t begin, int64_t end, LikelihoodSums* sums) {
   using V = vec_t<T>;
+  // So few features leave most lanes of a dot product idle.
   constexpr int kShort = (int)std::min<int64_t>(V::size, tuning::kShortDotBytes / sizeof(acc_t<T>));
   if constexpr (V::size > 1) {
     if (a.features <= kShort) return few_features<T, kShort, family, value, slope>(a, begin, end, sums);

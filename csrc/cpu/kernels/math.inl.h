@@ -34,6 +34,7 @@ inline f32v exp(f32v x, float lowest = -87.336f) {
   // Above 89 the result is infinite; the clamps keep 2^n representable in two factors.
   f32v t = min(set1(89.0f), max(least, x));
   f32v n = round_even(t * set1(1.44269504f));
+  // log(2) in two summands, of which the first has few enough bits that n times it is exact.
   f32v r = fma(n, set1(-0.693359375f), t);
   r = fma(n, set1(2.12194440e-4f), r);
   f32v p = set1(1.381453127e-3f);
@@ -52,6 +53,7 @@ inline f32v exp_short(f32v x) {
   const f32v least = set1(-87.336f);
   f32v t = min(set1(89.0f), max(least, x));
   f32v n = round_even(t * set1(1.44269504f));
+  // One summand: what it loses is less than a half type can tell.
   f32v r = fma(n, set1(-0.693147181f), t);
   f32v p = set1(6.953325070e-03f);
   p = fma(p, r, set1(4.187527193e-02f));
@@ -76,6 +78,7 @@ inline f64v exp(f64v x, double lowest = -708.396) {
   f64v n = round_even(t * set1(1.4426950408889634));
   f64v r = fma(n, set1(-6.93145751953125e-1), t);
   r = fma(n, set1(-1.42860682030941723212e-6), r);
+  // A quotient of polynomials in r^2 has fewer terms for 53 bits than a polynomial in r.
   f64v rr = r * r;
   f64v p = fma(fma(set1(1.26177193074810590878e-4), rr, set1(3.02994407707441961300e-2)), rr,
                set1(9.99999999999999999910e-1));
@@ -108,6 +111,7 @@ inline f32v log(f32v x) {
   p = fma(n, set1(-2.12194440e-4f), p * r * rr);
   p = fma(rr, set1(-0.5f), p) + r;
   p = fma(n, set1(0.693359375f), p);
+  // What the polynomial cannot know: -inf of 0, and infinity and NaN as they are.
   p = select_eq(x, set1(0.0f), set1(0.0f) - inf, p);
   return select_lt(x, inf, p, x);
 }
@@ -150,6 +154,7 @@ inline void sigmoid_and_rest(V x, V* y, V* rest) {
   using A = typename V::scalar;
   V e = exp(set1(A(0)) - x);
   *y = set1(A(1)) / (set1(A(1)) + e);
+  // Finite, so that 0 times it is 0.
   *rest = min(set1(std::numeric_limits<A>::max()), e) * *y;
 }
 
@@ -160,6 +165,7 @@ inline f32v tanh(f32v x) {
   p = fma(p, x2, set1(-5.37397155531e-2f));
   p = fma(p, x2, set1(1.33314422036e-1f));
   p = fma(p, x2, set1(-3.33332819422e-1f));
+  // Near 0 the exponential's 1 would swallow x's digits.
   f32v small = fma(p * x2, a, a);
   f32v large = set1(1.0f) - set1(2.0f) / (exp(a + a) + set1(1.0f));
   return copysign(select_lt(a, set1(0.625f), small, large), x);  // -0 keeps its sign
@@ -203,6 +209,7 @@ inline f32v normal_cdf(f32v x, f32v g) {
 }
 
 inline f64v normal_cdf(f64v x, f64v) {
+  // gelu of doubles is rare: what libm has will do.
   double lane[f64v::size];
   store(lane, x);
   for (int i = 0; i < f64v::size; ++i) lane[i] = 0.5 * std::erfc(lane[i] * -0.70710678118654752440);
@@ -215,6 +222,7 @@ inline acc_t<T> load_one(const T* p) {
   if constexpr (std::is_same_v<T, acc_t<T>>) {
     return *p;
   } else {
+    // Through a vector, since conversions are instructions of the set and their rounding is to be the same.
     float lane[f32v::size];
     if constexpr (f32v::size == 1)
       store(lane, load(p));

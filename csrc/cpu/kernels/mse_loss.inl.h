@@ -10,6 +10,7 @@ inline double mse_loss(const void* px, const void* py, void* peach, int64_t n) {
   T* each = (T*)peach;
   // Four sums at a time, so that none waits for its last addition.
   constexpr int64_t kStep = 4 * V::size, kSumBlock = kStep * tuning::kSumVectors;
+  // Blocks' sums in double precision: a float of millions of squares would lose what is added last.
   double total = 0;
   for (int64_t begin = 0; begin < n; begin += kSumBlock) {
     const int64_t end = std::min(n, begin + kSumBlock);
@@ -29,6 +30,7 @@ inline double mse_loss(const void* px, const void* py, void* peach, int64_t n) {
       if (each) store(each + j, q);
     }
     if (j < end) {
+      // Zeros in the lanes beyond the last: their difference adds nothing.
       V d = load_n(x + j, end - j) - load_n(y + j, end - j), q = d * d;
       sum = sum + q;
       if (each) store_n(each + j, q, end - j);
@@ -50,8 +52,10 @@ inline void mse_loss_backward(const void* px, const void* py, const void* pg, bo
     const int64_t count = std::min<int64_t>(V::size, n - j);
     const bool full = count == V::size;
     V d = full ? load(x + j) - load(y + j) : load_n(x + j, count) - load_n(y + j, count);
+    // One upstream gradient for all of a reduced loss.
     V s = !each_grad ? shared : factor * (full ? load(g + j) : load_n(g + j, count));
     d = d * s;
+    // Either operand may want none; both differ by their sign alone.
     if (dx) full ? store(dx + j, d) : store_n(dx + j, d, count);
     if (dy) full ? store(dy + j, zero - d) : store_n(dy + j, zero - d, count);
   }

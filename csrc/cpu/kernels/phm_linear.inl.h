@@ -11,11 +11,13 @@ inline void combine_some(const In* from, int64_t parts, int64_t length, const ac
   using V = vec_t<In>;
   for (int64_t r = 0; r < length; r += V::size) {
     const int64_t n = std::min<int64_t>(V::size, length - r);
+    // As many sums as hide the latency of fma.
     V sum[J];
 #pragma GCC unroll 8
     for (int j = 0; j < J; ++j) sum[j] = set1(acc_t<In>(0));
     for (int64_t i = 0; i < parts; ++i) {
       const In* p = from + i * length + r;
+      // One load for J parts, where a product of matrices of this size would first be packed.
       const V x = load_up_to(p, n);
 #pragma GCC unroll 8
       for (int j = 0; j < J; ++j) sum[j] = fma(x, set1(coefficients[j * parts + i]), sum[j]);
@@ -31,6 +33,7 @@ inline void combine_parts(const CombinePartsProblem& a, int64_t begin, int64_t e
     const In* from = (const In*)a.from + row * a.from_stride;
     Out* to = (Out*)a.to + row * a.to_parts * a.length;
     const acc_t<In>* c = (const acc_t<In>*)a.coefficients;
+    // Eight parts of the result, then four, then one: to_parts is mostly n or n^2 of n = 2, 4 or 8.
     int64_t j = 0;
     for (; j + 8 <= a.to_parts; j += 8)
       combine_some<In, Out, 8>(from, a.parts, a.length, c + j * a.parts, to + j * a.length);
@@ -54,8 +57,10 @@ template <class T, int J, int I>
 inline void add_products(const acc_t<T>* p, const T* q, int64_t length, acc_t<T>* sums, int64_t stride) {
   using A = acc_t<T>;
   using V = vec_t<T>;
+  // As dot_tile: chains of additions are short, whatever the length.
   for (int64_t begin = 0; begin < length; begin += tuning::kChain * V::size) {
     const int64_t end = std::min<int64_t>(length, begin + tuning::kChain * V::size);
+    // J x I sums, each loaded vector used J or I times.
     V acc[J][I];
 #pragma GCC unroll 4
     for (int j = 0; j < J; ++j)
@@ -68,6 +73,7 @@ inline void add_products(const acc_t<T>* p, const T* q, int64_t length, acc_t<T>
       for (int i = 0; i < I; ++i) x[i] = load_up_to(q + i * length + r, n);
 #pragma GCC unroll 4
       for (int j = 0; j < J; ++j) {
+        // Parts may be shorter than a vector: zeros beyond their ends add nothing.
         const V y = load_up_to(p + j * length + r, n);
 #pragma GCC unroll 4
         for (int i = 0; i < I; ++i) acc[j][i] = fma(y, x[i], acc[j][i]);
@@ -92,8 +98,10 @@ template <class T>
 inline void part_products(const PartProductsProblem& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   A* sums = (A*)a.sums;
+  // Of this range of rows alone: the caller adds ranges up in order.
   for (int64_t i = 0; i < a.of_parts * a.parts; ++i) sums[i] = 0;
   for (int64_t row = begin; row < end; ++row) {
+    // A row of both stays in L1 while its parts are multiplied with each other.
     const A* p = (const A*)a.of + row * a.of_parts * a.length;
     const T* q = (const T*)a.with + row * a.with_stride;
     int64_t j = 0;

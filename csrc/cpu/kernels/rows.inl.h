@@ -18,6 +18,7 @@ template <class T>
 inline acc_t<T> block_max(const T* z, int64_t n) {
   using A = acc_t<T>;
   using V = vec_t<T>;
+  // Two maxima, none of which waits for the other; and in an order in which NaN loses: the sum tells of it.
   V m0 = set1(minus_infinity<A>()), m1 = m0;
   int64_t j = 0;
   for (; j + 2 * V::size <= n; j += 2 * V::size) {
@@ -36,10 +37,12 @@ template <class E, bool keep = false, class S, class T, class A = acc_t<S>>
 inline A block_exp_sum(const S* z, int64_t n, A m, const T* next, A* exponentials = nullptr) {
   using V = vec_t<A>;
   constexpr int64_t line = 64 / sizeof(T);
+  // Two exponentials at a time, since one alone is a long chain of fma.
   V vm = set1(m), s0 = set1(A(0)), s1 = s0;
   int64_t j = 0;
   for (; j + 2 * V::size <= n; j += 2 * V::size) {
     __builtin_prefetch(next + j);
+    // Two wide vectors are more than a line.
     if constexpr (line < 2 * V::size) __builtin_prefetch(next + j + line);
     const V e0 = exp_for<E>(load(z + j) - vm), e1 = exp_for<E>(load(z + j + V::size) - vm);
     if constexpr (keep) {
@@ -55,6 +58,7 @@ inline A block_exp_sum(const S* z, int64_t n, A m, const T* next, A* exponential
     s0 = s0 + e;
   }
   if (j < n) {
+    // Lanes beyond the last count as -inf, whose exponential is 0.
     const V e = exp_for<E>(first_n(load_n(z + j, n - j) - vm, n - j, set1(minus_infinity<A>())));
     if constexpr (keep) store_n(exponentials + j, e, n - j);
     s1 = s1 + e;
@@ -127,6 +131,8 @@ inline void gather_tile(const T* base, const RowLayout& l, int64_t row, int64_t 
       const int64_t lanes = std::min<int64_t>(W, rows - r0);
       for (int64_t c0 = 0; c0 < classes; c0 += W) {
         const int64_t count = std::min<int64_t>(W, classes - c0);
+        // Read by columns and written by rows, a square in registers: element by element, one of the two goes across
+        // lines.
         vec_t<T> block[W];
         for (int64_t c = 0; c < W; ++c) {
           const T* q = p + (c0 + c) * l.class_stride + r0;
@@ -162,6 +168,7 @@ inline void scatter_tile(const acc_t<T>* from, T* base, const RowLayout& l, int6
       const int64_t lanes = std::min<int64_t>(W, rows - r0);
       for (int64_t c0 = 0; c0 < classes; c0 += W) {
         const int64_t count = std::min<int64_t>(W, classes - c0);
+        // The same the other way.
         vec_t<T> block[W];
         for (int64_t r = 0; r < W; ++r) {
           const acc_t<T>* q = from + (r0 + r) * classes + c0;

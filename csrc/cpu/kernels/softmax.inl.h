@@ -17,6 +17,7 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   T* y = (T*)a.output;
+  // Adjacent classes row by row, but for those so few that a vector of them were mostly empty.
   const int64_t lanes_up_to = fit_registers<T>(a.classes) ? tuning::kLaneForward : tuning::kLaneLonger;
   if (a.classes > most_in_lanes<T>(a, lanes_up_to) && a.in.class_stride == 1 && a.out.class_stride == 1)
     return softmax_rows(a.log, x, a.in, y, a.out, begin, end, a.classes, (A*)a.scratch);
@@ -28,10 +29,14 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     }
     return;
   }
+  // A whole row of any layout fits a tile.
   if (are_few(a.classes)) return softmax_few_classes<T>(a, begin, end);
+  // More classes than a tile has, across which rows lie: two reads, both along memory.
   if (lie_by_columns(a.in) && lie_by_columns(a.out)) return softmax_columns<T>(a, begin, end);
+  // What is left: rows gathered into scratch of their own length, and the row kernel there.
   A* tile = (A*)a.scratch;
   for (int64_t r = begin, rows; r < end; r += rows) {
+    // Never across a step of the outer dimension.
     rows = tile_rows(a.in, r, end);
     gather_tile(x, a.in, r, rows, a.classes, tile);
     const RowLayout by_rows = {rows, 0, a.classes, 1};
@@ -45,6 +50,7 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T *y = (const T*)a.input, *g = (const T*)a.grad;
   T* dx = (T*)a.output;
+  // The same ways as forward's, of three operands: all of them have to lie so.
   if (a.classes > most_in_lanes<T>(a, tuning::kLaneBackward) && a.in.class_stride == 1 && a.grad_in.class_stride == 1 &&
       a.out.class_stride == 1) {
     for (int64_t r = begin; r < end; ++r)
@@ -62,6 +68,7 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   if (are_few(a.classes)) return softmax_backward_few_classes<T>(a, begin, end);
   if (lie_by_columns(a.in) && lie_by_columns(a.grad_in) && lie_by_columns(a.out))
     return softmax_backward_columns<T>(a, begin, end);
+  // dx takes the place of the gradient in its tile.
   A *y_tile = (A*)a.scratch, *g_tile = y_tile + tuning::kTileRows * a.classes;
   for (int64_t r = begin, rows; r < end; r += rows) {
     rows = tile_rows(a.in, r, end);
@@ -75,10 +82,12 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
 
 template <class T>
 inline void logsumexp_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  // Of rows alone there is a result: lanes store it side by side.
   if (are_few(a.classes)) return logsumexp_few_classes<T>(a, begin, end);
   using A = acc_t<T>;
   const T* x = (const T*)a.input;
   A *result = (A*)a.row_result, *tile = (A*)a.scratch;
+  // Rows that lie together are read where they are.
   if (a.in.class_stride == 1) {
     for (int64_t r = begin; r < end; ++r) result[r] = row_logsumexp(x + a.in.offset(r), a.classes);
     return;
@@ -92,6 +101,7 @@ inline void logsumexp_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) 
 
 template <class T>
 inline void logsumexp_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
+  // Both gradients need one look at x, since the forward's result was saved.
   if (are_few(a.classes)) return logsumexp_backward_few_classes<T>(a, begin, end);
   using A = acc_t<T>;
   const T* x = (const T*)a.input;

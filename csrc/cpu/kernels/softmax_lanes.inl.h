@@ -87,6 +87,7 @@ inline vec_t<A> logsumexp_few_lanes(const A* z, int64_t classes) {
   const V zero = set1(A(0));
   V m = set1(minus_infinity<A>());
   for (int64_t c = 0; c < classes; ++c) m = max(load(z + c * R), m);
+  // 0 where the maximum is infinite: as row_logsumexp, the sum then tells infinity from NaN.
   const V origin = lane_origin(m);
   ExpSum<V> sum = {zero, zero};
   for (int64_t c = 0; c < classes; ++c) sum.add(exp(load(z + c * R) - origin), load(z + c * R), origin);
@@ -112,6 +113,7 @@ template <class T>
 inline void softmax_backward_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   constexpr int64_t R = tuning::kLaneRows, W = vec_t<A>::size;
+  // dx takes the gradient's place.
   ColumnTile<A> y, g;
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
@@ -137,11 +139,13 @@ inline void softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using V = vec_t<A>;
   constexpr int64_t R = tuning::kLaneRows, W = V::size, C = tuning::kFewColumns;
   const V zero = set1(A(0)), lowest = set1(minus_infinity<A>());
+  // The tile is both: what is read, and what is written.
   ColumnTile<A> z;
   A max_of[R], ones[R], rest[R], aside[R];  // of ExpSum, and what of the rest was put aside
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     for (int64_t i = 0; i < R; i += W) {
+      // As if a tile before had been empty.
       store(max_of + i, lowest);
       store(ones + i, zero);
       store(rest + i, zero);
@@ -151,9 +155,11 @@ inline void softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
     for (int64_t c = 0; c < a.classes; c += C) {
       const int64_t classes = std::min(C, a.classes - c);
       load_tile(x + c * a.in.class_stride, a.in, row, rows, classes, z);
+      // Sums of kChain tiles at most, as of kChain additions within one.
       const bool puts_aside = c / C % tuning::kChain == tuning::kChain - 1;
       for (int64_t i = 0; i < rows; i += W) {
         const V before = load(max_of + i);
+        // The tile's maximum beside that of the tiles before.
         V m = before;
         for (int64_t k = 0; k < classes; ++k) m = max(load(z.at + k * R + i), m);
         store(max_of + i, m);
@@ -182,6 +188,7 @@ inline void softmax_columns(const SoftmaxArgs& a, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < rows; i += W) {
         const V m = load(max_of + i), finish = load(rest + i);
         for (int64_t k = 0; k < classes; ++k) {
+          // Exponentials are computed twice: kept, they would be as long as the rows.
           const V t = load(z.at + k * R + i) - m;
           store(z.at + k * R + i, a.log ? t - finish : exp_for<T>(t) * finish);
         }
@@ -207,10 +214,13 @@ inline void softmax_backward_columns(const SoftmaxArgs& a, int64_t begin, int64_
     }
     for (int64_t c = 0; c < a.classes; c += C) {
       const int64_t classes = std::min(C, a.classes - c);
+      // The sum of log-softmax is that of the gradient alone.
       if (!a.log) load_tile((const T*)a.input + c * a.in.class_stride, a.in, row, rows, classes, y);
       load_tile((const T*)a.grad + c * a.grad_in.class_stride, a.grad_in, row, rows, classes, g);
+      // As forward's.
       const bool aside = c / C % tuning::kChain == tuning::kChain - 1;
       for (int64_t i = 0; i < rows; i += W) {
+        // A tile's classes at a time: a chain is kFewColumns long.
         V s = zero;
         for (int64_t k = 0; k < classes; ++k) {
           const V gk = load(g.at + k * R + i);
@@ -262,6 +272,7 @@ inline void logsumexp_backward_few_classes(const SoftmaxArgs& a, int64_t begin, 
     for (int64_t i = 0; i < rows; i += W) {
       const int64_t n = std::min(W, rows - i);
       const V g = load_up_to((const A*)a.row_grad + row + i, n), lse = load_up_to((const A*)a.row_result + row + i, n);
+      // exp(z - lse) is the probability: nothing is summed.
       for (int64_t c = 0; c < a.classes; ++c) store(z.at + c * R + i, g * exp(load(z.at + c * R + i) - lse));
     }
     store_tile(z, (T*)a.output, a.out, row, rows, a.classes);

@@ -18,12 +18,14 @@ struct RowSum {
 template <class T>
 inline RowSum<acc_t<T>> row_sum(const T* x, int64_t n) {
   using A = acc_t<T>;
+  // A block's maximum first and then its sum: both reads are of L1, and the exponential is taken once.
   A m = minus_infinity<A>();
   double sum = 0;
   for (int64_t j = 0; j < n; j += kBlock) {
     const int64_t count = std::min<int64_t>(kBlock, n - j);
     const A bm = block_max(x + j, count);
     if (bm > m) {
+      // 0 before there was a maximum, whose -inf would make it NaN.
       sum = sum == 0 ? 0 : sum * std::exp((double)m - (double)bm);
       m = bm;
     }
@@ -68,6 +70,7 @@ template <int N, class T>
   using V = vec_t<T>;
   V z[N];
   const V m = set1(load_row(x, n, z));
+  // N is a constant: the row never leaves registers.
   V sum = set1(acc_t<T>(0));
 #pragma GCC unroll 4
   for (int i = 0; i < N; ++i) sum = sum + (z[i] = exp_for<T>(z[i] - m));
@@ -110,6 +113,7 @@ inline void softmax_row(const T* x, T* y, int64_t n, acc_t<T>* exponentials) {
   using V = vec_t<A>;
   int64_t j = 0;
   if (!exponentials) {
+    // Read twice, and each exponential computed twice.
     const RowSum<A> row = row_sum(x, n);
     const V m = set1(row.max), scale = set1(A(1 / row.sum));
     for (; j + V::size <= n; j += V::size) store(y + j, exp_for<T>(load(x + j) - m) * scale);
@@ -139,6 +143,7 @@ template <class T>
 inline void softmax_backward_row(const T* g, const T* y, T* dx, int64_t n, bool log) {
   using A = acc_t<T>;
   using V = vec_t<A>;
+  // Blocks' sums in double precision, as row_sum's.
   double total = 0;
   int64_t j = 0;
   for (int64_t end = 0; end < n;) {
@@ -149,6 +154,7 @@ inline void softmax_backward_row(const T* g, const T* y, T* dx, int64_t n, bool 
     total += reduce_add(s);
     j = end;
   }
+  // A second read of g and y, which rows up to the cache's size find there.
   V sum = set1(A(total));
   for (j = 0; j + V::size <= n; j += V::size) {
     V gv = load(g + j), yv = load(y + j);
@@ -207,6 +213,7 @@ inline void log_softmax_rows(const T* x, const RowLayout& in, T* y, const RowLay
   using V = vec_t<T>;
   // The logarithms of a vector of rows are taken at a time, if those rows stay in L1 until they are read again.
   const int64_t group = std::clamp<int64_t>(tuning::kRowGroupBytes / ((int64_t)sizeof(T) * n), 1, V::size);
+  // Rows' numbers side by side, for one vector of logarithms.
   A max[V::size], sum[V::size], rest[V::size], log_sum[V::size];
   store(sum, set1(A(1)));
   store(rest, set1(A(0)));

@@ -17,6 +17,7 @@ inline int64_t next_step(const A* x, int64_t j, int64_t n, A bound) {
   using V = vec_t<A>;
   constexpr int64_t W = V::size;
   for (; j + 4 * W <= n; j += 4 * W) {
+    // One branch for four vectors: most steps have nothing.
     const V a = abs(load(x + j)), b = abs(load(x + j + W)), c = abs(load(x + j + 2 * W)), d = abs(load(x + j + 3 * W));
     const V most = max(max(a, b), max(c, d)), zero = (a + b + c + d) * set1(A(0));
     if (exceeds(reduce_max(most) + reduce_add(zero), bound)) break;
@@ -29,6 +30,7 @@ inline int64_t count_entries(const void* row, int64_t n, double bound) {
   using A = acc_t<T>;
   constexpr int64_t kStep = 4 * vec_t<A>::size;
   const A *x = (const A*)row, b = A(bound);
+  // Counted before they are listed, so that lists are of the right length, and none where too many entries are left.
   int64_t count = 0;
   for (int64_t j = next_step(x, 0, n, b); j < n; j = next_step(x, j + kStep, n, b))
     for (int64_t i = j; i < std::min(n, j + kStep); ++i) count += exceeds(x[i], b);
@@ -59,6 +61,7 @@ inline void sparse_strip(const SparseRow& s, int64_t j, const T* b, acc_t<T>* c)
   for (int v = 0; v < N; ++v) sum[v] = s.add ? load(c + j + v * V::size) : set1(acc_t<T>(0));
   for (int64_t e = 0; e < s.entries; ++e) {
     const T* row = b + s.rows[e] * s.b_row + j;
+    // Rows of B come in any order, which no prefetcher of the hardware foresees.
     const int64_t ahead = std::min(e + tuning::kSparseAhead, s.entries - 1);
     const char* later = (const char*)(b + s.rows[ahead] * s.b_row + j);
 #pragma GCC unroll 8
@@ -81,6 +84,7 @@ inline void sparse_row_product(const SparseRow& s) {
   for (; j + 8 * V::size <= s.columns; j += 8 * V::size) sparse_strip<T, 8>(s, j, b, c);
   for (; j + V::size <= s.columns; j += V::size) sparse_strip<T, 1>(s, j, b, c);
   for (; j < s.columns; ++j) {
+    // Fewer columns than a vector has.
     acc_t<T> sum = s.add ? c[j] : acc_t<T>(0);
     for (int64_t e = 0; e < s.entries; ++e) sum += values[e] * load_one(b + s.rows[e] * s.b_row + j);
     c[j] = sum;
