@@ -102,9 +102,9 @@ inline double derivative_units(Activation a, double s) {
   return 0;
 }
 
-// The kernels' exp is 0 where it would be subnormal in float, and so is the logistic function's lower tail.
+// The kernels' exp is 0 before it would be subnormal in float, and so is the logistic function's lower tail.
 inline double derivative_tail(Activation a, double s) {
-  const double x = std::fmin(std::fabs(s), 100), end = std::exp(-87.3);
+  const double x = std::fmin(std::fabs(s), 100), end = std::exp(-86.98);
   if (a == Activation::silu) return end * (1 + x);
   return a == Activation::gelu_tanh ? end * x * (1.6 + 0.22 * x * x) : 0;
 }

@@ -114,35 +114,21 @@ inline f32v copysign(f32v magnitude, f32v sign) {
 inline f64v copysign(f64v magnitude, f64v sign) {
   return {_mm256_or_pd(abs(magnitude).v, _mm256_and_pd(sign.v, _mm256_set1_pd(-0.0)))};
 }
-// a < b ? x : y, lane by lane; y where a or b is NaN.
-inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
-  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
-}
-inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) {
-  return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ))};
-}
+// a < b ? x : y, lane by lane; y where a or b is NaN. In the compiler's own words: of the intrinsics g++ asks once more
+// whether the comparison's lanes are negative.
+inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) { return {a.v < b.v ? x.v : y.v}; }
+inline f64v select_lt(f64v a, f64v b, f64v x, f64v y) { return {a.v < b.v ? x.v : y.v}; }
 // a == b ? x : y, lane by lane; y where a or b is NaN.
-inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) {
-  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ))};
-}
-inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) {
-  return {_mm256_blendv_pd(y.v, x.v, _mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ))};
-}
+inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) { return {a.v == b.v ? x.v : y.v}; }
+inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) { return {a.v == b.v ? x.v : y.v}; }
 inline f32v round_even(f32v a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline f64v round_even(f64v a) { return {_mm256_round_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// x * 2^n for integral n, |n| <= 252: in two halves, so that 2^n itself may leave the range of the type.
-inline f32v scale2(f32v x, f32v n) {
-  __m256i whole = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(whole, 1), bias = _mm256_set1_epi32(127);
-  __m256 a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, bias), 23));
-  __m256 b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(whole, half), bias), 23));
-  return {_mm256_mul_ps(_mm256_mul_ps(x.v, a), b)};
+// The last bits of a number as the exponent of a power of two.
+inline f32v last_bits_as_exponent(f32v x) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x.v), 23))};
 }
-inline f64v scale2(f64v x, f64v n) {
-  __m128i whole = _mm256_cvtpd_epi32(n.v), half = _mm_srai_epi32(whole, 1);
-  __m256i bias = _mm256_set1_epi64x(1023);
-  __m256i a = _mm256_slli_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(half), bias), 52);
-  __m256i b = _mm256_slli_epi64(_mm256_add_epi64(_mm256_cvtepi32_epi64(_mm_sub_epi32(whole, half)), bias), 52);
-  return {_mm256_mul_pd(_mm256_mul_pd(x.v, _mm256_castsi256_pd(a)), _mm256_castsi256_pd(b))};
+inline f64v last_bits_as_exponent(f64v x) {
+  return {_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(x.v), 52))};
 }
 
 // The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
@@ -155,6 +141,15 @@ inline f64v exponent(f64v x) {
   const __m256i biased = _mm256_srli_epi64(_mm256_castpd_si256(x.v), 52);
   const __m256d counted = _mm256_castsi256_pd(_mm256_or_si256(biased, _mm256_castpd_si256(whole)));
   return {_mm256_sub_pd(counted, _mm256_set1_pd(0x1p52 + 1023))};
+}
+
+// x / 2^n, in [1, 2).
+inline f32v mantissa(f32v x) {
+  return {_mm256_or_ps(_mm256_and_ps(x.v, _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffff))), _mm256_set1_ps(1.0f))};
+}
+inline f64v mantissa(f64v x) {
+  const __m256i bits = _mm256_set1_epi64x(0xfffffffffffff);
+  return {_mm256_or_pd(_mm256_and_pd(x.v, _mm256_castsi256_pd(bits)), _mm256_set1_pd(1.0))};
 }
 
 inline float reduce_add(f32v a) {

@@ -114,13 +114,27 @@ inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) {
 }
 inline f32v round_even(f32v a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline f64v round_even(f64v a) { return {_mm512_roundscale_pd(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
-// x * 2^n for integral n, through subnormals to zero and beyond the largest number to infinity.
-inline f32v scale2(f32v x, f32v n) { return {_mm512_scalef_ps(x.v, n.v)}; }
-inline f64v scale2(f64v x, f64v n) { return {_mm512_scalef_pd(x.v, n.v)}; }
+// The last bits of a number as the exponent of a power of two.
+inline f32v last_bits_as_exponent(f32v x) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x.v), 23))};
+}
+inline f64v last_bits_as_exponent(f64v x) {
+  return {_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(x.v), 52))};
+}
 
 // The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
 inline f32v exponent(f32v x) { return {_mm512_getexp_ps(x.v)}; }
 inline f64v exponent(f64v x) { return {_mm512_getexp_pd(x.v)}; }
+
+// x / 2^n, in [1, 2).
+inline f32v mantissa(f32v x) {
+  const __m512i bits = _mm512_and_si512(_mm512_castps_si512(x.v), _mm512_set1_epi32(0x7fffff));
+  return {_mm512_castsi512_ps(_mm512_or_si512(bits, _mm512_castps_si512(_mm512_set1_ps(1.0f))))};
+}
+inline f64v mantissa(f64v x) {
+  const __m512i bits = _mm512_and_si512(_mm512_castpd_si512(x.v), _mm512_set1_epi64(0xfffffffffffff));
+  return {_mm512_castsi512_pd(_mm512_or_si512(bits, _mm512_castpd_si512(_mm512_set1_pd(1.0))))};
+}
 
 inline float reduce_add(f32v a) { return _mm512_reduce_add_ps(a.v); }
 inline double reduce_add(f64v a) { return _mm512_reduce_add_pd(a.v); }

@@ -122,19 +122,12 @@ inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) { return {vbslq_f32(vceqq_
 inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) { return {vbslq_f64(vceqq_f64(a.v, b.v), x.v, y.v)}; }
 inline f32v round_even(f32v a) { return {vrndnq_f32(a.v)}; }
 inline f64v round_even(f64v a) { return {vrndnq_f64(a.v)}; }
-// x * 2^n for integral n, in two factors so that both are representable: through subnormals to zero and beyond the
-// largest number to infinity.
-inline f32v scale2(f32v x, f32v n) {
-  int32x4_t whole = vcvtq_s32_f32(n.v), half = vshrq_n_s32(whole, 1), bias = vdupq_n_s32(127);
-  float32x4_t a = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(half, bias), 23));
-  float32x4_t b = vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vsubq_s32(whole, half), bias), 23));
-  return {vmulq_f32(vmulq_f32(x.v, a), b)};
+// The last bits of a number as the exponent of a power of two.
+inline f32v last_bits_as_exponent(f32v x) {
+  return {vreinterpretq_f32_s32(vshlq_n_s32(vreinterpretq_s32_f32(x.v), 23))};
 }
-inline f64v scale2(f64v x, f64v n) {
-  int64x2_t whole = vcvtq_s64_f64(n.v), half = vshrq_n_s64(whole, 1), bias = vdupq_n_s64(1023);
-  float64x2_t a = vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(half, bias), 52));
-  float64x2_t b = vreinterpretq_f64_s64(vshlq_n_s64(vaddq_s64(vsubq_s64(whole, half), bias), 52));
-  return {vmulq_f64(vmulq_f64(x.v, a), b)};
+inline f64v last_bits_as_exponent(f64v x) {
+  return {vreinterpretq_f64_s64(vshlq_n_s64(vreinterpretq_s64_f64(x.v), 52))};
 }
 // The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
 inline f32v exponent(f32v x) {
@@ -165,6 +158,10 @@ inline void zip(f64v even, f64v odd, f64v* a, f64v* b) {
 }
 
 // Halves on halves, as in the other ISAs (vaddvq adds neighbours): sums of transposed vectors must have the same bits.
+// x / 2^n, in [1, 2).
+inline f32v mantissa(f32v x) { return {vbslq_f32(vdupq_n_u32(0x7fffff), x.v, vdupq_n_f32(1.0f))}; }
+inline f64v mantissa(f64v x) { return {vbslq_f64(vdupq_n_u64(0xfffffffffffff), x.v, vdupq_n_f64(1.0))}; }
+
 inline float reduce_add(f32v a) { return vaddv_f32(vadd_f32(vget_low_f32(a.v), vget_high_f32(a.v))); }
 inline double reduce_add(f64v a) { return vaddvq_f64(a.v); }
 inline float reduce_max(f32v a) { return vmaxvq_f32(a.v); }

@@ -25,6 +25,16 @@ inline float float_of(uint32_t u) {
   std::memcpy(&x, &u, 4);
   return x;
 }
+inline uint64_t bits_of(double x) {
+  uint64_t u;
+  std::memcpy(&u, &x, sizeof(u));
+  return u;
+}
+inline double float_of(uint64_t u) {
+  double x;
+  std::memcpy(&x, &u, sizeof(x));
+  return x;
+}
 
 inline f32v load(const float* p) { return {*p}; }
 inline f64v load(const double* p) { return {*p}; }
@@ -98,17 +108,16 @@ inline f32v select_eq(f32v a, f32v b, f32v x, f32v y) { return a.v == b.v ? x : 
 inline f64v select_eq(f64v a, f64v b, f64v x, f64v y) { return a.v == b.v ? x : y; }
 inline f32v round_even(f32v a) { return {std::nearbyintf(a.v)}; }
 inline f64v round_even(f64v a) { return {std::nearbyint(a.v)}; }
-// x * 2^n for integral n, through subnormals to zero and beyond the largest number to infinity; a NaN n gives NaN.
-inline f32v scale2(f32v x, f32v n) { return {n.v == n.v ? std::ldexp(x.v, (int)n.v) : n.v}; }
-inline f64v scale2(f64v x, f64v n) { return {n.v == n.v ? std::ldexp(x.v, (int)n.v) : n.v}; }
+// The last bits of a number as the exponent of a power of two.
+inline f32v last_bits_as_exponent(f32v x) { return {float_of(bits_of(x.v) << 23)}; }
+inline f64v last_bits_as_exponent(f64v x) { return {float_of(bits_of(x.v) << 52)}; }
 
 // The n of 2^n <= x < 2^(n + 1), of normal positive numbers.
 inline f32v exponent(f32v x) { return {(float)((int)(bits_of(x.v) >> 23) - 127)}; }
-inline f64v exponent(f64v x) {
-  uint64_t bits;
-  std::memcpy(&bits, &x.v, sizeof(bits));
-  return {(double)((int)(bits >> 52) - 1023)};
-}
+inline f64v exponent(f64v x) { return {(double)((int)(bits_of(x.v) >> 52) - 1023)}; }
+// x / 2^n, in [1, 2).
+inline f32v mantissa(f32v x) { return {float_of((bits_of(x.v) & 0x7fffffu) | bits_of(1.0f))}; }
+inline f64v mantissa(f64v x) { return {float_of((bits_of(x.v) & 0xfffffffffffffu) | bits_of(1.0))}; }
 
 inline float reduce_add(f32v a) { return a.v; }
 inline double reduce_add(f64v a) { return a.v; }

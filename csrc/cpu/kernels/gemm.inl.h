@@ -117,7 +117,7 @@ template <class P, class V, int R>
 #pragma GCC unroll 4
   for (int q = 0; q < kQuads; ++q) quad[q] = a + 4 * q * a_row;
   for (; k > 0; --k, b += b_k) {
-    // Loads are the second bound: N of the panel and R broadcasts are R * N fma's, 8 loads beside 12 with AVX2.
+    // Loads are the second bound: N of the panel and R broadcasts are R * N fma's, 8 loads beside 12 of vectors of 8.
     P row[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) row[j] = load(b + j * P::size);

@@ -1,7 +1,7 @@
 // Elementary functions over the SIMD vocabulary, included inside each ISA's namespace, after Cephes (S. Moshier, 1989)
 // but for what is fitted here. exp errs by less than 2 ulp, lets NaN through, and is 0 where the result would be
-// subnormal: far from the maximum that is most lanes, and a subnormal result costs a microcode assist of 150 cycles.
-// Doubles take erfc from libm.
+// subnormal or nearly so (below 2^-125.5, of doubles 2^-1021.5): far from the maximum that is most lanes, and a
+// subnormal result costs a microcode assist of 150 cycles. Doubles take erfc from libm.
 #pragma once
 #include "cpu/kernels/prelude.h"
 
@@ -28,40 +28,45 @@ inline void store_up_to(T* p, vec_t<T> x, int64_t n) {
   n == vec_t<T>::size ? store(p, x) : store_n(p, x, n);
 }
 
+// What rounds t / log(2) to the whole number n, which is then its last bits: n - 1 as an exponent is stored. 2^n itself
+// may be too large for the type, so that exponentials are computed twice as large and multiplied by half of it.
+template <class A>
+constexpr A kToExponent = sizeof(A) == 4 ? 0x1.8p23 + 126 : 0x1.8p52 + 1022;
+
 // Results of exponents below `lowest` are 0. exp(r) of |r| <= log(2) / 2 is fitted to 3e-9, and 1 at 0.
-inline f32v exp(f32v x, float lowest = -87.336f) {
-  const f32v least = set1(lowest);
-  // Above 89 the result is infinite; the clamps keep 2^n representable in two factors.
+inline f32v exp(f32v x, float lowest = -86.98f) {
+  const f32v least = set1(lowest), to_exponent = set1(kToExponent<float>);
+  // Above 89 the result is infinite; the clamps keep the exponent in its bits.
   f32v t = min(set1(89.0f), max(least, x));
-  f32v n = round_even(t * set1(1.44269504f));
+  f32v counted = fma(t, set1(1.44269504f), to_exponent), n = counted - to_exponent;
   // log(2) in two summands, of which the first has few enough bits that n times it is exact.
   f32v r = fma(n, set1(-0.693359375f), t);
   r = fma(n, set1(2.12194440e-4f), r);
-  f32v p = set1(1.381453127e-3f);
-  p = fma(p, r, set1(8.368745446e-3f));
-  p = fma(p, r, set1(4.166839272e-2f));
-  p = fma(p, r, set1(1.666652113e-1f));
-  p = fma(p, r, set1(4.999999404e-1f));
-  p = fma(p, r, set1(1.0f));
-  p = fma(p, r, set1(1.0f));
-  return select_lt(x, least, set1(0.0f), scale2(p, n));
+  f32v p = set1(2 * 1.381453127e-3f);
+  p = fma(p, r, set1(2 * 8.368745446e-3f));
+  p = fma(p, r, set1(2 * 4.166839272e-2f));
+  p = fma(p, r, set1(2 * 1.666652113e-1f));
+  p = fma(p, r, set1(2 * 4.999999404e-1f));
+  p = fma(p, r, set1(2.0f));
+  p = fma(p, r, set1(2.0f));
+  return select_lt(x, least, set1(0.0f), p * last_bits_as_exponent(counted));
 }
 
 // The same to 5e-7 near 0 and below: for results that are rounded to a half type, of 8 or 11 bits, and sums of them;
 // not for differences.
 inline f32v exp_short(f32v x) {
-  const f32v least = set1(-87.336f);
+  const f32v least = set1(-86.98f), to_exponent = set1(kToExponent<float>);
   f32v t = min(set1(89.0f), max(least, x));
-  f32v n = round_even(t * set1(1.44269504f));
+  f32v counted = fma(t, set1(1.44269504f), to_exponent), n = counted - to_exponent;
   // One summand: what it loses is less than a half type can tell.
   f32v r = fma(n, set1(-0.693147181f), t);
-  f32v p = set1(6.953325070e-03f);
-  p = fma(p, r, set1(4.187527193e-02f));
-  p = fma(p, r, set1(1.668765492e-01f));
-  p = fma(p, r, set1(4.999937550e-01f));
-  p = fma(p, r, set1(9.999937243e-01f));
-  p = fma(p, r, set1(1.0f));
-  return select_lt(x, least, set1(0.0f), scale2(p, n));
+  f32v p = set1(2 * 6.953325070e-03f);
+  p = fma(p, r, set1(2 * 4.187527193e-02f));
+  p = fma(p, r, set1(2 * 1.668765492e-01f));
+  p = fma(p, r, set1(2 * 4.999937550e-01f));
+  p = fma(p, r, set1(2 * 9.999937243e-01f));
+  p = fma(p, r, set1(2.0f));
+  return select_lt(x, least, set1(0.0f), p * last_bits_as_exponent(counted));
 }
 // As results of type T need it.
 template <class T, class V>
@@ -72,10 +77,10 @@ inline V exp_for(V x) {
     return exp(x);
 }
 
-inline f64v exp(f64v x, double lowest = -708.396) {
-  const f64v least = set1(lowest);
+inline f64v exp(f64v x, double lowest = -708.04) {
+  const f64v least = set1(lowest), to_exponent = set1(kToExponent<double>);
   f64v t = min(set1(710.0), max(least, x));
-  f64v n = round_even(t * set1(1.4426950408889634));
+  f64v counted = fma(t, set1(1.4426950408889634), to_exponent), n = counted - to_exponent;
   f64v r = fma(n, set1(-6.93145751953125e-1), t);
   r = fma(n, set1(-1.42860682030941723212e-6), r);
   // A quotient of polynomials in r^2 has fewer terms for 53 bits than a polynomial in r.
@@ -87,7 +92,7 @@ inline f64v exp(f64v x, double lowest = -708.396) {
                rr, set1(2.0));
   p = p * r;
   f64v e = p / (q - p);
-  return select_lt(x, least, set1(0.0), scale2(e + e + set1(1.0), n));
+  return select_lt(x, least, set1(0.0), fma(e, set1(4.0), set1(2.0)) * last_bits_as_exponent(counted));
 }
 
 // log of 0, of normal positive numbers, infinity and NaN, to 1 ulp: of the mantissa from sqrt(1/2) to sqrt(2),
@@ -95,7 +100,7 @@ inline f64v exp(f64v x, double lowest = -708.396) {
 inline f32v log(f32v x) {
   const f32v one = set1(1.0f), inf = set1(std::numeric_limits<float>::infinity());
   f32v n = exponent(x);
-  f32v m = scale2(x, set1(0.0f) - n);
+  f32v m = mantissa(x);
   const f32v above = select_lt(set1(1.41421356f), m, one, set1(0.0f));
   n = n + above;
   const f32v r = fma(above * set1(-0.5f), m, m) - one, rr = r * r;
@@ -119,7 +124,7 @@ inline f32v log(f32v x) {
 inline f64v log(f64v x) {
   const f64v one = set1(1.0), inf = set1(std::numeric_limits<double>::infinity());
   f64v n = exponent(x);
-  f64v m = scale2(x, set1(0.0) - n);
+  f64v m = mantissa(x);
   const f64v above = select_lt(set1(1.4142135623730951), m, one, set1(0.0));
   n = n + above;
   const f64v r = fma(above * set1(-0.5), m, m) - one, rr = r * r;

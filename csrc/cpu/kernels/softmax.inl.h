@@ -24,8 +24,8 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
     for (int64_t r = begin, lanes; r < end; r += lanes) {
       lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
-      softmax_lanes(x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes, lanes,
-                    a.log);
+      const auto softmax = a.log ? softmax_lanes<true, T, T> : softmax_lanes<false, T, T>;
+      softmax(x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes, lanes);
     }
     return;
   }
@@ -60,8 +60,9 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.grad_in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
     for (int64_t r = begin, lanes; r < end; r += lanes) {
       lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
-      softmax_backward_lanes(g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r), a.in.class_stride,
-                             dx + a.out.offset(r), a.out.class_stride, a.classes, lanes, a.log);
+      const auto backward = a.log ? softmax_backward_lanes<true, T> : softmax_backward_lanes<false, T>;
+      backward(g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r), a.in.class_stride,
+               dx + a.out.offset(r), a.out.class_stride, a.classes, lanes);
     }
     return;
   }

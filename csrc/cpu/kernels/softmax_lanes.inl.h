@@ -6,9 +6,9 @@
 #include "cpu/kernels/prelude.h"
 #include "cpu/kernels/rows.inl.h"
 
-// Softmax of `lanes` rows whose classes are x_step and y_step apart.
-template <class T>
-inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes, bool log_of_it) {
+// Softmax of `lanes` rows whose classes are x_step and y_step apart. E: the type of the results in the end (exp_for).
+template <bool log_of_it, class E, class T>
+inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int64_t n, int64_t lanes) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   // Of as many streams as there are classes the hardware does not see where each goes on.
@@ -25,7 +25,7 @@ inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int6
   for (int64_t c = 0; c < n; c += tuning::kChain) {
     ExpSum<V> chain = {zero, zero};
     for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
-      const V z = load_up_to(x + i * x_step, lanes), t = z - m, e = exp_for<T>(t);
+      const V z = load_up_to(x + i * x_step, lanes), t = z - m, e = exp_for<E>(t);
       __builtin_prefetch(y + i * y_step + ahead, 1);
       if constexpr (keep) store_up_to(y + i * y_step, log_of_it ? t : e, lanes);
       chain.add(e, z, m);
@@ -40,15 +40,15 @@ inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int6
       t = load_up_to(y + c * y_step, lanes);
     } else {
       t = load_up_to(x + c * x_step, lanes) - m;
-      if (!log_of_it) t = exp_for<T>(t);
+      if (!log_of_it) t = exp_for<E>(t);
     }
     store_up_to(y + c * y_step, log_of_it ? t - finish : t * finish, lanes);
   }
 }
 
-template <class T>
+template <bool log_of_it, class T>
 inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64_t y_step, T* dx, int64_t dx_step,
-                                   int64_t n, int64_t lanes, bool log_of_it) {
+                                   int64_t n, int64_t lanes) {
   using A = acc_t<T>;
   using V = vec_t<T>;
   constexpr int64_t ahead = tuning::kLaneAhead * V::size;
@@ -104,7 +104,8 @@ inline void softmax_few_classes(const SoftmaxArgs& a, int64_t begin, int64_t end
   for (int64_t row = begin; row < end; row += R) {
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, z);
-    for (int64_t i = 0; i < rows; i += W) softmax_lanes(z.at + i, R, z.at + i, R, a.classes, W, a.log);
+    const auto softmax = a.log ? softmax_lanes<true, T, A> : softmax_lanes<false, T, A>;
+    for (int64_t i = 0; i < rows; i += W) softmax(z.at + i, R, z.at + i, R, a.classes, W);
     store_tile(z, (T*)a.output, a.out, row, rows, a.classes);
   }
 }
@@ -119,8 +120,8 @@ inline void softmax_backward_few_classes(const SoftmaxArgs& a, int64_t begin, in
     const int64_t rows = std::min(R, end - row);
     load_tile((const T*)a.input, a.in, row, rows, a.classes, y);
     load_tile((const T*)a.grad, a.grad_in, row, rows, a.classes, g);
-    for (int64_t i = 0; i < rows; i += W)
-      softmax_backward_lanes(g.at + i, R, y.at + i, R, g.at + i, R, a.classes, W, a.log);
+    const auto backward = a.log ? softmax_backward_lanes<true, A> : softmax_backward_lanes<false, A>;
+    for (int64_t i = 0; i < rows; i += W) backward(g.at + i, R, y.at + i, R, g.at + i, R, a.classes, W);
     store_tile(g, (T*)a.output, a.out, row, rows, a.classes);
   }
 }
