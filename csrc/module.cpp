@@ -61,7 +61,12 @@ std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, in
                                                                 const std::string& type, bool cuda,
                                                                 std::optional<int64_t> budget, int64_t memory) {
   if (cuda && !budget) budget = rf::cuda_default_memory_budget(memory);
-  const rf::LinearCrossEntropySize size = {dtype_named(type), rows, features, classes, 1, 1, budget};
+  const rf::LinearCrossEntropySize size = {.dtype = dtype_named(type),
+                                           .rows = rows,
+                                           .features = features,
+                                           .classes = classes,
+                                           .positions = 1,
+                                           .memory_budget = budget};
   return cuda ? std::tuple{rf::cuda_chunk_rows(size), rf::cuda_peak_bytes(size), *budget}
               : std::tuple{rf::chunk_rows(size), rf::peak_bytes(size), budget.value_or(rf::default_memory_budget())};
 }
@@ -69,7 +74,12 @@ std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, in
 // The budget that makes chunks of so many rows.
 int64_t linear_cross_entropy_budget(int64_t chunk, int64_t features, int64_t classes, const std::string& type,
                                     bool cuda) {
-  const rf::LinearCrossEntropySize size = {dtype_named(type), chunk, features, classes, 1, 1, {}};
+  const rf::LinearCrossEntropySize size = {.dtype = dtype_named(type),
+                                           .rows = chunk,
+                                           .features = features,
+                                           .classes = classes,
+                                           .positions = 1,
+                                           .memory_budget = {}};
   return cuda ? rf::cuda_budget_for_chunk(size, chunk) : rf::budget_for_chunk(size, chunk);
 }
 

@@ -21,6 +21,9 @@ from .outputs import LOSS, LOSS_BIT, CrossEntropyOutput, select_outputs
 from .reference import as_batch, divided, normalized, sum_to_divide, unbatched
 from .types import LossOptions, Output, Reduction, Several
 
+# Of a matrix: their bytes, and a few times these, can be counted in 64 bits.
+MOST_NUMBERS = 2**58
+
 _linear_cross_entropy: Callable[..., list[Tensor]] = kinds.op("linear_cross_entropy")
 
 
@@ -390,12 +393,18 @@ def linear_cross_entropy_plan(
     allocated at one time; half types need ``4 * (N + V) * D`` for float32 gradients on top of it until backward rounds
     them, and on a CUDA device each product may have a workspace.
 
-    Raises: NotImplementedError for a dtype without kernels, ValueError for a negative size or budget, RuntimeError for
-    a CUDA device whose memory cannot be asked for.
+    Raises: NotImplementedError for a dtype without kernels, ValueError for a negative size or budget or for
+    matrices beyond any memory, RuntimeError for a CUDA device whose memory cannot be asked for.
     """
     for name, size in {"N": N, "D": D, "V": V}.items():
         if size < 0:
             raise ValueError(f"regfast.linear_cross_entropy_plan: {name}: expected at least 0, got {size}")
+    shorter, longer = sorted((N, D, V))[1:]
+    if max(1, shorter) * longer >= MOST_NUMBERS:
+        raise ValueError(
+            "regfast.linear_cross_entropy_plan: N, D, V: expected matrices of less than 2**58 numbers, "
+            f"got {N}, {D}, {V}"
+        )
     if memory_budget is not None and memory_budget <= 0:
         raise ValueError(
             "regfast.linear_cross_entropy_plan: memory_budget: expected a positive number of bytes or None, "

@@ -300,6 +300,11 @@ def test_errors_of_the_plan():
     for sizes in ((-1, 2, 3), (1, -2, 3), (1, 2, -3)):
         with pytest.raises(ValueError, match=r"regfast\.linear_cross_entropy_plan: [NDV]: expected at least 0, got -"):
             plan(*sizes, torch.float32)
+    for sizes in ((2**62, 1, 1), (2**70, 0, 0), (2**30, 2**29, 5), (3, 2**29, 2**29), (2**40, 3, 2**20)):
+        with pytest.raises(ValueError, match=r"N, D, V: expected matrices of less than 2\*\*58 numbers, got "):
+            plan(*sizes, torch.float32)
+    for sizes in ((2**57, 1, 1), (2**40, 3, 2**17), (3, 2**29, 2**28)):
+        assert 0 < plan(*sizes, torch.float32).peak_bytes < 2**63
     for budget in (0, -1):
         with pytest.raises(ValueError, match=rf"memory_budget: expected .* got {budget}"):
             plan(1, 2, 3, torch.float32, memory_budget=budget)

@@ -146,7 +146,7 @@ def of_backward(name: str, base: str, given: dict, r: Draw, dtype: torch.dtype) 
     if base == "cross_entropy":
         grads |= {"stats": guard.place(found[-2]), "weight_sum": found[-1]}
     if name.endswith("unless_"):  # the loss's alone, which there always is
-        grads.setdefault("grad_loss", like(found[0]))
+        grads.setdefault("grad_loss", like(found[0] if "loss" in wanted else found[0].new_empty(())))
         grads["grad"] = torch.zeros_like(given["input"])
     return grads
 

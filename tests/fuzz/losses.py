@@ -157,7 +157,7 @@ class CrossEntropy(Op):
         z, slope = transformed(x, options)
         error = terms.clean(z).abs() if slope is not None else torch.zeros(())
         single = x.dim() == 1
-        target = t["target"].unsqueeze(0) if single else t["target"]
+        target = as_row(t["target"]) if single else t["target"]
         z = z.unsqueeze(0) if single else z
         error = error.unsqueeze(0) if single and error.dim() else error
         names = self.outputs(case)
@@ -180,6 +180,11 @@ class CrossEntropy(Op):
             found.grads["target"] = dt
         found.scores = (z.squeeze(0) if single else z,) * 2
         return found
+
+
+def as_row(target):
+    """The target of a single row: probabilities, or its class, which torch takes in one dimension too."""
+    return target.unsqueeze(0) if target.is_floating_point() else target.reshape(-1)
 
 
 def transformed(x, options):
@@ -299,7 +304,7 @@ class LinearCrossEntropy(Op):
         error = terms.beyond(size * scale, accumulator(dtype_of(case["dtype"]))) + (
             terms.clean(z).abs() if changed else 0
         )
-        target = t["target"].unsqueeze(0) if single else t["target"]
+        target = as_row(t["target"]) if single else t["target"]
         reduction = options.get("reduction", "mean")
         given = {n: u for n, u in zip(names, ups, strict=True) if u is not None}
         if single:
