@@ -203,14 +203,13 @@ def replace(
     if not isinstance(model, nn.Module):
         raise TypeError(f"regfast.replace: model: expected a torch.nn.Module, got {type(model).__name__}")
     report, lazy = Replacement(), _heads_of(model, head)
-    theirs = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     for name, module in list(model.named_modules()):
         kind = type(module)
         if any(module is h for h in lazy):
             wanted = AutoLazyHead if head == "auto" else LazyHead
             if kind is not wanted:
                 report._change(name, module, wanted, "logits are multiplied only if someone looks")
-        elif "forward" in vars(module) and (kind is nn.Linear or kind in _LOSSES):
+        elif "forward" in vars(module) and (kind is nn.Linear or kind in _LOSSES or is_conv1d(module)):
             report._leave(name, module, "its forward was replaced")
         elif losses and kind in _LOSSES:
             report._change(name, module, _LOSSES[kind], "")
@@ -218,8 +217,9 @@ def replace(
             continue
         elif kind is nn.Linear:
             report._change(name, module, Linear, "")
-        elif kind is theirs:
-            report._change(name, module, sys.modules[__name__].Conv1D, "a linear layer whose weight is transposed")
+        elif is_conv1d(module):
+            if kind.__module__ != __name__:
+                report._change(name, module, sys.modules[__name__].Conv1D, "a linear layer whose weight is transposed")
         elif kind is nn.Sequential and isinstance(module, nn.Sequential):
             if any(_pairs(module)):
                 report._change(name, module, FusedSequential, "linear layers with the activations after them")

@@ -228,6 +228,11 @@ def test_conv1d_of_transformers():
     assert ops(lambda: torch.testing.assert_close(model(X), true)) == ["linear_forward"]
     torch.testing.assert_close(torch.autograd.grad(model(X).square().sum(), model.parameters()), gradient)
     assert type(pickle.loads(pickle.dumps(model))[0]) is type(model[0])
+    assert not regfast.replace(model).changed
+    patched = nn.Sequential(utils.Conv1D(12, 8))
+    patched[0].forward = lambda x: x
+    report = regfast.replace(patched)
+    assert type(patched[0]) is utils.Conv1D and "its forward was replaced" in str(report)
 
 
 class Headed(nn.Module):
