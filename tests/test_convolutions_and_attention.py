@@ -61,6 +61,7 @@ CONVOLUTIONS = [
     (2, 8, 12, 10, 5, (3, 2), (2, 1), (1, 0)),
     (2, 3, 9, 9, 4, 2, 3, 0),  # numbers of no patch
     (5, 32, 66, 65, 8, 3, 1, 1),  # more numbers than are made at a time
+    (2, 32, 92, 92, 3, 3, 1, 0),  # and of one image alone
     (1, 1, 1, 1, 1, 1, 1, 0),
 ]
 
@@ -154,6 +155,7 @@ ATTENTION = [  # batch, heads, queries, keys, features
     (1, 4, 130, 130, 64),
     (2, 2, 300, 500, 16),  # more scores than are made at a time: blocks of rows
     (1, 70, 40, 40, 24),  # and of heads
+    (1, 2, 70, 2100, 8),  # and of the fewest rows
     (1, 1, 5, 9, 32),
     (1, 1, 1, 1, 1),
 ]
@@ -202,7 +204,10 @@ def test_kinds_of_attention(dtype):
         some = [lay_out(t.detach(), layout).requires_grad_() for t in tensors]
         compare(attention, *some, by=["attention_backward"], what=layout)
         compare(lambda *leaves: attention(*leaves).sum(), *some, by=["attention_backward"], what=f"{layout} sum")
-    q, k, v = (t.detach().float().requires_grad_() for t in tensors)
+    q, k, v = (t.detach() for t in tensors)
+    few = [t.requires_grad_() for t in (spiky(2, 6, 20, 16, dtype=dtype), k, v)]
+    compare(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), *few, what="shared heads")
+    q, k, v = (t.float().requires_grad_() for t in (q, k.detach(), v.detach()))
     with regfast.accelerate(products=True), recorded() as calls:
         F.scaled_dot_product_attention(q, k, v).sum().backward()
     assert "attention_backward" not in [c.op for c in calls]
