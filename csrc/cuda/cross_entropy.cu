@@ -37,6 +37,7 @@ __device__ void store_total(const TotalArgs& a, const Totals& t) {
     const double weights = t.weight.value();
     value = weights == 0 ? (double)NAN : value / weights;  // see mean_of
   }
+  // Rounded once, from double.
   switch (a.total_dtype) {
     case DType::f32:
       *(float*)a.total = (float)value;
@@ -56,19 +57,23 @@ __device__ void store_total(const TotalArgs& a, const Totals& t) {
 // Rows first + thread, first + thread + threads, ... of each block's share; A is the losses' and weights' type.
 template <class A>
 __global__ void __launch_bounds__(tuning::kTotalThreads) total_of_rows(TotalArgs a) {
+  // Blocks by the number of rows alone, never by the device's size: the same bits on every GPU.
   const int64_t share = ceil_div(a.rows, gridDim.x), begin = blockIdx.x * share;
   const int64_t end = begin + share < a.rows ? begin + share : a.rows;
   Totals t;
   for (int64_t r = begin + threadIdx.x; r < end; r += blockDim.x) {
     if (a.loss) t.loss.add(((const A*)a.loss)[r]);
     const int64_t y = a.target ? a.target[r] : 0;
+    // A class that is none has no weight to be read.
     if (!a.target)
       t.weight.add(1);
     else if (y != a.ignore_index && 0 <= y && y < a.classes)
       t.weight.add(a.class_weight ? (double)((const A*)a.class_weight)[y] : 1.0);
   }
+  // Compensated sums are merged with what they have put aside.
   t = reduce_block(t, ptx::dynamic_shared<Totals>());
   if (threadIdx.x != 0) return;
+  // Few rows need one kernel only: a second launch would take longer than their sum.
   if (gridDim.x > 1)
     a.partial[blockIdx.x] = t;
   else
@@ -108,6 +113,7 @@ void launch_total(const CrossEntropyRows& a, const CrossEntropyResults& out, boo
 
 void run(DType dtype, const CrossEntropyRows& a, const CrossEntropyResults& out, const CrossEntropyUpstream& up,
          bool reduces, bool emits, cudaStream_t stream) {
+  // The common options have an instance of their own, without the registers that the others need.
   const bool plain = a.target && a.label_smoothing == 0 && a.logit_scale == 1 && a.softcap == 0 && !out.argmax &&
                      (reduces ? !a.row_entropy : !up.entropy);
   with_type(dtype, [&](auto type) {

@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(kFinishThreads) finish_split(GemmTask task, in
   if (index >= task.m * vectors) return;
   const int64_t row = index / vectors, column = index % vectors * kWidth<T>;
   A x[kWidth<T>] = {}, bias[kWidth<T>];
+  // Always in this order, whichever part was done first.
   for (int s = 0; s < splits; ++s) {
     const A* part = (const A*)task.partial + (s * task.m + row) * task.n;
 #pragma unroll
@@ -119,12 +120,15 @@ GemmPlan gemm_plan(DType dtype, bool tf32, const Gemm& g) {
   const bool large_exists = p.tensor_cores ? p.load != GemmLoad::elements : dtype == DType::f32;
 
   const int64_t sms = device().sms, stages = std::max<int64_t>(1, ceil_div(g.k, t.depth));
+  // Each part has to be worth its traffic: it writes and reads a C of its own.
   const int64_t most = std::clamp<int64_t>(stages / tuning::kGemmLeastStages, 1, tuning::kGemmMostSplits);
   const auto tiles = [&](int m, int n) { return ceil_div(g.m, m) * ceil_div(g.n, n); };
+  // Large tiles read less for each product, but only if there are enough of them for every SM.
   const bool large = large_exists && g.m > t.small_m && g.n > t.small_n && tiles(t.large_m, t.large_n) * most >= sms;
   p.tile_m = large ? t.large_m : t.small_m;
   p.tile_n = large ? t.large_n : t.small_n;
   const int64_t full = sms * tuning::kGemmBlocksPerSm / std::max<int64_t>(1, tiles(p.tile_m, p.tile_n));
+  // Whole stages in every part but the last: no other part has a rest of K.
   p.k_per_split = ceil_div(stages, std::clamp<int64_t>(full, 1, most)) * t.depth;
   p.splits = (int)std::max<int64_t>(1, ceil_div(g.k, p.k_per_split));
   return p;
@@ -161,6 +165,7 @@ GemmTask gemm_task(const Gemm& g) {
 void launch_gemm(DType dtype, bool tf32, const Gemm& g, cudaStream_t stream) {
   if (g.m == 0 || g.n == 0) return;
   GemmTask task = gemm_task(g);
+  // It refuses what a tensor map cannot describe (alignment, strides).
   if (kernel_for(dtype, tf32, g.m, g.n, g.k) == GemmKernel::sm90 && launch_gemm_sm90(dtype, task, stream)) return;
 
   const GemmPlan plan = gemm_plan(dtype, tf32, g);

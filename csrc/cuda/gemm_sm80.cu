@@ -54,18 +54,22 @@ struct Config {
 template <class T, class Shape, GemmLoad load>
 __global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Blocks) gemm_sm80(GemmTask task) {
   using C = Config<T, Shape, load>;
+  // Rows of C are those of A, columns rows of B: both tiles are 'mn x k', whichever lies along memory.
   using TileA = typename C::TileA;
   using TileB = typename C::TileB;
   constexpr int kRowTiles = Shape::WarpM / 16, kColumnTiles = Shape::WarpN / 16;
   constexpr int kSteps = kDepthBytes / kStepBytes, kStages = Shape::Stages;
   char* const shared = ptx::dynamic_shared<char>();
 
+  // Blocks that run at one time take tiles of few rows and few columns: what they share stays in L2.
   const auto [tile_row, tile_column] = tile_position<tuning::kGemmGroup>(blockIdx.x, (task.m + Shape::M - 1) / Shape::M,
                                                                          (task.n + Shape::N - 1) / Shape::N);
   const int64_t row0 = tile_row * Shape::M, column0 = tile_column * Shape::N;
+  // K in parts where tiles are too few for the SMs; finish_split adds them in order.
   const int64_t k_begin = blockIdx.y * task.k_per_split;
   const int64_t k_count = task.k - k_begin < task.k_per_split ? task.k - k_begin : task.k_per_split;
   const int k_tiles = (int)((k_count + kDepth<T> - 1) / kDepth<T>);
+  // The rest of K is filled with zeros, which add nothing.
   const int last_depth = (int)(k_count - (int64_t)(k_tiles - 1) * kDepth<T>);
   TileA a(task.a, row0, task.m, k_begin);
   TileB b(task.b, column0, task.n, k_begin);
@@ -73,6 +77,7 @@ __global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Block
   const int warp_row = warp % (Shape::M / Shape::WarpM) * Shape::WarpM;
   const int warp_column = warp / (Shape::M / Shape::WarpM) * Shape::WarpN;
 
+  // All sums of a warp's tile stay in registers over all of K.
   float sum[kRowTiles][2 * kColumnTiles][4] = {};
   uint32_t fragment_a[2][kRowTiles][4], fragment_b[kColumnTiles][4];  // A's are loaded a step ahead; B's would spill
   const auto fetch = [&](char* stage, int t) {
@@ -93,12 +98,14 @@ __global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Block
       TileB::load(fragment_b[j], stage + TileA::kBytes, warp_column + j * 16, step);
   };
 
+  // As many stages under way as hide memory's latency behind the products of the others.
   for (int t = 0; t < kStages - 1; ++t) fetch(shared + t * C::kStageBytes, t);
   ptx::cp_async_wait<kStages - 2>();
   __syncthreads();
   int reading = 0, filling = (kStages - 1) * C::kStageBytes;  // stages, as offsets
   if (k_tiles > 0) load_a(shared, 0);
   for (int t = 0; t < k_tiles; ++t) {
+    // Into the stage that everyone left at the last barrier; one barrier for a stage is then enough.
     fetch(shared + filling, t + kStages - 1);
     filling = reading;
 #pragma unroll
@@ -115,12 +122,14 @@ __global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Block
       }
 #pragma unroll
       for (int j = 0; j < 2 * kColumnTiles; ++j) {
+        // ldmatrix brings two columns of fragments at a time.
         const uint32_t column[2] = {fragment_b[j / 2][j % 2], fragment_b[j / 2][2 + j % 2]};
 #pragma unroll
         for (int i = 0; i < kRowTiles; ++i) multiply(sum[i][j], fragment_a[step % 2][i], column, T());
       }
     }
   }
+  // No copy may come late into what is now the staging's memory.
   ptx::cp_async_wait<0>();
   __syncthreads();
 
@@ -131,6 +140,7 @@ __global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Block
   const int64_t column = column0 + warp_column + lane_column;
   float bias[kWidth<T>];
   load_bias<T>(task.out, column, task.n, bias);
+  // Rounds, since a warp's whole tile in float32 is more than the stages hold.
 #pragma unroll
   for (int round = 0; round < Shape::WarpM / C::kRoundRows; ++round) {
 #pragma unroll
@@ -144,9 +154,11 @@ __global__ void __launch_bounds__(Config<T, Shape, load>::kThreads, Shape::Block
           *(float2*)to = make_float2(pair[0], pair[1]);
         }
     __syncwarp();
+    // Not unrolled: its addresses beside the sums would spill.
 #pragma unroll 1
     for (int r = lane / kLanesPerRow; r < C::kRoundRows; r += 32 / kLanesPerRow) {
       const int64_t row = row0 + warp_row + round * C::kRoundRows + r;
+      // Rows and columns beyond C were multiplied as zeros.
       if (row >= task.m || column >= task.n) continue;
       const float4* from = (const float4*)(staging + r * C::kStagingStride + lane_column);
       float x[kWidth<T>];
@@ -178,6 +190,7 @@ template <class T, GemmLoad load>
 void start_shape(const GemmTask& task, const GemmPlan& plan, cudaStream_t stream) {
   using Large = std::conditional_t<sizeof(T) == 4, tuning::GemmLargeTf32, tuning::GemmLarge>;
   if constexpr (load != GemmLoad::elements)
+    // Operands that are gathered element by element have the small tile alone.
     if (plan.tile_m == Large::M) return start<T, Large, load>(task, plan, stream);
   start<T, tuning::GemmSmall, load>(task, plan, stream);
 }

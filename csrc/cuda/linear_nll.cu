@@ -26,6 +26,7 @@ struct Output {
   };
 
   __device__ void set(A given, bool full) {
+    // Once for a column: rows then multiply.
     scale = family == Family::gaussian ? A(1) / given : given;
     if constexpr (family == Family::gaussian) constant = A(0.5) * log_of(given) + (full ? A(0.5 * kLogTwoPi) : A(0));
   }
@@ -38,11 +39,13 @@ struct Output {
       const A loss = negative * max_of(eta, A(0)) + positive * max_of(-eta, A(0)) + (negative + positive) * log1p_of(e);
       return {loss, eta < A(0) ? negative * far - positive * near : negative * near - positive * far, A(0)};
     } else if constexpr (family == Family::poisson) {
+      // Beyond the range it is infinite, as torch's.
       const A mean = exp_of<T>(eta);
       A loss = mean - y * eta;
       if (full && y > A(1)) loss += y * (log_of(y) - A(1)) + A(0.5) * (log_of(y) + A(kLogTwoPi));  // Stirling's log y!
       return {loss, mean - y, A(0)};
     } else if constexpr (family == Family::gaussian) {
+      // What is left over is the loss's square, the slope and, squared, the scale's gradient.
       const A r = eta - y, slope = scale * r;
       return {A(0.5) * slope * r + constant, slope, A(0.5) * (scale - slope * slope)};
     } else {
@@ -54,6 +57,7 @@ struct Output {
 
 template <Family family, class T>
 struct Sums {
+  // The other families' scale is no parameter that has a gradient by columns: one number that is never touched.
   static constexpr int kScales = family == Family::gaussian ? kWidth<T> : 1;
   acc_t<T> bias[kWidth<T>] = {}, scale[kScales] = {};
   double loss = 0;
@@ -71,8 +75,10 @@ template <Family family, class T>
 __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1) likelihood_kernel(Likelihood p, int64_t part_rows) {
   using A = acc_t<T>;
   constexpr int kW = kWidth<T>;
+  // Threads along x have adjacent columns, along y rows: a column's parameters are loaded once for all of its rows.
   const int64_t column = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) * kW;
   const int64_t begin = (int64_t)blockIdx.y * part_rows, end = min(p.rows, begin + part_rows);
+  // 0 of threads beyond the last column: they stay for the block's sums.
   const int columns = (int)max((int64_t)0, min((int64_t)kW, p.outputs - column));
   const A factor = A(p.factor), number = family == Family::gaussian ? A(p.variance) : A(1);
   Output<family, T> output[kW];
@@ -83,10 +89,12 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1) likelihood_ker
     if (p.bias && i < columns) bias[i] = widen(((const T*)p.bias)[column + i]);
   }
   Sums<family, T> sums;
+  // Every thread its rows in order: sums do not depend on who is faster.
   for (int64_t r = begin + threadIdx.y; r < end && columns > 0; r += blockDim.y) {
     const int64_t start = r * p.outputs;
     A x[kW], y[kW], up[kW];
     load_vecs((const A*)p.product + start, column, p.outputs, x);
+    // A target of a half type is not widened in memory: that would be three times its bytes.
     if (p.target_is_acc)
       load_vecs((const A*)p.target + start, column, p.outputs, y);
     else
@@ -96,9 +104,11 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1) likelihood_ker
     A loss = A(0);
 #pragma unroll
     for (int i = 0; i < kW; ++i) {
+      // Elements beyond the last column would join its row's loss.
       if (i >= columns) continue;
       const auto at = output[i].at(x[i] + bias[i], y[i], p.full);
       const A of_gradient = p.grad ? of_row * up[i] : of_row;
+      // Loss and slope stay in the registers of what they come from.
       y[i] = of_row * at.value;
       x[i] = of_gradient * at.slope;
       loss += y[i];
@@ -107,9 +117,12 @@ __global__ void __launch_bounds__(tuning::kElementwiseThreads, 1) likelihood_ker
     }
     if (p.loss) store_vecs((A*)p.loss + start, column, p.outputs, y);
     if (p.gradient) store_vec((T*)p.gradient + start, 1, column, p.outputs, narrowed_vec<T>(x));
+    // A row's few losses in the accumulator's type, rows in double: a mean of millions keeps its digits.
     sums.loss += (double)loss;
   }
+  // The same for all threads, so that no barrier below waits for one that has left.
   if (!p.loss_sums && !p.bias_sums && !p.scale_sums) return;
+  // Down the columns first, then across them: bias and scale want the former, the loss both.
   sums = reduce_columns(sums, ptx::dynamic_shared<Sums<family, T>>());
   const double loss = reduce_lanes(Sum<double>{sums.loss}, blockDim.x).sum;
   if (threadIdx.y != 0) return;
@@ -157,6 +170,7 @@ void launch_likelihood(DType dtype, const Likelihood& args, cudaStream_t stream)
     with_family(args.family, [&](auto family) {
       using T = typename decltype(t)::type;
       constexpr Family kFamily = decltype(family)::value;
+      // Families are instances: a branch for each element would cost more than some of them take.
       launch(likelihood_kernel<kFamily, T>, d.grid(), d.block(),
              tuning::kElementwiseThreads * (int64_t)sizeof(Sums<kFamily, T>), stream, args, d.part_rows);
     });

@@ -21,6 +21,7 @@ struct MseLossEach {
   __device__ void operator()(int64_t v) const {
     const int64_t j = first_vector(x, 1) + v * kWidth<T>;
     acc_t<T> a[kWidth<T>], b[kWidth<T>];
+    // Vectors begin where x's do in memory; y may lie otherwise, which load_vec sees.
     widen(load_vec(x, 1, j, n, T()), a);
     widen(load_vec(y, 1, j, n, T()), b);
 #pragma unroll
@@ -47,10 +48,12 @@ struct MseLossBackward {
     if (each_grad) {
       widen(load_vec(grad, 1, j, n, T()), b);
     } else {
+      // One number for all, read on the device: asking for it on the host would wait for all work before.
       const acc_t<T> shared = widen(*grad);
 #pragma unroll
       for (acc_t<T>& g : b) g = shared;
     }
+    // The gradients of x and y differ in sign alone: one difference for both.
 #pragma unroll
     for (int i = 0; i < kWidth<T>; ++i) a[i] *= scale * b[i];
     if (dx) store_vec(dx, 1, j, n, narrowed_vec<T>(a));
@@ -72,6 +75,7 @@ __global__ void __launch_bounds__(tuning::kSumThreads)
   for (int i = 0; i < tuning::kSumVectors; ++i) {
     const int64_t v = ((int64_t)blockIdx.x * tuning::kSumVectors + i) * tuning::kSumThreads + threadIdx.x;
     const int64_t j = first_vector(x, 1) + v * kWidth<T>;
+    // Further vectors of this thread lie further on.
     if (j >= n) break;
     acc_t<T> a[kWidth<T>], b[kWidth<T>];
     widen(load_vec(x, 1, j, n, T()), a);
@@ -79,6 +83,7 @@ __global__ void __launch_bounds__(tuning::kSumThreads)
 #pragma unroll
     for (int e = 0; e < kWidth<T>; ++e) sum += (a[e] - b[e]) * (a[e] - b[e]);
   }
+  // In double from here on: a block has thousands of squares, all blocks millions.
   const Sum<double> total = reduce_block(Sum<double>{(double)sum}, reinterpret_cast<Sum<double>*>(scratch));
   if (threadIdx.x == 0) parts[blockIdx.x] = total.sum;
 }
@@ -88,6 +93,7 @@ __global__ void __launch_bounds__(tuning::kSumThreads)
     mse_loss_total(const double* parts, int64_t count, double scale, T* total) {
   __shared__ double scratch[2 * kWarp];
   CompensatedSum mine;
+  // Compensated (Neumaier), since parts are many, and one thread adds up a whole column of them.
   for (int64_t i = threadIdx.x; i < count; i += tuning::kSumThreads) mine.add(parts[i]);
   const CompensatedSum all = reduce_block(mine, reinterpret_cast<CompensatedSum*>(scratch));
   if (threadIdx.x == 0) *total = narrowed<T>((acc_t<T>)(all.value() * scale));
@@ -111,6 +117,7 @@ void launch_mse_loss(DType dtype, const void* x, const void* y, void* each, void
       return;
     }
     const int64_t parts = ceil_div(vector_count((const T*)x, n), tuning::kSumThreads * tuning::kSumVectors);
+    // Without elements the total is 0 (or 0 / 0), which the second kernel writes by itself.
     if (parts > 0)
       launch(mse_loss_parts<T>, dim3((unsigned)parts), dim3(tuning::kSumThreads), 0, stream, (const T*)x, (const T*)y,
              (double*)workspace, n);

@@ -20,19 +20,23 @@ inline void softmax_lanes(const T* x, int64_t x_step, T* y, int64_t y_step, int6
   ExpSum<V> sum = {zero, zero};
   for (int64_t c = 0; c < n; ++c) {
     __builtin_prefetch(x + c * x_step + ahead);
+    // In this order NaN loses: the sum tells of it.
     m = max(load_up_to(x + c * x_step, lanes), m);
   }
   for (int64_t c = 0; c < n; c += tuning::kChain) {
+    // Sums of kChain classes at most, which then join the rest.
     ExpSum<V> chain = {zero, zero};
     for (int64_t i = c; i < std::min(n, c + tuning::kChain); ++i) {
       const V z = load_up_to(x + i * x_step, lanes), t = z - m, e = exp_for<E>(t);
       __builtin_prefetch(y + i * y_step + ahead, 1);
+      // The result holds them until the sum is known; half types, which would round them, compute them again.
       if constexpr (keep) store_up_to(y + i * y_step, log_of_it ? t : e, lanes);
       chain.add(e, z, m);
     }
     sum.ones = sum.ones + chain.ones;
     sum.rest = sum.rest + chain.rest;
   }
+  // One division or logarithm for a whole row.
   const V finish = log_of_it ? sum.log_of_sum() : set1(A(1)) / sum.sum();
   for (int64_t c = 0; c < n; ++c) {
     V t;
@@ -60,6 +64,7 @@ inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64
       __builtin_prefetch(y + i * y_step + ahead);
       __builtin_prefetch(dx + i * dx_step + ahead, 1);
       const V gc = load_up_to(g + i * g_step, lanes);
+      // log-softmax's sum does not need y, which is read once, below.
       chain = log_of_it ? chain + gc : fma(gc, load_up_to(y + i * y_step, lanes), chain);
     }
     sum = sum + chain;
