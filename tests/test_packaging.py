@@ -19,6 +19,7 @@ import regfast
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILT_FOR = regfast.build_info()["torch"]
+from_source = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
 
 
 def run(*command, cwd=None, **environment) -> subprocess.CompletedProcess:
@@ -58,6 +59,8 @@ TOOLS = ROOT / "packaging" / "wheels.py"
 
 @pytest.fixture(scope="module")
 def wheels():
+    if not TOOLS.exists():
+        pytest.skip(from_source.kwargs["reason"])
     spec = importlib.util.spec_from_file_location("wheels", TOOLS)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -67,7 +70,6 @@ def wheels():
 # Linked again; compiled it is only where build/ has no objects of this torch. torch itself is this environment's: the
 # new one sees it, and what pip says of its requirements is about the wheel.
 @pytest.mark.slow
-@pytest.mark.skipif(not TOOLS.exists(), reason="there are no sources beside these tests")
 def test_wheel_is_built_audited_and_used_in_a_new_environment(tmp_path, wheels):
     wheel = wheels.build(Path(sys.executable).parent, tmp_path, cuda=False)
     version = regfast.__version__
@@ -112,19 +114,19 @@ def failing_build(tmp_path, shadow: str, content: str) -> str:
     return done.stderr.rstrip().splitlines()[-1]
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+@from_source
 def test_a_build_without_torch_says_so_in_one_sentence(tmp_path):
     line = failing_build(tmp_path, "torch", "raise ModuleNotFoundError('No module named torch')")
     assert line.startswith("regfast: expected the torch that is to import regfast") and "--no-build-isolation" in line
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+@from_source
 def test_a_build_by_an_old_setuptools_says_so_in_one_sentence(tmp_path):
     line = failing_build(tmp_path, "setuptools", "__version__ = '68.1.2'")
     assert line == "regfast: expected setuptools 77 or newer to build with, got 68.1.2"
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+@from_source
 @pytest.mark.parametrize(
     "name, value", [("REGFAST_CUDA", "yes"), ("REGFAST_SANITIZE", "adress,undefined"), ("MAX_JOBS", "all")]
 )
@@ -147,14 +149,14 @@ print("after")
 """
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+@from_source
 def test_a_build_counts_its_files_and_hides_no_other_line():
     done = run("-c", SAID_BY_NINJA, cwd=ROOT, REGFAST_CUDA="0")
     lines = done.stdout.splitlines()[1:]
     assert lines == ["[1/2, 0.5 s] cpu/x.cpp", "x.cpp:1: warning", "FAILED: /a/y.o", "after"], done.stderr
 
 
-@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there are no sources beside these tests")
+@from_source
 def test_sources_that_are_not_built_are_refused_in_one_sentence(tmp_path):
     shutil.copytree(ROOT / "regfast", tmp_path / "regfast", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "setup.py").touch()
