@@ -44,6 +44,33 @@ SHAPES = [
 op = pytest.mark.parametrize("op", OPS)
 
 
+def expansions(up):
+    """A sum's gradient, and those of sums over classes (dimension 1), over rows, and over all but rows."""
+    yield up.flatten()[0].expand(up.shape)
+    yield up[:, :1].expand(up.shape)
+    yield up[:1].expand(up.shape)
+    yield up.flatten(1)[:, :1].view(-1, *[1] * (up.dim() - 1)).expand(up.shape)
+
+
+@op
+@pytest.mark.parametrize(
+    "shape",
+    [(70, 3), (70, 20), (37, 100), (5, 2100), (3, 5, 33), (3, 21, 4, 32), (2, 70, 15), (2, 600, 130), (3, 1000, 7, 7)],
+    ids=str,
+)
+def test_expanded_gradients(op, shape, dtype, device):
+    """As those that are written out; a softmax's is zero but for rounding where all classes have one number."""
+    ours = OPS[op][0]
+    x, up = (spiky(*shape, dtype=dtype, device=device).requires_grad_() for _ in range(2))
+    y = ours(x, 1)
+    for grad in expansions(up.detach()):
+        grad = grad[:, 0] if op == "logsumexp" else grad
+        results = [torch.autograd.grad(y, x, g, retain_graph=True)[0].double() for g in (grad, grad.contiguous())]
+        eps = 8 * torch.finfo(dtype).eps
+        size = grad.abs().double().mean().item() * (shape[1] if op == "log_softmax" else 1)
+        torch.testing.assert_close(*results, rtol=eps, atol=eps * size)
+
+
 @op
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(op, shape, dtype, device):

@@ -30,7 +30,7 @@ void all() {
     // Rows where they usually lie, apart in alignment, and everywhere else.
     softmax_forward<Cuda, T>(s, {}, random.chance(0.5), random);
     for (int i = 0; i < (classes > 500 ? 2 : 4); ++i) {
-      const SoftmaxLayout w = {any(kOutputArrangements + 1), any(kOutputArrangements + 1), any(kOutputArrangements),
+      const SoftmaxLayout w = {any(kInputArrangements), any(kInputArrangements), any(kOutputArrangements),
                                random.integer(0, 9), 0};
       const bool log = random.chance(0.5);
       softmax_forward<Cuda, T>(s, w, log, random);

@@ -69,7 +69,7 @@ inline Case random_case(const RowShape& shape, bool plain, bool one_pass, Random
       c.loss = random.chance(0.8);
     }
   }
-  c.probabilities = random.chance(0.5) ? c.logits : kArrangements[random.integer(0, kOutputArrangements)];
+  c.probabilities = random.chance(0.5) ? c.logits : kArrangements[random.integer(0, kInputArrangements - 1)];
   c.grad = random.chance(0.7) && c.logits != Arrangement::expanded ? c.logits : output();
   c.grad_t = random.chance(0.5) ? c.grad : output();
   return {c, o};

@@ -14,11 +14,13 @@ enum class Arrangement {
   gaps,        // (N, C, D) cut out of a larger tensor, every other element along D
   transposed,  // (C, N)
   expanded,    // one value for all classes of a row; inputs only
+  constant,    // one for all rows too, as a sum's gradient; inputs only
 };
-constexpr Arrangement kArrangements[] = {Arrangement::rows, Arrangement::padded,     Arrangement::inner,
-                                         Arrangement::gaps, Arrangement::transposed, Arrangement::expanded};
-constexpr const char* kArrangementNames[] = {"rows", "padded", "inner", "gaps", "transposed", "expanded"};
-constexpr int kOutputArrangements = 5;
+constexpr Arrangement kArrangements[] = {Arrangement::rows,    Arrangement::padded,     Arrangement::inner,
+                                         Arrangement::gaps,    Arrangement::transposed, Arrangement::expanded,
+                                         Arrangement::constant};
+constexpr const char* kArrangementNames[] = {"rows", "padded", "inner", "gaps", "transposed", "expanded", "constant"};
+constexpr int kOutputArrangements = 5, kInputArrangements = 7;
 
 struct RowShape {
   int64_t outer, inner, classes;
@@ -40,6 +42,8 @@ inline rf::RowLayout arrange(Arrangement a, const RowShape& s) {
       return {d, d, 1, s.outer * d};
     case Arrangement::expanded:
       return {d, d, 1, 0};
+    case Arrangement::constant:
+      return {d, 0, 0, 0};
   }
   return {};
 }

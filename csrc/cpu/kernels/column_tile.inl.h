@@ -204,7 +204,7 @@ inline void load_tile(const T* base, const RowLayout& l, int64_t row, int64_t ro
           __builtin_prefetch(p + i + 2 * R);
           store_up_to(to + i, load_up_to(p + i, n), n);
         }
-      } else if (step == 2) {
+      } else if (step == 2 || step == 0) {
         gather_row(p, step, run, to);
       } else if constexpr (std::is_same_v<T, A>) {
         for (int64_t i = 0; i < run; ++i) to[i] = p[i * step];

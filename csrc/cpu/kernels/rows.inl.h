@@ -82,8 +82,14 @@ inline const A* staged(const T* p, int64_t n, A* buf) {
 
 // ---- several rows at a time ----------------------------------------------------------------------------------------
 
+template <class T>
+inline void fill(acc_t<T> x, int64_t n, T* to) {
+  const vec_t<T> v = set1(x);
+  for (int64_t i = 0; i < n; i += vec_t<T>::size) store_up_to(to + i, v, std::min<int64_t>(vec_t<T>::size, n - i));
+}
+
 // A row's classes, `step` apart: every other one by vectors, of which the last is left alone, since it may be the last
-// of memory.
+// of memory; none apart, as in a sum's gradient, one number for all.
 template <class T>
 inline void gather_row(const T* p, int64_t step, int64_t classes, acc_t<T>* to) {
   using V = vec_t<T>;
@@ -93,6 +99,7 @@ inline void gather_row(const T* p, int64_t step, int64_t classes, acc_t<T>* to) 
     if (c < classes) store_n(to + c, load_n(p + c, classes - c), classes - c);
     return;
   }
+  if (step == 0) return fill(load_one(p), classes, to);
   for (; step == 2 && c + V::size < classes; c += V::size) {
     V even, odd;
     unzip(load(p + 2 * c), load(p + 2 * c + V::size), &even, &odd);
@@ -112,9 +119,10 @@ inline void scatter_row(const acc_t<T>* from, T* p, int64_t step, int64_t classe
   for (; c < classes; ++c) store_one(p + c * step, from[c]);
 }
 
-// Whether a tile is gathered and scattered along its rows, which are few or whose classes are closer than rows are.
+// Whether a tile is gathered and scattered along its rows, which are few, whose classes are closer than rows are, or of
+// one number each.
 inline bool row_by_row(const RowLayout& l, int64_t rows) {
-  return rows <= tuning::kRowByRow || std::abs(l.class_stride) < std::abs(l.inner_stride);
+  return rows <= tuning::kRowByRow || l.class_stride == 0 || std::abs(l.class_stride) < std::abs(l.inner_stride);
 }
 
 // Tile from memory: to[row][class], rows adjacent in memory along `inner` with inner_stride.

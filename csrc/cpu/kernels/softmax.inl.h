@@ -24,8 +24,10 @@ inline void softmax_forward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
     for (int64_t r = begin, lanes; r < end; r += lanes) {
       lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      const int64_t again = rows_again<T>(a.in, begin, r, lanes), at = r - again;
       const auto softmax = a.log ? softmax_lanes<true, T, T> : softmax_lanes<false, T, T>;
-      softmax(x + a.in.offset(r), a.in.class_stride, y + a.out.offset(r), a.out.class_stride, a.classes, lanes);
+      softmax(x + a.in.offset(at), a.in.class_stride, y + a.out.offset(at), a.out.class_stride, a.classes,
+              lanes + again);
     }
     return;
   }
@@ -50,24 +52,36 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   using A = acc_t<T>;
   const T *y = (const T*)a.input, *g = (const T*)a.grad;
   T* dx = (T*)a.output;
-  // The same ways as forward's, of three operands: all of them have to lie so.
-  if (a.classes > most_in_lanes<T>(a, tuning::kLaneBackward) && a.in.class_stride == 1 && a.grad_in.class_stride == 1 &&
-      a.out.class_stride == 1) {
-    for (int64_t r = begin; r < end; ++r)
-      softmax_backward_row(g + a.grad_in.offset(r), y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
+  // The same ways as forward's, of three operands: all of them have to lie so. But a gradient that is one number for
+  // all classes of a row, as that of a sum, is written where it lies as the others do.
+  const bool one = a.grad_in.class_stride == 0;
+  if (a.classes > most_in_lanes<T>(a, tuning::kLaneBackward) && a.in.class_stride == 1 && a.out.class_stride == 1 &&
+      (a.grad_in.class_stride == 1 || one)) {
+    T* const filled = (T*)a.scratch;
+    for (int64_t r = begin; r < end; ++r) {
+      const T* of_row = g + a.grad_in.offset(r);
+      if (one && (r == begin || of_row != g + a.grad_in.offset(r - 1))) fill(load_one(of_row), a.classes, filled);
+      softmax_backward_row(one ? filled : of_row, y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
+    }
     return;
   }
-  if (lie_in_lanes<T>(a.in, a.classes) && lie_in_lanes<T>(a.grad_in, a.classes) && lie_in_lanes<T>(a.out, a.classes)) {
+  const bool one_for_lanes = one && a.grad_in.inner_stride == 0;
+  if (lie_in_lanes<T>(a.in, a.classes) && (one_for_lanes || lie_in_lanes<T>(a.grad_in, a.classes)) &&
+      lie_in_lanes<T>(a.out, a.classes)) {
+    T filled[vec_t<T>::size];
     for (int64_t r = begin, lanes; r < end; r += lanes) {
       lanes = std::min<int64_t>(vec_t<T>::size, tile_rows(a.in, r, end));
+      const int64_t again = rows_again<T>(a.in, begin, r, lanes), at = r - again;
+      const T* of_lanes = g + a.grad_in.offset(at);
+      if (one_for_lanes) fill(load_one(of_lanes), vec_t<T>::size, filled), of_lanes = filled;
       const auto backward = a.log ? softmax_backward_lanes<true, T> : softmax_backward_lanes<false, T>;
-      backward(g + a.grad_in.offset(r), a.grad_in.class_stride, y + a.in.offset(r), a.in.class_stride,
-               dx + a.out.offset(r), a.out.class_stride, a.classes, lanes);
+      backward(of_lanes, a.grad_in.class_stride, y + a.in.offset(at), a.in.class_stride, dx + a.out.offset(at),
+               a.out.class_stride, a.classes, lanes + again);
     }
     return;
   }
   if (are_few(a.classes)) return softmax_backward_few_classes<T>(a, begin, end);
-  if (lie_by_columns(a.in) && lie_by_columns(a.grad_in) && lie_by_columns(a.out))
+  if (lie_by_columns(a.in) && (one || lie_by_columns(a.grad_in)) && lie_by_columns(a.out))
     return softmax_backward_columns<T>(a, begin, end);
   // dx takes the place of the gradient in its tile.
   A *y_tile = (A*)a.scratch, *g_tile = y_tile + tuning::kTileRows * a.classes;

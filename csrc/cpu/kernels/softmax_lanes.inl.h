@@ -75,12 +75,22 @@ inline void softmax_backward_lanes(const T* g, int64_t g_step, const T* y, int64
   }
 }
 
-// Whether lanes are taken from memory where they lie, several times each: rows are adjacent, and the classes of a
-// vector of them do not share one set of the cache.
+// Whether lanes are taken from memory where they lie, several times each: rows are adjacent, all of their classes stay
+// in a core's cache, and those of a vector of them do not share one set of it.
 template <class T>
 inline bool lie_in_lanes(const RowLayout& l, int64_t classes) {
-  return vec_t<T>::size > 1 && l.inner_stride == 1 && l.inner >= vec_t<T>::size && classes <= tuning::kLaneClasses &&
-         (classes <= tuning::kCacheWays || l.class_stride * (int64_t)sizeof(T) % tuning::kPageBytes != 0);
+  const int64_t step = l.class_stride * (int64_t)sizeof(T);
+  return vec_t<T>::size > 1 && l.inner_stride == 1 && l.inner >= vec_t<T>::size &&
+         (classes <= tuning::kLaneClasses || classes * std::abs(step) <= tuning::kCachedRowBytes) &&
+         (classes <= tuning::kCacheWays || step == 0 || step % tuning::kPageBytes != 0);
+}
+
+// Of the last rows of a run, fewer than a vector, how many before them are computed once more to make one: the same
+// results, by whole loads and stores. None that another thread has.
+template <class T>
+inline int64_t rows_again(const RowLayout& l, int64_t begin, int64_t row, int64_t lanes) {
+  const int64_t missing = vec_t<T>::size - lanes;
+  return std::min(row - begin, row % l.inner) >= missing ? missing : 0;
 }
 
 // +inf dominates any finite value, as the limit does; a NaN dominates both.
