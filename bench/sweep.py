@@ -26,7 +26,7 @@ import machine
 import torch
 from rich.console import Console
 from rich.table import Table
-from sweep_cases import CASES, LARGEST, SHAPES, Drawn, build, draw_case
+from sweep_cases import CASES, EXPANDED, LARGEST, SHAPES, Drawn, build, draw_case
 from torch import Tensor
 from tqdm import tqdm
 
@@ -89,6 +89,8 @@ def calls_of(case: Drawn, mode: str) -> list[Callable[[], object]]:
         return [partial(fn, *constants) for fn in fns]
     leaves = [x for x in work.inputs if x.requires_grad]
     grad = harness.upstream_gradient(work, mode)
+    if grad is not None and EXPANDED in case.options:
+        grad = grad.flatten()[:1].expand(grad.numel()).view(grad.shape)
     return [partial(forward_backward, fn, work.inputs, leaves, grad) for fn in fns]
 
 

@@ -26,6 +26,7 @@ DTYPES = {"float32": 50, "float64": 15, "bfloat16": 20, "float16": 15}
 MATRIX_LAYOUTS = {"contiguous": 60, "transposed": 14, "sliced": 14, "strided": 12}
 IMAGE_LAYOUTS = {"contiguous": 40, "channels_last": 30, "transposed": 10, "sliced": 10, "strided": 10}
 ACTIVATIONS = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "sigmoid": torch.sigmoid, "tanh": torch.tanh}
+EXPANDED = "of a sum"  # the upstream gradient of what is no scalar
 DIMS = {"columns": 0, "segmentation": 1}  # of the softmax family by kind; else the last
 
 
@@ -209,7 +210,8 @@ def draw_case(number: int) -> Drawn:
     layout = draw.pick(IMAGE_LAYOUTS if len(shape) == 4 and op not in PRODUCTS else MATRIX_LAYOUTS)
     if len(shape) == 1 and layout == "transposed":
         layout = "contiguous"
-    return Drawn(number, op, kind, shape, draw.dtype, layout, draw_options(draw, op))
+    options = draw_options(draw, op) + (EXPANDED,) * draw.chance(1 / 3)
+    return Drawn(number, op, kind, shape, draw.dtype, layout, options)
 
 
 @functools.cache
