@@ -309,7 +309,7 @@ void gemm(DType dtype, GemmProblem g) {
     g.b = {g.b.data, 1, g.n, 0, 1};
     g.b_transposed = false;
   }
-  if (g.k > tuning::kFewSides && is_column_of_transposed(g)) g = as_row(dtype, g);
+  if (is_column_of_transposed(g)) g = as_row(dtype, g);
   const bool mixed = (g.wide_a || g.wide_b || g.wide_c) && acc_dtype(dtype) != dtype;
   if (mixed || g.accumulate) return gemm_packed(dtype, g, thread_count());
   const GemmPath path = gemm_path(dtype, g);
