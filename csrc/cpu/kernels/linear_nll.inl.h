@@ -47,10 +47,58 @@ inline LossAndSlope<V> loss_and_slope(V eta, V y, V factor, V constant) {
   }
 }
 
+// Of one output, whose column lies as a row does: lanes are rows.
+template <class T, Family family, bool value, bool slope>
+inline void likelihood_column(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end,
+                              LikelihoodSums* sums) {
+  using A = acc_t<T>;
+  using V = vec_t<A>;
+  A* eta = (A*)predictions;
+  const T *target = (const T*)a.target, *grad = (const T*)a.grad;
+  const A* row_weight = (const A*)a.row_weight;
+  const V half = set1(A(0.5)), zero = set1(A(0)), grad_scale = set1(A(a.grad_scale));
+  const V s = family == Family::poisson ? zero : set1(*(const A*)a.output_factor);
+  const V c = family == Family::gaussian && a.constant ? set1(*(const A*)a.constant) : zero;
+  CompensatedSum total;
+  V sum = zero, bias = zero, variance = zero;
+  int64_t terms = 0;
+  for (int64_t r = begin; r < end; r += V::size) {
+    const int64_t n = std::min<int64_t>(V::size, end - r);
+    const V x = load_up_to(eta + r, n), y = load_up_to(target + r, n);
+    const V w = row_weight ? load_up_to(row_weight + r, n) : set1(A(1));
+    const LossAndSlope<V> both = loss_and_slope<family>(x, y, s, c);
+    if constexpr (value) {
+      const V l = w * both.loss;
+      if (a.loss) store_up_to((T*)a.loss + r, l, n);
+      // exp(0) - 0 is 1: lanes beyond the last are not 0 by themselves.
+      sum = sum + (n == V::size ? l : first_n(l, n, zero));
+      if (++terms == tuning::kSumVectors) {
+        total.add((double)reduce_add(sum));
+        sum = zero;
+        terms = 0;
+      }
+    }
+    if constexpr (slope) {
+      const V shared = w * grad_scale, g = grad ? shared * load_up_to(grad + r, n) : shared, d = g * both.slope;
+      store_up_to(eta + r, d, n);
+      bias = bias + (n == V::size ? d : first_n(d, n, zero));
+      if constexpr (family == Family::gaussian) {
+        const V v = half * s * (g - d * (x - y));
+        variance = variance + (n == V::size ? v : first_n(v, n, zero));
+      }
+    }
+  }
+  if (sums->bias) *(A*)sums->bias = reduce_add(bias);
+  if (sums->variance) *(A*)sums->variance = reduce_add(variance);
+  total.add((double)reduce_add(sum));
+  sums->loss = total.value();
+}
+
 // Targets, losses and upstream gradients of type T, all else of the accumulator's.
 template <class T, Family family, bool value, bool slope>
 inline void likelihood_rows(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end,
                             LikelihoodSums* sums) {
+  if (a.outputs == 1) return likelihood_column<T, family, value, slope>(a, predictions, begin, end, sums);
   using A = acc_t<T>;
   using V = vec_t<A>;
   const A *factor = (const A*)a.output_factor, *constant = (const A*)a.constant, *row_weight = (const A*)a.row_weight;
