@@ -180,6 +180,7 @@ SHAPES: dict[str, Shapes] = {
     "linear_mse_loss": REGRESSIONS,
     "phm_linear": KRONECKER,
 }
+TENSORS = ("linear", "phm_linear", "softmax", "log_softmax", "logsumexp")  # their results, never scalars
 PRODUCTS = ("linear", "linear_cross_entropy", "linear_nll", "linear_mse_loss", "phm_linear")
 
 
@@ -210,7 +211,9 @@ def draw_case(number: int) -> Drawn:
     layout = draw.pick(IMAGE_LAYOUTS if len(shape) == 4 and op not in PRODUCTS else MATRIX_LAYOUTS)
     if len(shape) == 1 and layout == "transposed":
         layout = "contiguous"
-    options = draw_options(draw, op) + (EXPANDED,) * draw.chance(1 / 3)
+    options = draw_options(draw, op)
+    if op in TENSORS or "reduction none" in options:
+        options += (EXPANDED,) * draw.chance(1 / 3)
     return Drawn(number, op, kind, shape, draw.dtype, layout, options)
 
 

@@ -55,18 +55,24 @@ pybind11::dict build_info() {
   return info;
 }
 
-// The plan for a reduced loss of class indices with all gradients: rows of a chunk, the bytes that it takes, the
-// budget. Without one it is the default of the CPU, or of a CUDA device of so much memory.
+// Of a reduced loss of class indices with all gradients.
+rf::LinearCrossEntropySize plain_size(const std::string& type, int64_t rows, int64_t features, int64_t classes,
+                                      std::optional<int64_t> budget) {
+  return {.dtype = dtype_named(type),
+          .rows = rows,
+          .features = features,
+          .classes = classes,
+          .positions = 1,
+          .memory_budget = budget};
+}
+
+// The plan for it: rows of a chunk, the bytes that it takes, the budget. Without one it is the default of the CPU, or
+// of a CUDA device of so much memory.
 std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, int64_t features, int64_t classes,
                                                                 const std::string& type, bool cuda,
                                                                 std::optional<int64_t> budget, int64_t memory) {
   if (cuda && !budget) budget = rf::cuda_default_memory_budget(memory);
-  const rf::LinearCrossEntropySize size = {.dtype = dtype_named(type),
-                                           .rows = rows,
-                                           .features = features,
-                                           .classes = classes,
-                                           .positions = 1,
-                                           .memory_budget = budget};
+  const auto size = plain_size(type, rows, features, classes, budget);
   return cuda ? std::tuple{rf::cuda_chunk_rows(size), rf::cuda_peak_bytes(size), *budget}
               : std::tuple{rf::chunk_rows(size), rf::peak_bytes(size), budget.value_or(rf::default_memory_budget())};
 }
@@ -74,12 +80,7 @@ std::tuple<int64_t, int64_t, int64_t> linear_cross_entropy_plan(int64_t rows, in
 // The budget that makes chunks of so many rows.
 int64_t linear_cross_entropy_budget(int64_t chunk, int64_t features, int64_t classes, const std::string& type,
                                     bool cuda) {
-  const rf::LinearCrossEntropySize size = {.dtype = dtype_named(type),
-                                           .rows = chunk,
-                                           .features = features,
-                                           .classes = classes,
-                                           .positions = 1,
-                                           .memory_budget = {}};
+  const auto size = plain_size(type, chunk, features, classes, std::nullopt);
   return cuda ? rf::cuda_budget_for_chunk(size, chunk) : rf::budget_for_chunk(size, chunk);
 }
 

@@ -22,7 +22,7 @@ from .reference import as_batch, divided, normalized, sum_to_divide, unbatched
 from .types import LossOptions, Output, Reduction, Several
 
 # Of a matrix: their bytes, and a few times these, can be counted in 64 bits.
-MOST_NUMBERS = 2**58
+_MOST_NUMBERS = 2**58
 
 _linear_cross_entropy: Callable[..., list[Tensor]] = kinds.op("linear_cross_entropy")
 
@@ -400,7 +400,7 @@ def linear_cross_entropy_plan(
         if size < 0:
             raise ValueError(f"regfast.linear_cross_entropy_plan: {name}: expected at least 0, got {size}")
     shorter, longer = sorted((N, D, V))[1:]
-    if max(1, shorter) * longer >= MOST_NUMBERS:
+    if max(1, shorter) * longer >= _MOST_NUMBERS:
         raise ValueError(
             "regfast.linear_cross_entropy_plan: N, D, V: expected matrices of less than 2**58 numbers, "
             f"got {N}, {D}, {V}"

@@ -20,7 +20,7 @@ constexpr Arrangement kArrangements[] = {Arrangement::rows,    Arrangement::padd
                                          Arrangement::gaps,    Arrangement::transposed, Arrangement::expanded,
                                          Arrangement::constant};
 constexpr const char* kArrangementNames[] = {"rows", "padded", "inner", "gaps", "transposed", "expanded", "constant"};
-constexpr int kOutputArrangements = 5, kInputArrangements = 7;
+constexpr int kInputArrangements = sizeof(kArrangements) / sizeof(*kArrangements), kOutputArrangements = 5;
 
 struct RowShape {
   int64_t outer, inner, classes;

@@ -107,6 +107,8 @@ void chosen_products(Random& random) {
   run(33, 33, 5000, true, true, plain, plain);
   run(33, 20, 9000, true, false, plain, Operand::padded);  // K in parts for the threads
   run(5, 12, 17000, false, true, plain, plain);
+  for (const int64_t k : {1, 2, 31, 32, 33, 300})  // one output of a table by columns
+    run(2100, 1, k, false, true, Operand::column_major, plain);
 }
 
 // A block reads its operands' NaN and infinities as they are, and nothing of them where it pads.

@@ -22,7 +22,8 @@ double likelihood(DType observed, const LikelihoodArgs& args, void* predictions,
   const auto kernel = kernels().likelihood[(int)observed];
   const DType acc = acc_dtype(observed);
   // Blocks by the shape alone, each with sums of its own: the same bits with any number of threads.
-  const int64_t outputs = args.outputs, block = tuning::kColumnSumRows, blocks = ceil_div(rows, block);
+  const int64_t outputs = args.outputs, block = outputs == 1 ? tuning::kFewSumRows : tuning::kColumnSumRows,
+                blocks = ceil_div(rows, block);
   const int64_t stride = (sums.bias ? outputs : 0) + (sums.variance ? outputs : 0), size = size_of(acc);
   char* partial = (char*)scratch(Slot::partial, blocks * stride * size);
   std::vector<double> losses(blocks);

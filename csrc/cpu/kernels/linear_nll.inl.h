@@ -47,52 +47,115 @@ inline LossAndSlope<V> loss_and_slope(V eta, V y, V factor, V constant) {
   }
 }
 
+// ---- lanes that are rows -------------------------------------------------------------------------------------------
+
+// Sums over rows, a lane each, which are put aside in double precision before a lane has added too many.
+template <class V, int64_t most = tuning::kFewOutputs>
+struct LaneSums {
+  V bias[most], variance[most], loss;
+  CompensatedSum bias_total[most], variance_total[most], loss_total;
+  int64_t vectors, losses;
+
+  LaneSums() : vectors(0), losses(0) {
+    loss = set1(typename V::scalar(0));
+    for (int64_t j = 0; j < most; ++j) bias[j] = variance[j] = loss;
+  }
+  void add_loss(V l) {
+    // A lane adds up kSumVectors losses at most before they are put aside.
+    loss = loss + l;
+    if (++losses < tuning::kSumVectors) return;
+    loss_total.add((double)reduce_add(loss));
+    loss = set1(typename V::scalar(0));
+    losses = 0;
+  }
+  // To be told of every so many vectors of rows.
+  void count(int64_t more, int64_t outputs) {
+    vectors += more;
+    if (vectors >= tuning::kSumVectors) put_aside(outputs);
+  }
+  void put_aside(int64_t outputs) {
+    for (int64_t j = 0; j < outputs; ++j) {
+      bias_total[j].add((double)reduce_add(bias[j]));
+      variance_total[j].add((double)reduce_add(variance[j]));
+      bias[j] = variance[j] = set1(typename V::scalar(0));
+    }
+    vectors = 0;
+  }
+  void write(int64_t outputs, LikelihoodSums* to) {
+    using A = typename V::scalar;
+    put_aside(outputs);
+    for (int64_t j = 0; j < outputs; ++j) {
+      if (to->bias) ((A*)to->bias)[j] = (A)bias_total[j].value();
+      if (to->variance) ((A*)to->variance)[j] = (A)variance_total[j].value();
+    }
+    loss_total.add((double)reduce_add(loss));
+    to->loss = loss_total.value();
+  }
+};
+
+// Losses of output j of n rows from `row` on, stored as type T; returns their slopes, 0 beyond the last row. A call
+// would put all of a block's columns on the stack and fetch them back: inlined by force.
+template <class T, Family family, bool value, bool slope, class V, int64_t most>
+[[gnu::always_inline]] inline V lanes_loss_and_slope(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j, V eta,
+                                                     V y, V grad, LaneSums<V, most>* sums) {
+  using A = acc_t<T>;
+  const V zero = set1(A(0));
+  const bool full = n == V::size;
+  V s = zero, c = zero;
+  // Null is the same for all rows, and its branch foretold.
+  V w = a.row_weight ? load_up_to((const A*)a.row_weight + row, n) : set1(A(1));
+  if constexpr (family != Family::poisson) s = set1(((const A*)a.output_factor)[j]);
+  if constexpr (family == Family::gaussian)
+    if (a.constant) c = set1(((const A*)a.constant)[j]);
+  const LossAndSlope<V> both = loss_and_slope<family>(eta, y, s, c);
+  if constexpr (value) {
+    V l = w * both.loss;
+    // Lanes beyond the last row have a loss too.
+    sums->add_loss(full ? l : first_n(l, n, zero));
+    if (a.loss && a.outputs == 1) {
+      store_up_to((T*)a.loss + row, l, n);
+    } else if (a.loss) {
+      alignas(64) T lanes[V::size];
+      store(lanes, l);
+      for (int64_t i = 0; i < n; ++i) ((T*)a.loss)[(row + i) * a.outputs + j] = lanes[i];
+    }
+  }
+  V d = zero;
+  if constexpr (slope) {
+    V g = w * set1(A(a.grad_scale)) * grad;
+    d = g * both.slope;
+    // A variance's derivative, w g f (1 - f (eta - y)^2) / 2, of what there is already.
+    V v = set1(A(0.5)) * s * (g - d * (eta - y));
+    if (!full) {
+      d = first_n(d, n, zero);
+      v = first_n(v, n, zero);
+    }
+    sums->bias[j] = sums->bias[j] + d;
+    if constexpr (family == Family::gaussian) sums->variance[j] = sums->variance[j] + v;
+  }
+  return d;
+}
+
 // Of one output, whose column lies as a row does: lanes are rows.
 template <class T, Family family, bool value, bool slope>
 inline void likelihood_column(const LikelihoodArgs& a, void* predictions, int64_t begin, int64_t end,
                               LikelihoodSums* sums) {
-  using A = acc_t<T>;
-  using V = vec_t<A>;
-  A* eta = (A*)predictions;
+  using V = vec_t<T>;
+  acc_t<T>* eta = (acc_t<T>*)predictions;
   const T *target = (const T*)a.target, *grad = (const T*)a.grad;
-  const A* row_weight = (const A*)a.row_weight;
-  const V half = set1(A(0.5)), zero = set1(A(0)), grad_scale = set1(A(a.grad_scale));
-  const V s = family == Family::poisson ? zero : set1(*(const A*)a.output_factor);
-  const V c = family == Family::gaussian && a.constant ? set1(*(const A*)a.constant) : zero;
-  CompensatedSum total;
-  V sum = zero, bias = zero, variance = zero;
-  int64_t terms = 0;
+  LaneSums<V, 1> lanes;
   for (int64_t r = begin; r < end; r += V::size) {
     const int64_t n = std::min<int64_t>(V::size, end - r);
-    const V x = load_up_to(eta + r, n), y = load_up_to(target + r, n);
-    const V w = row_weight ? load_up_to(row_weight + r, n) : set1(A(1));
-    const LossAndSlope<V> both = loss_and_slope<family>(x, y, s, c);
-    if constexpr (value) {
-      const V l = w * both.loss;
-      if (a.loss) store_up_to((T*)a.loss + r, l, n);
-      // exp(0) - 0 is 1: lanes beyond the last are not 0 by themselves.
-      sum = sum + (n == V::size ? l : first_n(l, n, zero));
-      if (++terms == tuning::kSumVectors) {
-        total.add((double)reduce_add(sum));
-        sum = zero;
-        terms = 0;
-      }
-    }
-    if constexpr (slope) {
-      const V shared = w * grad_scale, g = grad ? shared * load_up_to(grad + r, n) : shared, d = g * both.slope;
-      store_up_to(eta + r, d, n);
-      bias = bias + (n == V::size ? d : first_n(d, n, zero));
-      if constexpr (family == Family::gaussian) {
-        const V v = half * s * (g - d * (x - y));
-        variance = variance + (n == V::size ? v : first_n(v, n, zero));
-      }
-    }
+    const V g = grad ? load_up_to(grad + r, n) : set1(acc_t<T>(1));
+    const V d = lanes_loss_and_slope<T, family, value, slope>(a, r, n, 0, load_up_to(eta + r, n),
+                                                              load_up_to(target + r, n), g, &lanes);
+    if constexpr (slope) store_up_to(eta + r, d, n);
+    lanes.count(1, 1);
   }
-  if (sums->bias) *(A*)sums->bias = reduce_add(bias);
-  if (sums->variance) *(A*)sums->variance = reduce_add(variance);
-  total.add((double)reduce_add(sum));
-  sums->loss = total.value();
+  lanes.write(1, sums);
 }
+
+// ---- lanes that are outputs ----------------------------------------------------------------------------------------
 
 // Targets, losses and upstream gradients of type T, all else of the accumulator's.
 template <class T, Family family, bool value, bool slope>

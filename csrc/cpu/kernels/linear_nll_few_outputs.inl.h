@@ -11,51 +11,6 @@
 
 constexpr int64_t kPassRows = tuning::kPassRows;
 
-// Sums over rows, a lane each, which are put aside in double precision before a lane has added too many.
-template <class V>
-struct LaneSums {
-  static constexpr int64_t kMost = tuning::kFewOutputs;
-  V bias[kMost], variance[kMost], loss;
-  CompensatedSum bias_total[kMost], variance_total[kMost], loss_total;
-  int64_t vectors, losses;
-
-  LaneSums() : vectors(0), losses(0) {
-    loss = set1(typename V::scalar(0));
-    for (int64_t j = 0; j < kMost; ++j) bias[j] = variance[j] = loss;
-  }
-  void add_loss(V l) {
-    // A lane adds up kSumVectors losses at most before they are put aside.
-    loss = loss + l;
-    if (++losses < tuning::kSumVectors) return;
-    loss_total.add((double)reduce_add(loss));
-    loss = set1(typename V::scalar(0));
-    losses = 0;
-  }
-  // To be told of every so many vectors of rows.
-  void count(int64_t more, int64_t outputs) {
-    vectors += more;
-    if (vectors >= tuning::kSumVectors) put_aside(outputs);
-  }
-  void put_aside(int64_t outputs) {
-    for (int64_t j = 0; j < outputs; ++j) {
-      bias_total[j].add((double)reduce_add(bias[j]));
-      variance_total[j].add((double)reduce_add(variance[j]));
-      bias[j] = variance[j] = set1(typename V::scalar(0));
-    }
-    vectors = 0;
-  }
-  void write(int64_t outputs, LikelihoodSums* to) {
-    using A = typename V::scalar;
-    put_aside(outputs);
-    for (int64_t j = 0; j < outputs; ++j) {
-      if (to->bias) ((A*)to->bias)[j] = (A)bias_total[j].value();
-      if (to->variance) ((A*)to->variance)[j] = (A)variance_total[j].value();
-    }
-    loss_total.add((double)reduce_add(loss));
-    to->loss = loss_total.value();
-  }
-};
-
 // Output j of n rows, 1 where there is nothing.
 template <class A>
 [[gnu::always_inline]] inline vec_t<A> gather(const void* from, int64_t outputs, int64_t row, int64_t n, int64_t j) {
@@ -79,51 +34,6 @@ inline void spread(const void* from, int64_t outputs, int64_t row, int64_t rows,
     // Finite in the lanes beyond the last row, whose slopes are made 0 afterwards.
     for (int64_t r = rows; r < kPassRows; ++r) to[j * kPassRows + r] = 0;
   }
-}
-
-// Calls would put all of a block's columns on the stack and fetch them back: what follows is inlined by force.
-
-// Losses of output j of n rows from `row` on; returns their slopes, 0 beyond the last row.
-template <class A, Family family, bool value, bool slope>
-[[gnu::always_inline]] inline vec_t<A> lanes_loss_and_slope(const LikelihoodArgs& a, int64_t row, int64_t n, int64_t j,
-                                                            vec_t<A> eta, vec_t<A> y, vec_t<A> grad,
-                                                            LaneSums<vec_t<A>>* sums) {
-  using V = vec_t<A>;
-  const V zero = set1(A(0));
-  const bool full = n == V::size;
-  V s = zero, c = zero;
-  // Null is the same for all rows, and its branch foretold.
-  V w = a.row_weight ? load_up_to((const A*)a.row_weight + row, n) : set1(A(1));
-  if constexpr (family != Family::poisson) s = set1(((const A*)a.output_factor)[j]);
-  if constexpr (family == Family::gaussian)
-    if (a.constant) c = set1(((const A*)a.constant)[j]);
-  const LossAndSlope<V> both = loss_and_slope<family>(eta, y, s, c);
-  if constexpr (value) {
-    V l = w * both.loss;
-    // Lanes beyond the last row have a loss too.
-    sums->add_loss(full ? l : first_n(l, n, zero));
-    if (a.loss && a.outputs == 1) {
-      store_up_to((A*)a.loss + row, l, n);
-    } else if (a.loss) {
-      alignas(64) A lanes[V::size];
-      store(lanes, l);
-      for (int64_t i = 0; i < n; ++i) ((A*)a.loss)[(row + i) * a.outputs + j] = lanes[i];
-    }
-  }
-  V d = zero;
-  if constexpr (slope) {
-    V g = w * set1(A(a.grad_scale)) * grad;
-    d = g * both.slope;
-    // A variance's derivative, w g f (1 - f (eta - y)^2) / 2, of what there is already.
-    V v = set1(A(0.5)) * s * (g - d * (eta - y));
-    if (!full) {
-      d = first_n(d, n, zero);
-      v = first_n(v, n, zero);
-    }
-    sums->bias[j] = sums->bias[j] + d;
-    if constexpr (family == Family::gaussian) sums->variance[j] = sums->variance[j] + v;
-  }
-  return d;
 }
 
 // Part of a row of x's gradient, in x's type or the accumulator's.

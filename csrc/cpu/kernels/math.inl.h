@@ -28,20 +28,31 @@ inline void store_up_to(T* p, vec_t<T> x, int64_t n) {
   n == vec_t<T>::size ? store(p, x) : store_n(p, x, n);
 }
 
-// What rounds t / log(2) to the whole number n, which is then its last bits: n - 1 as an exponent is stored. 2^n itself
-// may be too large for the type, so that exponentials are computed twice as large and multiplied by half of it.
-template <class A>
-constexpr A kToExponent = sizeof(A) == 4 ? 0x1.8p23 + 126 : 0x1.8p52 + 1022;
+// x between bounds as n log(2) and a rest, n the nearest whole number. 2^n itself may be too large for the type:
+// exponentials are computed twice as large and multiplied by half of it.
+template <class V>
+struct PowerOfTwo {
+  V t, n, half;
+
+  PowerOfTwo(V x, V least, scalar_t<V> most) {
+    using A = scalar_t<V>;
+    // A number this large is whole, and its last bits are n - 1 as an exponent is stored.
+    const V to_exponent = set1(sizeof(A) == 4 ? A(0x1.8p23 + 126) : A(0x1.8p52 + 1022));
+    t = min(set1(most), max(least, x));
+    const V counted = fma(t, set1(A(1.4426950408889634)), to_exponent);
+    n = counted - to_exponent;
+    half = last_bits_as_exponent(counted);
+  }
+};
 
 // Results of exponents below `lowest` are 0. exp(r) of |r| <= log(2) / 2 is fitted to 3e-9, and 1 at 0.
 inline f32v exp(f32v x, float lowest = -86.98f) {
-  const f32v least = set1(lowest), to_exponent = set1(kToExponent<float>);
-  // Above 89 the result is infinite; the clamps keep the exponent in its bits.
-  f32v t = min(set1(89.0f), max(least, x));
-  f32v counted = fma(t, set1(1.44269504f), to_exponent), n = counted - to_exponent;
+  const f32v least = set1(lowest);
+  // Above 89 the result is infinite.
+  const PowerOfTwo<f32v> power(x, least, 89.0f);
   // log(2) in two summands, of which the first has few enough bits that n times it is exact.
-  f32v r = fma(n, set1(-0.693359375f), t);
-  r = fma(n, set1(2.12194440e-4f), r);
+  f32v r = fma(power.n, set1(-0.693359375f), power.t);
+  r = fma(power.n, set1(2.12194440e-4f), r);
   f32v p = set1(2 * 1.381453127e-3f);
   p = fma(p, r, set1(2 * 8.368745446e-3f));
   p = fma(p, r, set1(2 * 4.166839272e-2f));
@@ -49,24 +60,23 @@ inline f32v exp(f32v x, float lowest = -86.98f) {
   p = fma(p, r, set1(2 * 4.999999404e-1f));
   p = fma(p, r, set1(2.0f));
   p = fma(p, r, set1(2.0f));
-  return select_lt(x, least, set1(0.0f), p * last_bits_as_exponent(counted));
+  return select_lt(x, least, set1(0.0f), p * power.half);
 }
 
 // The same to 5e-7 near 0 and below: for results that are rounded to a half type, of 8 or 11 bits, and sums of them;
 // not for differences.
 inline f32v exp_short(f32v x) {
-  const f32v least = set1(-86.98f), to_exponent = set1(kToExponent<float>);
-  f32v t = min(set1(89.0f), max(least, x));
-  f32v counted = fma(t, set1(1.44269504f), to_exponent), n = counted - to_exponent;
+  const f32v least = set1(-86.98f);
+  const PowerOfTwo<f32v> power(x, least, 89.0f);
   // One summand: what it loses is less than a half type can tell.
-  f32v r = fma(n, set1(-0.693147181f), t);
+  f32v r = fma(power.n, set1(-0.693147181f), power.t);
   f32v p = set1(2 * 6.953325070e-03f);
   p = fma(p, r, set1(2 * 4.187527193e-02f));
   p = fma(p, r, set1(2 * 1.668765492e-01f));
   p = fma(p, r, set1(2 * 4.999937550e-01f));
   p = fma(p, r, set1(2 * 9.999937243e-01f));
   p = fma(p, r, set1(2.0f));
-  return select_lt(x, least, set1(0.0f), p * last_bits_as_exponent(counted));
+  return select_lt(x, least, set1(0.0f), p * power.half);
 }
 // As results of type T need it.
 template <class T, class V>
@@ -78,11 +88,10 @@ inline V exp_for(V x) {
 }
 
 inline f64v exp(f64v x, double lowest = -708.04) {
-  const f64v least = set1(lowest), to_exponent = set1(kToExponent<double>);
-  f64v t = min(set1(710.0), max(least, x));
-  f64v counted = fma(t, set1(1.4426950408889634), to_exponent), n = counted - to_exponent;
-  f64v r = fma(n, set1(-6.93145751953125e-1), t);
-  r = fma(n, set1(-1.42860682030941723212e-6), r);
+  const f64v least = set1(lowest);
+  const PowerOfTwo<f64v> power(x, least, 710.0);
+  f64v r = fma(power.n, set1(-6.93145751953125e-1), power.t);
+  r = fma(power.n, set1(-1.42860682030941723212e-6), r);
   // A quotient of polynomials in r^2 has fewer terms for 53 bits than a polynomial in r.
   f64v rr = r * r;
   f64v p = fma(fma(set1(1.26177193074810590878e-4), rr, set1(3.02994407707441961300e-2)), rr,
@@ -92,7 +101,7 @@ inline f64v exp(f64v x, double lowest = -708.04) {
                rr, set1(2.0));
   p = p * r;
   f64v e = p / (q - p);
-  return select_lt(x, least, set1(0.0), fma(e, set1(4.0), set1(2.0)) * last_bits_as_exponent(counted));
+  return select_lt(x, least, set1(0.0), fma(e, set1(4.0), set1(2.0)) * power.half);
 }
 
 // log of 0, of normal positive numbers, infinity and NaN, to 1 ulp: of the mantissa from sqrt(1/2) to sqrt(2),

@@ -58,9 +58,10 @@ inline void softmax_backward(const SoftmaxArgs& a, int64_t begin, int64_t end) {
   if (a.classes > most_in_lanes<T>(a, tuning::kLaneBackward) && a.in.class_stride == 1 && a.out.class_stride == 1 &&
       (a.grad_in.class_stride == 1 || one)) {
     T* const filled = (T*)a.scratch;
+    const T* filled_with = nullptr;
     for (int64_t r = begin; r < end; ++r) {
       const T* of_row = g + a.grad_in.offset(r);
-      if (one && (r == begin || of_row != g + a.grad_in.offset(r - 1))) fill(load_one(of_row), a.classes, filled);
+      if (one && of_row != filled_with) fill(load_one(filled_with = of_row), a.classes, filled);
       softmax_backward_row(one ? filled : of_row, y + a.in.offset(r), dx + a.out.offset(r), a.classes, a.log);
     }
     return;
